@@ -1,0 +1,254 @@
+"""What a decoder is: its sizes and switches, read from the fields of a Hugging Face `config.json`.
+
+What a config asks for and the decoder does not do is refused by name, so that no model ever runs as something it is not.
+"""
+
+import dataclasses
+import difflib
+from typing import Any, Literal
+
+from spotlight_jax.errors import InputError
+
+RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+ROPE_KINDS: tuple[RopeKind, ...] = ("default", "linear", "dynamic", "llama3", "yarn")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding and how it is stretched past the trained length."""
+
+    kind: RopeKind = "default"
+    theta: float = 10000.0
+    factor: float = 1.0
+    trained_len: int = 0  # tokens the model was trained on before stretching (dynamic, llama3, yarn)
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    attention_factor: float | None = None  # yarn; None: from `factor`
+    mscale: float | None = None  # yarn
+    mscale_all_dim: float | None = None  # yarn
+    truncate: bool = True  # yarn: round the ramp's ends to whole pairs
+    divisors: tuple[float, ...] | None = None  # GGUF's rope_freqs: one per pair, applied to the frequencies
+
+    def __post_init__(self) -> None:
+        """Raise InputError on values that no rotation can use."""
+        if self.kind not in ROPE_KINDS:
+            raise InputError(f"RoPE scaling {self.kind!r} is not supported{nearest(self.kind, ROPE_KINDS)}")
+        if not self.theta > 1 or not self.factor > 0:
+            raise InputError(f"RoPE theta {self.theta} must be above 1 and factor {self.factor} above 0")
+        if self.kind in ("dynamic", "llama3", "yarn") and self.trained_len < 1:
+            raise InputError(f"RoPE scaling {self.kind!r} needs the trained length (original_max_position_embeddings)")
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes and switches of a LLaMA/Qwen decoder; hashable, static under jit."""
+
+    vocab: int
+    embed: int
+    layers: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int  # width of the MLP's hidden layer
+    max_len: int  # tokens the model is meant for
+    rope: RopeConfig = RopeConfig()
+    norm_eps: float = 1e-6
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False  # RMSNorm over head_dim before RoPE (Qwen3)
+    tied: bool = False  # the head is the embedding table
+
+    def __post_init__(self) -> None:
+        """Raise InputError on sizes that cannot form a decoder."""
+        for name in ("vocab", "embed", "layers", "q_heads", "kv_heads", "head_dim", "mlp", "max_len"):
+            if getattr(self, name) < 1:
+                raise InputError(f"the model's {name} is {getattr(self, name)}; it must be at least 1")
+        if self.q_heads % self.kv_heads:
+            raise InputError(f"{self.q_heads} query heads are not a multiple of {self.kv_heads} KV heads")
+        if self.head_dim % 2:
+            raise InputError(f"head_dim {self.head_dim} is odd; RoPE turns pairs")
+        if self.rope.divisors is not None and len(self.rope.divisors) != self.head_dim // 2:
+            raise InputError(f"{len(self.rope.divisors)} RoPE divisors for {self.head_dim // 2} pairs")
+
+    @property
+    def group(self) -> int:
+        """Query heads that read one KV head."""
+        return self.q_heads // self.kv_heads
+
+
+# What the `model_type` (or the class in `architectures`) fixes without a field of its own in config.json.
+_FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"class": "LlamaForCausalLM", "qkv_bias": False, "qk_norm": False, "max_len": 2048},
+    "qwen2": {"class": "Qwen2ForCausalLM", "qkv_bias": True, "qk_norm": False, "max_len": 32768},
+    "qwen3": {"class": "Qwen3ForCausalLM", "qkv_bias": False, "qk_norm": True, "max_len": 32768},
+}
+# Fields that change the computation, with the values that mean "not used".
+_REFUSED = {
+    "quantization_config": (None,),
+    "partial_rotary_factor": (None, 1, 1.0),
+    "num_experts": (None, 0),
+    "num_local_experts": (None, 0),
+    "n_routed_experts": (None, 0),
+    "attn_logit_softcapping": (None, 0),
+    "final_logit_softcapping": (None, 0),
+    "logit_scale": (None, 1, 1.0),
+    "logits_scaling": (None, 1, 1.0),
+    "embedding_multiplier": (None, 1, 1.0),
+    "residual_multiplier": (None, 1, 1.0),
+    "attention_multiplier": (None,),
+    "no_rope_layers": (None, []),
+    "clip_qkv": (None,),
+    "alibi": (None, False),
+    "use_dual_chunk_attention": (None, False),
+    "dual_chunk_attention_config": (None,),
+}
+
+
+def nearest(name: object, known: tuple[str, ...] | list[str] | dict[str, Any]) -> str:
+    """The end of an error line: the closest known name, if one is close, and all of them."""
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ";"
+    return f"{hint} supported: {', '.join(known)}"
+
+
+def config_from_hf(config: dict[str, Any]) -> DecoderConfig:
+    """The decoder that a Hugging Face `config.json` describes.
+
+    Reads both spellings of RoPE scaling: `rope_scaling` beside `rope_theta`, and transformers 5's `rope_parameters`.
+
+    Raises:
+        InputError: an unknown architecture, a missing or malformed field, or a feature that is not implemented.
+    """
+    if not isinstance(config, dict):
+        raise InputError(f"config.json holds a {type(config).__name__}, not an object with fields")
+    family = _FAMILIES[_family_name(config)]
+    _refuse_unsupported(config)
+    max_len = _integer(config, "max_position_embeddings", default=family["max_len"])
+    embed = _integer(config, "hidden_size")
+    q_heads = _integer(config, "num_attention_heads")
+    # Qwen2 has biases on q, k and v whatever its config says; the others have them on o as well, by a field
+    biased = not family["qkv_bias"] and bool(config.get("attention_bias", False))
+    return DecoderConfig(
+        vocab=_integer(config, "vocab_size"),
+        embed=embed,
+        layers=_integer(config, "num_hidden_layers"),
+        q_heads=q_heads,
+        kv_heads=_integer(config, "num_key_value_heads", default=q_heads),
+        head_dim=_integer(config, "head_dim", default=128 if family["qk_norm"] else embed // max(q_heads, 1)),
+        mlp=_integer(config, "intermediate_size"),
+        max_len=max_len,
+        rope=_rope_from_hf(config, max_len),
+        norm_eps=_number(config, "rms_norm_eps", default=1e-6),
+        qkv_bias=family["qkv_bias"] or biased,
+        o_bias=biased,
+        mlp_bias=family["class"] == "LlamaForCausalLM" and bool(config.get("mlp_bias", False)),
+        qk_norm=family["qk_norm"],
+        tied=bool(config.get("tie_word_embeddings", False)),
+    )
+
+
+def _family_name(config: dict[str, Any]) -> str:
+    """`llama`, `qwen2` or `qwen3`, from `architectures` (which decides) or `model_type`."""
+    classes = config.get("architectures")
+    if classes:
+        for name, family in _FAMILIES.items():
+            if classes == [family["class"]]:
+                return name
+        names = [family["class"] for family in _FAMILIES.values()]
+        label = classes[0] if isinstance(classes, list) and len(classes) == 1 else classes
+        raise InputError(f"architecture {label!r} is not supported{nearest(label, names)}")
+    kind = config.get("model_type")
+    if kind is None:
+        raise InputError("config.json names no architecture (neither 'architectures' nor 'model_type')")
+    if kind not in _FAMILIES:
+        raise InputError(f"model_type {kind!r} is not supported{nearest(kind, _FAMILIES)}")
+    return kind
+
+
+def _refuse_unsupported(config: dict[str, Any]) -> None:
+    """Raise InputError for the first feature in use that the decoder does not have."""
+    for name, unused in _REFUSED.items():
+        if config.get(name) not in unused:
+            value = config[name]
+            if name == "quantization_config" and isinstance(value, dict):
+                value = value.get("quant_method", value)
+            raise InputError(f"config field {name} = {value!r} is not implemented; use a model without it")
+    activation = config.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise InputError(f"activation hidden_act = {activation!r} is not implemented; supported: silu")
+    kinds = config.get("layer_types") or []
+    other = sorted({str(kind) for kind in kinds} - {"full_attention"})
+    if other:
+        raise InputError(f"layer_types holds {', '.join(other)}, which is not implemented; supported: full_attention")
+    if kinds:
+        return
+    windowed = config.get("use_sliding_window", False) and config.get("sliding_window", 4096) is not None
+    # Qwen slides only in layers from max_window_layers on (28 by default)
+    if windowed and _integer(config, "num_hidden_layers") > _integer(config, "max_window_layers", default=28):
+        raise InputError("use_sliding_window = true is not implemented; use a model with full attention in all layers")
+
+
+def _rope_from_hf(config: dict[str, Any], max_len: int) -> RopeConfig:
+    """RoPE from `rope_parameters` or `rope_scaling`, whichever the file has."""
+    fields = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(fields, dict):
+        raise InputError(f"RoPE parameters are {fields!r}, not an object with fields")
+    kind = fields.get("rope_type", fields.get("type", "default"))
+    if kind not in ROPE_KINDS:
+        raise InputError(f"RoPE scaling {kind!r} is not supported{nearest(kind, ROPE_KINDS)}")
+    if fields.get("partial_rotary_factor") not in (None, 1):
+        raise InputError("partial_rotary_factor below 1 is not implemented; use a model that rotates the whole head")
+    if fields.get("mrope_section"):
+        raise InputError("mrope_section (multimodal RoPE) is not implemented; use a text-only model")
+    theta = _number(fields, "rope_theta", default=_number(config, "rope_theta", default=10000.0))
+    if kind == "default":
+        return RopeConfig(theta=theta)
+    original = _integer(fields, "original_max_position_embeddings", default=max_len)
+    original = _integer(config, "original_max_position_embeddings", default=original)
+    if kind == "yarn" and fields.get("factor") is None:
+        return _yarn(fields, theta, max_len / original, original)
+    factor = _number(fields, "factor")
+    if kind == "yarn":
+        return _yarn(fields, theta, factor, original)
+    if kind == "llama3":
+        low, high = _number(fields, "low_freq_factor"), _number(fields, "high_freq_factor")
+        return RopeConfig(kind, theta, factor, original, low_freq_factor=low, high_freq_factor=high)
+    # dynamic scaling starts past max_position_embeddings, whatever an "original" length says
+    return RopeConfig(kind, theta, factor, max_len if kind == "dynamic" else 0)
+
+
+def _yarn(fields: dict[str, Any], theta: float, factor: float, original: int) -> RopeConfig:
+    return RopeConfig(
+        "yarn",
+        theta,
+        factor,
+        original,
+        beta_fast=_number(fields, "beta_fast", default=32.0) or 32.0,
+        beta_slow=_number(fields, "beta_slow", default=1.0) or 1.0,
+        attention_factor=None if fields.get("attention_factor") is None else _number(fields, "attention_factor"),
+        mscale=None if fields.get("mscale") is None else _number(fields, "mscale"),
+        mscale_all_dim=None if fields.get("mscale_all_dim") is None else _number(fields, "mscale_all_dim"),
+        truncate=bool(fields.get("truncate", True)),
+    )
+
+
+def _integer(fields: dict[str, Any], name: str, default: int | None = None) -> int:
+    """A whole number; null counts as absent. Raises InputError naming the field."""
+    value = _number(fields, name, default)
+    if value != int(value):
+        raise InputError(f"config field {name} = {value!r} is not a whole number")
+    return int(value)
+
+
+def _number(fields: dict[str, Any], name: str, default: float | None = None) -> float:
+    """A number; null counts as absent. Raises InputError naming the field."""
+    value = fields.get(name)
+    value = default if value is None else value
+    if value is None:
+        raise InputError(f"config field {name} is missing; the config is incomplete")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InputError(f"config field {name} = {value!r} is not a number")
+    return float(value)

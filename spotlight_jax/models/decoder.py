@@ -1,0 +1,181 @@
+"""The LLaMA/Qwen decoder as flax.linen modules and pure functions over one parameter tree.
+
+    {"embed": {"table": [vocab, embed]},
+     "layer_0": {"attention_norm", "q", "k", "v", "o", "mlp_norm", "gate", "up", "down"[, "q_norm", "k_norm"]}, ...,
+     "norm": {"scale": [embed]},
+     "head": {"kernel": [embed, vocab]}}          # absent when tied
+
+Kernels are `[in, out]`; heads lie next to each other in the columns of q, k and v and in the rows of o. A layer never
+attends by itself: it hands queries, keys and values to the caller's `attend`.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, PyTree
+
+from spotlight_jax.attention import causal_attention
+from spotlight_jax.models.config import DecoderConfig
+from spotlight_jax.models.rope import Angles, apply_rope, rope_angles
+
+# (queries, keys, values) -> (outputs like queries, anything the caller wants back); queries and keys are after RoPE
+Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+Params = dict[str, Any]
+
+
+class RmsNorm(nn.Module):
+    """Root-mean-square norm over the last axis, computed in float32."""
+
+    eps: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*rows width"]) -> Float[Array, "*rows width"]:
+        """Normalised `x` times the learned scale, in `dtype`."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.dtype)
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+        return (wide * scale).astype(self.dtype)
+
+
+class DecoderLayer(nn.Module):
+    """One block: attention and gated MLP, each behind a norm and added to the stream."""
+
+    cfg: DecoderConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch len embed"],
+        positions: Int32[Array, "batch len"],
+        attend: Attend,
+        rope_len: Int32[Array, ""] | int | None = None,
+    ) -> tuple[Float[Array, "batch len embed"], Any]:
+        """The stream after this layer, and what `attend` returned beside its outputs."""
+        angles = rope_angles(positions, self.cfg.head_dim, self.cfg.rope, rope_len)
+        hidden = RmsNorm(self.cfg.norm_eps, self.dtype, name="attention_norm")(x)
+        outputs, aux = self._attention(hidden, angles, attend)
+        x = x + outputs
+        hidden = RmsNorm(self.cfg.norm_eps, self.dtype, name="mlp_norm")(x)
+        dense = partial(nn.Dense, use_bias=self.cfg.mlp_bias, dtype=self.dtype, param_dtype=self.dtype)
+        gated = nn.silu(dense(self.cfg.mlp, name="gate")(hidden)) * dense(self.cfg.mlp, name="up")(hidden)
+        return x + dense(self.cfg.embed, name="down")(gated), aux
+
+    def _attention(self, x: Array, angles: Angles, attend: Attend) -> tuple[Array, Any]:
+        cfg = self.cfg
+        dense = partial(nn.Dense, dtype=self.dtype, param_dtype=self.dtype)
+        queries = dense(cfg.q_heads * cfg.head_dim, use_bias=cfg.qkv_bias, name="q")(x)
+        keys = dense(cfg.kv_heads * cfg.head_dim, use_bias=cfg.qkv_bias, name="k")(x)
+        values = dense(cfg.kv_heads * cfg.head_dim, use_bias=cfg.qkv_bias, name="v")(x)
+        queries = queries.reshape(*x.shape[:2], cfg.q_heads, cfg.head_dim)
+        keys = keys.reshape(*x.shape[:2], cfg.kv_heads, cfg.head_dim)
+        values = values.reshape(*x.shape[:2], cfg.kv_heads, cfg.head_dim)
+        if cfg.qk_norm:
+            queries = RmsNorm(cfg.norm_eps, self.dtype, name="q_norm")(queries)
+            keys = RmsNorm(cfg.norm_eps, self.dtype, name="k_norm")(keys)
+        outputs, aux = attend(apply_rope(queries, angles), apply_rope(keys, angles), values)
+        outputs = outputs.reshape(*x.shape[:2], cfg.q_heads * cfg.head_dim)
+        return dense(cfg.embed, use_bias=cfg.o_bias, name="o")(outputs), aux
+
+
+def embed_tokens(params: Params, tokens: Int32[Array, "batch len"], cfg: DecoderConfig) -> Array:
+    """Embeddings `[batch, len, embed]` in the weights' dtype. Ids outside the vocabulary are the caller's bug."""
+    table = params["embed"]["table"]
+    if table.shape != (cfg.vocab, cfg.embed):
+        raise ValueError(f"embedding table {table.shape} does not fit config {(cfg.vocab, cfg.embed)}")
+    return jnp.take(table, tokens, axis=0, mode="clip")
+
+
+def apply_layer(
+    layer_params: Params,
+    x: Float[Array, "batch len embed"],
+    positions: Int32[Array, "batch len"],
+    attend: Attend,
+    cfg: DecoderConfig,
+    rope_len: Int32[Array, ""] | int | None = None,
+) -> tuple[Float[Array, "batch len embed"], Any]:
+    """One layer. All layers share shapes, so one jitted caller serves them all.
+
+    Args:
+        layer_params: one `layer_i` subtree; its dtype is the layer's.
+        x: the stream before the layer.
+        positions: of the tokens in their sequences, for RoPE.
+        attend: gets queries `[batch, len, q_heads, head_dim]`, keys and values `[batch, len, kv_heads, head_dim]`;
+            returns outputs shaped like the queries, and anything else.
+        cfg: the decoder's.
+        rope_len: see `rope_angles`; only `dynamic` scaling reads it.
+    """
+    dtype = layer_params["q"]["kernel"].dtype
+    return DecoderLayer(cfg, dtype).apply({"params": layer_params}, x, positions, attend, rope_len)
+
+
+def unembed(params: Params, x: Float[Array, "batch len embed"], cfg: DecoderConfig) -> Float[Array, "batch len vocab"]:
+    """Final norm and head: float32 logits."""
+    x = RmsNorm(cfg.norm_eps, x.dtype).apply({"params": params["norm"]}, x)
+    if cfg.tied:
+        return jnp.einsum("btm,vm->btv", x, params["embed"]["table"], preferred_element_type=jnp.float32)
+    return jnp.einsum("btm,mv->btv", x, params["head"]["kernel"], preferred_element_type=jnp.float32)
+
+
+def attend_densely(queries: Array, keys: Array, values: Array) -> tuple[Array, None]:
+    """The `attend` of a plain forward pass: every query reads all tokens up to its own."""
+    return causal_attention(queries, keys, values), None
+
+
+# One compiled layer for all layers of a forward pass that is not itself under jit.
+_jitted_layer = jax.jit(apply_layer, static_argnames=("attend", "cfg"))
+_jitted_unembed = jax.jit(unembed, static_argnames=("cfg",))
+
+
+def forward(
+    params: Params,
+    tokens: Int32[Array, "batch len"],
+    cfg: DecoderConfig,
+    attend: Attend | None = None,
+    positions: Int32[Array, "batch len"] | None = None,
+) -> Float[Array, "batch len vocab"]:
+    """Float32 logits of every token.
+
+    Args:
+        params: see the module.
+        tokens: ids.
+        cfg: the decoder's.
+        attend: used in every layer, what it returns beside outputs is dropped; None: dense causal attention.
+            A function that is made anew for each call compiles anew for each call.
+        positions: None: 0, 1, ... in each sequence.
+    """
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
+    attend = attend_densely if attend is None else attend
+    x = embed_tokens(params, tokens, cfg)
+    for layer in range(cfg.layers):
+        x, _ = _jitted_layer(params[f"layer_{layer}"], x, positions, attend, cfg)
+    return _jitted_unembed(params, x, cfg)
+
+
+def param_shapes(cfg: DecoderConfig, dtype: Any) -> PyTree:
+    """The parameter tree as `jax.ShapeDtypeStruct`s: what a loader has to fill."""
+    return jax.eval_shape(lambda key: init_params(key, cfg, dtype), jax.random.key(0))
+
+
+def init_params(key: Array, cfg: DecoderConfig, dtype: Any = jnp.float32) -> Params:
+    """Random weights of the decoder's shapes, for tests and benchmarks. Run under `jit` it makes them on the device."""
+    embed_key, head_key, *layer_keys = jax.random.split(key, cfg.layers + 2)
+    x = jnp.zeros((1, 1, cfg.embed), dtype)
+    positions = jnp.zeros((1, 1), jnp.int32)
+    layer = DecoderLayer(cfg, dtype)
+    params: Params = {
+        "embed": {"table": jax.random.normal(embed_key, (cfg.vocab, cfg.embed), dtype) * 0.02},
+        "norm": {"scale": jnp.ones((cfg.embed,), dtype)},
+    }
+    for index, layer_key in enumerate(layer_keys):
+        params[f"layer_{index}"] = layer.init(layer_key, x, positions, lambda q, k, v: (q, None))["params"]
+    if not cfg.tied:
+        params["head"] = {"kernel": jax.random.normal(head_key, (cfg.embed, cfg.vocab), dtype) * 0.02}
+    return params

@@ -1,0 +1,139 @@
+"""A decoder's config and weights from a GGUF file (architectures llama, qwen2, qwen3)."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from spotlight_jax.errors import InputError
+from spotlight_jax.models.config import DecoderConfig, RopeConfig, RopeKind, nearest
+from spotlight_jax.models.gguf_file import GgufFile
+from spotlight_jax.models.params import Path
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+# metadata fields (after the architecture's name) that change the computation, and are not implemented
+_REFUSED = ("expert_count", "attention.sliding_window", "logit_scale", "attention.clamp_kqv", "attention.alibi_bias")
+# GGUF's names of a layer's parts
+_PARTS = {
+    "attention_norm": "attn_norm",
+    "q": "attn_q",
+    "k": "attn_k",
+    "v": "attn_v",
+    "o": "attn_output",
+    "q_norm": "attn_q_norm",
+    "k_norm": "attn_k_norm",
+    "mlp_norm": "ffn_norm",
+    "gate": "ffn_gate",
+    "up": "ffn_up",
+    "down": "ffn_down",
+}
+
+
+def config_from_gguf(file: GgufFile) -> DecoderConfig:
+    """The decoder that a GGUF file's metadata and list of tensors describe.
+
+    Raises InputError for another architecture, a missing field or a feature that is not implemented.
+    """
+    arch = file.metadata.get("general.architecture")
+    if arch not in ARCHITECTURES:
+        raise InputError(f"{file.path}: GGUF architecture {arch!r} is not supported{nearest(arch, ARCHITECTURES)}")
+    for name in _REFUSED:
+        if file.metadata.get(f"{arch}.{name}"):
+            raise InputError(f"{file.path}: {arch}.{name} = {file.metadata[f'{arch}.{name}']!r} is not implemented")
+    if "token_embd.weight" not in file.tensors:
+        raise InputError(f"{file.path}: tensor token_embd.weight is missing; the file is incomplete")
+    vocab, embed = file.tensors["token_embd.weight"].shape
+    q_heads = _field(file, "attention.head_count", int)
+    head_dim = _field(file, "attention.key_length", int, embed // max(q_heads, 1))
+    for name in ("attention.value_length", "rope.dimension_count"):
+        if _field(file, name, int, head_dim) != head_dim:
+            raise InputError(f"{file.path}: {arch}.{name} differs from head_dim {head_dim}, which is not implemented")
+    return DecoderConfig(
+        vocab=vocab,
+        embed=embed,
+        layers=_field(file, "block_count", int),
+        q_heads=q_heads,
+        kv_heads=_field(file, "attention.head_count_kv", int, q_heads),
+        head_dim=head_dim,
+        mlp=_field(file, "feed_forward_length", int),
+        max_len=_field(file, "context_length", int),
+        rope=_rope(file),
+        norm_eps=_field(file, "attention.layer_norm_rms_epsilon", float),
+        qkv_bias="blk.0.attn_q.bias" in file.tensors,
+        o_bias="blk.0.attn_output.bias" in file.tensors,
+        mlp_bias="blk.0.ffn_gate.bias" in file.tensors,
+        qk_norm="blk.0.attn_q_norm.weight" in file.tensors,
+        tied="output.weight" not in file.tensors,
+    )
+
+
+def _field(file: GgufFile, name: str, kind: type, default: Any = None) -> Any:
+    """The architecture's metadata field as one number of a kind. Raises InputError naming the field."""
+    full = f"{file.metadata['general.architecture']}.{name}"
+    value = file.metadata.get(full, default)
+    if isinstance(value, list) and value and len(set(value)) == 1:
+        value = value[0]  # one value per layer, all the same
+    if value is None:
+        raise InputError(f"{file.path}: metadata field {full} is missing; the file is incomplete")
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise InputError(f"{file.path}: metadata field {full} = {value!r} is not one number")
+    return kind(value)
+
+
+def _rope(file: GgufFile) -> RopeConfig:
+    """RoPE from `rope.*`, and from the tensor `rope_freqs.weight` that carries LLaMA 3.1's scaling."""
+    arch = file.metadata["general.architecture"]
+    kinds: dict[str, RopeKind] = {"none": "default", "linear": "linear", "yarn": "yarn"}
+    name = file.metadata.get(f"{arch}.rope.scaling.type", "none")
+    factor = _field(file, "rope.scaling.factor", float, 0.0)
+    legacy = _field(file, "rope.scale_linear", float, 0.0)
+    if legacy and not factor:
+        name, factor = "linear", legacy
+    if name not in kinds:
+        raise InputError(f"{file.path}: RoPE scaling {name!r} is not supported{nearest(name, kinds)}")
+    divisors = None
+    if "rope_freqs.weight" in file.tensors:
+        divisors = tuple(file.read("rope_freqs.weight").reshape(-1).tolist())
+    attention_factor = _field(file, "rope.scaling.attn_factor", float, 0.0)
+    if attention_factor not in (0.0, 1.0):
+        raise InputError(f"{file.path}: {arch}.rope.scaling.attn_factor = {attention_factor} is not implemented")
+    return RopeConfig(
+        kinds[name],
+        theta=_field(file, "rope.freq_base", float, 10000.0),
+        factor=factor or 1.0,
+        trained_len=_field(file, "rope.scaling.original_context_length", int, _field(file, "context_length", int)),
+        beta_fast=_field(file, "rope.scaling.yarn_beta_fast", float, 32.0),
+        beta_slow=_field(file, "rope.scaling.yarn_beta_slow", float, 1.0),
+        divisors=divisors,
+    )
+
+
+def read_gguf_weights(file: GgufFile, cfg: DecoderConfig) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and float32 value of every tensor, dequantised one at a time; rows of q and k in Hugging Face's order."""
+    permuted = file.metadata["general.architecture"] == "llama"
+    for name in file.tensors:
+        if name == "rope_freqs.weight":
+            continue  # part of the config
+        value = file.read(name)
+        if permuted and ".attn_q." in name:
+            value = _unpermute(value, cfg.q_heads)
+        if permuted and ".attn_k." in name:
+            value = _unpermute(value, cfg.kv_heads)
+        yield name, value
+
+
+def gguf_name(path: Path) -> str:
+    """GGUF's name of a leaf of the parameter tree."""
+    outside = {"embed": "token_embd.weight", "norm": "output_norm.weight", "head": "output.weight"}
+    if path[0] in outside:
+        return outside[path[0]]
+    layer, part, leaf = path
+    return f"blk.{layer.removeprefix('layer_')}.{_PARTS[part]}.{'bias' if leaf == 'bias' else 'weight'}"
+
+
+def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Undo llama.cpp's interleaving of rotated pairs in the rows of q and k: back to halves."""
+    if rows.shape[0] % (2 * heads):
+        return rows  # a wrong shape: the check against the config names it
+    pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)

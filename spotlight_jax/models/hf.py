@@ -1,0 +1,112 @@
+"""A decoder's config and weights from a folder in Hugging Face's layout, or from a hub id."""
+
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+import safetensors
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+from spotlight_jax.errors import InputError
+from spotlight_jax.models.config import DecoderConfig, config_from_hf
+from spotlight_jax.models.params import Path
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_PARTS = {
+    "attention_norm": "input_layernorm",
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "q_norm": "self_attn.q_norm",
+    "k_norm": "self_attn.k_norm",
+    "mlp_norm": "post_attention_layernorm",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+
+
+def fetch_hub(name: str, weights: bool = True) -> pathlib.Path:
+    """The local folder of a hub model, fetched into huggingface_hub's cache where it is not there yet.
+
+    Raises InputError when the hub cannot be reached or has no such model.
+    """
+    patterns = ["*.json", "*.txt", "*.model", "*.jinja"] + (["*.safetensors"] if weights else [])
+    try:
+        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+    except RepositoryNotFoundError:
+        raise InputError(f"{name}: the hub has no such model, or it is gated and you are not logged in") from None
+    except HFValidationError:
+        raise InputError(f"{name}: neither a folder, a .gguf file nor a valid hub id") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{name}: cannot be fetched from the hub (no network?): {reason}") from None
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """A JSON file's value. Raises InputError naming the file when it is missing or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; the folder is not a complete Hugging Face model") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid JSON ({error}); fetch it again") from None
+
+
+def load_hf_config(folder: pathlib.Path) -> DecoderConfig:
+    """The decoder that the folder's `config.json` describes; InputError lines start with the file's path."""
+    path = folder / "config.json"
+    fields = read_json(path)
+    try:
+        return config_from_hf(fields)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def read_hf_weights(folder: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and value of every tensor, one shard open at a time; values keep the file's dtype, bfloat16 too.
+
+    Raises InputError naming the file that is missing, truncated or corrupt.
+    """
+    for path in _shards(folder):
+        try:
+            with safetensors.safe_open(path, framework="numpy") as shard:
+                for name in shard.keys():  # noqa: SIM118 (not a dict)
+                    if not name.endswith(".rotary_emb.inv_freq"):  # a buffer that old checkpoints hold
+                        yield name, shard.get_tensor(name)
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such file; the model's shards are incomplete") from None
+        except (safetensors.SafetensorError, OSError) as error:
+            raise InputError(f"{path}: truncated or corrupt safetensors file ({error}); fetch it again") from None
+
+
+def _shards(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The weight files, from the index where there is one."""
+    index = folder / _INDEX
+    if not index.exists():
+        if not (folder / _SINGLE).exists():
+            raise InputError(f"{folder}: holds neither {_SINGLE} nor {_INDEX}; other weight formats are not read")
+        return [folder / _SINGLE]
+    fields = read_json(index)
+    files = fields.get("weight_map") if isinstance(fields, dict) else None
+    if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
+        raise InputError(f"{index}: holds no weight_map from tensor names to files; fetch it again")
+    names = sorted(set(files.values()))
+    for name in names:
+        if pathlib.PurePath(name).name != name:
+            raise InputError(f"{index}: shard {name!r} is not a file of the folder")
+    return [folder / name for name in names]
+
+
+def hf_name(path: Path) -> str:
+    """Hugging Face's name of a leaf of the parameter tree."""
+    outside = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
+    if path[0] in outside:
+        return outside[path[0]]
+    layer, part, leaf = path
+    return f"model.layers.{layer.removeprefix('layer_')}.{_PARTS[part]}.{'bias' if leaf == 'bias' else 'weight'}"

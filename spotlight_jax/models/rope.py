@@ -1,0 +1,120 @@
+"""Rotary position embedding: frequencies of every supported scaling, and the rotation itself.
+
+Frequencies are computed from positions (no table of a fixed size), in float32. Pairs are split in halves, as in
+Hugging Face's checkpoints: dimension `i` turns with dimension `i + head_dim // 2`.
+"""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32
+
+from spotlight_jax.models.config import RopeConfig
+
+Angles = tuple[Float[Array, "batch len half"], Float[Array, "batch len half"]]
+
+
+def rope_angles(
+    positions: Int32[Array, "batch len"],
+    head_dim: int,
+    cfg: RopeConfig,
+    rope_len: Int32[Array, ""] | int | None = None,
+) -> Angles:
+    """Cosine and sine of every position's angles, times the scaling's attention factor.
+
+    Args:
+        positions: of the tokens in their sequence.
+        head_dim: even.
+        cfg: the scaling.
+        rope_len: the sequence length that `dynamic` scaling adapts to; other scalings do not read it. None means the
+            highest position + 1, which is what one forward pass over a whole sequence wants. A caller that caches keys
+            passes the same value (the final length) to prefill and to every step, since a cached key keeps its angle.
+    """
+    if cfg.kind == "dynamic":
+        length = positions.max() + 1 if rope_len is None else jnp.asarray(rope_len, jnp.int32)
+        frequencies, factor = _dynamic_frequencies(length, head_dim, cfg), 1.0
+    else:
+        frequencies, factor = rope_frequencies(head_dim, cfg)
+    angles = positions.astype(jnp.float32)[:, :, None] * jnp.asarray(frequencies)[None, None, :]
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def apply_rope(x: Float[Array, "batch len heads head_dim"], angles: Angles) -> Float[Array, "batch len heads head_dim"]:
+    """Rotate the heads of each token by its angles, in float32; the result has `x`'s dtype."""
+    cos, sin = (a[:, :, None, :] for a in angles)
+    low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x.dtype)
+
+
+def rope_frequencies(head_dim: int, cfg: RopeConfig) -> tuple[np.ndarray, float]:
+    """Angle per position of each pair, float32 `[head_dim // 2]`, and the factor on cosine and sine.
+
+    Raises ValueError for `dynamic`, whose frequencies depend on the length.
+    """
+    plain = _inverse_powers(np.float32(cfg.theta), head_dim)
+    if cfg.kind == "default":
+        frequencies, factor = plain, 1.0
+    elif cfg.kind == "linear":
+        frequencies, factor = plain / np.float32(cfg.factor), 1.0
+    elif cfg.kind == "llama3":
+        frequencies, factor = _llama3_frequencies(plain, cfg), 1.0
+    elif cfg.kind == "yarn":
+        frequencies, factor = _yarn_frequencies(plain, head_dim, cfg), _yarn_attention_factor(cfg)
+    else:
+        raise ValueError(f"frequencies of RoPE scaling {cfg.kind!r} are not fixed")
+    if cfg.divisors is not None:
+        frequencies = frequencies / np.asarray(cfg.divisors, np.float32)
+    return frequencies.astype(np.float32), factor
+
+
+def _inverse_powers(theta: np.floating | Array, head_dim: int) -> np.ndarray | Array:
+    """theta ** (-2i / head_dim)."""
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    return 1.0 / theta**exponents
+
+
+def _dynamic_frequencies(length: Array, head_dim: int, cfg: RopeConfig) -> Array:
+    """NTK-aware scaling: past the trained length the base grows with the length."""
+    trained = cfg.trained_len
+    grown = cfg.factor * jnp.maximum(length, trained).astype(jnp.float32) / trained - (cfg.factor - 1)
+    theta = cfg.theta * grown ** (head_dim / (head_dim - 2))
+    return _inverse_powers(theta[None], head_dim)
+
+
+def _llama3_frequencies(plain: np.ndarray, cfg: RopeConfig) -> np.ndarray:
+    """LLaMA 3.1: long waves are slowed by `factor`, short ones kept, those between blended linearly in 1 / wave."""
+    turns = cfg.trained_len * plain / (2 * math.pi)  # full turns within the trained length
+    blend = (turns - cfg.low_freq_factor) / (cfg.high_freq_factor - cfg.low_freq_factor)
+    blend = np.clip(blend, 0.0, 1.0)
+    return (1 - blend) * plain / cfg.factor + blend * plain
+
+
+def _yarn_frequencies(plain: np.ndarray, head_dim: int, cfg: RopeConfig) -> np.ndarray:
+    """YaRN (arXiv 2309.00071, section 3.2): pairs with fewer than `beta_slow` turns are interpolated by `factor`,
+    those with more than `beta_fast` kept, and a ramp over the pair's index joins the two.
+    """
+
+    def pair_with_turns(turns: float) -> float:
+        return head_dim * math.log(cfg.trained_len / (turns * 2 * math.pi)) / (2 * math.log(cfg.theta))
+
+    low, high = pair_with_turns(cfg.beta_fast), pair_with_turns(cfg.beta_slow)
+    if cfg.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    high += 0.001 * (low == high)  # a ramp of no width would divide by zero
+    ramp = np.clip((np.arange(head_dim // 2, dtype=np.float32) - low) / (high - low), 0.0, 1.0)
+    return plain / cfg.factor * ramp + plain * (1 - ramp)
+
+
+def _yarn_attention_factor(cfg: RopeConfig) -> float:
+    """Stretch of cosine and sine that keeps attention's entropy (arXiv 2309.00071, equation 22)."""
+    if cfg.attention_factor is not None:
+        return cfg.attention_factor
+
+    def stretch(weight: float) -> float:
+        return 1.0 if cfg.factor <= 1 else 0.1 * weight * math.log(cfg.factor) + 1.0
+
+    if cfg.mscale and cfg.mscale_all_dim:
+        return stretch(cfg.mscale) / stretch(cfg.mscale_all_dim)
+    return stretch(1.0)
