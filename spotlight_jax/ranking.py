@@ -1,0 +1,256 @@
+"""The ranking loss: true top keys of a query must score above its other keys (Bradley-Terry, arXiv 2508.19740).
+
+For query i, pairs (a, b) of a top key a and another key b cost softplus(-(beta (s_a - s_b) - alpha)). "Top" are the
+highest true post-RoPE dot products among the keys the query may see. Three samplings keep the pairs few: queries, ranks
+of the top set, ranks of the rest. Queries are worked on in blocks, so memory is bounded by
+`q_heads * queries_at_once * kv_len` scores, never `q_heads * kv_len * kv_len`; the pair tensor is never kept.
+"""
+
+import dataclasses
+from typing import Literal
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray, Shaped
+
+from spotlight_jax import hashing
+from spotlight_jax.errors import InputError
+
+EXPONENT_LIMIT = 40.0  # score gaps beyond this cost as much as this: exp(40) squared still fits float32
+
+
+@dataclasses.dataclass(frozen=True)
+class RankingConfig:
+    """The ranking loss and its sampling."""
+
+    top_share: float = 0.02
+    """Share of a query's visible keys that count as top."""
+    min_top: int = 20
+    """Least number of top keys, as decoding reads at least so many."""
+    top_rule: Literal["prefix", "total"] = "prefix"
+    """Take the share of the keys a query sees (prefix), or of the whole window for all queries (total: the paper)."""
+    queries: int = 256
+    """Random queries per window and step."""
+    tops: int = 48
+    """Random ranks of the top set per query; at least the top set's size means all of it."""
+    others: int = 256
+    """Random ranks of the remaining keys per query."""
+    always_top: int = 8
+    """So many of the most probable keys are in every sample of tops (0: the paper)."""
+    weighting: Literal["uniform", "attention"] = "attention"
+    """Weigh all top keys alike (the paper), or half of the weight by attention probability."""
+    beta: float = 1.0
+    """Slope of the loss."""
+    alpha: float = 3.0
+    """Margin by which a top key should win (3 in the paper's text, 0 in its released scripts)."""
+    queries_at_once: int = 64
+    """Queries worked on together: lower it to use less memory."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no loss can be computed from."""
+        if not 0 < self.top_share < 1:
+            raise InputError(f"top_share is {self.top_share}; give a share above 0 and below 1, such as 0.02")
+        for name in ("queries", "tops", "others", "queries_at_once", "min_top"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; give at least 1")
+        if self.beta <= 0:
+            raise InputError(f"beta is {self.beta}; give a slope above 0")
+        if not 0 <= self.always_top <= self.tops:
+            raise InputError(f"always_top is {self.always_top}; give 0 to {self.tops}, the number of tops")
+
+
+@flax.struct.dataclass
+class Pairs:
+    """Sampled keys of each query: positions, whether each may be used, and weights of the top ones."""
+
+    top: Int32[Array, "q_heads q_len tops"]
+    top_weights: Float[Array, "q_heads q_len tops"]  # 0 where the rank does not exist
+    others: Int32[Array, "others"]  # shared by all heads and queries of a block
+    is_other: Bool[Array, "q_heads q_len others"]
+
+
+def top_counts(positions: Int32[Array, "q_len"], kv_len: int, cfg: RankingConfig) -> Int32[Array, "q_len"]:
+    """Size of each query's top set: n - int((1 - share) n) keys and at least `min_top`, never more than it sees."""
+    visible = positions + 1
+    base = visible if cfg.top_rule == "prefix" else jnp.full_like(visible, kv_len)
+    share = base - jnp.floor((1 - cfg.top_share) * base + 1e-4).astype(jnp.int32)
+    return jnp.minimum(jnp.maximum(share, cfg.min_top), visible)
+
+
+def true_scores(
+    queries: Shaped[Array, "q_len q_heads head_dim"],
+    keys: Shaped[Array, "kv_len kv_heads head_dim"],
+    positions: Int32[Array, "q_len"],
+) -> Float[Array, "q_heads q_len kv_len"]:
+    """Post-RoPE dot products in float32, unscaled; -inf where a query does not see a key."""
+    q_len, q_heads, head_dim = queries.shape
+    kv_len, kv_heads, _ = keys.shape
+    grouped = queries.reshape(q_len, kv_heads, q_heads // kv_heads, head_dim)
+    scores = jnp.einsum("tkgd,skd->kgts", grouped, keys, preferred_element_type=jnp.float32)
+    visible = jnp.arange(kv_len)[None, :] <= positions[:, None]
+    return jnp.where(visible[None], scores.reshape(q_heads, q_len, kv_len), -jnp.inf)
+
+
+def _spread(key: PRNGKeyArray, shape: tuple[int, int], picks: int) -> Float[Array, "q_heads q_len picks"]:
+    """Random points of [0, 1), one in each of `picks` equal strata: ranks spread so do not repeat."""
+    return (jnp.arange(picks)[None, None] + jax.random.uniform(key, (*shape, picks))) / picks
+
+
+def sample_pairs(
+    key: PRNGKeyArray,
+    queries: Shaped[Array, "q_len q_heads head_dim"],
+    positions: Int32[Array, "q_len"],
+    keys: Shaped[Array, "kv_len kv_heads head_dim"],
+    cfg: RankingConfig,
+) -> Pairs:
+    """Top and other keys of each query and head.
+
+    Other keys are drawn from the whole window, once for all heads and queries given; a query drops those that are top
+    or that it does not see, as in the paper: one early in the window so has fewer pairs, and less say.
+    """
+    top_key, other_key = jax.random.split(key)
+    kv_len, heads_and_queries = keys.shape[0], (queries.shape[1], queries.shape[0])
+    scores = true_scores(queries, keys, positions)
+    counts = top_counts(positions, kv_len, cfg)[None, :, None]
+    largest = min(max(kv_len - int((1 - cfg.top_share) * kv_len), cfg.min_top), kv_len)
+    top_values, top_positions = jax.lax.top_k(scores, largest)
+
+    picks = min(cfg.tops, largest)
+    spread = _spread(top_key, heads_and_queries, picks - cfg.always_top)
+    random_ranks = cfg.always_top + (spread * (counts - cfg.always_top)).astype(jnp.int32)
+    first_ranks = jnp.broadcast_to(jnp.arange(cfg.always_top)[None, None], (*heads_and_queries, cfg.always_top))
+    ranks = jnp.concatenate([first_ranks, jnp.maximum(random_ranks, 0)], axis=-1)
+    top = jnp.take_along_axis(top_positions, ranks, axis=-1)
+    sampled_values = jnp.where(ranks < counts, jnp.take_along_axis(top_values, ranks, axis=-1), -jnp.inf)
+
+    others = (_spread(other_key, (1, 1), min(cfg.others, kv_len))[0, 0] * kv_len).astype(jnp.int32)
+    other_values = scores[..., others]
+    is_other = (other_values > -jnp.inf) & (other_values < jnp.take_along_axis(top_values, counts - 1, axis=-1))
+    weights = _top_weights(sampled_values, queries.shape[-1], cfg)
+    return Pairs(top=top.astype(jnp.int32), top_weights=weights, others=others, is_other=is_other)
+
+
+def _top_weights(
+    scores: Float[Array, "q_heads q_len tops"], head_dim: int, cfg: RankingConfig
+) -> Float[Array, "q_heads q_len tops"]:
+    """1 for every top key, or half of that by its attention probability among the sampled ones; 0 for unseen keys."""
+    seen = scores > -jnp.inf
+    if cfg.weighting == "uniform":
+        return seen.astype(jnp.float32)
+    probability = jax.nn.softmax(scores / jnp.sqrt(head_dim), axis=-1)
+    return jnp.where(seen, 0.5 + 0.5 * scores.shape[-1] * probability, 0.0)
+
+
+@jax.custom_vjp
+def pair_cost(
+    top_scores: Float[Array, "*batch tops"],
+    top_weights: Float[Array, "*batch tops"],
+    other_scores: Float[Array, "*batch others"],
+    is_other: Bool[Array, "*batch others"],
+    alpha: Float[Array, ""],
+) -> Float[Array, ""]:
+    """Sum over pairs of top_weight * softplus(other - top + alpha): one fused reduction, no pair tensor kept."""
+    return _pair_cost_forward(top_scores, top_weights, other_scores, is_other, alpha)[0]
+
+
+def _pair_cost_forward(top_scores, top_weights, other_scores, is_other, alpha):
+    # With ratio = exp(other - top + alpha), a product of one factor a side (no exp a pair), a pair costs log(1 + ratio)
+    # and its slope is ratio / (1 + ratio).
+    highest = jnp.max(other_scores, axis=-1, keepdims=True)
+    tops = jnp.exp(jnp.clip(highest - top_scores, -EXPONENT_LIMIT, EXPONENT_LIMIT))
+    others = jnp.exp(jnp.maximum(other_scores - highest, -EXPONENT_LIMIT) + jnp.minimum(alpha, EXPONENT_LIMIT))
+    others = jnp.where(is_other, others, 0.0)
+    # Each sum writes its pairs its own way (axis order, factors): XLA then fuses each with its pairs, where equal
+    # expressions would be computed once and kept, the pair tensor in full.
+    by_top = (2.0 * tops)[..., :, None] * (0.5 * others)[..., None, :]
+    cost = jnp.sum(top_weights * jnp.sum(jnp.log1p(by_top), axis=-1))
+    top_slope = top_weights * tops * jnp.sum(others[..., None, :] / (1 + tops[..., :, None] * others[..., None, :]), -1)
+    weighed = top_weights * tops
+    other_slope = others * jnp.sum(weighed[..., None, :] / (1 + others[..., :, None] * tops[..., None, :]), -1)
+    return cost, (top_slope, other_slope, is_other)
+
+
+def _pair_cost_backward(saved, cotangent):
+    top_slope, other_slope, is_other = saved
+    zeros = jnp.zeros_like(top_slope)
+    return -cotangent * top_slope, zeros, cotangent * other_slope, jnp.zeros(is_other.shape, jax.dtypes.float0), None
+
+
+pair_cost.defvjp(_pair_cost_forward, _pair_cost_backward)
+
+
+def _query_side(
+    params: hashing.HashParams,
+    queries: Shaped[Array, "q_len q_heads head_dim"],
+    gamma: Float[Array, ""],
+    cfg: hashing.HashConfig,
+) -> Float[Array, "q_heads q_len code_bits"]:
+    """What soft key codes are multiplied with: soft codes (symmetric) or gained real weights (asymmetric)."""
+    outputs = hashing.hash_queries(params, queries, cfg)
+    if cfg.form == "symmetric":
+        outputs = hashing.soft_sign(outputs, gamma)
+    else:
+        outputs = outputs * jnp.exp(params.weights.log_gain)[None, :, None]
+    return jnp.swapaxes(outputs, 0, 1)
+
+
+def _sampled_scores(
+    weights: Float[Array, "q_heads q_len code_bits"],
+    soft_codes: Float[Array, "code_heads kv_len code_bits"],
+    pairs: Pairs,
+) -> tuple[Float[Array, "q_heads q_len tops"], Float[Array, "q_heads q_len others"]]:
+    """Differentiable scores of the sampled keys only: a dot product of query side and soft code."""
+    q_heads, q_len, code_bits = weights.shape
+    code_heads = soft_codes.shape[0]
+    grouped = weights.reshape(code_heads, -1, q_len, code_bits)
+    rows = pairs.top.reshape(code_heads, -1, 1)
+    top_codes = jnp.take_along_axis(soft_codes, rows, axis=1).reshape(*grouped.shape[:3], -1, code_bits)
+    top = jnp.einsum("kgtc,kgtnc->kgtn", grouped, top_codes)
+    other = jnp.einsum("kgtc,ksc->kgts", grouped, soft_codes[:, pairs.others])
+    return top.reshape(q_heads, q_len, -1), other.reshape(q_heads, q_len, -1)
+
+
+def ranking_loss(
+    params: hashing.HashParams,
+    key: PRNGKeyArray,
+    queries: Shaped[Array, "q_len q_heads head_dim"],
+    positions: Int32[Array, "q_len"],
+    keys: Shaped[Array, "kv_len kv_heads head_dim"],
+    gamma: Float[Array, ""],
+    hash_cfg: hashing.HashConfig,
+    cfg: RankingConfig,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """One layer's loss on one window, and the share of sampled pairs ranked wrongly.
+
+    The loss is the mean over all pairs of all heads and sampled queries (equation of the paper's section on training).
+    """
+    blocks = -(-queries.shape[0] // cfg.queries_at_once)
+    if queries.shape[0] % blocks:
+        raise InputError(f"queries ({queries.shape[0]}) must be a multiple of queries_at_once ({cfg.queries_at_once})")
+    soft_codes = jnp.swapaxes(hashing.soft_sign(hashing.hash_keys(params, keys, hash_cfg), gamma), 0, 1)
+    blocked = (
+        jax.random.split(key, blocks),
+        queries.reshape(blocks, -1, *queries.shape[1:]),
+        positions.reshape(blocks, -1),
+    )
+
+    @jax.checkpoint
+    def block_cost(params, soft_codes, block_queries, pairs):
+        weights = _query_side(params, block_queries, gamma, hash_cfg)
+        top, other = _sampled_scores(weights * cfg.beta, soft_codes, pairs)
+        cost = pair_cost(top, pairs.top_weights, other, pairs.is_other, jnp.float32(cfg.alpha))
+        is_pair = (pairs.top_weights > 0)[..., :, None] & pairs.is_other[..., None, :]
+        wrong = jnp.sum(is_pair & (top[..., :, None] < other[..., None, :]), dtype=jnp.float32)
+        return cost, wrong, jnp.sum(is_pair, dtype=jnp.float32)
+
+    def add_block(totals, block):
+        block_key, block_queries, block_positions = block
+        pairs = sample_pairs(block_key, block_queries, block_positions, keys, cfg)
+        sums = block_cost(params, soft_codes, block_queries, pairs)
+        return tuple(total + part for total, part in zip(totals, sums, strict=True)), None
+
+    zero = jnp.float32(0)
+    (cost, wrong, count), _ = jax.lax.scan(add_block, (zero, zero, zero), blocked)
+    count = jnp.maximum(count, 1)
+    return cost / count, wrong / count
