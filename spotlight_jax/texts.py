@@ -88,7 +88,7 @@ def _book(title: str) -> Callable[[bytes], list[str]]:
 
 def _play(content: bytes) -> list[str]:
     text = _decode(content).replace("**", "")
-    text = re.sub(r"^_(.*)_$", r"[\1]", text, flags=re.MULTILINE)  # stage directions
+    text = re.sub(r"^_([^_]+)_$", r"[\1]", text, flags=re.MULTILINE)  # stage directions
     return [re.sub(r"[ \t]+$|^#+ ", "", text, flags=re.MULTILINE)]
 
 

@@ -1,0 +1,322 @@
+"""Texts to token windows: tokenised once, held-out windows set apart, training order a function of the seed."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32
+
+from spotlight_jax import documents, texts
+from spotlight_jax.documents import Source
+from spotlight_jax.encoding import Encoder
+from spotlight_jax.errors import InputError
+
+_FULL_SHARE = 1_000_000  # integer weights, so that whose turn it is is exact, sum to about this
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which text to train on and which to keep for measuring."""
+
+    train: tuple[str, ...] = (documents.EMBEDDED,)
+    """Training text: .txt, .jsonl, .parquet or .npy (token ids) files, folders, globs, hub data sets
+    (hf:NAME[:CONFIG][:SPLIT]), or `embedded` (a mix that pip fetches)."""
+    held_out: tuple[str, ...] = ()
+    """Text to measure on, given in the same way; without it, windows spread over the training text are set aside."""
+    window: int = 2048
+    """Tokens in one window."""
+    held_out_windows: int = 8
+    """Windows to measure on."""
+    weights: tuple[float, ...] = ()
+    """Share of the windows for each training text, in the same order; without it, by size."""
+    text_column: str = "text"
+    """Key or column that holds the text in .jsonl, .parquet and hub data sets."""
+    seed: int = 0
+    """Seed of the training order; the held-out windows do not depend on it."""
+
+    def __post_init__(self) -> None:
+        if not self.train:
+            raise InputError("no training text is given; name a file, or 'embedded'")
+        if self.window < 2:
+            raise InputError(f"window must be at least 2 tokens, not {self.window}")
+        if self.held_out_windows < 0:
+            raise InputError(f"held_out_windows must not be negative, not {self.held_out_windows}")
+        if self.weights and len(self.weights) != len(self.train):
+            raise InputError(f"weights has {len(self.weights)} numbers for {len(self.train)} training texts")
+        if any(not 0 < weight < float("inf") for weight in self.weights):
+            raise InputError(f"weights must be positive, not {self.weights}")
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceSummary:
+    """What one training source holds, for the plan shown before a run."""
+
+    name: str
+    share: float  # of the training windows
+    tokens: int | None  # None: a stream, length unknown
+    train_windows: int | None
+
+
+def open_windows(
+    cfg: DataConfig, tokenizer: Any, vocab_size: int | None = None, progress: texts.Progress | None = None
+) -> Windows:
+    """Read, tokenise (once; later runs use the cache) and pack the text.
+
+    Args:
+      tokenizer: of `transformers` or `tokenizers`; None if every text is a `.npy` file.
+      vocab_size: the model's; ids in `.npy` files must be below it. Without it, the tokenizer's.
+      progress: called with what is being done, how much is done, and how much there is in all.
+    """
+    encoder = Encoder(tokenizer, vocab_size, progress)
+    train = documents.find_sources(cfg.train)
+    held_out = documents.find_sources(cfg.held_out)
+    for source in (*train, *held_out):
+        if source.text is not None:
+            texts.read_text(source.text, progress)
+    _refuse_repeats(train, held_out)
+    pools: list[_Local | _Stream] = [_open_source(source, cfg, encoder) for source in train]
+    weights = _integer_weights(train, pools, cfg.weights)
+    if held_out:
+        test_pools = [_open_source(source, cfg, encoder) for source in held_out]
+        test_weights = _integer_weights(held_out, test_pools, ())
+        kept = _set_aside(test_pools, test_weights, cfg, spare=0)
+    else:
+        kept = _set_aside(pools, weights, cfg, spare=1)
+    return Windows(cfg, pools, weights, kept)
+
+
+def _open_source(source: Source, cfg: DataConfig, encoder: Encoder) -> _Local | _Stream:
+    if source.hub is not None:
+        return _Stream(source, cfg, encoder)
+    hashes = documents.hash_source(source)
+    if source.files:  # a copy of a file could put its held-out windows into training
+        unique = dict(zip(reversed(hashes), reversed(source.files), strict=True))
+        hashes = tuple(dict.fromkeys(hashes))
+        source = dataclasses.replace(source, files=tuple(unique[digest] for digest in hashes))
+    identity = hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+    return _Local(source, encoder.load(source, hashes, cfg.text_column), identity, cfg)
+
+
+def _refuse_repeats(train: Sequence[Source], held_out: Sequence[Source]) -> None:
+    """The same file or data set twice would let training see held-out text."""
+    seen: dict[Any, str] = {}
+    for source in (*train, *held_out):
+        keys = [source.hub] if source.hub is not None else set(documents.hash_source(source))
+        for key in keys:
+            if key in seen:
+                raise InputError(f"'{source.name}' and '{seen[key]}' hold the same text; give each text once")
+        seen.update(dict.fromkeys(keys, source.name))
+
+
+def _integer_weights(sources: Sequence[Source], pools: Sequence[_Local | _Stream], given: Sequence[float]) -> list[int]:
+    """Each source's turns in a million: as given, else by its windows; a stream of unknown length as the largest."""
+    sizes = [0] * (1 + max(source.given for source in sources))
+    for source, pool in zip(sources, pools, strict=True):
+        sizes[source.given] += pool.train_windows or 0
+    largest = max(sizes) or 1
+    weights = list(given) or [size or largest for size in sizes]
+    total = sum(weights)
+    return [max(1, round(_FULL_SHARE * weights[source.given] * source.share / total)) for source in sources]
+
+
+def _set_aside(
+    pools: Sequence[_Local | _Stream], weights: Sequence[int], cfg: DataConfig, spare: int
+) -> Int32[np.ndarray, "windows window"]:
+    """Held-out windows from every source by its weight, taking turns, `spare` windows of each left over."""
+    left = [cfg.held_out_windows if pool.train_windows is None else pool.train_windows - spare for pool in pools]
+    if sum(left) < cfg.held_out_windows:
+        raise InputError(
+            f"the text gives {sum(left)} windows of {cfg.window} tokens to hold out, not {cfg.held_out_windows}; "
+            "give more text, a smaller window, or fewer held_out_windows"
+        )
+    turns = _Turns(weights)
+    order: list[int] = []
+    for _ in range(cfg.held_out_windows):
+        order.append(turns.take([count > 0 for count in left]))
+        left[order[-1]] -= 1
+    kept = [iter(pool.set_aside(order.count(index))) for index, pool in enumerate(pools)]
+    rows = [next(kept[index]) for index in order]
+    return np.stack(rows) if rows else np.zeros((0, cfg.window), np.int32)
+
+
+class Windows:
+    """Held-out windows, and training windows one after another without end."""
+
+    def __init__(
+        self, cfg: DataConfig, pools: Sequence[_Local | _Stream], weights: Sequence[int], held_out: np.ndarray
+    ) -> None:
+        self.held_out: Int32[np.ndarray, "windows window"] = held_out
+        self._pools = pools
+        self._turns = _Turns(weights)
+        total = sum(weights)
+        self.sources = tuple(
+            SourceSummary(pool.name, weight / total, pool.tokens, pool.train_windows)
+            for pool, weight in zip(pools, weights, strict=True)
+        )
+        identity = [[pool.identity for pool in pools], list(weights), cfg.window, cfg.seed, held_out.shape[0]]
+        self._fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+
+    def next(self) -> Int32[np.ndarray, " window"]:
+        """The next training window."""
+        return self._pools[self._turns.take()].take()
+
+    def state(self) -> dict[str, Any]:
+        """The position, as JSON; `restore` continues from it with the very windows that would have come."""
+        return {
+            "fingerprint": self._fingerprint,
+            "turns": list(self._turns.credits),
+            "sources": [pool.state() for pool in self._pools],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a position that `state` gave for the same text, window and seed."""
+        if state["fingerprint"] != self._fingerprint:
+            raise InputError(
+                "the saved position belongs to other text, weights, window or seed; resume with those of the first run"
+            )
+        self._turns.credits = list(state["turns"])
+        for pool, position in zip(self._pools, state["sources"], strict=True):
+            pool.restore(position)
+
+
+class _Turns:
+    """Whose turn it is: each source's share of any run of turns is within one turn of its weight."""
+
+    def __init__(self, weights: Sequence[int]) -> None:
+        self.weights = list(weights)
+        self.credits = [0] * len(weights)
+
+    def take(self, is_open: Sequence[bool] | None = None) -> int:
+        """The source that is furthest behind its share; only among those that are open, if given."""
+        able = [index for index in range(len(self.weights)) if is_open is None or is_open[index]]
+        for index in able:
+            self.credits[index] += self.weights[index]
+        turn = max(able, key=lambda index: (self.credits[index], -index))
+        self.credits[turn] -= sum(self.weights[index] for index in able)
+        return turn
+
+
+class _Local:
+    """Windows on a fixed grid over one source's tokens; each epoch visits every training one in a new order."""
+
+    def __init__(self, source: Source, tokens: np.ndarray, identity: str, cfg: DataConfig) -> None:
+        if len(tokens) < cfg.window:
+            raise InputError(
+                f"'{source.name}' holds {len(tokens)} tokens, fewer than one window of {cfg.window}; "
+                "give more text or a smaller window"
+            )
+        self.name = source.name
+        self.tokens: int | None = len(tokens)
+        self.identity = identity
+        self._ids = tokens
+        self._window = cfg.window
+        self._seed = (cfg.seed, int(identity[:15], 16))
+        self._grid = np.arange(len(tokens) // cfg.window)
+        self._drawn = 0
+        self._order: tuple[int, np.ndarray] | None = None
+
+    @property
+    def train_windows(self) -> int | None:
+        return len(self._grid)
+
+    def set_aside(self, count: int) -> list[np.ndarray]:
+        """Windows spread evenly over the source, which training then never sees."""
+        chosen = (2 * np.arange(count) + 1) * len(self._grid) // (2 * max(count, 1))
+        kept = [self._read(index) for index in self._grid[chosen]]
+        self._grid = np.delete(self._grid, chosen)
+        return kept
+
+    def take(self) -> np.ndarray:
+        epoch, position = divmod(self._drawn, len(self._grid))
+        if self._order is None or self._order[0] != epoch:
+            order = np.random.default_rng((*self._seed, epoch)).permutation(len(self._grid))
+            self._order = (epoch, order)
+        self._drawn += 1
+        return self._read(self._grid[self._order[1][position]])
+
+    def _read(self, index: int) -> np.ndarray:
+        return np.asarray(self._ids[index * self._window : (index + 1) * self._window]).astype(np.int32)
+
+    def state(self) -> dict[str, Any]:
+        return {"drawn": self._drawn}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._drawn = int(state["drawn"])
+
+
+class _Stream:
+    """Windows packed from a hub data set in its own order; it starts again when it ends."""
+
+    tokens: int | None = None
+    train_windows: int | None = None
+
+    def __init__(self, source: Source, cfg: DataConfig, encoder: Encoder) -> None:
+        assert source.hub is not None
+        self.name = source.name
+        self.identity = json.dumps(dataclasses.astuple(source.hub))
+        self._data = documents.open_stream(source.hub, cfg.text_column)
+        self._cfg = cfg
+        self._encoder = encoder
+        self._start = self._data.state_dict()
+        self._go_to(self._start)
+
+    def _go_to(self, position: dict[str, Any]) -> None:
+        self._data.load_state_dict(position)
+        self._rows = iter(self._data)
+        self._before = position  # where the document begins that the next token is in
+        self._ids = np.zeros(0, np.int32)
+        self._offset = 0
+
+    def _next_document(self) -> bool:
+        self._before = self._data.state_dict()
+        row = next(self._rows, None)
+        if row is None:
+            return False
+        text = row[self._cfg.text_column]
+        if not isinstance(text, str):
+            raise InputError(f"'{self.name}': '{self._cfg.text_column}' is not text but {type(text).__name__}")
+        self._ids = np.concatenate([np.zeros(0, np.int32), *self._encoder.encode([text])])
+        self._offset = 0
+        return True
+
+    def take(self) -> np.ndarray:
+        return self._read(may_repeat=True)
+
+    def _read(self, may_repeat: bool) -> np.ndarray:
+        pieces: list[np.ndarray] = []
+        missing = self._cfg.window
+        tokens_since_start = 1  # the first pass may begin at the very end of the data
+        while missing:
+            piece = self._ids[self._offset : self._offset + missing]
+            self._offset += len(piece)
+            missing -= len(piece)
+            tokens_since_start += len(piece)
+            pieces.append(piece)
+            if missing and not self._next_document():
+                if not (may_repeat and tokens_since_start):
+                    raise InputError(f"'{self.name}' is too short to hold out windows and train; hold out fewer")
+                self._go_to(self._start)
+                tokens_since_start = 0
+        return np.concatenate(pieces).astype(np.int32)
+
+    def set_aside(self, count: int) -> list[np.ndarray]:
+        """The first windows; training begins with the document after them."""
+        kept = [self._read(may_repeat=False) for _ in range(count)]
+        if count:
+            self._start = self._data.state_dict()
+            self._go_to(self._start)
+        return kept
+
+    def state(self) -> dict[str, Any]:
+        return {"before": self._before, "offset": self._offset}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._go_to(state["before"])
+        if state["offset"]:
+            self._next_document()
+            self._offset = int(state["offset"])
