@@ -1,0 +1,40 @@
+# Every command runs in .venv, which `make setup` creates and brings up to date when pyproject.toml changes.
+PYTHON ?= python3
+PRESET ?= demo
+
+.PHONY: setup demo test lint format parity clean
+setup: .venv/.installed
+
+demo: setup
+	.venv/bin/python -m train.layerwise --preset $(PRESET)
+
+test: setup
+	.venv/bin/python -m pytest
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+format: setup
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+
+# The Flax models against Hugging Face's, which need torch; in an environment of its own, so that no other test has it.
+parity: .venv-parity/.installed
+	.venv-parity/bin/python -m pytest tests/parity -m parity
+
+clean:
+	rm -rf .venv .venv-parity build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+.venv/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "spotlight-jax needs Python 3.11 or newer, and $(PYTHON) is older; try: make PYTHON=python3.12 setup" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+.venv-parity/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-parity
+	.venv-parity/bin/python -m pip install --quiet torch==2.13.0 --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,172 @@
+"""Commands: flags to a frozen dataclass, bad input to one line and exit code 2, and the `spotlight` command."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import importlib
+import importlib.util
+import io
+import os
+import re
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from spotlight_jax.errors import InputError
+
+Config = TypeVar("Config")
+
+# Command name, the module whose `command(args) -> int` runs it, and what it is for.
+_COMMANDS = (
+    ("train", "train.layerwise", "train the hash functions of a model"),
+    ("generate", "spotlight_jax.commands.generate", "continue a prompt, reading only the tokens that matter"),
+    ("chat", "spotlight_jax.commands.chat", "talk with a model"),
+    ("doctor", "spotlight_jax.commands.doctor", "check this machine and installation"),
+)
+
+
+def run(
+    main: Callable[[Config], object],
+    config_class: type[Config],
+    prog: str,
+    description: str,
+    args: Sequence[str] | None = None,
+) -> int:
+    """Parse flags into a config, call `main` with it, and return the exit code.
+
+    0: done; 2: the input cannot be used, which one line on stderr explains; 130: interrupted. Any other exception is
+    our bug and keeps its traceback. Flags and their help come from the config's fields and the docstrings under them.
+    """
+    try:
+        main(parse(config_class, prog, description, args))
+    except InputError as error:
+        return _fail(prog, str(error))
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse(config_class: type[Config], prog: str, description: str, args: Sequence[str] | None = None) -> Config:
+    """Flags to a config; raises InputError for bad ones, and SystemExit(0) after `--help`."""
+    import tyro  # not at the top: `spotlight --help` is instant without it
+
+    messages = io.StringIO()
+    given = list(sys.argv[1:] if args is None else args)
+    try:
+        with contextlib.redirect_stderr(messages):
+            cfg, unknown = tyro.cli(
+                config_class, prog=prog, description=description, args=given, return_unknown_args=True
+            )
+    except SystemExit as error:
+        if error.code in (None, 0):
+            raise
+        raise InputError(_explain(messages.getvalue())) from None
+    if unknown:
+        raise InputError(_explain_unknown(unknown[0], config_class))
+    return cfg
+
+
+def _fail(prog: str, message: str) -> int:
+    print(f"{prog}: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _explain(box: str) -> str:
+    """The message inside the box that tyro draws, on one line, with the nearest of the choices it names."""
+    blocks: list[list[str]] = [[]]
+    for line in box.splitlines():
+        inner = line.strip("│| \t")
+        if inner.startswith("╭") or not inner.strip("─-+╰╯"):
+            blocks.append([])
+        else:
+            blocks[-1].append(inner)
+    paragraphs = [" ".join(block) for block in blocks if block]
+    if "╭" not in box:  # drawn in plain ASCII: the title is a paragraph of its own
+        paragraphs = paragraphs[1:]
+    message = paragraphs[0] if paragraphs else "these flags cannot be used; see --help"
+    message = re.sub(r"^Error parsing ", "", message)
+    choice = re.match(r"invalid choice '(.*?)' .*Expected one of [(\[{](.*)[)\]}]", message)
+    if choice and (near := difflib.get_close_matches(choice[1], re.findall(r"'(.*?)'", choice[2]), n=1)):
+        message += f" Did you mean '{near[0]}'?"
+    return message
+
+
+def _explain_unknown(argument: str, config_class: type) -> str:
+    if not argument.startswith("-"):
+        return f"'{argument}' follows no flag; see --help"
+    flag = argument.partition("=")[0].replace("_", "-")
+    near = difflib.get_close_matches(flag, [*_flags(config_class, "--"), "--help"], n=1)
+    return f"unknown flag '{argument}'; " + (f"did you mean '{near[0]}'?" if near else "see --help")
+
+
+def _flags(config_class: type, prefix: str) -> list[str]:
+    kinds = typing.get_type_hints(config_class)
+    flags = []
+    for field in dataclasses.fields(config_class):
+        name = prefix + field.name.replace("_", "-")
+        kind: Any = kinds[field.name]
+        flags += _flags(kind, f"{name}.") if dataclasses.is_dataclass(kind) and isinstance(kind, type) else [name]
+        if kind is bool:
+            flags.append(name.replace("--", "--no-", 1) if "." not in name else name.replace(".", ".no-", 1))
+    return flags
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """The `spotlight` command: one word chooses what to do, its module is imported only then."""
+    given = list(sys.argv[1:] if args is None else args)
+    commands = {name: (module, text) for name, module, text in _COMMANDS if _exists(module)}
+    commands |= {f"eval {name}": (f"eval.{name}", text) for name, text in _evaluations()}
+    if not given or given[0] in ("-h", "--help", "help"):
+        print(_usage(commands))
+        return 0
+    if given[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("spotlight-jax"))
+        return 0
+    words = 2 if given[0] == "eval" else 1
+    name = " ".join(given[:words])
+    if name not in commands:
+        near = difflib.get_close_matches(name, commands, n=1, cutoff=0.5)
+        hint = f"did you mean '{near[0]}'?" if near else "there are: " + ", ".join(commands)
+        return _fail("spotlight", f"there is no command '{name}'; {hint}")
+    return importlib.import_module(commands[name][0]).command(given[words:])
+
+
+def _usage(commands: dict[str, tuple[str, str]]) -> str:
+    width = max((len(name) for name in commands), default=0)
+    lines = [f"  {name:{width}}  {text}" for name, (_, text) in commands.items()]
+    head = "usage: spotlight COMMAND [flags]\n\nLong-context decoding that reads only the cached tokens that matter.\n"
+    return "\n".join([head, "commands:", *lines, "", "spotlight COMMAND --help explains a command's flags."])
+
+
+def _exists(module: str) -> bool:
+    """Whether the module is there and is a command; it is not imported, since JAX takes seconds."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        return False
+    return spec is not None and spec.origin is not None and "\ndef command(" in Path(spec.origin).read_text()
+
+
+def _evaluations() -> list[tuple[str, str]]:
+    """Every command in `eval/` with the first line of its docstring."""
+    spec = importlib.util.find_spec("eval")
+    folders = list(spec.submodule_search_locations or ()) if spec is not None else []
+    names = sorted(Path(file).stem for folder in folders for file in os.listdir(folder) if file.endswith(".py"))
+    found = []
+    for name in names:
+        if _exists(f"eval.{name}"):
+            source = Path(importlib.util.find_spec(f"eval.{name}").origin).read_text()  # type: ignore[union-attr,arg-type]
+            head = re.match(r'\s*[rR]?"""(.*?)(?:"""|\n)', source)
+            found.append((name, head[1] if head else ""))
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,29 @@
+"""What every test runs under: shapes checked at run time, no silent broadcasting, compiled programs kept."""
+
+from jaxtyping import install_import_hook
+
+# Before anything of ours is imported: jaxtyping's annotations are then checked with beartype at each call.
+install_import_hook(["spotlight_jax", "train", "eval"], "beartype.beartype")
+
+import hypothesis
+import jax
+import pytest
+
+from spotlight_jax import texts
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# Compiled test programs outlive the run, which makes the next one faster.
+jax.config.update("jax_compilation_cache_dir", str(texts.cache_dir() / "compiled-tests"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+# Two busy cores make any deadline flaky; the same examples every time make a failure everybody's.
+hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=50)
+hypothesis.settings.load_profile("default")
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """An empty cache folder for one test."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("SPOTLIGHT_CACHE", str(folder))
+    return folder

@@ -1,0 +1,130 @@
+import dataclasses
+import subprocess
+import sys
+import time
+from typing import Literal
+
+import pytest
+
+from spotlight_jax import cli
+from spotlight_jax.data import DataConfig
+from spotlight_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class _Config:
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    mode: Literal["stream", "store"] = "stream"
+    """Where hidden states live."""
+    resume: bool = False
+    """Continue the run in the folder."""
+
+
+def _run(*args: str, main=lambda cfg: None) -> int:
+    return cli.run(main, _Config, "spotlight test", "A test.", list(args))
+
+
+def test_flags_reach_the_config():
+    seen = []
+    assert _run("--data.window", "64", "--mode", "store", "--data.train", "a.txt", "b.txt", main=seen.append) == 0
+    assert seen == [_Config(DataConfig(train=("a.txt", "b.txt"), window=64), "store")]
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["--data.windw", "3"], "unknown flag '--data.windw'; did you mean '--data.window'?"),
+        (["--resum"], "unknown flag '--resum'; did you mean '--resume'?"),
+        (["--mode", "strem"], "Did you mean 'stream'?"),
+        (["--data.window", "many"], "'many'"),
+        (["--data.window"], "--data.window"),
+        (["--data.window", "1"], "window must be at least 2 tokens, not 1"),
+        (["book.txt"], "'book.txt' follows no flag"),
+    ],
+)
+def test_bad_flags_get_one_line_and_exit_code_2(args, told, capsys):
+    assert _run(*args) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1 and err.startswith("spotlight test: ") and told in err
+    assert "│" not in err and "──" not in err
+
+
+def test_bad_input_gets_one_line_and_exit_code_2(capsys):
+    def main(cfg):
+        raise InputError("no such file:\n'x.txt'")
+
+    assert _run(main=main) == 2
+    assert capsys.readouterr().err == "spotlight test: no such file: 'x.txt'\n"
+
+
+def test_interrupting_exits_with_130(capsys):
+    def main(cfg):
+        raise KeyboardInterrupt
+
+    assert _run(main=main) == 130
+    assert capsys.readouterr().err == "spotlight test: interrupted\n"
+
+
+def test_our_own_bugs_keep_their_traceback():
+    def main(cfg):
+        raise ValueError("a bug")
+
+    with pytest.raises(ValueError, match="a bug"):
+        _run(main=main)
+
+
+def test_help_explains_every_field(capsys):
+    with pytest.raises(SystemExit) as stop:
+        _run("--help")
+    assert stop.value.code in (None, 0)
+    text = capsys.readouterr().out
+    for flag in ("--data.train", "--data.held-out", "--data.window", "--mode", "--resume"):
+        assert flag in text
+    assert "Where hidden states live." in text and "Tokens in one window." in text
+
+
+def _spotlight(*args: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "spotlight_jax.cli", *args]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_command_lists_its_subcommands_without_importing_jax():
+    begin = time.monotonic()
+    done = _spotlight("--help")
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith("usage: spotlight")
+    assert time.monotonic() - begin < 2  # alone it takes a tenth of a second; JAX alone would take more
+    code = "import sys; from spotlight_jax import cli; cli.main(['--help']); sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=False).returncode == 0
+
+
+def test_an_unknown_command_gets_one_line_and_exit_code_2():
+    done = _spotlight("trian")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "there is no command 'trian'" in done.stderr
+
+
+def test_a_command_is_imported_only_when_it_is_called(tmp_path, monkeypatch, capsys):
+    (tmp_path / "slow_command.py").write_text(
+        "import sys\n\n\ndef command(args):\n    print(args)\n    return 7\n", encoding="utf-8"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(cli, "_COMMANDS", (("slow", "slow_command", "takes its time"), ("gone", "not.there", "")))
+    assert cli.main([]) == 0
+    assert "  slow  takes its time\n" in capsys.readouterr().out
+    assert "slow_command" not in sys.modules
+    assert cli.main(["slow", "--deep", "1"]) == 7
+    assert capsys.readouterr().out == "['--deep', '1']\n"
+    assert cli.main(["slo"]) == 2
+    assert "did you mean 'slow'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        "╭─ Value error ───╮\n│ Error parsing -x: not a │\n│ number │\n│ ────── │\n│ Argument helptext: │\n╰─────╯\n",
+        " Value error  \n ------------ \n Error parsing -x: not a \n number \n ---- \n Argument helptext: \n",
+    ],
+)
+def test_the_message_comes_out_of_either_box(box):
+    assert cli._explain(box) == "-x: not a number"
