@@ -1,0 +1,107 @@
+"""What decoding remembers: keys, values and codes of each layer, appended in place.
+
+Arrays are allocated once for a bucketed length and only ever written by slice updates, so that a jitted step which is
+given its cache to keep (donated, or carried by a loop) writes the new rows where they belong and copies nothing.
+"""
+
+import math
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int32, UInt32
+
+SMALLEST_BUCKET = 256
+STEPS_PER_DOUBLING = 4  # buckets grow by at most 25 %: fewer would waste memory, more would recompile
+LANES = 128
+
+
+@flax.struct.dataclass
+class LayerCache:
+    """One layer's cached tokens; slots past a sequence's length hold anything."""
+
+    keys: Float[Array, "batch max_len kv_heads head_dim"]  # after RoPE
+    values: Float[Array, "batch max_len kv_heads head_dim"]
+    codes: UInt32[Array, "batch code_heads words max_len"] | None  # None: the layer is always read densely
+
+
+@flax.struct.dataclass
+class Cache:
+    """All layers, and how many slots each sequence has filled."""
+
+    layers: tuple[LayerCache, ...]
+    lengths: Int32[Array, "batch"]
+
+    @property
+    def max_len(self) -> int:
+        """Slots allocated for each sequence."""
+        return self.layers[0].keys.shape[1]
+
+
+def bucket_length(tokens: int) -> int:
+    """The allocated length for `tokens`: at most a quarter more, a multiple of 128, one of four sizes per doubling."""
+    if tokens <= SMALLEST_BUCKET:
+        return SMALLEST_BUCKET
+    step = max(2 ** math.floor(math.log2(tokens - 1)) // STEPS_PER_DOUBLING, LANES)
+    return -(-tokens // step) * step
+
+
+def empty_layer(
+    batch: int, max_len: int, kv_heads: int, head_dim: int, dtype: jnp.dtype, code_shape: tuple[int, int] | None
+) -> LayerCache:
+    """An unfilled layer.
+
+    Args:
+        code_shape: (code_heads, words), or None for a layer without codes.
+    """
+    shape = (batch, max_len, kv_heads, head_dim)
+    codes = None if code_shape is None else jnp.zeros((batch, *code_shape, max_len), jnp.uint32)
+    return LayerCache(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype), codes=codes)
+
+
+def _write(cached: Array, new: Array, starts: Int32[Array, "batch"], axis: int) -> Array:
+    """Write each sequence's new rows from its own start on; `axis` is the axis of positions."""
+    if cached.shape[0] == 1:
+        return lax.dynamic_update_slice_in_dim(cached, new, starts[0], axis)
+    return jax.vmap(lambda old, rows, start: lax.dynamic_update_slice_in_dim(old, rows, start, axis - 1))(
+        cached, new, starts
+    )
+
+
+def append(
+    layer: LayerCache,
+    keys: Float[Array, "batch q_len kv_heads head_dim"],
+    values: Float[Array, "batch q_len kv_heads head_dim"],
+    codes: UInt32[Array, "batch code_heads words q_len"] | None,
+    starts: Int32[Array, "batch"],
+) -> LayerCache:
+    """The layer with new tokens at positions starts ... starts + q_len of each sequence.
+
+    The caller keeps starts + q_len within the allocated length: a write that does not fit would be moved to the left.
+    """
+    return LayerCache(
+        keys=_write(layer.keys, keys.astype(layer.keys.dtype), starts, axis=1),
+        values=_write(layer.values, values.astype(layer.values.dtype), starts, axis=1),
+        codes=layer.codes if layer.codes is None or codes is None else _write(layer.codes, codes, starts, axis=3),
+    )
+
+
+def grow(cache: Cache, max_len: int) -> Cache:
+    """The cache with room for `max_len` tokens; copies once."""
+    extra = max_len - cache.max_len
+    if extra <= 0:
+        return cache
+
+    def widen(array: Array, axis: int) -> Array:
+        return jnp.pad(array, [(0, extra if place == axis else 0) for place in range(array.ndim)])
+
+    layers = tuple(
+        LayerCache(
+            keys=widen(layer.keys, 1),
+            values=widen(layer.values, 1),
+            codes=None if layer.codes is None else widen(layer.codes, 3),
+        )
+        for layer in cache.layers
+    )
+    return Cache(layers=layers, lengths=cache.lengths)

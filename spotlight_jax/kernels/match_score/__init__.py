@@ -1,0 +1,59 @@
+"""Scores of cached tokens: sum_b weight_b * bit_b over packed binary codes, exact integers."""
+
+import functools
+from typing import Literal
+
+from jaxtyping import Array, Int32, UInt32
+
+from spotlight_jax.errors import InputError
+from spotlight_jax.kernels.match_score.bit_planes import match_score_bit_planes
+from spotlight_jax.kernels.match_score.matmul import match_score_matmul
+from spotlight_jax.kernels.match_score.reference import match_score_reference
+
+__all__ = ["MatchScoreImpl", "choose_impl", "match_score", "score_range"]
+
+MatchScoreImpl = Literal["auto", "reference", "bit_planes", "matmul"]
+
+MATMUL_QUERIES = 16  # from here on unpacking every code once is cheaper than counting bits once per query
+
+
+def choose_impl(q_len: int) -> MatchScoreImpl:
+    """The implementation `auto` takes: bits are counted for a few queries, multiplied for many."""
+    return "matmul" if q_len >= MATMUL_QUERIES else "bit_planes"
+
+
+def score_range(code_bits: int, weight_bits: int) -> tuple[int, int]:
+    """Least and greatest score of a code of `code_bits` bits: static bounds that shorten the search for the cut."""
+    least, greatest = (-1, 1) if weight_bits == 1 else (-(2 ** (weight_bits - 1)), 2 ** (weight_bits - 1) - 1)
+    return least * code_bits, greatest * code_bits
+
+
+def match_score(
+    codes: UInt32[Array, "batch code_heads words kv_len"],
+    weights: Int32[Array, "batch q_len heads code_bits"],
+    weight_bits: int,
+    impl: MatchScoreImpl = "auto",
+) -> Int32[Array, "batch q_len heads kv_len"]:
+    """score[b, t, h, s] = sum over bits c of weights[b, t, h, c] * bit c of codes[b, h // (heads // code_heads), :, s].
+
+    Args:
+        codes: word-major packed codes; bit c of a code is bit c % 32 of word c // 32.
+        weights: the query side, one row per selecting head (a query head, or a KV head whose group was summed).
+        weight_bits: 1 where every weight is +1 or -1 (the score then ranks tokens as the paper's popcount(XNOR) does);
+            otherwise the two's complement bits that hold every weight, 8 for int8.
+        impl: `auto` chooses by q_len; a named implementation runs or raises.
+
+    Raises: InputError where heads is no multiple of code_heads or the code widths differ.
+    """
+    batch, code_heads, words, _ = codes.shape
+    if weights.shape[0] != batch or weights.shape[2] % code_heads or weights.shape[3] != 32 * words:
+        raise InputError(
+            f"codes {codes.shape} and weights {weights.shape} do not fit: batch must be equal, heads a multiple of "
+            f"code_heads ({code_heads}) and code_bits 32 x words ({32 * words})"
+        )
+    backends = {
+        "reference": match_score_reference,
+        "bit_planes": functools.partial(match_score_bit_planes, weight_bits=weight_bits),
+        "matmul": match_score_matmul,
+    }
+    return backends[choose_impl(weights.shape[1]) if impl == "auto" else impl](codes, weights)

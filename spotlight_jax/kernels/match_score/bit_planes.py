@@ -1,0 +1,57 @@
+"""Match scores by counting bits: the weights are cut into bit planes packed like the codes.
+
+With weights in two's complement, w = sum_p 2^p w_p - 2^(P-1) w_(P-1), so
+
+    sum_b w_b k_b = sum_p 2^p popcount(k & plane_p) - 2^(P-1) popcount(k & plane_(P-1)):
+
+P and-popcounts a word, whatever the size of the group. Weights of +-1 need a single one, because with the plane q of
+positive weights sum_b w_b k_b = popcount(q & k) - popcount(~q & k) = popcount(q) - popcount(q ^ k).
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int32, UInt32
+
+WORD_BITS = 32
+
+
+def pack_plane(bits: Int32[Array, "*batch code_bits"]) -> UInt32[Array, "*batch words"]:
+    """0 or 1 per bit to words, least significant bit first."""
+    words = bits.astype(jnp.uint32).reshape(*bits.shape[:-1], -1, WORD_BITS)
+    places = jnp.arange(WORD_BITS, dtype=jnp.uint32).reshape((1,) * (words.ndim - 1) + (WORD_BITS,))
+    return jnp.sum(words << places, axis=-1, dtype=jnp.uint32)
+
+
+def _count(words: UInt32[Array, "*shape"]) -> Int32[Array, "*shape"]:
+    """Bits set in each word."""
+    return lax.population_count(words).astype(jnp.int32)
+
+
+def match_score_bit_planes(
+    codes: UInt32[Array, "batch code_heads words kv_len"],
+    weights: Int32[Array, "batch q_len heads code_bits"],
+    weight_bits: int,
+) -> Int32[Array, "batch q_len heads kv_len"]:
+    """`match_score` without unpacking a code: one fused pass over the packed words."""
+    batch, q_len, heads, _ = weights.shape
+    code_heads, words = codes.shape[1:3]
+    grouped = weights.reshape(batch, q_len, code_heads, heads // code_heads, -1)
+
+    def matches(plane, combine):  # words are few: adding them one by one keeps the whole op one elementwise loop
+        total = None
+        for word in range(words):
+            count = _count(combine(codes[:, None, :, None, word, :], plane[..., word, None]))
+            total = count if total is None else total + count
+        return total
+
+    if weight_bits == 1:
+        plane = pack_plane((grouped > 0).astype(jnp.int32))
+        scores = jnp.sum(_count(plane), axis=-1)[..., None] - matches(plane, jnp.bitwise_xor)
+    else:
+        scores = None
+        for place in range(weight_bits):
+            counts = matches(pack_plane((grouped >> place) & 1), jnp.bitwise_and) << place
+            if place == weight_bits - 1:
+                counts = -counts
+            scores = counts if scores is None else scores + counts
+    return scores.reshape(batch, q_len, heads, -1)

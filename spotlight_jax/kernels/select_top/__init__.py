@@ -1,0 +1,72 @@
+"""Exact top-budget selection by counting, never sorting: highest ranks, newest first among equals."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int32, UInt32
+
+from spotlight_jax.errors import InputError
+from spotlight_jax.kernels.select_top.counting import compact_mask, find_cut
+from spotlight_jax.kernels.select_top.reference import select_top_reference
+
+__all__ = ["SelectTopImpl", "mask_top", "select_top"]
+
+SelectTopImpl = Literal["auto", "reference", "counting"]
+
+WORD_BITS = 32
+
+
+def _digit_bits() -> int:
+    """Bits of the cut found per pass: more comparisons a pass pay where a pass costs a kernel launch."""
+    return 1 if jax.default_backend() == "cpu" else 2
+
+
+def _check(ranks: UInt32[Array, "*rows kv_len"], budgets: Int32[Array, "*rows"], rank_bits: int) -> None:
+    """Refuse shapes that do not fit and widths that cannot be searched."""
+    if budgets.shape != ranks.shape[:-1]:
+        raise InputError(f"ranks {ranks.shape} need one budget per row, got budgets {budgets.shape}")
+    if not 1 <= rank_bits <= WORD_BITS:
+        raise InputError(f"rank_bits is {rank_bits}; ranks are uint32, so give 1 to {WORD_BITS}")
+
+
+def _pad(ranks: UInt32[Array, "*rows kv_len"]) -> UInt32[Array, "*rows padded"]:
+    """Fill up the last word of the packed mask with positions that are never chosen."""
+    missing = -ranks.shape[-1] % WORD_BITS
+    return jnp.pad(ranks, [(0, 0)] * (ranks.ndim - 1) + [(0, missing)]) if missing else ranks
+
+
+def select_top(
+    ranks: UInt32[Array, "*rows kv_len"],
+    budgets: Int32[Array, "*rows"],
+    max_budget: int,
+    rank_bits: int = WORD_BITS,
+    impl: SelectTopImpl = "auto",
+) -> tuple[Int32[Array, "*rows max_budget"], Bool[Array, "*rows max_budget"]]:
+    """Positions of the `budgets` highest ranks of each row.
+
+    Args:
+        ranks: a position of rank 0 is never chosen; equal ranks go to the newest (largest) position.
+        budgets: how many to choose in each row, at most max_budget; a row with fewer ranks above 0 gives them all.
+        max_budget: static width of the result.
+        rank_bits: ranks are below 2^rank_bits; fewer bits mean fewer passes.
+
+    Returns: positions in ascending order, real ones first, and which are real; the others are 0.
+    """
+    _check(ranks, budgets, rank_bits)
+    if impl == "reference":
+        return select_top_reference(ranks, budgets, max_budget)
+    ranks = _pad(ranks)
+    cut = find_cut(ranks, budgets, rank_bits, _digit_bits())
+    return compact_mask(cut, budgets, max_budget)
+
+
+def mask_top(
+    ranks: UInt32[Array, "*rows kv_len"], budgets: Int32[Array, "*rows"], rank_bits: int = WORD_BITS
+) -> Bool[Array, "*rows kv_len"]:
+    """The same choice as `select_top`, from the same cut, as a mask: for many queries at once, each with its budget."""
+    _check(ranks, budgets, rank_bits)
+    cut = find_cut(_pad(ranks), budgets, rank_bits, _digit_bits())
+    positions = jnp.arange(ranks.shape[-1], dtype=jnp.int32).reshape((1,) * (ranks.ndim - 1) + (-1,))
+    is_tie = ranks == cut.threshold[..., None]
+    return (ranks > cut.threshold[..., None]) | (is_tie & (positions >= cut.oldest[..., None]))

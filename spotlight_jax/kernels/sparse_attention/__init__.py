@@ -1,0 +1,40 @@
+"""Attention of one new token over selected cache rows."""
+
+from typing import Literal
+
+from jaxtyping import Array, Bool, Float, Int32
+
+from spotlight_jax.errors import InputError
+from spotlight_jax.kernels.sparse_attention.gather import sparse_attention_gather
+from spotlight_jax.kernels.sparse_attention.reference import sparse_attention_reference
+
+__all__ = ["SparseAttentionImpl", "sparse_attention"]
+
+SparseAttentionImpl = Literal["auto", "reference", "gather"]
+
+
+def sparse_attention(
+    queries: Float[Array, "batch q_heads head_dim"],
+    keys: Float[Array, "batch max_len kv_heads head_dim"],
+    values: Float[Array, "batch max_len kv_heads head_dim"],
+    indices: Int32[Array, "batch heads budget"],
+    is_real: Bool[Array, "batch heads budget"],
+    impl: SparseAttentionImpl = "auto",
+) -> Float[Array, "batch q_heads head_dim"]:
+    """Softmax attention over the rows `indices` names, scores divided by sqrt(head_dim), accumulated in float32.
+
+    Args:
+        indices: one selection per KV head (heads = kv_heads) or per query head (heads = q_heads), each position once.
+        is_real: False slots are not read; at least one slot of each row is real.
+
+    Raises: InputError where heads is neither.
+    """
+    q_heads, kv_heads = queries.shape[1], keys.shape[2]
+    if indices.shape[1] not in (q_heads, kv_heads) or q_heads % kv_heads:
+        raise InputError(
+            f"indices {indices.shape} need one row per KV head ({kv_heads}) or per query head ({q_heads}), "
+            "and q_heads must be a multiple of kv_heads"
+        )
+    backends = {"auto": sparse_attention_gather, "gather": sparse_attention_gather}
+    backends["reference"] = sparse_attention_reference
+    return backends[impl](queries, keys, values, indices, is_real)

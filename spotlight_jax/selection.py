@@ -1,0 +1,181 @@
+"""Which cached tokens one query reads: its budget, the tokens it always reads, and the choice of the rest.
+
+One rule for decoding and for teacher-forced evaluation: both rank the tokens here and cut them by counting
+(`kernels/select_top`), so that they select the same tokens.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Int32, UInt32
+
+from spotlight_jax.errors import InputError
+from spotlight_jax.kernels.select_top import mask_top, select_top
+
+SHARE_STEPS = 1_000_000  # `keep` counts in millionths, so that its budget is the same integer everywhere
+THOUSAND = 1_000
+LONGEST = 2_000_000  # tokens; above it the budget's integers would pass 32 bits
+# Shortest cache, in tokens times batch, that a sparse step reads faster than a dense one; measured, docs/performance.md
+CROSSOVER = {"cpu": 2_048, "gpu": 65_536}
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectionConfig:
+    """How many cached tokens one decoding step reads, and which it always reads."""
+
+    keep: float = 0.02
+    """Share of a sequence's tokens each query reads: n - int((1 - keep) * n), the paper's rule; in (0, 1]."""
+    budget: int | None = None
+    """A fixed number of tokens instead of a share."""
+    min_tokens: int = 20
+    """The least a share gives."""
+    sink_tokens: int = 0
+    """First tokens of a sequence that are always read; counted in the budget."""
+    recent_tokens: int = 0
+    """Newest tokens that are always read, the query's own included; counted in the budget."""
+    per: Literal["kv_head", "query_head"] = "kv_head"
+    """One selection for all query heads that share a KV head, or one per query head."""
+    dense_layers: tuple[int, ...] = (0, 1)
+    """Layers that read everything."""
+    min_context: int | Literal["auto"] = "auto"
+    """Sequences shorter than this are read densely; `auto`: from where a sparse step was measured to be faster."""
+
+    def __post_init__(self) -> None:
+        """Refuse what selects nothing or more than there is."""
+        if not 1 / SHARE_STEPS <= self.keep <= 1:
+            raise InputError(f"keep is {self.keep}; give a share above 0 (at least {1 / SHARE_STEPS}) and at most 1")
+        if self.budget is not None and self.budget < 1:
+            raise InputError(f"budget is {self.budget}; give at least 1 token")
+        for name in ("min_tokens", "sink_tokens", "recent_tokens"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} is {getattr(self, name)}; give 0 or more")
+        if self.budget is not None and self.budget < self.always_read:
+            raise InputError(
+                f"budget {self.budget} cannot hold {self.sink_tokens} sink and {self.recent_tokens} recent tokens"
+            )
+        if self.min_context != "auto" and self.min_context < 0:
+            raise InputError(f"min_context is {self.min_context}; give 'auto' or 0 or more")
+        if any(layer < 0 for layer in self.dense_layers):
+            raise InputError(f"dense_layers are {self.dense_layers}; count layers from 0")
+
+    @property
+    def always_read(self) -> int:
+        """Tokens read whatever their score: sinks and recent ones, and the query's own."""
+        return self.sink_tokens + max(self.recent_tokens, 1)
+
+
+def budget_of(lengths: Int[Array, "*rows"] | int, cfg: SelectionConfig) -> Int32[Array, "*rows"]:
+    """Tokens read out of `lengths`: a share or a fixed number, never less than is always read, never more than exist.
+
+    The share is n - floor((1 - keep) n) in whole millionths: exact for every n up to 2,000,000, on any device.
+    """
+    lengths = jnp.asarray(lengths, jnp.int32)
+    if cfg.budget is not None:
+        wanted = jnp.full(lengths.shape, cfg.budget, jnp.int32)
+    else:
+        dropped_share = SHARE_STEPS - round(cfg.keep * SHARE_STEPS)
+        whole, rest = divmod(dropped_share, THOUSAND)  # in two steps, because n * dropped_share passes 32 bits
+        dropped = (lengths * whole + lengths * rest // THOUSAND) // THOUSAND
+        wanted = jnp.maximum(lengths - dropped, max(cfg.min_tokens, cfg.always_read))
+    return jnp.minimum(wanted, lengths)
+
+
+def max_budget(max_len: int, cfg: SelectionConfig) -> int:
+    """The largest budget of a cache of `max_len` slots: the static width of a selection."""
+    if max_len > LONGEST:
+        raise InputError(f"a cache of {max_len} tokens is longer than the {LONGEST} that budgets are exact for")
+    with jax.ensure_compile_time_eval():
+        return int(budget_of(max_len, cfg))
+
+
+def sparse_from(cfg: SelectionConfig, batch: int, platform: str) -> int:
+    """Least length of a sequence that is read sparsely: where the budget leaves tokens out and reading fewer pays.
+
+    Args:
+        platform: of the device, as JAX names it ("cpu", "gpu"); one that was never measured counts as a GPU.
+    """
+    if cfg.budget is None and cfg.keep == 1:
+        return LONGEST + 1
+    measured = CROSSOVER.get(platform, CROSSOVER["gpu"]) // batch
+    shortest = measured if cfg.min_context == "auto" else cfg.min_context
+    everything = cfg.budget if cfg.budget is not None else max(cfg.min_tokens, cfg.always_read)
+    return max(shortest, everything + 1)
+
+
+def _place_floats(scores: Float[Array, "*rows kv_len"]) -> UInt32[Array, "*rows kv_len"]:
+    """Floats to integers in the same order; neither 0 nor the largest word is any number's."""
+    bits = jax.lax.bitcast_convert_type(scores.astype(jnp.float32) + 0.0, jnp.uint32)  # + 0.0: -0.0 ties with 0.0
+    sign = jnp.uint32(0x80000000)
+    return jnp.where(bits >= sign, ~bits, bits | sign)
+
+
+def rank_tokens(
+    scores: Int32[Array, "*rows kv_len"] | Float[Array, "*rows kv_len"],
+    lengths: Int32[Array, "*rows"],
+    cfg: SelectionConfig,
+    score_range: tuple[int, int] | None = None,
+) -> tuple[UInt32[Array, "*rows kv_len"], int]:
+    """Ranks to select by: 0 for slots past each row's length, the highest for tokens that are always read.
+
+    Args:
+        score_range: least and greatest integer score; not used for floats, whose order is kept exactly.
+
+    Returns: the ranks, and how many bits hold them.
+    """
+    if jnp.issubdtype(scores.dtype, jnp.floating):
+        ranks, always, rank_bits = _place_floats(scores), 0xFFFFFFFF, 32
+    else:
+        if score_range is None:
+            raise InputError("integer scores need a score_range")
+        least, greatest = score_range
+        always = greatest - least + 2
+        rank_bits = always.bit_length()
+        ranks = (scores - least + 1).astype(jnp.uint32)
+    positions = jnp.arange(scores.shape[-1], dtype=jnp.int32).reshape((1,) * (scores.ndim - 1) + (-1,))
+    ends = lengths[..., None]
+    is_always_read = (positions < cfg.sink_tokens) | (positions >= ends - max(cfg.recent_tokens, 1))
+    ranks = jnp.where(is_always_read, jnp.uint32(always), ranks)
+    return jnp.where(positions < ends, ranks, jnp.uint32(0)), rank_bits
+
+
+def select_tokens(
+    scores: Int32[Array, "batch heads max_len"] | Float[Array, "batch heads max_len"],
+    lengths: Int32[Array, "batch"],
+    cfg: SelectionConfig,
+    score_range: tuple[int, int] | None = None,
+) -> tuple[Int32[Array, "batch heads budget"], Bool[Array, "batch heads budget"]]:
+    """Positions the newest token of each sequence reads: highest scores, newest first among equals, itself always.
+
+    Args:
+        lengths: filled slots, the newest token's included; each sequence's budget comes from its own.
+        score_range: least and greatest score, where scores are integers.
+
+    Returns: positions in ascending order, and whether each is real (False where a sequence's budget is smaller than
+        the cache's largest); positions that are not real are 0.
+    """
+    rows = jnp.broadcast_to(lengths[:, None], scores.shape[:2])
+    ranks, rank_bits = rank_tokens(scores, rows, cfg, score_range)
+    return select_top(ranks, budget_of(rows, cfg), max_budget(scores.shape[-1], cfg), rank_bits)
+
+
+def select_mask(
+    scores: Int32[Array, "batch q_len heads kv_len"] | Float[Array, "batch q_len heads kv_len"],
+    positions: Int32[Array, "batch q_len"],
+    cfg: SelectionConfig,
+    score_range: tuple[int, int] | None = None,
+    total_length: Int32[Array, "batch"] | None = None,
+) -> Bool[Array, "batch q_len heads kv_len"]:
+    """What `select_tokens` gives at each of many steps at once: teacher-forced evaluation.
+
+    Args:
+        positions: of the queries; a query reads from positions up to its own, and its budget comes from that prefix.
+        score_range: least and greatest score, where scores are integers.
+        total_length: if given, every query's budget comes from this length instead (the paper's evaluation, which
+            makes the first queries dense); which positions it may read does not change.
+    """
+    rows = jnp.broadcast_to(positions[:, :, None] + 1, scores.shape[:3])
+    ranks, rank_bits = rank_tokens(scores, rows, cfg, score_range)
+    counted = rows if total_length is None else jnp.broadcast_to(total_length[:, None, None], rows.shape)
+    return mask_top(ranks, jnp.minimum(budget_of(counted, cfg), rows), rank_bits)

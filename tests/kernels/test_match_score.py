@@ -1,0 +1,118 @@
+"""match_score: sums of weights over packed codes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spotlight_jax.errors import InputError
+from spotlight_jax.kernels.match_score import match_score, score_range
+from spotlight_jax.kernels.match_score.cases import CASES
+
+BATCH, CODE_HEADS, WORDS, KV_LEN = 2, 3, 4, 40
+
+
+def draw_codes(rng, batch=BATCH, code_heads=CODE_HEADS, words=WORDS, kv_len=KV_LEN):
+    return rng.integers(0, 2**32, (batch, code_heads, words, kv_len), dtype=np.uint32)
+
+
+def draw_weights(rng, shape, weight_bits):
+    if weight_bits == 1:
+        return (rng.integers(0, 2, shape) * 2 - 1).astype(np.int32)
+    return rng.integers(-(2 ** (weight_bits - 1)), 2 ** (weight_bits - 1), shape).astype(np.int32)
+
+
+def scores_by_numpy(codes, weights):
+    """Bit by bit with Python's own shifts; nothing shared with the op."""
+    batch, code_heads, words, kv_len = codes.shape
+    _, q_len, heads, _ = weights.shape
+    out = np.zeros((batch, q_len, heads, kv_len), np.int64)
+    for head in range(heads):
+        code = codes[:, head // (heads // code_heads)].astype(np.int64)
+        for bit in range(32 * words):
+            is_set = (code[:, bit // 32] >> (bit % 32)) & 1
+            out[:, :, head] += weights[:, :, head, bit, None].astype(np.int64) * is_set[:, None]
+    return out
+
+
+@pytest.mark.parametrize("impl", ["reference", "bit_planes", "matmul"])
+@pytest.mark.parametrize("weight_bits", [1, 4, 8])
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("q_len", [1, 5])
+def test_every_implementation_equals_numpy(impl, weight_bits, group, q_len):
+    rng = np.random.default_rng(weight_bits * 10 + group)
+    codes = draw_codes(rng)
+    weights = draw_weights(rng, (BATCH, q_len, CODE_HEADS * group, 32 * WORDS), weight_bits)
+    scores = jax.jit(match_score, static_argnums=(2, 3))(codes, weights, weight_bits, impl)
+    np.testing.assert_array_equal(scores, scores_by_numpy(codes, weights))
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1, 2, 8]), st.sampled_from([1, 2, 4, 8]))
+def test_scores_stay_in_their_range(seed, words, weight_bits):
+    rng = np.random.default_rng(seed)
+    codes = draw_codes(rng, 1, 1, words, 8)
+    codes[..., 0] = 0xFFFFFFFF
+    least, greatest = score_range(32 * words, weight_bits)
+    extreme = np.array([-1 if weight_bits == 1 else -(2 ** (weight_bits - 1))], np.int32)
+    weights = np.broadcast_to(extreme, (1, 1, 1, 32 * words))
+    assert int(match_score(jnp.asarray(codes), jnp.asarray(weights), weight_bits).min()) == least
+    scores = match_score(jnp.asarray(codes), jnp.asarray(draw_weights(rng, weights.shape, weight_bits)), weight_bits)
+    assert least <= int(scores.min()) and int(scores.max()) <= greatest
+
+
+def test_sign_weights_rank_tokens_as_the_papers_popcount_of_xnor():
+    rng = np.random.default_rng(0)
+    codes, queries = draw_codes(rng), draw_codes(rng, kv_len=1)
+    bits = (queries[..., 0, None] >> np.arange(32, dtype=np.uint32)) & 1
+    weights = (bits.astype(np.int32) * 2 - 1).reshape(BATCH, 1, CODE_HEADS, 32 * WORDS)
+    equal_bits = np.bitwise_count(~(codes ^ queries)).sum(axis=2).astype(np.int64)
+    gap = equal_bits - np.asarray(match_score(jnp.asarray(codes), jnp.asarray(weights), 1))[:, 0]
+    np.testing.assert_array_equal(gap, np.broadcast_to(gap[..., :1], gap.shape))  # one constant per query
+
+
+def test_a_code_scores_highest_against_itself_and_lowest_against_its_complement():
+    rng = np.random.default_rng(1)
+    codes = draw_codes(rng)
+    codes[..., 7] = ~codes[..., 5]
+    bits = (codes[:, :, :, 5, None] >> np.arange(32, dtype=np.uint32)) & 1
+    weights = (bits.astype(np.int32) * 2 - 1).reshape(BATCH, 1, CODE_HEADS, 32 * WORDS)
+    scores = np.asarray(match_score(jnp.asarray(codes), jnp.asarray(weights), 1))
+    assert (scores.argmax(-1) == 5).all() and (scores.argmin(-1) == 7).all()
+
+
+def test_permuting_the_cache_permutes_the_scores():
+    rng = np.random.default_rng(2)
+    codes, order = draw_codes(rng), rng.permutation(KV_LEN)
+    weights = draw_weights(rng, (BATCH, 1, 2 * CODE_HEADS, 32 * WORDS), 8)
+    scores = np.asarray(match_score(jnp.asarray(codes), jnp.asarray(weights), 8))
+    np.testing.assert_array_equal(
+        match_score(jnp.asarray(codes[..., order]), jnp.asarray(weights), 8), scores[..., order]
+    )
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.kv_len <= 8192], ids=lambda case: case.name)
+def test_real_shapes_equal_the_reference(case):
+    rng = np.random.default_rng(3)
+    kv_len = min(case.kv_len, 2048)  # the reference unpacks every bit; the shape that matters is heads x words
+    codes = jnp.asarray(draw_codes(rng, case.batch, case.code_heads, case.code_bits // 32, kv_len))
+    weights = jnp.asarray(draw_weights(rng, (case.batch, case.q_len, case.heads, case.code_bits), case.weight_bits))
+    expected = match_score(codes, weights, case.weight_bits, impl="reference")
+    np.testing.assert_array_equal(match_score(codes, weights, case.weight_bits), expected)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_case_lowers_for_cuda(case):
+    codes = jax.ShapeDtypeStruct((case.batch, case.code_heads, case.code_bits // 32, case.kv_len), jnp.uint32)
+    weights = jax.ShapeDtypeStruct((case.batch, case.q_len, case.heads, case.code_bits), jnp.int32)
+    traced = jax.jit(match_score, static_argnums=2).trace(codes, weights, case.weight_bits)
+    assert "popcnt" in traced.lower(lowering_platforms=("cuda",)).as_text() or case.q_len > 1
+
+
+@pytest.mark.parametrize("shape", [(BATCH, 1, 4, 128), (BATCH, 1, 3, 64), (1, 1, 3, 128)])
+def test_shapes_that_do_not_fit_are_named(shape):
+    codes = jnp.zeros((BATCH, CODE_HEADS, WORDS, KV_LEN), jnp.uint32)
+    with pytest.raises((InputError, TypeError)):
+        match_score(codes, jnp.zeros(shape, jnp.int32), 8)

@@ -1,0 +1,92 @@
+"""sparse_attention: softmax over selected rows only."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spotlight_jax.errors import InputError
+from spotlight_jax.kernels.sparse_attention import sparse_attention
+from spotlight_jax.kernels.sparse_attention.cases import CASES
+
+BATCH, MAX_LEN, KV_HEADS, GROUP, HEAD_DIM, BUDGET = 2, 48, 3, 2, 8, 5
+Q_HEADS = KV_HEADS * GROUP
+
+
+def draw_inputs(rng, heads, batch=BATCH, max_len=MAX_LEN, kv_heads=KV_HEADS, group=GROUP, head_dim=HEAD_DIM, n=BUDGET):
+    queries = rng.standard_normal((batch, kv_heads * group, head_dim)).astype(np.float32)
+    keys = rng.standard_normal((batch, max_len, kv_heads, head_dim)).astype(np.float32)
+    values = rng.standard_normal((batch, max_len, kv_heads, head_dim)).astype(np.float32)
+    indices = np.stack([rng.permutation(max_len)[:n] for _ in range(batch * heads)]).reshape(batch, heads, n)
+    is_real = rng.random((batch, heads, n)) < 0.7
+    is_real[..., 0] = True
+    return queries, keys, values, np.where(is_real, indices, 0).astype(np.int32), is_real
+
+
+def attend_by_numpy(queries, keys, values, indices, is_real):
+    """One head and one row at a time in float64."""
+    out = np.zeros(queries.shape)
+    for sequence, head in np.ndindex(queries.shape[:2]):
+        kv_head = head // (queries.shape[1] // keys.shape[2])
+        row = head // (queries.shape[1] // indices.shape[1])
+        chosen = indices[sequence, row][is_real[sequence, row]]
+        scores = keys[sequence, chosen, kv_head].astype(np.float64) @ queries[sequence, head].astype(np.float64)
+        shares = np.exp((scores - scores.max()) / np.sqrt(queries.shape[2]))
+        out[sequence, head] = shares / shares.sum() @ values[sequence, chosen, kv_head].astype(np.float64)
+    return out
+
+
+@pytest.mark.parametrize("impl", ["reference", "gather"])
+@pytest.mark.parametrize("heads", [KV_HEADS, Q_HEADS])
+def test_every_implementation_equals_numpy(impl, heads):
+    inputs = draw_inputs(np.random.default_rng(0), heads)
+    out = sparse_attention(*map(jnp.asarray, inputs), impl=impl)
+    np.testing.assert_allclose(out, attend_by_numpy(*inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_a_budget_of_one_returns_the_planted_value():
+    queries, keys, values, _, _ = draw_inputs(np.random.default_rng(1), KV_HEADS)
+    indices = np.arange(BATCH * KV_HEADS, dtype=np.int32).reshape(BATCH, KV_HEADS, 1)
+    out = sparse_attention(*map(jnp.asarray, (queries, keys, values, indices, np.ones_like(indices, bool))))
+    for sequence, head in np.ndindex(BATCH, Q_HEADS):
+        planted = values[sequence, indices[sequence, head // GROUP, 0], head // GROUP]
+        np.testing.assert_allclose(out[sequence, head], planted, rtol=1e-6)
+
+
+@pytest.mark.parametrize("impl", ["reference", "gather"])
+def test_rows_that_were_not_selected_never_reach_the_output(impl):
+    queries, keys, values, indices, is_real = draw_inputs(np.random.default_rng(2), KV_HEADS)
+    is_read = np.zeros((BATCH, MAX_LEN, KV_HEADS), bool)
+    for sequence, head in np.ndindex(BATCH, KV_HEADS):
+        is_read[sequence, indices[sequence, head][is_real[sequence, head]], head] = True
+        indices[sequence, head][~is_real[sequence, head]] = indices[sequence, head, 0]
+    clean = sparse_attention(*map(jnp.asarray, (queries, keys, values, indices, is_real)), impl=impl)
+    keys[~is_read], values[~is_read] = np.nan, np.nan
+    poisoned = sparse_attention(*map(jnp.asarray, (queries, keys, values, indices, is_real)), impl=impl)
+    np.testing.assert_array_equal(clean, poisoned)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.kv_len <= 8192], ids=lambda case: case.name)
+def test_real_shapes_equal_the_reference(case):
+    rng = np.random.default_rng(3)
+    inputs = draw_inputs(
+        rng, case.heads, case.batch, 2048, case.kv_heads, case.q_heads // case.kv_heads, case.head_dim, case.budget
+    )
+    inputs = [jnp.asarray(x) for x in inputs]
+    expected = sparse_attention(*inputs, impl="reference")
+    np.testing.assert_allclose(sparse_attention(*inputs), expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_case_lowers_for_cuda(case):
+    queries = jax.ShapeDtypeStruct((case.batch, case.q_heads, case.head_dim), case.dtype)
+    cache = jax.ShapeDtypeStruct((case.batch, case.kv_len, case.kv_heads, case.head_dim), case.dtype)
+    indices = jax.ShapeDtypeStruct((case.batch, case.heads, case.budget), jnp.int32)
+    is_real = jax.ShapeDtypeStruct(indices.shape, bool)
+    jax.jit(sparse_attention).trace(queries, cache, cache, indices, is_real).lower(lowering_platforms=("cuda",))
+
+
+def test_a_selection_of_another_number_of_heads_is_refused():
+    queries, keys, values, _, _ = map(jnp.asarray, draw_inputs(np.random.default_rng(4), KV_HEADS))
+    with pytest.raises(InputError, match="per KV head"):
+        sparse_attention(queries, keys, values, jnp.zeros((BATCH, 2, 4), jnp.int32), jnp.ones((BATCH, 2, 4), bool))
