@@ -133,8 +133,8 @@ def _chunked_attention(
     Queries are padded to whole chunks and cut into at most `_SEGMENTS` segments; without offsets a segment is given
     only the keys up to its last query, which halves the work.
     """
-    batch, q_len, q_heads, head_dim = queries.shape
-    kv_len, kv_heads = keys.shape[1:3]
+    batch, q_len = queries.shape[:2]
+    kv_len = keys.shape[1]
     chunks = -(-q_len // chunk)
     per_segment = -(-chunks // _SEGMENTS) * chunk
     first = jnp.full((batch,), kv_len - q_len, jnp.int32) if offsets is None else offsets

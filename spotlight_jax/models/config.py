@@ -1,6 +1,6 @@
 """What a decoder is: its sizes and switches, read from the fields of a Hugging Face `config.json`.
 
-What a config asks for and the decoder does not do is refused by name, so that no model ever runs as something it is not.
+What a config asks for and the decoder does not do is refused by name: no model ever runs as something it is not.
 """
 
 import dataclasses
@@ -243,7 +243,7 @@ def _integer(fields: dict[str, Any], name: str, default: int | None = None) -> i
     return int(value)
 
 
-def _number(fields: dict[str, Any], name: str, default: float | None = None) -> float:
+def _number(fields: dict[str, Any], name: str, default: int | float | None = None) -> float:
     """A number; null counts as absent. Raises InputError naming the field."""
     value = fields.get(name)
     value = default if value is None else value
