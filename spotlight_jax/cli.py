@@ -89,7 +89,7 @@ def _explain(box: str) -> str:
     if "╭" not in box:  # drawn in plain ASCII: the title is a paragraph of its own
         paragraphs = paragraphs[1:]
     message = paragraphs[0] if paragraphs else "these flags cannot be used; see --help"
-    message = re.sub(r"^Error parsing ", "", message)
+    message = re.sub(r"^Error parsing ([A-Z]\w*: )?", "", message)  # a config class is no name a user knows
     choice = re.match(r"invalid choice '(.*?)' .*Expected one of [(\[{](.*)[)\]}]", message)
     if choice and (near := difflib.get_close_matches(choice[1], re.findall(r"'(.*?)'", choice[2]), n=1)):
         message += f" Did you mean '{near[0]}'?"

@@ -227,7 +227,7 @@ class _Local:
     def set_aside(self, count: int) -> list[np.ndarray]:
         """Windows spread evenly over the source, which training then never sees."""
         chosen = (2 * np.arange(count) + 1) * len(self._grid) // (2 * max(count, 1))
-        kept = [self._read(index) for index in self._grid[chosen]]
+        kept = [self._read(index) for index in self._grid[chosen].tolist()]
         self._grid = np.delete(self._grid, chosen)
         return kept
 
@@ -237,7 +237,7 @@ class _Local:
             order = np.random.default_rng((*self._seed, epoch)).permutation(len(self._grid))
             self._order = (epoch, order)
         self._drawn += 1
-        return self._read(self._grid[self._order[1][position]])
+        return self._read(int(self._grid[self._order[1][position]]))
 
     def _read(self, index: int) -> np.ndarray:
         return np.asarray(self._ids[index * self._window : (index + 1) * self._window]).astype(np.int32)
