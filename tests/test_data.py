@@ -107,12 +107,12 @@ def test_tokens_are_made_once_per_text_and_tokenizer(tmp_path, own_cache):
     book = tmp_path / "book.txt"
     book.write_text("one two three four")
     for _ in range(2):
-        _open([str(book)], held_out_windows=0)
+        _open([str(book)], held_out_windows=0, vocab_size=None)
         assert len(list(own_cache.rglob("*.npy"))) == 1
-    _open([str(book)], held_out_windows=0, tokenizer=_WithEos())
+    _open([str(book)], held_out_windows=0, vocab_size=None, tokenizer=_WithEos())
     assert len(list(own_cache.rglob("*.npy"))) == 2
     book.write_text("one two three five")
-    _open([str(book)], held_out_windows=0)
+    _open([str(book)], held_out_windows=0, vocab_size=None)
     assert len(list(own_cache.rglob("*.npy"))) == 3
     assert {path.suffix for path in own_cache.rglob("*") if path.is_file()} == {".npy"}
     assert all(np.load(path).dtype == np.uint16 for path in own_cache.rglob("*.npy"))
