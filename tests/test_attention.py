@@ -91,7 +91,7 @@ def test_shapes_that_do_not_fit_are_named(shapes, message: str) -> None:
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="says why a CPU cannot")
 def test_a_named_implementation_that_cannot_run_raises() -> None:
-    with pytest.raises(ValueError, match="cudnn.*not an NVIDIA GPU"):
+    with pytest.raises(ValueError, match=r"cudnn.*not an NVIDIA GPU"):
         causal_attention(*draw(20, 20, jnp.bfloat16), implementation="cudnn")
 
 

@@ -122,8 +122,6 @@ def config_from_hf(config: dict[str, Any]) -> DecoderConfig:
     Raises:
         InputError: an unknown architecture, a missing or malformed field, or a feature that is not implemented.
     """
-    if not isinstance(config, dict):
-        raise InputError(f"config.json holds a {type(config).__name__}, not an object with fields")
     family = _FAMILIES[_family_name(config)]
     _refuse_unsupported(config)
     max_len = _integer(config, "max_position_embeddings", default=family["max_len"])

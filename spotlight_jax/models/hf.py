@@ -62,6 +62,8 @@ def load_hf_config(folder: pathlib.Path) -> DecoderConfig:
     """The decoder that the folder's `config.json` describes; InputError lines start with the file's path."""
     path = folder / "config.json"
     fields = read_json(path)
+    if not isinstance(fields, dict):
+        raise InputError(f"{path}: holds a {type(fields).__name__}, not an object with fields; fetch it again")
     try:
         return config_from_hf(fields)
     except InputError as error:

@@ -16,6 +16,7 @@ _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}"
     r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _SPECIAL, _USER_DEFINED = 3, 4  # token types of the GGUF specification
 
 
@@ -24,6 +25,9 @@ def load_tokenizer(folder: pathlib.Path) -> transformers.PreTrainedTokenizerBase
 
     Raises InputError naming the folder when there is none or it cannot be read.
     """
+    # from config.json alone transformers would make a tokenizer without a vocabulary
+    if not any((folder / name).exists() for name in _VOCABULARIES):
+        raise InputError(f"{folder}: holds no tokenizer (none of {', '.join(_VOCABULARIES)})")
     try:
         return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the library raises many kinds, for files that are missing, cut short or of no use

@@ -1,0 +1,180 @@
+import json
+import pathlib
+
+import huggingface_hub
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.numpy import load_file, save_file
+
+from spotlight_jax.errors import InputError
+from spotlight_jax.models import load
+from spotlight_jax.models.decoder import forward
+from spotlight_jax.models.gguf_file import open_gguf
+from spotlight_jax.models.hf import hf_name, load_hf_config, read_hf_weights
+from spotlight_jax.models.load import load_config, load_model
+from spotlight_jax.models.params import fill_params
+from spotlight_jax.models.tokenizer import tokenizer_from_gguf
+from tests.models import golden, tiny
+from tests.models.tiny_gguf import write_gguf
+
+CONFIG = tiny.CASES["qwen2"]
+
+
+def read_params(folder: pathlib.Path, dtype=jnp.float32):
+    cfg = load_hf_config(folder)
+    return cfg, fill_params(read_hf_weights(folder), hf_name, cfg, dtype, str(folder))
+
+
+def write_complete(folder: pathlib.Path) -> pathlib.Path:
+    """A model folder with a tokenizer."""
+    tiny.write_folder(folder, CONFIG, shards=3)
+    source = write_gguf(folder.parent / "tokenizer.gguf", CONFIG)
+    tokenizer_from_gguf(open_gguf(source)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_folder_gives_the_logits_that_transformers_gave(shards: int, tmp_path: pathlib.Path) -> None:
+    tiny.write_folder(tmp_path, CONFIG, shards)
+    cfg, params = read_params(tmp_path)
+    ours = forward(params, jnp.asarray(tiny.tokens()), cfg)
+    np.testing.assert_allclose(ours[:, list(tiny.KEPT_POSITIONS)], golden.read_tiny("qwen2"), atol=1e-4)
+
+
+def test_load_model_reads_a_folder_with_its_tokenizer(tmp_path: pathlib.Path) -> None:
+    folder = write_complete(tmp_path / "model")
+    model = load_model(str(folder))
+    assert load_config(str(folder)) == model.cfg
+    assert model.tokenizer.decode(model.tokenizer("hello world")["input_ids"]) == "hello world"
+
+
+def test_bfloat16_is_kept(tmp_path: pathlib.Path) -> None:
+    cfg = tiny.write_folder(tmp_path, CONFIG)
+    stored = {name: value.astype(ml_dtypes.bfloat16) for name, value in tiny.hf_weights(cfg).items()}
+    save_file(stored, tmp_path / "model.safetensors")
+    assert {value.dtype for _, value in read_hf_weights(tmp_path)} == {np.dtype(ml_dtypes.bfloat16)}
+    _, params = read_params(tmp_path, jnp.bfloat16)
+    np.testing.assert_array_equal(params["layer_1"]["q"]["kernel"], stored[hf_name(("layer_1", "q", "kernel"))].T)
+
+
+def test_the_head_of_a_tied_model_may_be_stored_and_is_not_used(tmp_path: pathlib.Path) -> None:
+    cfg = tiny.write_folder(tmp_path, tiny.CASES["smollm2"])
+    save_file(tiny.hf_weights(cfg) | {"lm_head.weight": np.zeros((2, 2))}, tmp_path / "model.safetensors")
+    _, params = read_params(tmp_path)
+    assert "head" not in params
+
+
+@pytest.mark.parametrize("size", [0, 4, 100, 5000, -1])
+def test_truncated_safetensors_is_named(size: int, tmp_path: pathlib.Path) -> None:
+    tiny.write_folder(tmp_path, CONFIG, shards=3)
+    shard = tmp_path / "model-00002-of-00003.safetensors"
+    shard.write_bytes(shard.read_bytes()[:size])
+    with pytest.raises(InputError, match=r"model-00002-of-00003.safetensors: truncated or corrupt") as error:
+        read_params(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_shard_is_named(tmp_path: pathlib.Path) -> None:
+    tiny.write_folder(tmp_path, CONFIG, shards=3)
+    (tmp_path / "model-00003-of-00003.safetensors").unlink()
+    with pytest.raises(InputError, match=r"model-00003-of-00003.safetensors: no such file"):
+        read_params(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("config.json", '{"architectures": [', r"config.json: not valid JSON"),
+        ("config.json", "[1, 2]", r"config.json: .*holds a list"),
+        ("config.json", None, r"config.json: no such file"),
+        ("config.json", '{"architectures": ["BertModel"]}', r"config.json: architecture 'BertModel' is not supported"),
+        ("model.safetensors.index.json", "{}", r"index.json: holds no weight_map"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "../b"}}', r"'../b' is not a file of the folder"),
+        ("model.safetensors.index.json", None, r"holds neither model.safetensors nor"),
+    ],
+)
+def test_broken_json_is_named(file: str, text: str | None, message: str, tmp_path: pathlib.Path) -> None:
+    tiny.write_folder(tmp_path, CONFIG, shards=2)
+    (tmp_path / file).unlink()
+    if text is not None:
+        (tmp_path / file).write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_params(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model.norm.weight": None}, "tensors missing: model.norm.weight; the model is incomplete"),
+        ({"model.layers.0.extra.weight": np.ones(2)}, "tensor model.layers.0.extra.weight is unexpected"),
+        ({"model.norm.weight": np.ones(3)}, r"model.norm.weight has shape \(3,\), the config wants \(42,\)"),
+    ],
+)
+def test_missing_unexpected_and_misshapen_tensors_are_named(change: dict, message: str, tmp_path: pathlib.Path) -> None:
+    tiny.write_folder(tmp_path, CONFIG)
+    tensors = {**load_file(tmp_path / "model.safetensors"), **change}
+    save_file({name: value for name, value in tensors.items() if value is not None}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=message):
+        read_params(tmp_path)
+
+
+def test_folder_without_tokenizer_is_named(tmp_path: pathlib.Path) -> None:
+    tiny.write_folder(tmp_path, CONFIG)
+    with pytest.raises(InputError, match=r"holds no tokenizer \(none of tokenizer.json"):
+        load_model(str(tmp_path))
+
+
+def test_broken_tokenizer_is_named(tmp_path: pathlib.Path) -> None:
+    tiny.write_folder(tmp_path, CONFIG)
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0",')
+    with pytest.raises(InputError, match="its tokenizer cannot be loaded") as error:
+        load_model(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_hub_model_is_fetched_into_the_hub_cache(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_complete(tmp_path / "model")
+    asked = []
+
+    def snapshot(name: str, allow_patterns: list[str]) -> str:
+        asked.append((name, "*.safetensors" in allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert load_config("owner/model") == load_model("owner/model").cfg
+    assert asked == [("owner/model", False), ("owner/model", True)]
+
+
+def test_no_network_gives_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def snapshot(name: str, allow_patterns: list[str]) -> str:
+        raise LocalEntryNotFoundError("cannot find the files\non the hub")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    with pytest.raises(InputError, match="owner/model: cannot be fetched from the hub") as error:
+        load_model("owner/model")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("smolm2-135m", "no such model; did you mean 'smollm2-135m'"),
+        ("nothing-like-it-at-all", "no such model; give a folder"),
+        ("./missing/folder", "no such model"),
+        ("missing.gguf", "missing.gguf: no such file"),
+        ("a/b c", "neither a folder, a .gguf file nor a valid hub id"),
+    ],
+)
+def test_a_source_that_is_nothing_is_named(source: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_model(source)
+
+
+def test_a_file_that_is_not_gguf_is_refused(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "model.bin"
+    file.write_bytes(b"x")
+    with pytest.raises(InputError, match="neither a folder nor a .gguf file"):
+        load.load_config(str(file))
