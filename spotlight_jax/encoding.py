@@ -16,7 +16,7 @@ from spotlight_jax.documents import Source
 from spotlight_jax.errors import InputError
 
 _FORMAT = 1  # raised when packing changes, so that old token caches are not read
-_PIECE_CHARS = 100_000
+_PIECE_CHARS = 100_000  # a batch of pieces this long keeps every core busy
 _BATCH_CHARS = 4_000_000
 
 # A single line break between two visible characters: byte-level BPE tokenises both sides alone as it does together.
@@ -39,11 +39,10 @@ class Encoder:
 
     def identity(self) -> str:
         """SHA-256 of what decides the ids."""
-        if self._backend is None:
-            return "none"
-        table = (
-            self._backend.to_str() if hasattr(self._backend, "to_str") else str(sorted(self._slow.get_vocab().items()))
-        )
+        if self._slow is not None:
+            table = str(sorted(self._slow.get_vocab().items()))
+        else:
+            table = "none" if self._backend is None else self._backend.to_str()
         return hashlib.sha256(f"{_FORMAT}\n{self._eos}\n{table}".encode()).hexdigest()
 
     def encode(self, batch: Sequence[str]) -> list[np.ndarray]:

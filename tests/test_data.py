@@ -15,9 +15,9 @@ from spotlight_jax.encoding import Encoder, split_document
 from spotlight_jax.errors import InputError
 
 
-def _byte_tokenizer() -> tokenizers.Tokenizer:
+def _byte_tokenizer(backwards: bool = False) -> tokenizers.Tokenizer:
     """One token a byte; GPT-2's way of cutting text into words first."""
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet(), reverse=backwards)
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({char: index for index, char in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -107,13 +107,15 @@ def test_tokens_are_made_once_per_text_and_tokenizer(tmp_path, own_cache):
     book = tmp_path / "book.txt"
     book.write_text("one two three four")
     for _ in range(2):
-        _open([str(book)], held_out_windows=0, vocab_size=None)
+        first = _take(_open([str(book)], held_out_windows=0, vocab_size=None), 2)
         assert len(list(own_cache.rglob("*.npy"))) == 1
     _open([str(book)], held_out_windows=0, vocab_size=None, tokenizer=_WithEos())
     assert len(list(own_cache.rglob("*.npy"))) == 2
+    windows = _open([str(book)], held_out_windows=0, vocab_size=None, tokenizer=_byte_tokenizer(backwards=True))
+    assert sorted(_take(windows, 2)) == sorted([255 - token for token in row] for row in first)
     book.write_text("one two three five")
     _open([str(book)], held_out_windows=0, vocab_size=None)
-    assert len(list(own_cache.rglob("*.npy"))) == 3
+    assert len(list(own_cache.rglob("*.npy"))) == 4
     assert {path.suffix for path in own_cache.rglob("*") if path.is_file()} == {".npy"}
     assert all(np.load(path).dtype == np.uint16 for path in own_cache.rglob("*.npy"))
 
