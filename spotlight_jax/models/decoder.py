@@ -165,17 +165,28 @@ def param_shapes(cfg: DecoderConfig, dtype: Any) -> PyTree:
 
 
 def init_params(key: Array, cfg: DecoderConfig, dtype: Any = jnp.float32) -> Params:
-    """Random weights of the decoder's shapes, for tests and benchmarks. Run under `jit` it makes them on the device."""
+    """Random weights of the decoder's shapes, for tests and benchmarks.
+
+    Call it outside `jit`: it compiles one layer and runs that for each, which takes seconds even for large models.
+    """
     embed_key, head_key, *layer_keys = jax.random.split(key, cfg.layers + 2)
-    x = jnp.zeros((1, 1, cfg.embed), dtype)
-    positions = jnp.zeros((1, 1), jnp.int32)
-    layer = DecoderLayer(cfg, dtype)
     params: Params = {
-        "embed": {"table": jax.random.normal(embed_key, (cfg.vocab, cfg.embed), dtype) * 0.02},
+        "embed": {"table": _init_table(embed_key, (cfg.vocab, cfg.embed), dtype)},
         "norm": {"scale": jnp.ones((cfg.embed,), dtype)},
     }
     for index, layer_key in enumerate(layer_keys):
-        params[f"layer_{index}"] = layer.init(layer_key, x, positions, lambda q, k, v: (q, None))["params"]
+        params[f"layer_{index}"] = _init_layer(layer_key, cfg, dtype)
     if not cfg.tied:
-        params["head"] = {"kernel": jax.random.normal(head_key, (cfg.embed, cfg.vocab), dtype) * 0.02}
+        params["head"] = {"kernel": _init_table(head_key, (cfg.embed, cfg.vocab), dtype)}
     return params
+
+
+@partial(jax.jit, static_argnames=("shape", "dtype"))
+def _init_table(key: Array, shape: tuple[int, int], dtype: Any) -> Array:
+    return jax.random.normal(key, shape, dtype) * jnp.asarray(0.02, dtype)
+
+
+@partial(jax.jit, static_argnames=("cfg", "dtype"))
+def _init_layer(key: Array, cfg: DecoderConfig, dtype: Any) -> Params:
+    x, positions = jnp.zeros((1, 1, cfg.embed), dtype), jnp.zeros((1, 1), jnp.int32)
+    return DecoderLayer(cfg, dtype).init(key, x, positions, lambda q, k, v: (q, None))["params"]

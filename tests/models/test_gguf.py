@@ -108,7 +108,7 @@ def test_every_truncation_gives_one_clear_line(tmp_path: pathlib.Path) -> None:
     short = tmp_path / "short.gguf"
     for size in [0, 3, 10, 25, 100, 700, 3000, 6000, 9000, len(whole) // 2, len(whole) - 40]:
         short.write_bytes(whole[:size])
-        with pytest.raises(InputError, match="short.gguf: (truncated or corrupt|not a GGUF file)") as error:
+        with pytest.raises(InputError, match=r"short.gguf: (truncated or corrupt|not a GGUF file)") as error:
             open_gguf(short)
         assert "\n" not in str(error.value)
 

@@ -1,4 +1,3 @@
-import json
 import pathlib
 
 import huggingface_hub
@@ -176,5 +175,5 @@ def test_a_source_that_is_nothing_is_named(source: str, message: str) -> None:
 def test_a_file_that_is_not_gguf_is_refused(tmp_path: pathlib.Path) -> None:
     file = tmp_path / "model.bin"
     file.write_bytes(b"x")
-    with pytest.raises(InputError, match="neither a folder nor a .gguf file"):
+    with pytest.raises(InputError, match=r"neither a folder nor a \.gguf file"):
         load.load_config(str(file))

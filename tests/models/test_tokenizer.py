@@ -1,3 +1,4 @@
+import itertools
 import pathlib
 import unicodedata
 
@@ -41,7 +42,7 @@ def merge_word(word: str, ranks: dict[tuple[str, str], int]) -> list[str]:
     symbols = byte_symbols()
     pieces = [symbols[byte] for byte in word.encode()]
     while len(pieces) > 1:
-        rank, at = min((ranks.get(pair, 1 << 30), at) for at, pair in enumerate(zip(pieces, pieces[1:], strict=False)))
+        rank, at = min((ranks.get(pair, 1 << 30), at) for at, pair in enumerate(itertools.pairwise(pieces)))
         if rank == 1 << 30:
             break
         pieces[at : at + 2] = ["".join(pieces[at : at + 2])]
