@@ -15,12 +15,13 @@ from spotlight_jax import documents, texts
 from spotlight_jax.documents import Source
 from spotlight_jax.errors import InputError
 
-_FORMAT = 1  # raised when packing changes, so that old token caches are not read
+_FORMAT = 2  # raised when packing changes, so that old token caches are not read
 _PIECE_CHARS = 100_000  # a batch of pieces this long keeps every core busy
 _BATCH_CHARS = 4_000_000
 
-# A single line break between two visible characters: byte-level BPE tokenises both sides alone as it does together.
-_SEAM = re.compile(r"(?<=\S)\n(?=\S)")
+# Byte-level BPE tokenises both sides of these places alone as it does together: after a single line break, or before a
+# single space, between two visible characters.
+_SEAMS = (re.compile(r"(?<=\S\n)(?=\S)"), re.compile(r"(?<=\S)(?= \S)"))
 
 
 class Encoder:
@@ -110,12 +111,12 @@ def source_size(source: Source) -> int:
 
 
 def split_document(text: str, size: int = _PIECE_CHARS) -> list[str]:
-    """Pieces of about `size` characters, cut at line breaks where a tokenizer starts afresh anyway."""
+    """Pieces of about `size` characters, cut where a tokenizer starts afresh anyway, if there is such a place."""
     pieces = []
     start = 0
     while len(text) - start > size:
-        seam = _SEAM.search(text, start + size, start + 2 * size)
-        end = seam.end() if seam else max(text.find(" ", start + size, start + 2 * size), start + size)
+        found = (seam.search(text, start + size, start + 2 * size) for seam in _SEAMS)
+        end = next((place.end() for place in found if place), start + size)
         pieces.append(text[start:end])
         start = end
     return [*pieces, text[start:]]
