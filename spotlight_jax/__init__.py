@@ -1,0 +1,1 @@
+"""Long-context LLM decoding that reads only the cached tokens that matter, in JAX."""
