@@ -36,5 +36,5 @@ clean:
 
 .venv-parity/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-parity
-	.venv-parity/bin/python -m pip install --quiet torch==2.13.0 --editable '.[dev]'
+	.venv-parity/bin/python -m pip install --quiet torch==2.13.0 'accelerate>=1.0' --editable '.[dev]'
 	@touch $@
