@@ -32,11 +32,12 @@ def plain_attention(queries, keys, values, offsets, scale=HEAD_DIM**-0.5) -> np.
     return outputs
 
 
-@pytest.mark.parametrize("chunk", [4, 7, 64])
-@pytest.mark.parametrize(("q_len", "kv_len"), [(40, 40), (23, 40), (3, 40), (1, 40), (90, 90)])
+@pytest.mark.parametrize(
+    ("q_len", "kv_len", "chunk"), [(40, 40, 2), (40, 40, 64), (23, 40, 7), (3, 40, 64), (1, 40, 64)]
+)
 def test_equals_attention_written_out(q_len: int, kv_len: int, chunk: int) -> None:
     queries, keys, values = draw(q_len, kv_len)
-    ours = causal_attention(queries, keys, values, chunk=chunk)
+    ours = jax.jit(functools.partial(causal_attention, chunk=chunk))(queries, keys, values)
     np.testing.assert_allclose(ours, plain_attention(queries, keys, values, [kv_len - q_len] * BATCH), atol=2e-6)
 
 
