@@ -7,6 +7,7 @@ import difflib
 import glob
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -216,6 +217,9 @@ def open_stream(hub: HubId, column: str) -> Any:
     import datasets
 
     name = f"hf:{hub.path}"
+    log = logging.getLogger("huggingface_hub")
+    level = log.level
+    log.setLevel(logging.ERROR)  # its retries would bury the one line that tells what is wrong
     try:
         stream = datasets.load_dataset(hub.path, hub.config, split=hub.split, streaming=True)
         columns = stream.column_names or list(next(iter(stream.take(1)), {}))
@@ -223,6 +227,8 @@ def open_stream(hub: HubId, column: str) -> Any:
         raise InputError(f"cannot open '{name}': {_one_line(error)}") from error
     except (OSError, RuntimeError) as error:
         raise InputError(f"cannot open '{name}': {_one_line(error)}; check the name and the network") from error
+    finally:
+        log.setLevel(level)
     if column not in columns:
         raise InputError(f"'{name}' has no '{column}', only {_quoted(columns)}; name the text's with text_column")
     return stream
