@@ -11,6 +11,7 @@ a constant per query. Everything here is a pure function of a params tree whose 
 """
 
 import dataclasses
+import math
 from typing import Literal
 
 import flax.struct
@@ -160,7 +161,7 @@ def init_params(key: PRNGKeyArray, cfg: HashConfig, shape: HeadShape) -> HashPar
             return HashWeights(keys=keys, queries=None, log_gain=None)
         shared = jnp.repeat(planes, shape.group, axis=0)
         queries = _init_network(queries_key, shape.q_heads, shape.head_dim, cfg, shared)
-        gain = jnp.full((shape.q_heads,), -0.5 * jnp.log(cfg.code_bits / 16.0))
+        gain = jnp.full((shape.q_heads,), -0.5 * math.log(cfg.code_bits / 16), jnp.float32)
         return HashWeights(keys=keys, queries=queries, log_gain=gain)
 
     stats_shape = (shape.layers, shape.kv_heads, shape.head_dim)
@@ -225,8 +226,8 @@ def hash_queries(
 ) -> Float[Array, "*batch q_heads code_bits"]:
     """One layer's query side: its bit weights (asymmetric), or its code before the sign (symmetric).
 
-    Centred keys are (k - mean) / scale, so q . k ranks keys as (q * scale) . centred k does; queries are brought to
-    unit root mean square there, which changes no rank.
+    Centred keys are (k - mean) / scale, so q . k ranks keys as (q * scale) . centred k does. Queries are brought to unit
+    root mean square there, each group as a whole: that changes no rank, of a query head or of its group's sum.
     """
     queries = queries.astype(jnp.float32)
     if cfg.centre:
@@ -234,7 +235,7 @@ def hash_queries(
         grouped = queries.reshape(*queries.shape[:-2], kv_heads, -1, head_dim)
         scale = params.stats.scale.reshape(*(1,) * (queries.ndim - 2), kv_heads, 1, head_dim)
         grouped = grouped * scale
-        grouped = grouped * jax.lax.rsqrt(jnp.mean(jnp.square(grouped), axis=-1, keepdims=True) + 1e-12)
+        grouped = grouped * jax.lax.rsqrt(jnp.mean(jnp.square(grouped), axis=(-2, -1), keepdims=True) + 1e-12)
         queries = grouped.reshape(queries.shape)
     network = params.weights.keys if params.weights.queries is None else params.weights.queries
     return _apply_network(network, queries, cfg)
@@ -284,6 +285,13 @@ def query_weights(
         outputs = _sum_groups(outputs, params)
     largest = jnp.max(jnp.abs(outputs), axis=-1, keepdims=True)
     return jnp.round(outputs * (WEIGHT_LIMIT / jnp.maximum(largest, 1e-30))).astype(jnp.int32)
+
+
+def weight_limit(cfg: HashConfig, group: int, per_kv_head: bool) -> int:
+    """Largest magnitude `query_weights` can give: what bounds scores and the number of bit planes."""
+    if cfg.form == "asymmetric":
+        return WEIGHT_LIMIT
+    return group if per_kv_head else 1
 
 
 def _sum_groups(

@@ -1,0 +1,51 @@
+"""Scores by which cached tokens are chosen: one function a method, higher is better, all with one result layout.
+
+Every function returns `[batch, q_len, heads, kv_len]`, where heads are the query heads, or the KV heads when one set is
+chosen per KV head (the scores of its query heads are then summed). What a query may not see is not their concern.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, Shaped, UInt32
+
+from spotlight_jax import hashing
+from spotlight_jax.kernels.match_score import match_score
+
+
+def hash_scores(
+    params: hashing.HashParams,
+    queries: Shaped[Array, "batch q_len q_heads head_dim"],
+    codes: UInt32[Array, "batch code_heads words kv_len"],
+    cfg: hashing.HashConfig,
+    per_kv_head: bool,
+) -> Int32[Array, "batch q_len heads kv_len"]:
+    """Learned scores of one layer: sum_b weight_b * bit_b, exact integers (any form of hash function)."""
+    kv_heads = params.stats.scale.shape[0]
+    group = queries.shape[2] // kv_heads
+    sum_weights = per_kv_head and codes.shape[1] == kv_heads
+    weights = hashing.query_weights(params, queries, cfg, per_kv_head=sum_weights)
+    limit = hashing.weight_limit(cfg, group, sum_weights)
+    scores = match_score(codes, weights, weight_bits=1 if limit == 1 else limit.bit_length() + 1)
+    if per_kv_head and not sum_weights:
+        scores = jnp.sum(scores.reshape(*scores.shape[:2], kv_heads, -1, scores.shape[-1]), axis=3)
+    return scores
+
+
+def hash_score_range(cfg: hashing.HashConfig, group: int, per_kv_head: bool) -> tuple[int, int]:
+    """Least and greatest score `hash_scores` can give: what selection by counting searches."""
+    bound = hashing.weight_limit(cfg, group, per_kv_head) * cfg.code_bits
+    return -bound, bound
+
+
+def exact_scores(
+    queries: Shaped[Array, "batch q_len q_heads head_dim"],
+    keys: Shaped[Array, "batch kv_len kv_heads head_dim"],
+    per_kv_head: bool,
+) -> Float[Array, "batch q_len heads kv_len"]:
+    """The oracle: true post-RoPE dot products, or their sum over each group."""
+    kv_heads = keys.shape[2]
+    grouped = queries.reshape(*queries.shape[:2], kv_heads, -1, queries.shape[-1])
+    if per_kv_head:
+        grouped = jnp.sum(grouped.astype(jnp.float32), axis=3, keepdims=True)
+        keys = keys.astype(jnp.float32)
+    scores = jnp.einsum("btkgd,bskd->btkgs", grouped, keys, preferred_element_type=jnp.float32)
+    return scores.reshape(*scores.shape[:2], -1, scores.shape[-1])

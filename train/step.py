@@ -1,0 +1,131 @@
+"""One optimiser step of every layer's hash functions: layers are independent, so the layer axis is mapped and sharded."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int32, PRNGKeyArray
+
+from spotlight_jax import hashing
+from spotlight_jax.errors import InputError
+from spotlight_jax.ranking import RankingConfig, ranking_loss
+from train.capture import Captured
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW on each layer by itself: its own gradient clip, warm-up, then cosine decay to zero."""
+
+    learning_rate: float = 1e-3
+    """Highest learning rate."""
+    warmup: float = 0.01
+    """Share of the steps over which the learning rate rises from zero."""
+    b1: float = 0.9
+    """Decay of AdamW's first moment."""
+    b2: float = 0.98
+    """Decay of AdamW's second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay."""
+    clip: float = 1.0
+    """Largest norm of one layer's gradient."""
+    gamma_start: float = 4.0
+    """Sharpness of the soft sign at the first step."""
+    gamma_end: float = 64.0
+    """Sharpness from the end of the annealing on (the paper: 64 throughout)."""
+    anneal: float = 0.7
+    """Share of the steps over which gamma grows, geometrically; 0 means gamma_end throughout."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no run can use."""
+        for name in ("learning_rate", "clip", "gamma_start", "gamma_end"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"{name} is {getattr(self, name)}; give a number above 0")
+        for name in ("warmup", "anneal"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} is {getattr(self, name)}; give a share of the steps from 0 to 1")
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a step changes; leaves of the first two lead with a layer axis."""
+
+    params: hashing.HashParams
+    opt_state: Any
+
+
+def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """One layer's optimiser: clip by the layer's own norm, then AdamW under the schedule."""
+    warmup = max(1, round(cfg.warmup * steps))
+    schedule = optax.warmup_cosine_decay_schedule(0.0, cfg.learning_rate, warmup, max(steps, warmup + 1))
+    return optax.chain(
+        optax.clip_by_global_norm(cfg.clip),
+        optax.adamw(schedule, b1=cfg.b1, b2=cfg.b2, weight_decay=cfg.weight_decay),
+    )
+
+
+def gamma_at(step: Int32[Array, ""], cfg: OptimizerConfig, steps: int) -> Float[Array, ""]:
+    """Sharpness of the soft sign: geometric from gamma_start to gamma_end, then constant."""
+    if cfg.anneal == 0:
+        return jnp.float32(cfg.gamma_end)
+    progress = jnp.minimum(step / max(1.0, cfg.anneal * steps), 1.0)
+    return jnp.float32(cfg.gamma_start) * (cfg.gamma_end / cfg.gamma_start) ** progress
+
+
+def init_state(params: hashing.HashParams, optimizer: optax.GradientTransformation) -> TrainState:
+    """State before the first step."""
+    return TrainState(params=params, opt_state=jax.vmap(optimizer.init)(params.weights))
+
+
+@flax.struct.dataclass
+class StepReport:
+    """Per layer: the loss, the share of sampled pairs ranked wrongly, the gradient's norm before clipping."""
+
+    loss: Float[Array, "layers"]
+    wrong: Float[Array, "layers"]
+    grad_norm: Float[Array, "layers"]
+
+
+@functools.partial(
+    jax.jit, static_argnames=("hash_cfg", "ranking_cfg", "opt_cfg", "steps", "layers_at_once"), donate_argnames="state"
+)
+def train_step(
+    state: TrainState,
+    key: PRNGKeyArray,
+    step: Int32[Array, ""],
+    captured: Captured,
+    layer_ids: Int32[Array, "layers"],
+    hash_cfg: hashing.HashConfig,
+    ranking_cfg: RankingConfig,
+    opt_cfg: OptimizerConfig,
+    steps: int,
+    layers_at_once: int,
+) -> tuple[TrainState, StepReport]:
+    """Step every layer on one window.
+
+    Args:
+        key: of this step; a layer's own key comes from its id, so it does not depend on how layers are spread.
+        captured: one window (`windows` axis of size 1 dropped) with exactly this step's queries.
+    """
+    optimizer = make_optimizer(opt_cfg, steps)
+    gamma = gamma_at(step, opt_cfg, steps)
+
+    def step_layer(args):
+        params, opt_state, seen, layer_id = args
+        layer_key = jax.random.fold_in(key, layer_id)
+
+        def loss_of(weights):
+            layer = params.replace(weights=weights)
+            return ranking_loss(layer, layer_key, seen.queries, seen.picks, seen.keys, gamma, hash_cfg, ranking_cfg)
+
+        (loss, wrong), grads = jax.value_and_grad(loss_of, has_aux=True)(params.weights)
+        updates, opt_state = optimizer.update(grads, opt_state, params.weights)
+        params = params.replace(weights=optax.apply_updates(params.weights, updates))
+        return params, opt_state, StepReport(loss=loss, wrong=wrong, grad_norm=optax.global_norm(grads))
+
+    args = (state.params, state.opt_state, captured, layer_ids)
+    params, opt_state, report = jax.lax.map(step_layer, args, batch_size=layers_at_once)
+    return TrainState(params=params, opt_state=opt_state), report
