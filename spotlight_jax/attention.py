@@ -1,15 +1,18 @@
-"""Dense causal attention of one layer, over new tokens or over a cache.
+"""Causal attention of one layer: dense, over new tokens or over a cache; selected, of many queries at once.
 
 Scores are never held for all heads and all queries at once: the XLA form walks over KV heads and over chunks of
 queries, and skips the keys that lie after a chunk.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
+
+from spotlight_jax.selection import SelectionConfig, select_mask
 
 Implementation = Literal["auto", "xla", "cudnn"]
 
@@ -183,3 +186,54 @@ def _attend_segment(queries: Array, keys: Array, values: Array, first: Array, *,
     outputs = jax.lax.map(attend_head, heads).reshape(batch, kv_heads, chunks, group, chunk, head_dim)
     outputs = outputs.transpose(0, 2, 4, 1, 3, 5).reshape(batch, chunks * chunk, q_heads, head_dim)
     return outputs[:, :q_len]
+
+
+def selected_attention(
+    queries: Float[Array, "batch q_len q_heads head_dim"],
+    keys: Float[Array, "batch q_len kv_heads head_dim"],
+    values: Float[Array, "batch q_len kv_heads head_dim"],
+    score: Callable[[Array], Array],
+    cfg: SelectionConfig,
+    score_range: tuple[int, int] | None = None,
+    *,
+    whole_length: bool = False,
+    chunk: int = 64,
+) -> Float[Array, "batch q_len q_heads head_dim"]:
+    """Every query reads what a decoding step at its position would select: teacher-forced evaluation.
+
+    Args:
+        queries: after RoPE, as the keys; all tokens of each sequence.
+        keys: see queries.
+        values: see queries.
+        score: queries `[batch, n, q_heads, head_dim]` to scores `[batch, n, heads, q_len]` of all tokens, integer or
+            float, heads being q_heads or kv_heads; what a query may not see is masked here.
+        cfg: the budget of each query comes from its own causal prefix.
+        score_range: least and greatest score, where scores are integers.
+        whole_length: the paper's evaluation instead: every query has the budget of the whole sequence.
+        chunk: queries at once; the largest buffers are `[batch, chunk, q_heads, q_len]` float32.
+    """
+    _check_shapes(queries, keys, values)
+    batch, q_len, q_heads, head_dim = queries.shape
+    kv_heads = keys.shape[2]
+    chunk = min(chunk, q_len)
+    chunks = -(-q_len // chunk)
+    padded = jnp.pad(queries, ((0, 0), (0, chunks * chunk - q_len), (0, 0), (0, 0)))
+    pieces = padded.reshape(batch, chunks, chunk, q_heads, head_dim).transpose(1, 0, 2, 3, 4)
+    total = jnp.full((batch,), q_len, jnp.int32) if whole_length else None
+
+    def attend_chunk(piece: tuple[Array, Array]) -> Array:
+        rows, first = piece
+        # the rows that pad the last chunk select like the last query, and are cut off below
+        positions = jnp.minimum(first + jnp.arange(chunk, dtype=jnp.int32), q_len - 1)
+        positions = jnp.broadcast_to(positions[None, :], (batch, chunk))
+        mask = select_mask(score(rows), positions, cfg, score_range, total)
+        mask = jnp.repeat(mask, q_heads // mask.shape[2], axis=2).reshape(batch, chunk, kv_heads, -1, q_len)
+        grouped = rows.reshape(batch, chunk, kv_heads, -1, head_dim)
+        products = jnp.einsum("btkgd,bskd->bkgts", grouped, keys, preferred_element_type=jnp.float32)
+        visible = mask.transpose(0, 2, 3, 1, 4)
+        outputs = _softmax_values(products * head_dim**-0.5, visible, values, "bkgts,bskd->bkgtd")
+        return outputs.transpose(0, 3, 1, 2, 4).reshape(rows.shape).astype(queries.dtype)
+
+    firsts = jnp.arange(chunks, dtype=jnp.int32) * chunk
+    outputs = jax.lax.map(attend_chunk, (pieces, firsts))
+    return outputs.transpose(1, 0, 2, 3, 4).reshape(padded.shape)[:, :q_len]

@@ -106,7 +106,8 @@ def sparse_from(cfg: SelectionConfig, batch: int, platform: str) -> int:
 
 def _place_floats(scores: Float[Array, "*rows kv_len"]) -> UInt32[Array, "*rows kv_len"]:
     """Floats to integers in the same order; neither 0 nor the largest word is any number's."""
-    bits = jax.lax.bitcast_convert_type(scores.astype(jnp.float32) + 0.0, jnp.uint32)  # + 0.0: -0.0 ties with 0.0
+    scores = jnp.where(scores == 0, 0.0, scores.astype(jnp.float32))  # -0.0 ties with 0.0
+    bits = jax.lax.bitcast_convert_type(scores, jnp.uint32)
     sign = jnp.uint32(0x80000000)
     return jnp.where(bits >= sign, ~bits, bits | sign)
 

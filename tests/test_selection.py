@@ -1,23 +1,27 @@
 """Selection: budgets, tokens always read, and one choice for decoding and teacher-forced evaluation."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from spotlight_jax import selection
 from spotlight_jax.errors import InputError
 from spotlight_jax.selection import (
     SelectionConfig,
     budget_of,
     max_budget,
-    select_mask,
-    select_tokens,
     sparse_from,
 )
 
 BATCH, HEADS, MAX_LEN = 2, 3, 96
 RANGE = (-50, 50)
+
+# jitted once: called eagerly, the loops inside would be compiled again for every example
+select_tokens = jax.jit(selection.select_tokens, static_argnums=(2, 3))
+select_mask = jax.jit(selection.select_mask, static_argnums=(2, 3))
 
 
 def choose_by_sorting(scores, length, cfg):

@@ -11,6 +11,10 @@ from spotlight_jax.errors import InputError
 from spotlight_jax.kernels.select_top import counting, mask_top, select_top
 from spotlight_jax.kernels.select_top.cases import CASES
 
+# jitted once: called eagerly, the loops inside would be compiled again for every example
+jitted_select = jax.jit(select_top, static_argnums=(2, 3, 4))
+jitted_mask = jax.jit(mask_top, static_argnums=2)
+
 
 def choose_by_sorting(ranks, budget):
     """Positions by (rank, position), both descending: Python's own sort."""
@@ -19,8 +23,8 @@ def choose_by_sorting(ranks, budget):
 
 
 def check_rows(ranks, budgets, max_budget, rank_bits):
-    places, is_real = jax.jit(select_top, static_argnums=(2, 3))(ranks, budgets, max_budget, rank_bits)
-    mask = np.asarray(mask_top(jnp.asarray(ranks), jnp.asarray(budgets), rank_bits))
+    places, is_real = jitted_select(ranks, budgets, max_budget, rank_bits)
+    mask = np.asarray(jitted_mask(ranks, budgets, rank_bits))
     for row in np.ndindex(budgets.shape):
         expected = choose_by_sorting(ranks[row], budgets[row])
         assert np.asarray(places)[row][np.asarray(is_real)[row]].tolist() == expected
@@ -45,7 +49,7 @@ def test_selection_equals_sorting_on_adversarial_ranks(ranks, budget):
     check_rows(np.array([ranks], np.uint32), np.array([budget], np.int32), 64, 32)
 
 
-@pytest.mark.parametrize("digit_bits", [1, 2, 3, 5])
+@pytest.mark.parametrize("digit_bits", [1, 2, 4, 8])
 def test_the_cut_does_not_depend_on_how_many_bits_a_pass_finds(digit_bits):
     rng = np.random.default_rng(0)
     ranks = jnp.asarray(rng.integers(0, 2**15, (3, 256), dtype=np.uint32))
@@ -77,8 +81,8 @@ def test_real_shapes_equal_the_reference(case):
     shape = (case.batch, min(case.heads, 4), case.kv_len)
     ranks = jnp.asarray(rng.integers(0, 2**case.rank_bits, shape, dtype=np.uint32))
     budgets = jnp.asarray(rng.integers(1, case.budget, shape[:2], dtype=np.int32, endpoint=True))
-    places, is_real = select_top(ranks, budgets, case.budget, case.rank_bits)
-    expected, expected_real = select_top(ranks, budgets, case.budget, impl="reference")
+    places, is_real = jitted_select(ranks, budgets, case.budget, case.rank_bits)
+    expected, expected_real = jitted_select(ranks, budgets, case.budget, 32, "reference")
     np.testing.assert_array_equal(is_real, expected_real)
     np.testing.assert_array_equal(places, expected)
 

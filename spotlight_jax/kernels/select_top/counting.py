@@ -3,10 +3,13 @@
 No step moves a rank: each pass over the ranks only counts, and everything after the cut works on kv_len / 32 words.
 """
 
+from collections.abc import Callable
+
 import flax.struct
+import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Int32, UInt32
+from jaxtyping import Array, Bool, Int32, PyTree, UInt32
 
 WORD_BITS = 32
 
@@ -32,6 +35,15 @@ def _count(words: UInt32[Array, "*shape"]) -> Int32[Array, "*shape"]:
     return lax.population_count(words).astype(jnp.int32)
 
 
+def _repeat(times: int, step: Callable, start: PyTree) -> PyTree:
+    """`times` steps: unrolled where a pass is a launch; a loop on a CPU, where it runs the same and compiles faster."""
+    if jax.default_backend() == "cpu":
+        return lax.fori_loop(0, times, step, start)
+    for done in range(times):
+        start = step(jnp.int32(done), start)
+    return start
+
+
 def pack_mask(mask: Bool[Array, "*rows kv_len"]) -> UInt32[Array, "*rows words"]:
     """Position s goes to bit s % 32 of word s // 32."""
     bits = mask.reshape(*mask.shape[:-1], -1, WORD_BITS).astype(jnp.uint32)
@@ -41,15 +53,22 @@ def pack_mask(mask: Bool[Array, "*rows kv_len"]) -> UInt32[Array, "*rows words"]
 def _find_threshold(
     ranks: UInt32[Array, "*rows kv_len"], budgets: Int32[Array, "*rows"], rank_bits: int, digit_bits: int
 ) -> UInt32[Array, "*rows"]:
-    """The greatest threshold, from 1 on, that at least `budgets` ranks reach (1 where fewer ranks are above 0)."""
-    threshold = jnp.zeros(budgets.shape, jnp.uint32)
-    for shift in reversed(range(0, rank_bits, digit_bits)):
+    """The greatest threshold, from 1 on, that at least `budgets` ranks reach (1 where fewer ranks are above 0).
+
+    `digit_bits` divides 32, so that no bound overflows.
+    """
+    rounds = -(-rank_bits // digit_bits)
+
+    def find_digit(done, threshold):
+        shift = ((rounds - 1 - done) * digit_bits).astype(jnp.uint32)
         digit = jnp.zeros(budgets.shape, jnp.uint32)
-        for candidate in range(1, 2 ** min(digit_bits, WORD_BITS - shift)):
-            bound = threshold + jnp.uint32(candidate << shift)
+        for candidate in range(1, 2**digit_bits):
+            bound = threshold + (jnp.uint32(candidate) << shift)
             count = jnp.sum(ranks >= bound[..., None], axis=-1, dtype=jnp.int32)
             digit = digit + (count >= budgets).astype(jnp.uint32)  # counts fall as bounds rise
-        threshold = threshold + (digit << shift)
+        return threshold + (digit << shift)
+
+    threshold = _repeat(rounds, find_digit, jnp.zeros(budgets.shape, jnp.uint32))
     return jnp.maximum(threshold, 1)
 
 
@@ -57,6 +76,7 @@ def find_cut(
     ranks: UInt32[Array, "*rows kv_len"], budgets: Int32[Array, "*rows"], rank_bits: int, digit_bits: int
 ) -> Cut:
     """Where each row's selection ends, ties going to the newest; kv_len is a multiple of 32."""
+    ranks = lax.optimization_barrier(ranks)  # else XLA computes the scores anew in every pass
     threshold = _find_threshold(ranks, budgets, rank_bits, digit_bits)
     at_least = pack_mask(ranks >= threshold[..., None])
     ties = pack_mask(ranks == threshold[..., None])
@@ -76,19 +96,25 @@ def _position_of(
     Two binary searches: for the word in the prefix sums, for the bit in the word.
     """
     last = words.shape[-1] - 1
-    word = jnp.zeros_like(order)  # how many words end at or before the bit
-    for step in reversed(range(max(last, 1).bit_length())):
-        ahead = word + (1 << step)
+    word_steps = max(last, 1).bit_length()
+
+    def find_word(done, word):  # word: how many words end at or before the bit
+        ahead = word + (1 << (word_steps - 1 - done))
         reaches = jnp.take_along_axis(sums, jnp.minimum(ahead, last + 1) - 1, axis=-1, mode="clip")
-        word = jnp.where((ahead <= last) & (reaches <= order), ahead, word)
+        return jnp.where((ahead <= last) & (reaches <= order), ahead, word)
+
+    word = _repeat(word_steps, find_word, jnp.zeros_like(order))
     bits = jnp.take_along_axis(words, word, axis=-1, mode="clip")
-    left = order - (jnp.take_along_axis(sums, word, axis=-1, mode="clip") - _count(bits))
-    place = jnp.zeros_like(order)
-    for width in (16, 8, 4, 2, 1):
-        below = _count((bits >> place.astype(jnp.uint32)) & jnp.uint32((1 << width) - 1))
+    ahead_of_word = jnp.take_along_axis(sums, word, axis=-1, mode="clip") - _count(bits)
+
+    def find_place(done, carry):  # left: set bits of the word still to pass
+        place, left = carry
+        width = jnp.int32(16) >> done
+        below = _count((bits >> place.astype(jnp.uint32)) & ((jnp.uint32(1) << width.astype(jnp.uint32)) - 1))
         is_above = left >= below
-        left = jnp.where(is_above, left - below, left)
-        place = jnp.where(is_above, place + width, place)
+        return jnp.where(is_above, place + width, place), jnp.where(is_above, left - below, left)
+
+    place, _ = _repeat(5, find_place, (jnp.zeros_like(order), order - ahead_of_word))
     return word * WORD_BITS + place
 
 

@@ -1,0 +1,207 @@
+"""Attention of new tokens over one layer's cache: append first, then read everything, or only what was selected.
+
+Three ways, one shape: `attend_chunk` for prefill, `attend_densely` and `attend_sparsely` for a decoding step. Each
+takes what a decoder layer hands to its `attend` beside the layer's cache, and returns the outputs and the cache with
+the new tokens in it.
+"""
+
+from typing import Literal
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int32
+
+from spotlight_jax import hashing
+from spotlight_jax.attention import causal_attention
+from spotlight_jax.cache import LayerCache, append
+from spotlight_jax.kernels.sparse_attention import sparse_attention
+from spotlight_jax.scoring import hash_score_range, hash_scores
+from spotlight_jax.selection import SelectionConfig, select_tokens
+
+AttentionImpl = Literal["auto", "xla", "cudnn"]
+
+BLOCK = 512  # cached tokens that a prefill chunk reads at once
+MASKED = -1e30  # not -inf: a row that has seen no key yet must stay finite
+# On a CPU, products batched over KV heads make XLA transpose the whole cache; below this many KV heads it is cheaper
+# to multiply with queries that are zero outside their own head.
+FEW_KV_HEADS = 4
+
+
+@flax.struct.dataclass
+class LayerSelector:
+    """One layer's hash function."""
+
+    params: hashing.HashParams
+    cfg: hashing.HashConfig = flax.struct.field(pytree_node=False)
+
+
+def _remember(
+    layer: LayerCache,
+    keys: Float[Array, "batch q_len kv_heads head_dim"],
+    values: Float[Array, "batch q_len kv_heads head_dim"],
+    starts: Int32[Array, "batch"],
+    selector: LayerSelector | None,
+) -> LayerCache:
+    """The layer with the new tokens, and their codes where it keeps codes."""
+    codes = None
+    if layer.codes is not None and selector is not None:
+        codes = hashing.key_codes(selector.params, keys, selector.cfg)
+    return append(layer, keys, values, codes, starts)
+
+
+def attend_chunk(
+    queries: Float[Array, "batch q_len q_heads head_dim"],
+    keys: Float[Array, "batch q_len kv_heads head_dim"],
+    values: Float[Array, "batch q_len kv_heads head_dim"],
+    layer: LayerCache,
+    starts: Int32[Array, "batch"],
+    selector: LayerSelector | None = None,
+    implementation: AttentionImpl = "auto",
+) -> tuple[Float[Array, "batch q_len q_heads head_dim"], LayerCache]:
+    """Dense causal attention of a chunk of a prompt, over the cache before it and itself.
+
+    Args:
+        starts: tokens each sequence has cached before the chunk.
+        selector: writes the new tokens' codes, where the layer keeps any.
+        implementation: "cudnn" takes two fused calls (the cache before the chunk, and the chunk itself) and merges
+            them; "xla" walks over filled blocks of the cache; "auto" takes cuDNN on a GPU for 16-bit floats.
+    """
+    layer = _remember(layer, keys, values, starts, selector)
+    if implementation == "auto":
+        is_fused = jax.default_backend() == "gpu" and queries.dtype in (jnp.bfloat16, jnp.float16)
+        implementation = "cudnn" if is_fused and queries.shape[-1] % 8 == 0 and queries.shape[-1] <= 128 else "xla"
+    if implementation == "cudnn":
+        return _chunk_by_cudnn(queries, keys, values, layer, starts), layer
+    return _chunk_by_blocks(queries, layer, starts), layer
+
+
+def _chunk_by_cudnn(
+    queries: Array, keys: Array, values: Array, layer: LayerCache, starts: Int32[Array, "batch"]
+) -> Array:
+    """Two fused calls, merged by their log-sum-exps: cuDNN's causal mask fits only as many queries as keys."""
+
+    def attend(past_keys, past_values, **options):
+        return jax.nn.dot_product_attention(
+            queries, past_keys, past_values, implementation="cudnn", return_residual=True, **options
+        )
+
+    own, own_sum = attend(keys.astype(queries.dtype), values.astype(queries.dtype), is_causal=True)
+    past, past_sum = attend(layer.keys, layer.values, key_value_seq_lengths=starts)
+    has_past = (starts > 0)[:, None, None]  # without one, what cuDNN returns is not defined
+    past_sum = jnp.where(has_past, past_sum, -jnp.inf)
+    share = jax.nn.sigmoid(past_sum - own_sum)[..., None]  # exp(past) / (exp(past) + exp(own))
+    past = jnp.where(has_past[..., None], past, jnp.zeros_like(past))
+    return (share * past + (1 - share) * own).astype(queries.dtype)
+
+
+def _chunk_by_blocks(queries: Array, layer: LayerCache, starts: Int32[Array, "batch"]) -> Array:
+    """Softmax built up block by block over the filled part of the cache; no n x n matrix, no block past the end."""
+    batch, q_len, q_heads, head_dim = queries.shape
+    max_len, kv_heads = layer.keys.shape[1:3]
+    block = min(BLOCK, max_len)
+    group = q_heads // kv_heads
+    scaled = queries * jnp.asarray(head_dim**-0.5, queries.dtype)
+    grouped = scaled.reshape(batch, q_len, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
+    rows = starts[:, None] + jnp.arange(q_len, dtype=jnp.int32)[None, :]
+
+    def add_block(index, carry):
+        highest, total, outputs = carry
+        first = jnp.minimum(index * block, max_len - block)  # the last block may overlap the one before it
+        block_keys = lax.dynamic_slice_in_dim(layer.keys, first, block, axis=1)
+        block_values = lax.dynamic_slice_in_dim(layer.values, first, block, axis=1)
+        places = first + jnp.arange(block, dtype=jnp.int32)[None, None, :]
+        visible = (places <= rows[:, :, None]) & (places >= index * block)
+        scores = jnp.einsum("bkgtd,bskd->bkgts", grouped, block_keys, preferred_element_type=jnp.float32)
+        scores = jnp.where(visible[:, None, None], scores, MASKED)
+        raised = jnp.maximum(highest, scores.max(axis=-1))
+        shares = jnp.exp(scores - raised[..., None])
+        fade = jnp.exp(highest - raised)
+        added = jnp.einsum(
+            "bkgts,bskd->bkgtd", shares.astype(block_values.dtype), block_values, preferred_element_type=jnp.float32
+        )
+        return raised, total * fade + shares.sum(axis=-1), outputs * fade[..., None] + added
+
+    blocks = (jnp.max(starts) + q_len + block - 1) // block
+    shape = (batch, kv_heads, group, q_len)
+    start = (jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros((*shape, head_dim)))
+    _, total, outputs = lax.fori_loop(0, blocks, add_block, start)
+    outputs = (outputs / total[..., None]).transpose(0, 3, 1, 2, 4)
+    return outputs.reshape(queries.shape).astype(queries.dtype)
+
+
+def attend_densely(
+    queries: Float[Array, "batch one q_heads head_dim"],
+    keys: Float[Array, "batch one kv_heads head_dim"],
+    values: Float[Array, "batch one kv_heads head_dim"],
+    layer: LayerCache,
+    lengths: Int32[Array, "batch"],
+    selector: LayerSelector | None = None,
+    implementation: AttentionImpl = "auto",
+) -> tuple[Float[Array, "batch one q_heads head_dim"], LayerCache]:
+    """One decoding step that reads the whole cache; codes are written all the same, for steps to come.
+
+    Args:
+        lengths: tokens each sequence has cached before this one.
+    """
+    layer = _remember(layer, keys, values, lengths, selector)
+    if implementation == "auto" and jax.default_backend() == "cpu" and layer.keys.shape[2] <= FEW_KV_HEADS:
+        # XLA for CPUs would repeat the write above inside a reshaped read of the cache, and then had to copy the cache
+        # in every step; a branch, whose outcome it cannot know, keeps the two apart.
+        out = lax.cond(
+            lengths[0] >= 0,
+            _read_by_wide_product,
+            lambda q, *_: jnp.zeros_like(q),
+            queries,
+            layer.keys,
+            layer.values,
+            lengths,
+        )
+        return out, layer
+    out = causal_attention(queries, layer.keys, layer.values, offsets=lengths, implementation=implementation)
+    return out, layer
+
+
+def _read_by_wide_product(queries: Array, keys: Array, values: Array, lengths: Int32[Array, "batch"]) -> Array:
+    """All heads as columns of one matrix product with the cache as it lies in memory."""
+    batch, _, q_heads, head_dim = queries.shape
+    max_len, kv_heads = keys.shape[1:3]
+    dtype = keys.dtype
+    own_head = jnp.eye(kv_heads, dtype=dtype)
+    grouped = queries[:, 0].reshape(batch, kv_heads, q_heads // kv_heads, head_dim) * head_dim**-0.5
+    spread = jnp.einsum("bkgd,kj->bkgjd", grouped.astype(dtype), own_head)
+    spread = spread.reshape(batch, q_heads, kv_heads * head_dim)
+    wide_keys = keys.reshape(batch, max_len, kv_heads * head_dim)
+    wide_values = values.reshape(batch, max_len, kv_heads * head_dim)
+    scores = jnp.einsum("bhm,bsm->bhs", spread, wide_keys, preferred_element_type=jnp.float32)
+    visible = jnp.arange(max_len, dtype=jnp.int32)[None, None, :] <= lengths[:, None, None]
+    shares = jax.nn.softmax(jnp.where(visible, scores, MASKED), axis=-1).astype(dtype)
+    mixed = jnp.einsum("bhs,bsm->bhm", shares, wide_values, preferred_element_type=jnp.float32)
+    mixed = mixed.reshape(batch, kv_heads, q_heads // kv_heads, kv_heads, head_dim)
+    out = jnp.einsum("bkgjd,kj->bkgd", mixed, own_head.astype(jnp.float32))
+    return out.reshape(queries.shape).astype(queries.dtype)
+
+
+def attend_sparsely(
+    queries: Float[Array, "batch one q_heads head_dim"],
+    keys: Float[Array, "batch one kv_heads head_dim"],
+    values: Float[Array, "batch one kv_heads head_dim"],
+    layer: LayerCache,
+    lengths: Int32[Array, "batch"],
+    selector: LayerSelector,
+    selection: SelectionConfig,
+) -> tuple[Float[Array, "batch one q_heads head_dim"], LayerCache]:
+    """One decoding step that scores the codes of the cache, selects tokens, and reads the keys and values of those.
+
+    Args:
+        lengths: tokens each sequence has cached before this one.
+    """
+    layer = _remember(layer, keys, values, lengths, selector)
+    per_kv_head = selection.per == "kv_head"
+    scores = hash_scores(selector.params, queries, layer.codes, selector.cfg, per_kv_head)
+    group = queries.shape[2] // keys.shape[2]
+    score_range = hash_score_range(selector.cfg, group, per_kv_head)
+    indices, is_real = select_tokens(scores[:, 0], lengths + 1, selection, score_range)
+    out = sparse_attention(queries[:, 0].astype(layer.keys.dtype), layer.keys, layer.values, indices, is_real)
+    return out[:, None].astype(queries.dtype), layer

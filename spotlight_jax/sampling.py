@@ -1,0 +1,68 @@
+"""The next token from logits: greedy, or drawn at a temperature from the most probable tokens."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int32, Key
+
+from spotlight_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How tokens are drawn."""
+
+    temperature: float = 0.0
+    """Divides the logits; 0 takes the most probable token."""
+    top_k: int = 0
+    """Draw from this many most probable tokens (and those that tie with the last); 0: from all."""
+    top_p: float = 1.0
+    """Draw from the fewest most probable tokens that hold this much probability."""
+    seed: int = 0
+    """Of the draws; the same seed, prompts and settings give the same tokens."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no distribution fits."""
+        if not self.temperature >= 0:
+            raise InputError(f"temperature is {self.temperature}; give 0 or more")
+        if self.top_k < 0:
+            raise InputError(f"top_k is {self.top_k}; give 0 (all tokens) or more")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p is {self.top_p}; give a probability above 0 and at most 1")
+
+
+def keep_top_p(logits: Float[Array, "batch vocab"], top_p: float) -> Float[Array, "batch vocab"]:
+    """Mask all but the most probable tokens that together hold `top_p`; ties with the last are kept.
+
+    The least probability kept is found by bisection on its float32 bits, not by sorting the vocabulary.
+    """
+    shares = jax.nn.softmax(logits, axis=-1)
+    bound = jnp.zeros(logits.shape[:1], jnp.int32)
+    for shift in reversed(range(30)):  # floats in [0, 1] are ordered as their bits, which stay below 2^30
+        raised = bound + (1 << shift)
+        floor = lax.bitcast_convert_type(raised, jnp.float32)[:, None]
+        held = jnp.sum(jnp.where(shares >= floor, shares, 0.0), axis=-1)
+        bound = jnp.where(held >= top_p, raised, bound)
+    floor = lax.bitcast_convert_type(bound, jnp.float32)[:, None]
+    return jnp.where(shares >= floor, logits, -jnp.inf)
+
+
+def sample(
+    logits: Float[Array, "batch vocab"], keys: Key[Array, "batch"], cfg: SamplingConfig
+) -> Int32[Array, "batch"]:
+    """One token per sequence.
+
+    Args:
+        keys: one PRNG key per sequence; not used by greedy decoding.
+    """
+    if cfg.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits.astype(jnp.float32) / cfg.temperature
+    if 0 < cfg.top_k < logits.shape[-1]:
+        least = lax.top_k(logits, cfg.top_k)[0][:, -1:]
+        logits = jnp.where(logits >= least, logits, -jnp.inf)
+    if cfg.top_p < 1:
+        logits = keep_top_p(logits, cfg.top_p)
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)

@@ -1,0 +1,285 @@
+"""Prefill and decoding on the device: laws that hold whatever the weights are."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spotlight_jax import hashing
+from spotlight_jax.attention import selected_attention
+from spotlight_jax.cache import Cache, bucket_length
+from spotlight_jax.engine import DecodeConfig, DecodeState, Engine, Selector, decode_step
+from spotlight_jax.errors import InputError
+from spotlight_jax.models.decoder import apply_layer, embed_tokens, forward, init_params, unembed
+from spotlight_jax.models.presets import PRESETS
+from spotlight_jax.sampling import SamplingConfig
+from spotlight_jax.scoring import hash_score_range, hash_scores
+from spotlight_jax.selection import SelectionConfig
+from tests.tolerances import tolerance
+
+MODEL = PRESETS["tiny"]
+HASHES = {
+    "asymmetric": hashing.HashConfig(code_bits=64, hidden=24),
+    "paper": hashing.HashConfig(
+        form="symmetric", skip="none", code_bits=32, hidden=24, code_heads="query", centre=False
+    ),
+    "signs per KV head": hashing.HashConfig(form="symmetric", code_bits=64, hidden=24),
+}
+ALWAYS_SPARSE = SelectionConfig(keep=0.2, min_tokens=5, min_context=0, dense_layers=(0,))
+
+
+@functools.cache
+def model_params():
+    return init_params(jax.random.key(0), MODEL)
+
+
+@functools.cache
+def selector(name="asymmetric"):
+    cfg = HASHES[name]
+    shape = hashing.HeadShape(MODEL.layers, MODEL.q_heads, MODEL.kv_heads, MODEL.head_dim)
+    return Selector(hashing.init_params(jax.random.key(1), cfg, shape), cfg)
+
+
+@functools.cache  # tests that need the same engine share what it compiled
+def make_engine(name=None, **fields):
+    return Engine(MODEL, model_params(), name and selector(name), DecodeConfig(**fields))
+
+
+def draw_prompt(length, seed=0):
+    return np.random.default_rng(seed).integers(0, MODEL.vocab, length).tolist()
+
+
+def run(engine, prompts, new, limit=None):
+    """Tokens chosen after each prompt, first one included."""
+    state = engine.prefill(prompts, new)
+    chosen = [np.asarray(state.tokens)[:, None]]
+    while not np.asarray(state.is_done).all():
+        state, tokens = engine.decode(state, limit)
+        chosen.append(tokens)
+    return np.concatenate(chosen, axis=1)[:, :new], state
+
+
+def greedy_by_forward(prompt, new):
+    """No cache: the whole sequence anew for each token."""
+    tokens = list(prompt)
+    for _ in range(new):
+        padded = jnp.asarray([tokens + [0] * (64 - len(tokens))])  # one shape; later tokens are never seen
+        tokens.append(int(jnp.argmax(forward(model_params(), padded, MODEL)[0, len(tokens) - 1])))
+    return tokens[len(prompt) :]
+
+
+def test_greedy_decoding_equals_a_forward_pass_per_token():
+    prompt = draw_prompt(37)
+    tokens, _ = run(make_engine(), [prompt], 12)
+    assert tokens[0].tolist() == greedy_by_forward(prompt, 12)
+
+
+def logits_after(engine, prompt, mode):
+    """Logits of one decoding step that feeds the prompt's last token."""
+    state = engine.prefill([prompt[:-1]], 2)
+    step = jax.jit(decode_step, static_argnums=(5, 6, 7))
+    args = (engine.params, engine.selectors, state.cache, jnp.asarray(prompt[-1:]), state.rope_len)
+    logits, _ = step(*args, MODEL, engine.cfg, mode)
+    return np.asarray(logits[0])
+
+
+def test_prefill_then_one_step_equals_one_forward_pass():
+    prompt = draw_prompt(50)
+    expected = forward(model_params(), jnp.asarray([prompt]), MODEL)[0, -1]
+    np.testing.assert_allclose(logits_after(make_engine(), prompt, "dense"), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", HASHES)
+@pytest.mark.parametrize("per", ["kv_head", "query_head"])
+def test_keeping_everything_equals_dense(name, per):
+    prompt = draw_prompt(50)
+    selection = SelectionConfig(keep=1.0, min_context=0, dense_layers=(), per=per)
+    sparse = logits_after(make_engine(name, selection=selection), prompt, "sparse")
+    dense = logits_after(make_engine(), prompt, "dense")
+    np.testing.assert_allclose(sparse, dense, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", HASHES)
+@pytest.mark.parametrize("per", ["kv_head", "query_head"])
+def test_stepwise_decoding_selects_what_teacher_forcing_selects(name, per):
+    """Logits of every step of a sparse decode equal those of one sparse pass over the whole text."""
+    text = draw_prompt(60, seed=3)
+    selection = SelectionConfig(keep=0.2, min_tokens=5, min_context=0, dense_layers=(0,), per=per, sink_tokens=1)
+    engine = make_engine(name, selection=selection)
+    is_group = per == "kv_head"
+
+    def attend_forced(queries, keys, values, layer):
+        params = hashing.layer_params(selector(name).params, layer)
+        cfg = selector(name).cfg
+        codes = hashing.key_codes(params, keys, cfg)
+        score_range = hash_score_range(cfg, MODEL.group, is_group)
+        return selected_attention(
+            queries, keys, values, lambda q: hash_scores(params, q, codes, cfg, is_group), selection, score_range
+        )
+
+    tokens = jnp.asarray([text])
+    positions = jnp.arange(len(text), dtype=jnp.int32)[None]
+    x = embed_tokens(model_params(), tokens, MODEL)
+    x, _ = apply_layer(model_params()["layer_0"], x, positions, attend_to_all, MODEL)
+    for layer in range(1, MODEL.layers):
+        attend = functools.partial(lambda q, k, v, layer: (attend_forced(q, k, v, layer), None), layer=layer)
+        x, _ = apply_layer(model_params()[f"layer_{layer}"], x, positions, attend, MODEL)
+    forced = np.asarray(unembed(model_params(), x, MODEL))[0]
+
+    cache = engine.empty_cache(1, 256)
+    step = jax.jit(decode_step, static_argnums=(5, 6, 7))
+    for place, token in enumerate(text):
+        args = (engine.params, engine.selectors, cache, jnp.asarray([token]), jnp.int32(256))
+        logits, cache = step(*args, MODEL, engine.cfg, "sparse")
+        cache = cache.replace(lengths=cache.lengths + 1)
+        np.testing.assert_allclose(logits[0], forced[place], rtol=1e-3, atol=1e-3)
+
+
+def attend_to_all(queries, keys, values):
+    everything = SelectionConfig(keep=1.0)
+    out = selected_attention(
+        queries, keys, values, lambda q: jnp.zeros((*q.shape[:3], keys.shape[1]), jnp.float32), everything
+    )
+    return out, None
+
+
+@pytest.mark.parametrize("chosen", [None, "asymmetric"])
+def test_a_prompt_in_chunks_equals_a_prompt_at_once(chosen):
+    prompt = draw_prompt(75)
+    whole, at_once = run(make_engine(chosen, selection=ALWAYS_SPARSE, prefill_chunk=128), [prompt], 8)
+    pieces, chunked = run(make_engine(chosen, selection=ALWAYS_SPARSE, prefill_chunk=16), [prompt], 8)
+    np.testing.assert_array_equal(whole, pieces)
+    for one, other in zip(at_once.cache.layers, chunked.cache.layers, strict=True):
+        np.testing.assert_allclose(one.keys[:, :75], other.keys[:, :75], **tolerance("float32"))
+        if chosen and one.codes is not None:
+            np.testing.assert_array_equal(one.codes[..., :75], other.codes[..., :75])
+
+
+@pytest.mark.parametrize("chosen", [None, "asymmetric", "paper"])
+def test_a_sequence_alone_equals_the_same_in_a_ragged_batch(chosen):
+    prompts = [draw_prompt(length, seed=length) for length in (9, 70, 33)]
+    fields = {"selection": ALWAYS_SPARSE, "prefill_chunk": 32}
+    together, _ = run(make_engine(chosen, **fields), prompts, 10)
+    for row, prompt in enumerate(prompts):
+        alone, _ = run(make_engine(chosen, **fields), [prompt], 10)
+        assert together[row].tolist() == alone[0].tolist()
+
+
+def test_a_batch_that_straddles_the_crossover_reads_each_sequence_its_own_way():
+    prompts = [draw_prompt(length, seed=length) for length in (20, 60)]
+    selection = SelectionConfig(keep=0.2, min_tokens=5, min_context=40, dense_layers=(0,))
+    engine = make_engine("asymmetric", selection=selection, block=64)
+    together, _ = run(engine, prompts, 30)
+    assert {key[1] for key in engine.programs if key[0] == "decode"} == {"mixed", "sparse"}
+    for row, prompt in enumerate(prompts):
+        alone, _ = run(make_engine("asymmetric", selection=selection), [prompt], 30)
+        assert together[row].tolist() == alone[0].tolist()
+
+
+def test_below_the_crossover_a_step_is_dense():
+    prompt = draw_prompt(30)
+    selection = SelectionConfig(keep=0.2, min_tokens=5, min_context=200, dense_layers=(0,))
+    tokens, _ = run(make_engine("asymmetric", selection=selection), [prompt], 10)
+    assert tokens[0].tolist() == greedy_by_forward(prompt, 10)
+
+
+@pytest.mark.parametrize("chosen", [None, "asymmetric"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_poisoned_slots_past_each_length_never_reach_the_output(chosen, batch):
+    prompts = [draw_prompt(40 - 9 * row, seed=row) for row in range(batch)]
+    engine = make_engine(chosen, selection=ALWAYS_SPARSE)
+    clean, _ = engine.decode(engine.prefill(prompts, 8))
+    state = engine.prefill(prompts, 8)
+
+    def poison(layer):
+        unfilled = jnp.arange(state.cache.max_len)[None, :] >= state.cache.lengths[:, None]
+        rows = unfilled[:, :, None, None]
+        codes = layer.codes
+        if codes is not None:
+            codes = jnp.where(unfilled[:, None, None, :], jnp.uint32(0xFFFFFFFF), codes)
+        return layer.replace(
+            keys=jnp.where(rows, 1e6, layer.keys), values=jnp.where(rows, -1e30, layer.values), codes=codes
+        )
+
+    cache = Cache(tuple(poison(layer) for layer in state.cache.layers), state.cache.lengths)
+    poisoned, _ = engine.decode(state.replace(cache=cache))
+    np.testing.assert_array_equal(clean.tokens, poisoned.tokens)
+    for one, other in zip(clean.cache.layers, poisoned.cache.layers, strict=True):
+        last = int(clean.cache.lengths[0])
+        np.testing.assert_array_equal(one.keys[0, :last], other.keys[0, :last])
+
+
+@pytest.mark.parametrize("chosen", [None, "asymmetric"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_block_of_steps_never_copies_the_cache(chosen, batch):
+    """The program takes over the cache's buffers, and needs less workspace than one layer's keys."""
+    engine = make_engine(chosen, selection=ALWAYS_SPARSE, block=4)
+    cache = engine.empty_cache(batch, 32768)
+    zeros = np.zeros((batch,), np.int32)  # on the host: no buffer may be given up twice
+    state = DecodeState(cache, *map(jnp.array, (zeros, zeros > 0, zeros + 4, zeros, np.int32(0))))
+    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+    layer_bytes = cache.layers[0].keys.nbytes
+    state_shape = (cache.layers[0].keys.shape, "float32")
+    engine.decode(state)
+    (memory,) = [program.memory_analysis() for key, program in engine.programs.items() if state_shape in key[3]]
+    assert memory.alias_size_in_bytes >= cache_bytes
+    assert memory.temp_size_in_bytes < layer_bytes
+
+
+def test_decoding_compiles_once_while_the_cache_grows():
+    engine = make_engine("asymmetric", selection=ALWAYS_SPARSE, block=5)
+    run(engine, [draw_prompt(30)], 60)
+    assert sum(key[0] == "decode" for key in engine.programs) == 1
+    run(engine, [draw_prompt(41, seed=5)], 60)  # another prompt, the same bucket
+    assert sum(key[0] == "decode" for key in engine.programs) == 1
+
+
+def test_block_length_does_not_change_the_tokens():
+    prompt = draw_prompt(30)
+    sampling = SamplingConfig(temperature=0.8, top_k=50, top_p=0.9, seed=7)
+    one, _ = run(make_engine("asymmetric", selection=ALWAYS_SPARSE, sampling=sampling, block=32), [prompt], 20)
+    other, _ = run(
+        make_engine("asymmetric", selection=ALWAYS_SPARSE, sampling=sampling, block=3), [prompt], 20, limit=2
+    )
+    np.testing.assert_array_equal(one, other)
+
+
+def test_a_stop_token_ends_its_own_sequence_only():
+    prompts = [draw_prompt(20, seed=1), draw_prompt(26, seed=2)]
+    free, _ = run(make_engine(), prompts, 16)
+    stop = int(free[0, 5])
+    engine = make_engine(stop_tokens=(stop,))
+    tokens, state = run(engine, prompts, 16)
+    ends = [row.tolist().index(stop) + 1 if stop in row else 16 for row in free]
+    for row in range(2):
+        assert tokens[row, : ends[row]].tolist() == free[row, : ends[row]].tolist()
+    # every chosen token but the last is cached
+    assert np.asarray(state.cache.lengths).tolist() == [20 + ends[0] - 1, 26 + ends[1] - 1]
+
+
+def test_a_second_turn_equals_one_long_prompt():
+    first, second = draw_prompt(40, seed=1), draw_prompt(300, seed=2)
+    engine = make_engine("asymmetric", selection=ALWAYS_SPARSE)
+    state = engine.prefill([first], 1)
+    state = engine.prefill([second], 8, state.cache)
+    tokens = [int(state.tokens[0])]
+    state, more = engine.decode(state)
+    whole, _ = run(make_engine("asymmetric", selection=ALWAYS_SPARSE), [first + second], 8)
+    assert [*tokens, *more[0].tolist()] == whole[0].tolist()
+
+
+def test_an_empty_prompt_is_refused():
+    with pytest.raises(InputError, match="empty"):
+        make_engine().prefill([[1, 2], []], 4)
+    with pytest.raises(InputError, match="empty"):
+        make_engine().prefill([], 4)
+
+
+@pytest.mark.parametrize("tokens", [1, 256, 257, 1000, 7628, 8192, 8193, 131072, 131073])
+def test_buckets_hold_their_tokens_and_waste_at_most_a_quarter(tokens):
+    length = bucket_length(tokens)
+    assert length >= tokens and length % 128 == 0
+    assert length <= max(256, tokens * 1.25 + 128)
+    assert bucket_length(length) == length
