@@ -1,4 +1,4 @@
-"""Our decoder against transformers and torch; run with `python -m pytest tests/parity -m parity` where torch is."""
+"""Our decoder against transformers and torch (and accelerate, which it reads GGUF with); run with `-m parity`."""
 
 import pathlib
 
