@@ -25,6 +25,7 @@ from spotlight_jax.cached_attention import (
     attend_densely,
     attend_sparsely,
 )
+from spotlight_jax.checkpoint import Selector
 from spotlight_jax.errors import InputError
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import apply_layer, embed_tokens, unembed
@@ -36,14 +37,6 @@ Mode = Literal["dense", "sparse", "mixed"]  # what the sparse layers do in a blo
 SMALLEST_CHUNK = 16
 CHUNK = {"cpu": 512}  # tokens prefilled at once: more use the device better, and take more workspace
 GPU_CHUNK = 2048
-
-
-@flax.struct.dataclass
-class Selector:
-    """Hash functions of all layers, as `checkpoint.load_selector` gives them."""
-
-    params: hashing.HashParams
-    cfg: hashing.HashConfig = flax.struct.field(pytree_node=False)
 
 
 @dataclasses.dataclass(frozen=True)

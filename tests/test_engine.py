@@ -10,7 +10,8 @@ import pytest
 from spotlight_jax import hashing
 from spotlight_jax.attention import selected_attention
 from spotlight_jax.cache import Cache, bucket_length
-from spotlight_jax.engine import DecodeConfig, DecodeState, Engine, Selector, decode_step
+from spotlight_jax.checkpoint import Selector
+from spotlight_jax.engine import DecodeConfig, DecodeState, Engine, decode_step
 from spotlight_jax.errors import InputError
 from spotlight_jax.models.decoder import apply_layer, embed_tokens, forward, init_params, unembed
 from spotlight_jax.models.presets import PRESETS
@@ -39,7 +40,7 @@ def model_params():
 def selector(name="asymmetric"):
     cfg = HASHES[name]
     shape = hashing.HeadShape(MODEL.layers, MODEL.q_heads, MODEL.kv_heads, MODEL.head_dim)
-    return Selector(hashing.init_params(jax.random.key(1), cfg, shape), cfg)
+    return Selector(cfg, shape, hashing.init_params(jax.random.key(1), cfg, shape), "tiny", {})
 
 
 @functools.cache  # tests that need the same engine share what it compiled

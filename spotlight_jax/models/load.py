@@ -58,6 +58,12 @@ def load_config(source: str) -> DecoderConfig:
     return hf.load_hf_config(path) if path.is_dir() else config_from_gguf(open_gguf(path))
 
 
+def open_tokenizer(source: str) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer without the weights (a hub model's are not fetched). Raises as `load_model`."""
+    path = _locate(source, weights=False)
+    return load_tokenizer(path) if path.is_dir() else tokenizer_from_gguf(open_gguf(path))
+
+
 def _locate(source: str, weights: bool) -> pathlib.Path:
     """A local folder or GGUF file, fetched first where the source is a name."""
     if source in EMBEDDED:

@@ -1,0 +1,91 @@
+"""Check this machine and installation: device, versions, what each op will use and why, memory, cache folder.
+
+spotlight doctor
+"""
+
+import dataclasses
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+from spotlight_jax import cli
+from spotlight_jax.commands.session import use_compile_cache
+from spotlight_jax.kernels.match_score import choose_impl
+from spotlight_jax.memory import GIB, available_bytes
+from spotlight_jax.selection import CROSSOVER
+
+PACKAGES = ("spotlight-jax", "jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "flax", "transformers", "numpy")
+
+
+@dataclasses.dataclass(frozen=True)
+class DoctorConfig:
+    """How much to check."""
+
+    run: bool = True
+    """Run a small product on the device, to see that it works."""
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what matters."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def implementations() -> list[tuple[str, str, str]]:
+    """Op, what `auto` uses for it here, and why."""
+    is_cpu = jax.default_backend() == "cpu"
+    fused = ("XLA, block by block", "cuDNN needs an NVIDIA GPU") if is_cpu else ("cuDNN", "16-bit floats on a GPU")
+    passes = ("1 bit a pass, in a loop", "a pass costs no launch") if is_cpu else ("2 bits a pass", "fewer launches")
+    return [
+        ("prefill attention", *fused),
+        ("dense decoding", "XLA" if is_cpu else "cuDNN", fused[1]),
+        ("match_score, decoding", f"XLA, {choose_impl(1)}", "few queries: bits are counted without unpacking"),
+        ("match_score, many queries", f"XLA, {choose_impl(64)}", "many queries: codes are unpacked once"),
+        ("select_top", f"XLA, counting, {passes[0]}", passes[1]),
+        ("sparse_attention", "XLA, gather", "the only one there is"),
+    ]
+
+
+def main(cfg: DoctorConfig) -> None:
+    """Print what was found; raises whatever the device raises."""
+    console = Console(highlight=False)
+    folder = use_compile_cache()
+    console.rule("versions")
+    for name, version in versions().items():
+        console.print(f"{name:20} {version}", markup=False)
+    console.rule("device")
+    for device in jax.devices():
+        free = available_bytes(device)
+        memory = "memory unknown" if free is None else f"{free / GIB:.1f} GiB free"
+        console.print(f"{device.platform} {device.id}: {device.device_kind}, {memory}", markup=False)
+    if cfg.run:
+        product = jnp.ones((64, 64)) @ jnp.ones((64, 64))
+        works = "works" if float(product[0, 0]) == 64 else "gives WRONG results"
+        console.print(f"a small product {works}", markup=False)
+    console.rule("what each op uses")
+    for op, used, why in implementations():
+        console.print(f"{op:26} {used} ({why})", markup=False)
+    tokens = CROSSOVER.get(jax.default_backend(), CROSSOVER["gpu"])
+    console.print(f"{'sparse reading':26} from {tokens:,} tokens x batch (--min-context auto)", markup=False)
+    console.rule("folders")
+    console.print(f"compiled programs    {folder}", markup=False, soft_wrap=True)
+    console.print(f"texts and models     {folder.parent}", markup=False, soft_wrap=True)
+
+
+def command(args: Sequence[str] | None = None) -> int:
+    """`spotlight doctor`."""
+    return cli.run(main, DoctorConfig, "spotlight doctor", __doc__, args)
+
+
+if __name__ == "__main__":
+    sys.exit(command())

@@ -1,0 +1,264 @@
+"""Text in, text out: prompts to tokens, decoding on the device, tokens to text, and a report of what it took.
+
+model = load_model("smollm2-135m")
+selector = load_selector("runs/demo", head_shape(model.cfg))
+for result in generate(model, ["Once upon a time"], GenerateConfig(max_new_tokens=64), selector):
+    print(result.text)
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+
+from spotlight_jax.checkpoint import Selector
+from spotlight_jax.engine import DecodeConfig, DecodeState, Engine
+from spotlight_jax.errors import InputError
+from spotlight_jax.hashing import HeadShape
+from spotlight_jax.memory import StepReads, step_reads
+from spotlight_jax.models.config import DecoderConfig
+from spotlight_jax.models.load import BaseModel
+from spotlight_jax.sampling import SamplingConfig
+from spotlight_jax.selection import SelectionConfig, sparse_from
+from spotlight_jax.text_stream import TextStream
+
+STREAM_BLOCK = 4  # steps between two pieces of streamed text
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateConfig:
+    """How text is continued."""
+
+    max_new_tokens: int = 128
+    """Most tokens after each prompt."""
+    stop: tuple[str, ...] = ()
+    """Strings of which the first to appear ends a text; it is left out."""
+    ignore_eos: bool = False
+    """Go on after the model's end-of-text token."""
+    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+    selection: SelectionConfig = dataclasses.field(default_factory=SelectionConfig)
+    prefill_chunk: int | None = None
+    """Prompt tokens per prefill step; None: by device."""
+    block: int = 32
+    """Tokens decoded on the device between two looks of the host."""
+
+    def __post_init__(self) -> None:
+        """Refuse a generation of nothing."""
+        if self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {self.max_new_tokens}; give at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """One sequence's continuation."""
+
+    text: str
+    tokens: tuple[int, ...]
+    prompt_tokens: int
+    ended_by: str  # "stop string", "end of text" or "length"
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a generation took; tokens per second count running alone, not compiling."""
+
+    prompt_tokens: int
+    new_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    compile_seconds: float
+    reads: StepReads  # of the last step
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens per second, all sequences together."""
+        return self.prompt_tokens / max(self.prefill_seconds, 1e-9)
+
+    @property
+    def decode_rate(self) -> float:
+        """Tokens decoded per second, all sequences together; each prompt's first token belongs to prefill."""
+        return self.new_tokens / max(self.decode_seconds, 1e-9)
+
+
+def head_shape(cfg: DecoderConfig) -> HeadShape:
+    """The heads that a selector for this model serves."""
+    return HeadShape(cfg.layers, cfg.q_heads, cfg.kv_heads, cfg.head_dim)
+
+
+def context_limit(cfg: DecoderConfig) -> int:
+    """Most tokens of a sequence: the config's, stretched only by the config's own RoPE scaling."""
+    if cfg.rope.kind in ("linear", "dynamic"):
+        return int(cfg.max_len * cfg.rope.factor)
+    if cfg.rope.kind in ("yarn", "llama3"):
+        return max(cfg.max_len, int(cfg.rope.trained_len * cfg.rope.factor))
+    return cfg.max_len
+
+
+def encode_prompts(
+    tokenizer, prompts: Sequence[str | Sequence[int]], max_new_tokens: int, model_cfg: DecoderConfig
+) -> list[list[int]]:
+    """Prompts as token ids; raises InputError for empty ones and those that leave no room in the model's context."""
+    encoded = []
+    limit = context_limit(model_cfg)
+    for number, prompt in enumerate(prompts):
+        tokens = list(tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt)
+        name = "the prompt" if len(prompts) == 1 else f"prompt {number}"
+        if not tokens:
+            raise InputError(f"{name} is empty; give at least one token of text")
+        if len(tokens) + max_new_tokens > limit:
+            raise InputError(
+                f"{name} has {len(tokens)} tokens, and with {max_new_tokens} new ones passes the model's context of "
+                f"{limit}; shorten it, ask for fewer, or use a model whose config extends its context"
+            )
+        encoded.append(tokens)
+    if not encoded:
+        raise InputError("there is no prompt; give at least one")
+    return encoded
+
+
+def encode_chat(tokenizer, messages: list[dict[str, str]]) -> list[int]:
+    """Token ids of a talk so far, by the model's chat template, ready for the assistant's answer."""
+    if not tokenizer.chat_template:
+        raise InputError("this model has no chat template; use generate with a plain prompt")
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def make_decode_config(cfg: GenerateConfig, stop_tokens: tuple[int, ...] = ()) -> DecodeConfig:
+    """The part of the settings that the device sees."""
+    return DecodeConfig(
+        selection=cfg.selection,
+        sampling=cfg.sampling,
+        stop_tokens=stop_tokens,
+        prefill_chunk=cfg.prefill_chunk,
+        block=cfg.block,
+    )
+
+
+def make_engine(model: BaseModel, cfg: GenerateConfig, selector: Selector | None = None) -> Engine:
+    """An engine for this model and these settings; keep it to generate again without compiling."""
+    eos = model.tokenizer.eos_token_id
+    stops = () if cfg.ignore_eos or eos is None else (int(eos),)
+    return Engine(model.cfg, model.params, selector, make_decode_config(cfg, stops))
+
+
+class Run:
+    """One generation under way: texts so far, and the clock."""
+
+    def __init__(
+        self, engine: Engine, tokenizer, prompts: list[list[int]], cfg: GenerateConfig, state: DecodeState | None = None
+    ) -> None:
+        """Prefill the prompts, after the cache of `state` (which is given up) if there is one."""
+        self.engine, self.cfg = engine, cfg
+        self.streams = [TextStream(tokenizer, cfg.stop) for _ in prompts]
+        self.prompts = prompts
+        self.tokens: list[list[int]] = [[] for _ in prompts]
+        self.decode_seconds, self._compiled_before = 0.0, engine.compile_seconds
+        start = time.perf_counter()
+        self.state = engine.prefill(prompts, cfg.max_new_tokens, None if state is None else state.cache)
+        first = np.asarray(self.state.tokens)[:, None]
+        self.prefill_seconds = time.perf_counter() - start - (engine.compile_seconds - self._compiled_before)
+        self.pieces = self._add(first)
+
+    def _add(self, tokens: np.ndarray) -> list[str]:
+        """Tokens of each sequence up to where it stopped; returns their new text."""
+        pieces = []
+        for row, stream in enumerate(self.streams):
+            room = self.cfg.max_new_tokens - len(self.tokens[row])
+            new = [] if stream.is_stopped or self._ended(row) else tokens[row, :room].tolist()
+            ends = [place for place, token in enumerate(new) if token in self.engine.cfg.stop_tokens]
+            new = new[: ends[0] + 1] if ends else new
+            self.tokens[row] += new
+            piece = stream.push(new)
+            if self._ended(row):
+                piece += stream.finish()
+            pieces.append(piece)
+        return pieces
+
+    def _ended(self, row: int) -> bool:
+        tokens = self.tokens[row]
+        return len(tokens) >= self.cfg.max_new_tokens or (bool(tokens) and tokens[-1] in self.engine.cfg.stop_tokens)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every sequence has ended."""
+        return all(stream.is_stopped or self._ended(row) for row, stream in enumerate(self.streams))
+
+    def step(self, limit: int | None = None) -> list[str]:
+        """Decode a block of at most `limit` steps; the new text of each sequence."""
+        compiled, start = self.engine.compile_seconds, time.perf_counter()
+        # a stop string is seen here, not on the device: its sequence stops before the next block
+        stopped = np.array([stream.is_stopped for stream in self.streams])
+        if stopped.any():
+            self.state = self.state.replace(is_done=jax.numpy.asarray(np.asarray(self.state.is_done) | stopped))
+        self.state, tokens = self.engine.decode(self.state, limit)
+        self.decode_seconds += time.perf_counter() - start - (self.engine.compile_seconds - compiled)
+        self.pieces = self._add(tokens)
+        return self.pieces
+
+    def results(self) -> list[Generation]:
+        """What each sequence has become so far."""
+        found = []
+        for stream, tokens, prompt in zip(self.streams, self.tokens, self.prompts, strict=True):
+            is_end = bool(tokens) and tokens[-1] in self.engine.cfg.stop_tokens
+            ended_by = "stop string" if stream.is_stopped else "end of text" if is_end else "length"
+            found.append(Generation(stream.text, tuple(tokens), len(prompt), ended_by))
+        return found
+
+    def report(self) -> Report:
+        """Times so far and what the last step read."""
+        engine = self.engine
+        lengths = np.asarray(self.state.cache.lengths).tolist()
+        selection = self.cfg.selection
+        shortest = sparse_from(selection, len(lengths), jax.default_backend())
+        hash_cfg = None if engine.selector is None else engine.selector.cfg
+        return Report(
+            prompt_tokens=sum(map(len, self.prompts)),
+            new_tokens=sum(len(tokens) - 1 for tokens in self.tokens),
+            prefill_seconds=self.prefill_seconds,
+            decode_seconds=self.decode_seconds,
+            compile_seconds=engine.compile_seconds - self._compiled_before,
+            reads=step_reads(engine.model_cfg, engine.dtype, lengths, hash_cfg, selection, shortest),
+        )
+
+
+def generate(
+    model: BaseModel,
+    prompts: Sequence[str | Sequence[int]],
+    cfg: GenerateConfig | None = None,
+    selector: Selector | None = None,
+    engine: Engine | None = None,
+) -> list[Generation]:
+    """Continue each prompt (text, or token ids); densely where there is no selector.
+
+    Args:
+        model: see `load_model`.
+        prompts: of any lengths; they are decoded together.
+        cfg: how.
+        selector: see `load_selector`.
+        engine: of an earlier call with the same settings, to compile nothing again.
+    """
+    cfg = cfg or GenerateConfig()
+    encoded = encode_prompts(model.tokenizer, prompts, cfg.max_new_tokens, model.cfg)
+    run = Run(engine or make_engine(model, cfg, selector), model.tokenizer, encoded, cfg)
+    while not run.is_done:
+        run.step()
+    return run.results()
+
+
+def stream(
+    model: BaseModel,
+    prompt: str | Sequence[int],
+    cfg: GenerateConfig | None = None,
+    selector: Selector | None = None,
+    engine: Engine | None = None,
+) -> Iterator[str]:
+    """Text after one prompt as it comes; the pieces together are what `generate` returns."""
+    cfg = cfg or GenerateConfig()
+    encoded = encode_prompts(model.tokenizer, [prompt], cfg.max_new_tokens, model.cfg)
+    run = Run(engine or make_engine(model, cfg, selector), model.tokenizer, encoded, cfg)
+    yield from filter(None, run.pieces)
+    while not run.is_done:
+        yield from filter(None, run.step(STREAM_BLOCK))

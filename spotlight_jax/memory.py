@@ -1,0 +1,148 @@
+"""What generation needs and what there is: bytes of weights, cache, codes, workspace, and bytes read per step."""
+
+import dataclasses
+import os
+
+import jax
+import jax.numpy as jnp
+
+from spotlight_jax.cached_attention import BLOCK
+from spotlight_jax.errors import InputError
+from spotlight_jax.hashing import HashConfig
+from spotlight_jax.models.config import DecoderConfig
+from spotlight_jax.models.decoder import param_shapes
+from spotlight_jax.selection import SelectionConfig, budget_of, max_budget
+
+GIB = 2**30
+FLOAT_BYTES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes that a generation holds at once."""
+
+    weights: int
+    cache: int
+    codes: int
+    workspace: int  # an estimate of the largest temporaries of prefill and decoding
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.cache + self.codes + self.workspace
+
+    def describe(self) -> str:
+        """One line in GiB."""
+        parts = ", ".join(f"{field.name} {getattr(self, field.name) / GIB:.2f}" for field in dataclasses.fields(self))
+        return f"{parts}; together {self.total / GIB:.2f} GiB"
+
+
+def sparse_layers(cfg: DecoderConfig, selection: SelectionConfig) -> int:
+    """Layers that read selected tokens."""
+    return cfg.layers - sum(layer < cfg.layers for layer in set(selection.dense_layers))
+
+
+def code_bytes_per_token(cfg: DecoderConfig, hash_cfg: HashConfig) -> int:
+    """Bytes of one token's codes in one layer."""
+    return (cfg.kv_heads if hash_cfg.code_heads == "kv" else cfg.q_heads) * hash_cfg.words * 4
+
+
+def plan_memory(
+    cfg: DecoderConfig,
+    dtype: jnp.dtype,
+    batch: int,
+    max_len: int,
+    chunk: int,
+    hash_cfg: HashConfig | None,
+    selection: SelectionConfig,
+) -> MemoryPlan:
+    """What a generation of `batch` sequences with caches of `max_len` slots needs.
+
+    Args:
+        dtype: of weights and cache.
+        chunk: prompt tokens per prefill step.
+        hash_cfg: of the selector; None for dense generation.
+    """
+    size = jnp.dtype(dtype).itemsize
+    weights = sum(leaf.size for leaf in jax.tree.leaves(param_shapes(cfg, dtype))) * size
+    cache = 2 * cfg.layers * batch * max_len * cfg.kv_heads * cfg.head_dim * size
+    codes = 0
+    step = batch * cfg.vocab * FLOAT_BYTES * 2
+    if hash_cfg is not None:
+        codes = sparse_layers(cfg, selection) * batch * max_len * code_bytes_per_token(cfg, hash_cfg)
+        heads = cfg.kv_heads if selection.per == "kv_head" else cfg.q_heads
+        rows = batch * heads * max_budget(max_len, selection) * cfg.head_dim
+        step += 2 * rows * size + 3 * batch * heads * max_len * FLOAT_BYTES
+    else:
+        step += 2 * batch * cfg.q_heads * max_len * FLOAT_BYTES
+    tokens = batch * chunk
+    scores = 2 * batch * cfg.q_heads * chunk * min(BLOCK, max_len) * FLOAT_BYTES
+    prefill = tokens * (4 * cfg.embed + 3 * cfg.mlp + 4 * cfg.q_heads * cfg.head_dim) * size + scores
+    return MemoryPlan(weights=weights, cache=cache, codes=codes, workspace=max(step, prefill))
+
+
+def available_bytes(device: jax.Device | None = None) -> int | None:
+    """Free memory of the device (a CPU's: of the machine); None where nobody knows."""
+    device = device or jax.devices()[0]
+    if device.platform != "cpu":
+        stats = device.memory_stats() or {}
+        limit = stats.get("bytes_limit")
+        return None if limit is None else limit - stats.get("bytes_in_use", 0)
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        try:
+            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (AttributeError, OSError, ValueError):
+            return None
+
+
+def check_memory(plan: MemoryPlan, free: int | None) -> None:
+    """Raise InputError with the numbers where the plan is larger than what is free."""
+    if free is not None and plan.total > free:
+        raise InputError(
+            f"not enough memory: {plan.describe()} are needed and {free / GIB:.2f} GiB are free; "
+            "give a shorter prompt, fewer sequences, fewer new tokens or a smaller model"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class StepReads:
+    """What one decoding step reads of the cache, summed over layers and sequences."""
+
+    tokens: int  # per sequence and KV head (or query head) of a sparse layer, on average over sequences
+    bytes_keys_values: int
+    bytes_codes: int
+    bytes_dense: int  # keys and values that the same step reads densely
+
+
+def step_reads(
+    cfg: DecoderConfig,
+    dtype: jnp.dtype,
+    lengths: list[int],
+    hash_cfg: HashConfig | None,
+    selection: SelectionConfig,
+    sparse_from: int,
+) -> StepReads:
+    """Account one step whose sequences have `lengths` tokens, each new token's included."""
+    row = 2 * cfg.head_dim * jnp.dtype(dtype).itemsize
+    dense = sum(lengths) * cfg.kv_heads * row
+    budgets = [
+        int(budget_of(length, selection)) if hash_cfg is not None and length >= sparse_from else length
+        for length in lengths
+    ]
+    heads = cfg.kv_heads if selection.per == "kv_head" else cfg.q_heads
+    sparse_count = sparse_layers(cfg, selection) if hash_cfg is not None else 0
+    keys_values, codes = (cfg.layers - sparse_count) * dense, 0
+    for length, budget in zip(lengths, budgets, strict=True):
+        is_sparse = hash_cfg is not None and length >= sparse_from
+        keys_values += sparse_count * budget * (heads if is_sparse else cfg.kv_heads) * row
+        codes += sparse_count * length * code_bytes_per_token(cfg, hash_cfg) if is_sparse else 0
+    return StepReads(
+        tokens=round(sum(budgets) / len(budgets)),
+        bytes_keys_values=keys_values,
+        bytes_codes=codes,
+        bytes_dense=cfg.layers * dense,
+    )
