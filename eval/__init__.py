@@ -1,1 +1,1 @@
-"""Evaluations: each a command that prints a table and one JSON line."""
+"""Evaluation: `python -m eval.<name>`."""

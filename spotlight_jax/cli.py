@@ -35,6 +35,7 @@ def run(
     prog: str,
     description: str,
     args: Sequence[str] | None = None,
+    default: Config | None = None,
 ) -> int:
     """Parse flags into a config, call `main` with it, and return the exit code.
 
@@ -42,7 +43,7 @@ def run(
     our bug and keeps its traceback. Flags and their help come from the config's fields and the docstrings under them.
     """
     try:
-        main(parse(config_class, prog, description, args))
+        main(parse(config_class, prog, description, args, default))
     except InputError as error:
         return _fail(prog, str(error))
     except KeyboardInterrupt:
@@ -51,16 +52,27 @@ def run(
     return 0
 
 
-def parse(config_class: type[Config], prog: str, description: str, args: Sequence[str] | None = None) -> Config:
-    """Flags to a config; raises InputError for bad ones, and SystemExit(0) after `--help`."""
+def parse(
+    config_class: type[Config],
+    prog: str,
+    description: str,
+    args: Sequence[str] | None = None,
+    default: Config | None = None,
+) -> Config:
+    """Flags to a config; raises InputError for bad ones, and SystemExit(0) after `--help`.
+
+    Args:
+        default: a config whose values the flags start from, instead of the class's own.
+    """
     import tyro  # not at the top: `spotlight --help` is instant without it
 
     messages = io.StringIO()
     given = list(sys.argv[1:] if args is None else args)
     try:
         with contextlib.redirect_stderr(messages):
+            options = {} if default is None else {"default": default}
             cfg, unknown = tyro.cli(
-                config_class, prog=prog, description=description, args=given, return_unknown_args=True
+                config_class, prog=prog, description=description, args=given, return_unknown_args=True, **options
             )
     except SystemExit as error:
         if error.code in (None, 0):

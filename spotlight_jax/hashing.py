@@ -141,16 +141,21 @@ def _init_network(
     )
 
 
-def init_params(key: PRNGKeyArray, cfg: HashConfig, shape: HeadShape) -> HashParams:
-    """Params of every layer at step 0, with statistics that change nothing (see `fit_stats`).
-
-    Raises: InputError where `skip="layers"` meets widths that its identities cannot bridge.
-    """
+def check_widths(cfg: HashConfig, shape: HeadShape) -> None:
+    """Raise InputError where `skip="layers"` meets widths that its identities cannot bridge."""
     if cfg.skip == "layers" and not cfg.hidden == cfg.code_bits == shape.head_dim:
         raise InputError(
             f"skip 'layers' adds identities, so hidden ({cfg.hidden}), code_bits ({cfg.code_bits}) and the model's "
             f"head_dim ({shape.head_dim}) must be equal; use skip 'none' or 'rotation'"
         )
+
+
+def init_params(key: PRNGKeyArray, cfg: HashConfig, shape: HeadShape) -> HashParams:
+    """Params of every layer at step 0, with statistics that change nothing (see `fit_stats`).
+
+    Raises: InputError as `check_widths`.
+    """
+    check_widths(cfg, shape)
     code_heads = shape.kv_heads if cfg.code_heads == "kv" else shape.q_heads
 
     def init_layer(layer_key: PRNGKeyArray) -> HashWeights:
@@ -226,8 +231,8 @@ def hash_queries(
 ) -> Float[Array, "*batch q_heads code_bits"]:
     """One layer's query side: its bit weights (asymmetric), or its code before the sign (symmetric).
 
-    Centred keys are (k - mean) / scale, so q . k ranks keys as (q * scale) . centred k does. Queries are brought to unit
-    root mean square there, each group as a whole: that changes no rank, of a query head or of its group's sum.
+    Centred keys are (k - mean) / scale, so q . k ranks keys as (q * scale) . centred k does. Queries are brought to
+    unit root mean square there, each group as a whole: no rank changes, of a query head or of its group's sum.
     """
     queries = queries.astype(jnp.float32)
     if cfg.centre:

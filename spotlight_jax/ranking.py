@@ -54,6 +54,8 @@ class RankingConfig:
         for name in ("queries", "tops", "others", "queries_at_once", "min_top"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; give at least 1")
+        if self.queries > self.queries_at_once and self.queries % self.queries_at_once:
+            raise InputError(f"queries ({self.queries}) must be a multiple of queries_at_once ({self.queries_at_once})")
         if self.beta <= 0:
             raise InputError(f"beta is {self.beta}; give a slope above 0")
         if not 0 <= self.always_top <= self.tops:
@@ -225,9 +227,7 @@ def ranking_loss(
 
     The loss is the mean over all pairs of all heads and sampled queries (equation of the paper's section on training).
     """
-    blocks = -(-queries.shape[0] // cfg.queries_at_once)
-    if queries.shape[0] % blocks:
-        raise InputError(f"queries ({queries.shape[0]}) must be a multiple of queries_at_once ({cfg.queries_at_once})")
+    blocks = max(1, queries.shape[0] // cfg.queries_at_once)
     soft_codes = jnp.swapaxes(hashing.soft_sign(hashing.hash_keys(params, keys, hash_cfg), gamma), 0, 1)
     blocked = (
         jax.random.split(key, blocks),

@@ -25,11 +25,16 @@ class RunFolder:
     def __init__(self, path: pathlib.Path) -> None:
         self.path = path
 
+    @staticmethod
+    def check_free(path: pathlib.Path) -> None:
+        """Raise InputError where a new run cannot have this folder."""
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise InputError(f"'{path}' exists already; give another --out, or --resume to continue that run")
+
     @classmethod
     def create(cls, path: pathlib.Path, cfg: Any) -> "RunFolder":
         """A new folder with `config.yaml` and `env.json`; raises InputError where the path is taken or not writable."""
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise InputError(f"'{path}' exists already; give another --out, or --resume to continue that run")
+        cls.check_free(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
             (path / "config.yaml").write_text(yaml.safe_dump(to_plain(cfg), sort_keys=False), encoding="utf-8")
@@ -38,17 +43,16 @@ class RunFolder:
             raise InputError(f"cannot write the run folder '{path}': {error.strerror}") from None
         return cls(path)
 
-    @classmethod
-    def open(cls, path: pathlib.Path, config_class: type[Config]) -> tuple["RunFolder", Config]:
-        """An earlier run's folder and its config; raises InputError where there is none or it does not fit."""
-        file = path / "config.yaml"
+    def config(self, config_class: type[Config]) -> Config:
+        """The config the run was started with; raises InputError where there is none or it does not fit."""
+        file = self.path / "config.yaml"
         if not file.is_file():
-            raise InputError(f"'{path}' is no run folder (it has no config.yaml); start the run without --resume")
+            raise InputError(f"'{self.path}' is no run folder (it has no config.yaml); start the run without --resume")
         try:
             plain = yaml.safe_load(file.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError):
             raise InputError(f"'{file}' is not readable YAML; start a new run") from None
-        return cls(path), from_plain(config_class, plain, str(file))
+        return from_plain(config_class, plain, str(file))
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Add one line to `metrics.jsonl`."""

@@ -1,1 +1,1 @@
-"""Training of the hash functions."""
+"""Training of hash functions: `python -m train.layerwise`."""

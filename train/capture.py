@@ -1,24 +1,33 @@
-"""One forward pass of the frozen model that hands out what the losses need: sampled queries and all keys of each layer."""
+"""One forward pass of the frozen model that hands out what the losses need: sampled queries and keys of all layers."""
 
 import functools
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int32, PRNGKeyArray, Shaped
 
 from spotlight_jax.attention import causal_attention
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import Params, apply_layer, embed_tokens
 
+AXIS = "layers"  # the only mesh axis: windows are spread over it in the forward pass, layers in the loss
+
+
+def make_mesh() -> Mesh:
+    """All devices along the one axis."""
+    return jax.make_mesh((len(jax.devices()),), (AXIS,), axis_types=(AxisType.Auto,))
+
 
 @flax.struct.dataclass
 class Captured:
     """Post-RoPE queries and keys of some windows; leaves of a whole model lead with a layer axis."""
 
-    queries: Shaped[Array, "*layers windows picks q_heads head_dim"]
-    picks: Int32[Array, "*layers windows picks"]  # positions of the queries
-    keys: Shaped[Array, "*layers windows kv_len kv_heads head_dim"]
+    queries: Shaped[Array, "*lead picks q_heads head_dim"]
+    picks: Int32[Array, "*lead picks"]  # positions of the queries
+    keys: Shaped[Array, "*lead kv_len kv_heads head_dim"]
 
 
 def draw_picks(key: PRNGKeyArray, window: int, count: int, draws: int) -> Int32[Array, "picks"]:
@@ -27,30 +36,81 @@ def draw_picks(key: PRNGKeyArray, window: int, count: int, draws: int) -> Int32[
     return jax.vmap(lambda k: jnp.sort(jax.random.permutation(k, window)[:count]))(keys).reshape(-1).astype(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames="cfg")
-def _capture_layer(layer_params, x, positions, picks, cfg):
-    def attend(queries, keys, values):
-        outputs = causal_attention(queries, keys, values)
-        picked = jnp.take_along_axis(queries, picks[:, :, None, None], axis=1)
-        return outputs, Captured(queries=picked, picks=picks, keys=keys)
+@functools.partial(jax.jit, static_argnames=("cfg", "mesh"))
+def _capture_layer(layer_params, x, picks, cfg, mesh):
+    def capture(layer_params, x, picks):
+        positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None, :], x.shape[:2])
 
-    return apply_layer(layer_params, x, positions, attend, cfg)
+        def attend(queries, keys, values):
+            picked = jnp.take_along_axis(queries, picks[:, :, None, None], axis=1)
+            return causal_attention(queries, keys, values), Captured(queries=picked, picks=picks, keys=keys)
+
+        return apply_layer(layer_params, x, positions, attend, cfg)
+
+    return jax.shard_map(
+        capture, mesh=mesh, in_specs=(P(), P(AXIS), P(AXIS)), out_specs=(P(AXIS), P(AXIS)), check_vma=False
+    )(layer_params, x, picks)
 
 
-def capture_layers(
-    params: Params, tokens: Int32[Array, "windows window"], picks: Int32[Array, "windows picks"], cfg: DecoderConfig
-) -> list[Captured]:
-    """What each layer sees, one entry a layer. Layers run one by one: one compiled layer serves all."""
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
+@functools.partial(jax.jit, static_argnames=("cfg", "mesh"))
+def _capture_layer(layer_params, x, picks, cfg, mesh):
+    def capture_own(layer_params, x, picks):
+        positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None, :], x.shape[:2])
+
+        def attend(queries, keys, values):
+            picked = jnp.take_along_axis(queries, picks[:, :, None, None], axis=1)
+            return causal_attention(queries, keys, values), Captured(queries=picked, picks=picks, keys=keys)
+
+        return apply_layer(layer_params, x, positions, attend, cfg)
+
+    return jax.shard_map(
+        capture_own, mesh=mesh, in_specs=(P(), P(AXIS), P(AXIS)), out_specs=(P(AXIS), P(AXIS)), check_vma=False
+    )(layer_params, x, picks)
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def stack_layers(captured: list[Captured], mesh: Mesh) -> Captured:
+    """A tree that leads with a layer axis spread over the mesh, the last layer repeated to fill it."""
+    missing = padded_layers(len(captured), mesh) - len(captured)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *captured, *captured[-1:] * missing)
+    return jax.lax.with_sharding_constraint(stacked, NamedSharding(mesh, P(AXIS)))
+
+
+def capture(
+    params: Params,
+    tokens: Int32[Array, "windows window"],
+    picks: Int32[Array, "windows picks"],
+    cfg: DecoderConfig,
+    mesh: Mesh,
+) -> Captured:
+    """What every layer sees of some windows: leaves `[layers, windows, ...]`, the layers spread over the mesh.
+
+    The model is frozen, so windows can be passed forward at the same time on different devices (their number must be a
+    multiple of the mesh's size) before their steps are taken one after another: the result is that of one device.
+    Layers run one by one, one compiled layer serving all. Where the mesh does not divide the layers, the last one is
+    repeated.
+    """
+    spread = NamedSharding(mesh, P(AXIS))
+    tokens, picks = jax.device_put(tokens, spread), jax.device_put(picks, spread)
     x = embed_tokens(params, tokens, cfg)
     captured = []
     for layer in range(cfg.layers):
-        x, seen = _capture_layer(params[f"layer_{layer}"], x, positions, picks, cfg)
+        x, seen = _capture_layer(params[f"layer_{layer}"], x, picks, cfg, mesh)
         captured.append(seen)
-    return captured
+    return stack_layers(captured, mesh)
 
 
-@jax.jit
-def stack_layers(captured: list[Captured]) -> Captured:
-    """One tree with a leading layer axis."""
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *captured)
+def padded_layers(layers: int, mesh: Mesh) -> int:
+    """Layers rounded up to a multiple of the mesh's size."""
+    return -(-layers // mesh.size) * mesh.size
+
+
+@functools.partial(jax.jit, static_argnames=("count",))
+def take_step(captured: Captured, window: Int32[Array, ""], draw: Int32[Array, ""], count: int) -> Captured:
+    """One window and one draw of `count` queries out of what was captured: what one step trains on."""
+    one = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, window, axis=1, keepdims=False), captured)
+    start = draw * count
+    return one.replace(
+        queries=jax.lax.dynamic_slice_in_dim(one.queries, start, count, axis=1),
+        picks=jax.lax.dynamic_slice_in_dim(one.picks, start, count, axis=1),
+    )

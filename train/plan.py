@@ -1,0 +1,73 @@
+"""What a run will take, before it starts: windows, steps, memory, disk."""
+
+import math
+
+import jax
+import numpy as np
+
+from spotlight_jax.models.config import DecoderConfig
+from spotlight_jax.models.decoder import param_shapes
+from train.config import LayerwiseConfig
+
+GIB = 2**30
+
+
+def estimate_memory(cfg: LayerwiseConfig, model: DecoderConfig, dtype: np.dtype, devices: int) -> dict[str, int]:
+    """Bytes per device of the large parts of a step; the flags that bound each are its name's suffix."""
+    layers = -(-model.layers // devices)
+    window, ranking, size = cfg.data.window, cfg.ranking, dtype.itemsize
+    weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(param_shapes(model, dtype))) * size
+    keys = window * model.kv_heads * model.head_dim * size
+    queries = ranking.queries * model.q_heads * model.head_dim * size
+    code_heads = model.kv_heads if cfg.hash.code_heads == "kv" else model.q_heads
+    at_once = min(ranking.queries_at_once, ranking.queries)
+    rows = model.q_heads * at_once
+    tops = min(ranking.tops, max(window - int((1 - ranking.top_share) * window), ranking.min_top))
+    loss = (
+        cfg.layers_at_once
+        * 4
+        * (
+            3 * rows * window  # true scores, sorted for their top
+            + 4 * code_heads * window * cfg.hash.code_bits  # soft codes and their gradients
+            + 2 * rows * tops * cfg.hash.code_bits  # codes of the sampled top keys
+        )
+    )
+    networks = model.head_dim * cfg.hash.hidden + cfg.hash.hidden * cfg.hash.code_bits
+    networks += model.head_dim * cfg.hash.code_bits * (cfg.hash.skip == "rotation")
+    heads = code_heads + (model.q_heads if cfg.hash.form == "asymmetric" else 0)
+    held_out = cfg.data.held_out_windows * (keys + cfg.measure.queries * model.q_heads * model.head_dim * size)
+    return {
+        "frozen model": weights,
+        "queries and keys of a window (--data.window)": layers * devices * (keys + cfg.steps_per_window * queries),
+        "held-out windows (--data.held-out-windows)": layers * held_out,
+        "loss (--layers-at-once, --ranking.queries-at-once)": loss,
+        "hash functions and AdamW's moments": 3 * 4 * layers * heads * networks,
+    }
+
+
+def describe(cfg: LayerwiseConfig, model: DecoderConfig, dtype: np.dtype, disk: str | None) -> list[str]:
+    """The plan, a line each."""
+    devices = jax.devices()
+    windows = -(-cfg.steps // cfg.steps_per_window)
+    memory = estimate_memory(cfg, model, dtype, len(devices))
+    lines = [
+        f"model     {cfg.model}: {model.layers} layers, {model.q_heads} query / {model.kv_heads} KV heads x "
+        f"{model.head_dim}, {dtype.name}",
+        f"hash      {cfg.hash.form}, {cfg.hash.code_bits} bits per {cfg.hash.code_heads} head and token, "
+        f"skip {cfg.hash.skip}",
+        f"text      {', '.join(cfg.data.train)}: {windows} windows of {cfg.data.window} tokens, "
+        f"{windows * cfg.data.window:,} in all; {cfg.data.held_out_windows} held out",
+        f"steps     {cfg.steps}, {cfg.steps_per_window} per window, {cfg.ranking.queries} queries each",
+        f"device    {len(devices)} x {devices[0].device_kind}",
+        f"memory    about {sum(memory.values()) / GIB:.1f} GiB per device: "
+        + "; ".join(f"{name} {size / GIB:.2f}" for name, size in memory.items()),
+    ]
+    if disk:
+        lines.append(f"disk      {disk}")
+    return lines
+
+
+def device_limit() -> int | None:
+    """Bytes of memory one device lends to JAX; None where it does not say (CPU)."""
+    stats = jax.devices()[0].memory_stats()
+    return stats.get("bytes_limit") if stats else None

@@ -1,0 +1,60 @@
+"""Pictures of a run: curves over the steps, and quality by layer and head."""
+
+import pathlib
+from typing import Any
+
+import matplotlib
+import numpy as np
+from jaxtyping import Float
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+_LEARNED, _LSH, _ORACLE, _PLAIN = "#1f6f8b", "#b5651d", "#444444", "#7a9e3a"
+
+
+def plot_curves(path: pathlib.Path, rows: list[dict[str, Any]], summary: dict[str, Any]) -> None:
+    """`curves.png`: loss and wrongly ranked pairs, IoU, captured mass, each beside its baselines."""
+    steps = [row for row in rows if "loss" in row]
+    measured = [row for row in rows if "iou" in row]
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    x = [row["step"] for row in steps]
+    left.plot(x, [row["loss"] for row in steps], color=_LEARNED, label="ranking loss")
+    left.set(xlabel="step", ylabel="ranking loss, mean over layers", title="Training", ylim=(0, None))
+    twin = left.twinx()
+    twin.plot(x, [100 * row["wrong"] for row in steps], color=_PLAIN, label="wrongly ranked pairs")
+    twin.set(ylabel="wrongly ranked pairs (%)", ylim=(0, None))
+    lines = [*left.get_lines(), *twin.get_lines()]
+    left.legend(lines, [str(line.get_label()) for line in lines], frameon=False)
+    at = [row["step"] for row in measured]
+    keep = f"{100 * summary['keep']:g} %"
+    middle.plot(at, [row["iou"] for row in measured], "o-", color=_LEARNED, label="trained")
+    middle.axhline(summary["iou_lsh"], color=_LSH, ls="--", label=f"orthogonal LSH, {summary['code_bits']} bits")
+    middle.set(xlabel="step", ylabel="IoU with the oracle's choice", title=f"Held-out overlap at {keep}")
+    right.plot(at, [row["mass"] for row in measured], "o-", color=_LEARNED, label="trained")
+    right.axhline(summary["mass_lsh"], color=_LSH, ls="--", label=f"orthogonal LSH, {summary['code_bits']} bits")
+    right.axhline(summary["mass_oracle"], color=_ORACLE, ls=":", label="oracle")
+    right.set(xlabel="step", ylabel="attention probability read", title=f"Held-out attention mass at {keep}")
+    for axes in (middle, right):
+        axes.legend(frameon=False)
+        axes.grid(alpha=0.25)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_layers(
+    path: pathlib.Path, iou: Float[np.ndarray, "layers heads"], lsh: Float[np.ndarray, "layers heads"], head: str
+) -> None:
+    """`layers.png`: IoU of each layer and head, LSH on the left, trained on the right, one colour scale."""
+    highest = max(float(iou.max()), float(lsh.max()), 1e-3)
+    height = max(3.5, 0.16 * iou.shape[0] + 1.2)
+    width = max(6.0, 2 * min(0.35 * iou.shape[1], 6.0) + 2.5)
+    figure, axes = plt.subplots(1, 2, figsize=(width, height), layout="constrained", sharey=True)
+    for axis, values, title in ((axes[0], lsh, "orthogonal LSH"), (axes[1], iou, "trained")):
+        image = axis.imshow(values, vmin=0, vmax=highest, aspect="auto", cmap="viridis", interpolation="nearest")
+        axis.set(title=f"{title}\nmean {values.mean():.3f}", xlabel=head)
+        axis.set_xticks(range(0, values.shape[1], max(1, values.shape[1] // 8)))
+    axes[0].set_ylabel("layer")
+    figure.colorbar(image, ax=axes, label="IoU with the oracle's choice, held-out text")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

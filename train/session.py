@@ -1,0 +1,264 @@
+"""One training run in memory: model, text, state, and the operations that the loop is made of."""
+
+import functools
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from spotlight_jax import hashing, runs
+from spotlight_jax.data import open_windows
+from spotlight_jax.errors import InputError
+from spotlight_jax.metrics import SelectionQuality
+from spotlight_jax.models.load import load_config, load_weights, open_tokenizer
+from train import hidden_cache, plan
+from train.capture import Captured, capture, make_mesh
+from train.config import LayerwiseConfig
+from train.display import Display
+from train.feed import Feed, FeedConfig
+from train.measure import mean_over_sparse, measure, spread_positions
+from train.states import StateStore
+from train.step import (
+    StepConfig,
+    StepReport,
+    gamma_at,
+    gather_state,
+    init_state,
+    make_optimizer,
+    spread_state,
+    train_step,
+)
+from train.track import open_tracker
+
+
+class Session:
+    """A run: `prepare`, `start` (not in a dry run), then `take_step`, `log`, `measure`, `save`, and `close`."""
+
+    def __init__(self, cfg: LayerwiseConfig, display: Display) -> None:
+        self.cfg, self._display = cfg, display
+        self.model_cfg = load_config(cfg.model)
+        if cfg.data.window > self.model_cfg.max_len:
+            length = self.model_cfg.max_len
+            raise InputError(f"--data.window {cfg.data.window} is more than the {length} tokens of '{cfg.model}'")
+        on_cpu = jax.default_backend() == "cpu"
+        names = {"auto": "float32" if on_cpu else "bfloat16"}
+        self.dtype = jnp.dtype(names.get(cfg.dtype, cfg.dtype))
+        self.shape = hashing.HeadShape(
+            self.model_cfg.layers, self.model_cfg.q_heads, self.model_cfg.kv_heads, self.model_cfg.head_dim
+        )
+        hashing.check_widths(cfg.hash, self.shape)
+        self.mesh = make_mesh()
+        self._cache_plan = self._plan_cache()
+        for line in plan.describe(cfg, self.model_cfg, self.dtype, self._disk_line()):
+            display.say(line)
+        base_key = jax.random.key(cfg.seed)
+        self._init_key, self._feed_key, self._step_key = jax.random.split(base_key, 3)
+        self._key_data = np.asarray(jax.random.key_data(base_key)).tolist()
+        self.step, self.seconds = 0, 0.0
+        self.step_cfg = StepConfig(cfg.hash, cfg.ranking, cfg.optimizer, cfg.steps, cfg.layers_at_once, self.mesh)
+        self.quality: dict[str, SelectionQuality] = {}  # newest measurement of "trained", "lsh", "start"
+
+    @property
+    def folder_path(self) -> pathlib.Path:
+        """The run's folder."""
+        return self._folder.path
+
+    def prepare(self) -> None:
+        """Load the model and the text, and make the state of step 0."""
+        cfg = self.cfg
+        is_tokenized = all(source.endswith(".npy") for source in (*cfg.data.train, *cfg.data.held_out))
+        tokenizer = None if is_tokenized else open_tokenizer(cfg.model)
+        windows = open_windows(cfg.data, tokenizer, self.model_cfg.vocab, self._display.update)
+        _, params = load_weights(cfg.model, self.dtype)
+        self._params = jax.device_put(params, NamedSharding(self.mesh, P()))
+        feed_cfg = FeedConfig(cfg.data.window, cfg.ranking.queries, cfg.steps_per_window, self.mesh.size)
+        self._held_out_tokens = windows.held_out
+        self.feed = Feed(windows, self._capture_function(), self._feed_key, feed_cfg)
+        self._display.say("reading the first window")
+        params = hashing.init_params(self._init_key, cfg.hash, self.shape)
+        if cfg.hash.centre:
+            keys = self.feed.first_window().keys[: self.shape.layers, :1]
+            params = params.replace(stats=hashing.fit_stats(jax.device_get(keys)))
+        state = init_state(params, make_optimizer(cfg.optimizer, cfg.steps))
+        self.state = spread_state(state, self.shape.layers, self.mesh)
+
+    def start(self, folder: runs.RunFolder) -> None:
+        """Continue from the newest checkpoint, or measure the start of a new run; measure LSH in any case."""
+        self._folder = folder
+        self._store = StateStore(folder.path / "checkpoints", self.cfg.keep_checkpoints)
+        self._track = open_tracker(self.cfg.track, folder.path, runs.to_plain(self.cfg))
+        self._held_out = self._capture_held_out()
+        lsh_cfg = hashing.HashConfig(
+            form="symmetric", skip="rotation", code_bits=self.cfg.hash.code_bits, hidden=1, centre=False
+        )
+        lsh = hashing.init_params(self._init_key, lsh_cfg, self.shape)
+        self.quality["lsh"] = self._quality(lsh, lsh_cfg, "measuring LSH")
+        if self.cfg.resume:
+            self._resume()
+        else:
+            self.measure("start")
+
+    def _resume(self) -> None:
+        template = gather_state(self.state, self.shape.layers)
+        self.step, state, position = self._store.load(template)
+        if position["key"] != self._key_data:
+            raise InputError("the checkpoint belongs to another seed; resume with the flags the run was started with")
+        self.seconds = position["seconds"]
+        self.state = spread_state(state, self.shape.layers, self.mesh)
+        self.feed.restore(self.step, position["text"])
+        self._folder.keep_metrics_before(self.step + 1)
+        self._display.say(f"resumed at step {self.step} of {self.cfg.steps}")
+        if self.step == self.cfg.steps:
+            self.measure()
+
+    def take_step(self) -> StepReport:
+        """One optimiser step of all layers."""
+        started = time.monotonic()
+        captured = self.feed.at(self.step)
+        key = jax.random.fold_in(self._step_key, self.step)
+        self.state, report = train_step(self.state, key, jnp.int32(self.step), captured, self.step_cfg)
+        self.step += 1
+        if jax.default_backend() == "cpu":
+            jax.block_until_ready(report)  # run-ahead only takes the cores from the step before
+        self.seconds += time.monotonic() - started
+        return report
+
+    def log(self, step: int, report: StepReport) -> None:
+        """Check and record a step's report."""
+        started = time.monotonic()
+        loss, wrong, norm = check_finite(report, self)
+        row = {
+            "step": step,
+            "loss": float(loss.mean()),
+            "wrong": float(wrong.mean()),
+            "grad_norm": float(norm.mean()),
+            "gamma": round(float(gamma_at(jnp.int32(step - 1), self.cfg.optimizer, self.cfg.steps)), 3),
+            "worst_layer": int(loss.argmax()),
+        }
+        self._folder.append_metrics(row)
+        self._track(step, {"loss": row["loss"], "wrong": row["wrong"]})
+        note = f"loss {row['loss']:.4f}, {100 * row['wrong']:.2f} % of pairs wrong"
+        if "trained" in self.quality:
+            note += f", IoU {self.mean('iou'):.3f} (LSH {self.mean('iou', 'lsh'):.3f})"
+        self._display.update("training", step, self.cfg.steps, note)
+        self.seconds += time.monotonic() - started
+
+    def measure(self, name: str = "trained") -> None:
+        """Measure the hash functions on the held-out windows and record it."""
+        params = gather_state(self.state, self.shape.layers).params
+        quality = self._quality(params, self.cfg.hash, f"measuring at step {self.step}")
+        self.quality[name] = self.quality["trained"] = quality
+        row = {"step": self.step, "iou": self.mean("iou"), "recall": self.mean("recall"), "mass": self.mean("mass")}
+        row |= {"iou_lsh": self.mean("iou", "lsh"), "mass_lsh": self.mean("mass", "lsh")}
+        row["mass_oracle"] = self.mean("oracle_mass")
+        self._folder.append_metrics(row)
+        self._track(self.step, {name: value for name, value in row.items() if name != "step"})
+
+    def save(self) -> None:
+        """Checkpoint in the background."""
+        position = {"text": self.feed.position(self.step), "key": self._key_data, "seconds": self.seconds}
+        self._store.save(self.step, gather_state(self.state, self.shape.layers), position)
+
+    def close(self) -> None:
+        """Wait until everything is on disk."""
+        self._store.close()
+
+    def mean(self, what: str, which: str = "trained") -> float:
+        """Mean of a quality over heads and the layers that select."""
+        return mean_over_sparse(getattr(self.quality[which], what), self.cfg.measure.dense_layers)
+
+    def last_checkpoint(self) -> int | None:
+        """Step of the newest checkpoint, None before there is one."""
+        store = getattr(self, "_store", None)
+        return store.latest() if store is not None else None
+
+    def layer_name(self, layer: int) -> str:
+        """A layer as the params tree names it."""
+        return f"layer_{layer}"
+
+    def compiled_step_bytes(self) -> int:
+        """Temporary memory of one compiled step, by the compiler's own account, before anything is loaded."""
+        cfg, model = self.cfg, self.model_cfg
+        layers = -(-model.layers // self.mesh.size) * self.mesh.size
+        params = jax.eval_shape(lambda: hashing.init_params(self._init_key, cfg.hash, self.shape))
+        state = jax.eval_shape(lambda p: init_state(p, make_optimizer(cfg.optimizer, cfg.steps)), params)
+        state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((layers, *leaf.shape[1:]), leaf.dtype), state)
+        count, spec = cfg.ranking.queries, jax.ShapeDtypeStruct
+        captured = Captured(
+            queries=spec((layers, count, model.q_heads, model.head_dim), self.dtype),
+            picks=spec((layers, count), jnp.int32),
+            keys=spec((layers, cfg.data.window, model.kv_heads, model.head_dim), self.dtype),
+        )
+        lowered = train_step.lower(state, jax.random.key(0), jnp.int32(0), captured, self.step_cfg)
+        analysis = lowered.compile().memory_analysis()
+        return int(analysis.temp_size_in_bytes) if analysis is not None else 0
+
+    def _quality(self, params: hashing.HashParams, cfg: hashing.HashConfig, what: str) -> SelectionQuality:
+        self._display.say(what)
+        return measure(params, self._held_out, cfg, self.cfg.measure, self.cfg.layers_at_once)
+
+    def _capture_held_out(self) -> list[Captured]:
+        """Queries and keys of the held-out windows, kept for all measurements."""
+        tokens, at_once, seen = self._held_out_tokens, self.mesh.size, []
+        picks = spread_positions(self.cfg.data.window, self.cfg.measure.queries)
+        for first in range(0, len(tokens), at_once):
+            numbers = np.minimum(np.arange(first, first + at_once), len(tokens) - 1)
+            many = jnp.asarray(np.broadcast_to(picks, (at_once, len(picks))))
+            captured = capture(self._params, jnp.asarray(tokens[numbers]), many, self.model_cfg, self.mesh)
+            for index in range(min(at_once, len(tokens) - first)):
+                seen.append(jax.tree.map(lambda leaf: leaf[: self.shape.layers, index], captured))  # noqa: B023
+            self._display.update("held-out windows", min(first + at_once, len(tokens)), len(tokens))
+        return seen
+
+    def _capture_function(self):
+        if self._cache_plan is None:
+            return lambda first, tokens, picks: capture(
+                self._params, jnp.asarray(tokens), picks, self.model_cfg, self.mesh
+            )
+        identity = hidden_cache.identify(self.cfg.model, self.model_cfg, self.cfg.data, self.dtype)
+        assert self.cfg.cache_dir is not None
+        cache = hidden_cache.HiddenCache(pathlib.Path(self.cfg.cache_dir), self._cache_plan, identity)
+        progress = functools.partial(self._display.update, "hidden states to disk")
+
+        def from_disk(first, tokens, picks):
+            draw = self.feed.tokens
+            return hidden_cache.capture_cached(
+                cache, self._params, draw, first, picks, self.model_cfg, self.mesh, progress
+            )
+
+        return from_disk
+
+    def _plan_cache(self) -> hidden_cache.CachePlan | None:
+        cfg = self.cfg
+        if cfg.cache_dir is None:
+            return None
+        windows = -(-cfg.steps // cfg.steps_per_window)
+        return hidden_cache.plan_cache(self.model_cfg, self.dtype, cfg.data.window, windows, cfg.cache_gib)
+
+    def _disk_line(self) -> str | None:
+        if self._cache_plan is None:
+            return None
+        size = self._cache_plan.disk_bytes / plan.GIB
+        return (
+            f"{size:.2f} GiB of hidden states in {self.cfg.cache_dir}, {self._cache_plan.windows_at_once} of "
+            f"{self._cache_plan.windows} windows at a time"
+        )
+
+
+def check_finite(report: StepReport, session: Session) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Loss, share of wrong pairs and gradient norm of each layer; stops the run where a loss is not a number."""
+    layers = session.shape.layers
+    loss, wrong, norm = (np.asarray(leaf)[:layers] for leaf in (report.loss, report.wrong, report.grad_norm))
+    bad = np.flatnonzero(~(np.isfinite(loss) & np.isfinite(norm)))
+    if len(bad):
+        kept = session.last_checkpoint()
+        saved = f"checkpoint {kept} is kept" if kept is not None else "there is no checkpoint yet"
+        raise InputError(
+            f"the loss of {session.layer_name(int(bad[0]))} is {loss[bad[0]]} before step {session.step}; {saved}; "
+            "lower --optimizer.learning-rate or --optimizer.gamma-end and start again"
+        )
+    return loss, wrong, norm
