@@ -6,7 +6,8 @@
 
 Weights and hash functions are random (times do not depend on them); `--model` and `--selector` take real ones. Each
 length is one sequence of the batch. Dense and sparse steps are timed in turn, so that whatever else the machine does
-falls on both. `--layer` times the attention of one layer alone: append, then read densely, or score, select and read.
+falls on both. `--layer` times attention alone,
+per layer: append, then read densely, or score, select and read.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from spotlight_jax import cli, hashing
-from spotlight_jax.cached_attention import AttentionImpl, LayerSelector, attend_densely, attend_sparsely
+from spotlight_jax.cached_attention import AttentionImpl, attend_densely, attend_sparsely
 from spotlight_jax.checkpoint import Selector, load_selector
 from spotlight_jax.engine import DecodeConfig, Engine
 from spotlight_jax.errors import InputError
@@ -72,7 +73,7 @@ class DecodeSpeedConfig:
     methods: tuple[Literal["dense", "sparse"], ...] = ("dense", "sparse")
     """What to time; one alone gives its own peak memory."""
     layer: bool = True
-    """Time the attention of one layer alone too."""
+    """Time attention alone too."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be timed."""
@@ -134,41 +135,48 @@ def time_model(cfg: DecodeSpeedConfig, engine: Engine, lengths: Sequence[int]) -
         yield (time.perf_counter() - start - (engine.compile_seconds - compiled)) / steps
 
 
-def time_layer(cfg: DecodeSpeedConfig, engine: Engine, lengths: Sequence[int], steps: int) -> dict[str, list[float]]:
-    """Seconds per step of one layer's attention alone, in a compiled loop, dense and sparse in turn."""
-    model_cfg, batch = engine.model_cfg, len(lengths)
-    room = engine.capacity(0, max(lengths), steps)
-    cache = _fill(engine.empty_cache(batch, room), lengths)
-    layer = cache.layers[-1]  # the first ones may be dense, and keep no codes
-    selector = engine.selectors[-1]
-    keys = jax.random.split(jax.random.key(2), 3)
+def time_attention(cfg: DecodeSpeedConfig, engine: Engine, lengths: Sequence[int]) -> dict[str, list[float]]:
+    """Seconds per layer of attention alone: append, then read densely, or score, select and read.
+
+    One compiled loop walks over every layer that can be sparse, each with its own cache as in the model (a single
+    layer's would stay in a CPU's caches), dense and sparse in turn.
+    """
+    model_cfg, batch, steps = engine.model_cfg, len(lengths), cfg.new_tokens
+    cache = _fill(engine.empty_cache(batch, engine.capacity(0, max(lengths), steps)), lengths)
+    pairs = [pair for pair in zip(cache.layers, engine.selectors, strict=True) if pair[1] is not None]
+    layers, selectors = zip(*pairs, strict=True)
+    del cache, pairs
     heads = (model_cfg.q_heads, model_cfg.kv_heads, model_cfg.kv_heads)
     new = [
-        jax.random.normal(key, (batch, 1, count, model_cfg.head_dim), engine.dtype)
-        for key, count in zip(keys, heads, strict=True)
+        jax.random.normal(jax.random.key(place), (batch, 1, count, model_cfg.head_dim), engine.dtype)
+        for place, count in enumerate(heads)
     ]
+    selection = dataclasses.replace(engine.cfg.selection, min_context=0)
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-    def loop(is_sparse: bool, layer, lengths, selector: LayerSelector, queries, keys, values):
+    def loop(is_sparse: bool, layers, lengths, selectors, queries, keys, values):
         def step(done, carry):
-            layer, queries = carry
-            if is_sparse:
-                selection = dataclasses.replace(engine.cfg.selection, min_context=0)
-                out, layer = attend_sparsely(queries, keys, values, layer, lengths + done, selector, selection)
-            else:
-                out, layer = attend_densely(queries, keys, values, layer, lengths + done, None, cfg.attention)
-            return layer, (queries + 1e-3 * out).astype(queries.dtype)  # each step waits for the one before
+            layers, queries = carry
+            read = []
+            for layer, selector in zip(layers, selectors, strict=True):
+                if is_sparse:
+                    out, layer = attend_sparsely(queries, keys, values, layer, lengths + done, selector, selection)
+                else:
+                    out, layer = attend_densely(queries, keys, values, layer, lengths + done, None, cfg.attention)
+                queries = (queries + 1e-3 * out).astype(queries.dtype)  # each layer waits for the one before
+                read.append(layer)
+            return tuple(read), queries
 
-        return lax.fori_loop(0, steps, step, (layer, queries))
+        return lax.fori_loop(0, steps, step, (layers, queries))
 
     seconds: dict[str, list[float]] = {name: [] for name in cfg.methods}
     lengths = jnp.asarray(lengths, jnp.int32)
-    for _ in range(cfg.rounds + 1):
+    for _ in range(cfg.rounds + 1):  # the first round compiles and warms up
         for name in seconds:
             start = time.perf_counter()
-            layer, out = loop(name == "sparse", layer, lengths, selector, *new)
+            layers, out = loop(name == "sparse", layers, lengths, selectors, *new)
             jax.block_until_ready(out)
-            seconds[name].append((time.perf_counter() - start) / steps)
+            seconds[name].append((time.perf_counter() - start) / steps / len(selectors))
     return {name: times[1:] for name, times in seconds.items()}
 
 
@@ -212,9 +220,10 @@ def main(cfg: DecodeSpeedConfig) -> dict:
         reads = step_reads(model_cfg, dtype, list(cfg.lengths), hash_cfg, selection, 0)
         results[name]["reads"] = dataclasses.asdict(reads)
     if cfg.layer:
-        engines.clear()
+        engines.clear()  # and with them the caches
+        clocks.clear()
         engine = Engine(model_cfg, params, selector, decode)
-        for name, seconds in time_layer(cfg, engine, cfg.lengths, cfg.new_tokens).items():
+        for name, seconds in time_attention(cfg, engine, cfg.lengths).items():
             results[name]["layer_seconds"] = seconds
     console.print(_table(cfg, results))
     summary = {
@@ -238,7 +247,7 @@ def _table(cfg: DecodeSpeedConfig, results: dict[str, dict]) -> Table:
     table = Table(title=f"{cfg.model or cfg.preset}, prompts of {', '.join(map(str, cfg.lengths))} tokens")
     table.add_column("")
     rows: list[list[str]] = [
-        ["prefill, tokens/s"], ["decode, tokens/s"], ["step, ms (range)"], ["one layer's attention, ms"],
+        ["prefill, tokens/s"], ["decode, tokens/s"], ["step, ms (range)"], ["attention per layer, ms"],
         ["tokens read per head"], ["peak memory, GiB"], ["compile, s"],
     ]  # fmt: skip
     for name, result in results.items():

@@ -196,15 +196,26 @@ def _apply_network(
     pairs = min(net_heads, x_heads)  # p: paired heads; a: inputs per network; n: networks per input
     x = x.reshape(*x.shape[:-2], pairs, x_heads // pairs, x.shape[-1])
     net = jax.tree.map(lambda leaf: leaf.reshape(pairs, net_heads // pairs, *leaf.shape[1:]), net)
-    out = jax.nn.silu(jnp.einsum("...pad,pndh->...panh", x, net.hidden_kernel) + _rowed(net.hidden_bias, x))
+    out = jax.nn.silu(_multiply(x[..., None, :], net.hidden_kernel) + _rowed(net.hidden_bias, x))
     if cfg.skip == "layers":
         out = out + x[..., None, :]
-    result = jnp.einsum("...panh,pnhc->...panc", out, net.out_kernel) + _rowed(net.out_bias, x)
+    result = _multiply(out, net.out_kernel) + _rowed(net.out_bias, x)
     if cfg.skip == "layers":
         result = result + out
     if net.rotation is not None:
-        result = result + jnp.einsum("...pad,pndc->...panc", x, net.rotation)
+        result = result + _multiply(x[..., None, :], net.rotation)
     return result.reshape(*x.shape[:-3], max(net_heads, x_heads), result.shape[-1])
+
+
+def _multiply(
+    x: Float[Array, "*batch pairs inputs _ width"], kernel: Float[Array, "pairs nets width out"]
+) -> Float[Array, "*batch pairs inputs nets out"]:
+    """Each input times each network of its pair; x has one row per network, or one row for all of them."""
+    if kernel.shape[1] == 1:  # an axis of size 1 before the contracted one makes XLA for CPUs copy the kernel each time
+        return jnp.einsum("...pai,pio->...pao", x[..., 0, :], kernel[:, 0])[..., None, :]
+    if x.shape[-2] == 1:
+        return jnp.einsum("...pai,pnio->...pano", x[..., 0, :], kernel)
+    return jnp.einsum("...pani,pnio->...pano", x, kernel)
 
 
 def _rowed(

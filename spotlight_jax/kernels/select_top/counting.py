@@ -103,7 +103,10 @@ def _position_of(
         reaches = jnp.take_along_axis(sums, jnp.minimum(ahead, last + 1) - 1, axis=-1, mode="clip")
         return jnp.where((ahead <= last) & (reaches <= order), ahead, word)
 
-    word = _repeat(word_steps, find_word, jnp.zeros_like(order))
+    if order.shape[-1] == 1:  # one bit a row: comparing it with every prefix sum is less work than a search
+        word = jnp.minimum(jnp.sum(sums <= order, axis=-1, keepdims=True, dtype=jnp.int32), last)
+    else:
+        word = _repeat(word_steps, find_word, jnp.zeros_like(order))
     bits = jnp.take_along_axis(words, word, axis=-1, mode="clip")
     ahead_of_word = jnp.take_along_axis(sums, word, axis=-1, mode="clip") - _count(bits)
 
