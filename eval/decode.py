@@ -34,12 +34,15 @@ from spotlight_jax.checkpoint import Selector, load_selector
 from spotlight_jax.engine import DecodeConfig, Engine
 from spotlight_jax.errors import InputError
 from spotlight_jax.generate import head_shape
+from spotlight_jax.kernels.match_score import match_score
+from spotlight_jax.kernels.sparse_attention import sparse_attention
 from spotlight_jax.memory import GIB, available_bytes, check_memory, plan_memory, step_reads
 from spotlight_jax.models.config import DecoderConfig, nearest
 from spotlight_jax.models.decoder import init_params
 from spotlight_jax.models.load import load_model
 from spotlight_jax.models.presets import PRESETS
-from spotlight_jax.selection import SelectionConfig
+from spotlight_jax.scoring import hash_score_range
+from spotlight_jax.selection import SelectionConfig, select_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,10 +139,11 @@ def time_model(cfg: DecodeSpeedConfig, engine: Engine, lengths: Sequence[int]) -
 
 
 def time_attention(cfg: DecodeSpeedConfig, engine: Engine, lengths: Sequence[int]) -> dict[str, list[float]]:
-    """Seconds per layer of attention alone: append, then read densely, or score, select and read.
+    """Seconds per layer of attention alone.
 
-    One compiled loop walks over every layer that can be sparse, each with its own cache as in the model (a single
-    layer's would stay in a CPU's caches), dense and sparse in turn.
+    `dense`: append and read; `sparse`: hash, append, score, select and read; `reading`: score, select and read, which
+    is what `sparse` does with the cache. One compiled loop walks over every layer that can be sparse, each with its
+    own cache as in the model (a single layer's would stay in a CPU's caches); the kinds are timed in turn.
     """
     model_cfg, batch, steps = engine.model_cfg, len(lengths), cfg.new_tokens
     cache = _fill(engine.empty_cache(batch, engine.capacity(0, max(lengths), steps)), lengths)
@@ -153,31 +157,48 @@ def time_attention(cfg: DecodeSpeedConfig, engine: Engine, lengths: Sequence[int
     ]
     selection = dataclasses.replace(engine.cfg.selection, min_context=0)
 
+    weights = jax.random.randint(jax.random.key(9), (batch, 1, model_cfg.kv_heads, cfg.code_bits), -127, 128)
+    score_range = hash_score_range(selectors[0].cfg, model_cfg.group, per_kv_head=True)
+
+    def read(queries, layer, lengths):
+        turned = weights + queries[:, :, :1, :1].astype(jnp.int32) // 128  # depends on the queries, as real ones do
+        scores = match_score(layer.codes, turned, weight_bits=8)
+        indices, is_real = select_tokens(scores[:, 0], lengths + 1, selection, score_range)
+        return sparse_attention(queries[:, 0], layer.keys, layer.values, indices, is_real)[:, None], layer
+
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-    def loop(is_sparse: bool, layers, lengths, selectors, queries, keys, values):
+    def loop(name: str, layers, lengths, selectors, queries, keys, values):
         def step(done, carry):
             layers, queries = carry
-            read = []
+            written = []
             for layer, selector in zip(layers, selectors, strict=True):
-                if is_sparse:
+                if name == "reading":
+                    out, layer = read(queries, layer, lengths + done)
+                elif name == "sparse":
                     out, layer = attend_sparsely(queries, keys, values, layer, lengths + done, selector, selection)
                 else:
                     out, layer = attend_densely(queries, keys, values, layer, lengths + done, None, cfg.attention)
                 queries = (queries + 1e-3 * out).astype(queries.dtype)  # each layer waits for the one before
-                read.append(layer)
-            return tuple(read), queries
+                written.append(layer)
+            return tuple(written), queries
 
         return lax.fori_loop(0, steps, step, (layers, queries))
 
-    seconds: dict[str, list[float]] = {name: [] for name in cfg.methods}
+    names = [name for method in cfg.methods for name in (("sparse", "reading") if method == "sparse" else ("dense",))]
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     lengths = jnp.asarray(lengths, jnp.int32)
     for _ in range(cfg.rounds + 1):  # the first round compiles and warms up
         for name in seconds:
             start = time.perf_counter()
-            layers, out = loop(name == "sparse", layers, lengths, selectors, *new)
+            layers, out = loop(name, layers, lengths, selectors, *new)
             jax.block_until_ready(out)
             seconds[name].append((time.perf_counter() - start) / steps / len(selectors))
     return {name: times[1:] for name, times in seconds.items()}
+
+
+def _ratio(times: list[float], others: list[float]) -> float:
+    """How often the second median goes into the first."""
+    return statistics.median(times) / statistics.median(others)
 
 
 def _spread(times: list[float]) -> str:
@@ -224,7 +245,7 @@ def main(cfg: DecodeSpeedConfig) -> dict:
         clocks.clear()
         engine = Engine(model_cfg, params, selector, decode)
         for name, seconds in time_attention(cfg, engine, cfg.lengths).items():
-            results[name]["layer_seconds"] = seconds
+            results["sparse" if name == "reading" else name][f"{name}_layer_seconds"] = seconds
     console.print(_table(cfg, results))
     summary = {
         "eval": "decode",
@@ -235,9 +256,12 @@ def main(cfg: DecodeSpeedConfig) -> dict:
         "results": results,
     }
     if len(results) == 2:
-        for what in ("step", "layer") if cfg.layer else ("step",):
-            medians = {name: statistics.median(result[f"{what}_seconds"]) for name, result in results.items()}
-            summary[f"{what}_ratio"] = medians["dense"] / medians["sparse"]
+        dense, sparse = results["dense"], results["sparse"]
+        summary["step_ratio"] = _ratio(dense["step_seconds"], sparse["step_seconds"])
+        if cfg.layer:
+            for name in ("sparse", "reading"):
+                ratio = _ratio(dense["dense_layer_seconds"], sparse[f"{name}_layer_seconds"])
+                summary[f"{name}_layer_ratio"] = ratio
     print(json.dumps(summary))
     return summary
 
@@ -248,6 +272,7 @@ def _table(cfg: DecodeSpeedConfig, results: dict[str, dict]) -> Table:
     table.add_column("")
     rows: list[list[str]] = [
         ["prefill, tokens/s"], ["decode, tokens/s"], ["step, ms (range)"], ["attention per layer, ms"],
+        ["of it score, select, read"],
         ["tokens read per head"], ["peak memory, GiB"], ["compile, s"],
     ]  # fmt: skip
     for name, result in results.items():
@@ -259,7 +284,8 @@ def _table(cfg: DecodeSpeedConfig, results: dict[str, dict]) -> Table:
                 "-" if cfg.skip_prefill else f"{result['prefill_tokens_per_second']:,.1f}",
                 f"{result['decode_tokens_per_second']:,.2f}",
                 _spread(result["step_seconds"]),
-                _spread(result["layer_seconds"]) if cfg.layer else "-",
+                _spread(result[f"{name}_layer_seconds"]) if cfg.layer else "-",
+                _spread(result["reading_layer_seconds"]) if cfg.layer and name == "sparse" else "-",
                 f"{result['reads']['tokens']:,}",
                 "-" if peak is None else f"{peak / GIB:.2f}",
                 f"{result['compile_seconds']:.1f}",

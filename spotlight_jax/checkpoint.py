@@ -77,10 +77,17 @@ def load_selector(folder: str | pathlib.Path, shape: hashing.HeadShape | None = 
         raise InputError(f"'{folder / 'config.json'}' is not a selector's config: {error}") from None
     if shape is not None:
         check_shape(own, shape, f"selector '{folder}' (trained for {config.get('base_model')})")
-    template = jax.eval_shape(lambda: hashing.init_params(jax.random.key(0), cfg, own))
-    arrays = _read_arrays(folder / "selector.safetensors", flatten(template))
-    leaves = [jax.numpy.asarray(arrays[name]) for name in flatten(template)]
-    params = jax.tree.unflatten(jax.tree.structure(template), leaves)
+    seen: dict[str, Any] = {}
+
+    def draw() -> list[jax.Array]:  # leaves alone: the tree's own class takes arrays, not their shapes
+        drawn = hashing.init_params(jax.random.key(0), cfg, own)
+        seen.update(names=list(flatten(drawn)), structure=jax.tree.structure(drawn))
+        return jax.tree.leaves(drawn)
+
+    shapes = jax.eval_shape(draw)
+    template = dict(zip(seen["names"], shapes, strict=True))
+    arrays = _read_arrays(folder / "selector.safetensors", template)
+    params = jax.tree.unflatten(seen["structure"], [jax.numpy.asarray(arrays[name]) for name in template])
     known = ("format", "base_model", "hash", "shape")
     info = {name: value for name, value in config.items() if name not in known}
     return Selector(cfg=cfg, shape=own, params=params, base_model=config.get("base_model", ""), info=info)

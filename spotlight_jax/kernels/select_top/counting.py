@@ -20,9 +20,8 @@ class Cut:
 
     threshold: UInt32[Array, "*rows"]
     oldest: Int32[Array, "*rows"]
-    dropped: Int32[Array, "*rows"]  # ties before `oldest`
     at_least: UInt32[Array, "*rows words"]  # packed mask of rank >= threshold
-    ties: UInt32[Array, "*rows words"]  # packed mask of rank == threshold
+    ties: UInt32[Array, "*rows words"]  # packed mask of rank == threshold; empty where no row drops a tie
 
 
 def _row(values: Array, ndim: int) -> Array:
@@ -79,13 +78,22 @@ def find_cut(
     ranks = lax.optimization_barrier(ranks)  # else XLA computes the scores anew in every pass
     threshold = _find_threshold(ranks, budgets, rank_bits, digit_bits)
     at_least = pack_mask(ranks >= threshold[..., None])
-    ties = pack_mask(ranks == threshold[..., None])
     dropped = jnp.maximum(jnp.sum(_count(at_least), axis=-1) - budgets, 0)
+
+    def pack_ties():
+        return pack_mask(ranks == threshold[..., None])
+
+    # most often no tie is dropped, and which ones are ties does not matter; a GPU would have to ask the host first
+    if jax.default_backend() == "cpu":
+        ties = lax.cond(jnp.any(dropped > 0), pack_ties, lambda: jnp.zeros_like(at_least))
+    else:
+        ties = pack_ties()
     tie_sums = jnp.cumsum(_count(ties), axis=-1)
     oldest = _position_of(ties, tie_sums, dropped[..., None])[..., 0]
+    oldest = jnp.where(dropped > 0, oldest, 0)
     # where every tie is dropped (a budget of 0) there is no first one to keep
-    oldest = jnp.where(dropped < tie_sums[..., -1], oldest, ranks.shape[-1])
-    return Cut(threshold=threshold, oldest=oldest, dropped=dropped, at_least=at_least, ties=ties)
+    oldest = jnp.where(dropped >= jnp.maximum(tie_sums[..., -1], 1), ranks.shape[-1], oldest)
+    return Cut(threshold=threshold, oldest=oldest, at_least=at_least, ties=ties)
 
 
 def _position_of(
@@ -93,32 +101,24 @@ def _position_of(
 ) -> Int32[Array, "*rows n"]:
     """Position of the set bit number `order` (from 0) of a packed mask; `sums` are inclusive prefix sums of its counts.
 
-    Two binary searches: for the word in the prefix sums, for the bit in the word.
+    Found by counting what ends before it: blocks of words, words of its block, bits of its word.
     """
     last = words.shape[-1] - 1
-    word_steps = max(last, 1).bit_length()
-
-    def find_word(done, word):  # word: how many words end at or before the bit
-        ahead = word + (1 << (word_steps - 1 - done))
-        reaches = jnp.take_along_axis(sums, jnp.minimum(ahead, last + 1) - 1, axis=-1, mode="clip")
-        return jnp.where((ahead <= last) & (reaches <= order), ahead, word)
-
-    if order.shape[-1] == 1:  # one bit a row: comparing it with every prefix sum is less work than a search
-        word = jnp.minimum(jnp.sum(sums <= order, axis=-1, keepdims=True, dtype=jnp.int32), last)
-    else:
-        word = _repeat(word_steps, find_word, jnp.zeros_like(order))
+    block = 1 << ((last + 1).bit_length() // 2)  # about the square root: both counts are short
+    missing = -words.shape[-1] % block
+    padding = [(0, 0)] * (sums.ndim - 1) + [(0, missing)]
+    blocks = jnp.pad(sums, padding, constant_values=jnp.iinfo(jnp.int32).max).reshape(*sums.shape[:-1], -1, block)
+    ends = blocks[..., None, :, -1]
+    in_block = jnp.sum(ends <= order[..., None], axis=-1, dtype=jnp.int32)
+    in_block = jnp.minimum(in_block, blocks.shape[-2] - 1)
+    row = jnp.take_along_axis(blocks, in_block[..., None], axis=-2, mode="clip")
+    word = in_block * block + jnp.sum(row <= order[..., None], axis=-1, dtype=jnp.int32)
+    word = jnp.minimum(word, last)
     bits = jnp.take_along_axis(words, word, axis=-1, mode="clip")
-    ahead_of_word = jnp.take_along_axis(sums, word, axis=-1, mode="clip") - _count(bits)
-
-    def find_place(done, carry):  # left: set bits of the word still to pass
-        place, left = carry
-        width = jnp.int32(16) >> done
-        below = _count((bits >> place.astype(jnp.uint32)) & ((jnp.uint32(1) << width.astype(jnp.uint32)) - 1))
-        is_above = left >= below
-        return jnp.where(is_above, place + width, place), jnp.where(is_above, left - below, left)
-
-    place, _ = _repeat(5, find_place, (jnp.zeros_like(order), order - ahead_of_word))
-    return word * WORD_BITS + place
+    left = order - (jnp.take_along_axis(sums, word, axis=-1, mode="clip") - _count(bits))
+    up_to = _row((jnp.uint32(2) << jnp.arange(WORD_BITS, dtype=jnp.uint32)) - jnp.uint32(1), bits.ndim + 1)
+    place = jnp.sum(_count(bits[..., None] & up_to) <= left[..., None], axis=-1, dtype=jnp.int32)
+    return word * WORD_BITS + jnp.minimum(place, WORD_BITS - 1)
 
 
 def compact_mask(

@@ -1,0 +1,32 @@
+"""eval.decode on a tiny preset."""
+
+import json
+
+import pytest
+
+from eval import decode
+
+
+def test_it_prints_a_table_and_one_line_of_json(capsys):
+    args = ["--preset", "tiny", "--lengths", "60", "40", "--new-tokens", "2", "--rounds", "2"]
+    assert decode.command(args) == 0
+    out = capsys.readouterr().out
+    result = json.loads(out.splitlines()[-1])
+    assert "decode, tokens/s" in out and set(result["results"]) == {"dense", "sparse"}
+    assert result["step_ratio"] > 0 and result["sparse_layer_ratio"] > 0
+    assert len(result["results"]["dense"]["step_seconds"]) == 2
+    assert result["results"]["sparse"]["reads"]["tokens"] == 20
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--preset", "tinny"], "did you mean 'tiny'"),
+        (["--lengths", "0"], "at least 1"),
+        (["--methods", "dense", "dense"], "each once"),
+        (["--preset", "tiny", "--keep", "2"], "keep is 2.0"),
+    ],
+)
+def test_bad_flags_are_refused(args, message, capsys):
+    assert decode.command(args) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,165 @@
+"""Texts from prompts, with a tiny model whose tokens are bytes."""
+
+import functools
+
+import jax
+import pytest
+
+from spotlight_jax import hashing
+from spotlight_jax.checkpoint import Selector
+from spotlight_jax.errors import InputError
+from spotlight_jax.generate import (
+    GenerateConfig,
+    Run,
+    context_limit,
+    encode_chat,
+    encode_prompts,
+    generate,
+    head_shape,
+    make_engine,
+    stream,
+)
+from spotlight_jax.models.config import RopeConfig
+from spotlight_jax.models.decoder import init_params
+from spotlight_jax.models.load import BaseModel
+from spotlight_jax.models.presets import PRESETS
+from spotlight_jax.sampling import SamplingConfig
+from spotlight_jax.selection import SelectionConfig
+from tests.byte_tokenizer import byte_tokenizer
+
+MODEL = PRESETS["tiny"]
+SPARSE = SelectionConfig(keep=0.2, min_tokens=5, min_context=0, dense_layers=(0,))
+
+
+TOKENIZER = byte_tokenizer()
+
+
+@functools.cache
+def base_model(tokenizer=TOKENIZER):
+    return BaseModel(MODEL, init_params(jax.random.key(0), MODEL), tokenizer, "tiny")
+
+
+@functools.cache
+def selector():
+    cfg, shape = hashing.HashConfig(code_bits=64, hidden=24), head_shape(MODEL)
+    return Selector(cfg, shape, hashing.init_params(jax.random.key(1), cfg, shape), "tiny", {})
+
+
+@functools.cache
+def engine(cfg, is_sparse):
+    return make_engine(base_model(), cfg, selector() if is_sparse else None)
+
+
+@pytest.mark.parametrize("is_sparse", [False, True])
+def test_streamed_pieces_are_the_generated_text(is_sparse):
+    cfg = GenerateConfig(max_new_tokens=30, selection=SPARSE, sampling=SamplingConfig(temperature=1.0, seed=2))
+    compiled = engine(cfg, is_sparse)
+    (result,) = generate(base_model(), ["Hello, world"], cfg, engine=compiled)
+    pieces = list(stream(base_model(), "Hello, world", cfg, engine=compiled))
+    assert "".join(pieces) == result.text and len(pieces) > 1
+    assert result.prompt_tokens == 12 and result.ended_by in ("length", "end of text")
+    assert result.text == TOKENIZER.decode(result.tokens, skip_special_tokens=True)
+
+
+def test_prompts_of_one_batch_do_not_change_each_other():
+    cfg = GenerateConfig(max_new_tokens=12, selection=SPARSE)
+    prompts = ["short", "a much longer prompt, so that the batch is ragged " * 2]
+    together = generate(base_model(), prompts, cfg, engine=engine(cfg, True))
+    alone = [generate(base_model(), [prompt], cfg, engine=engine(cfg, True))[0] for prompt in prompts]
+    assert together == alone
+
+
+def free_text(cfg):
+    return generate(base_model(), ["abc"], cfg, engine=engine(cfg, False))[0]
+
+
+def test_a_stop_string_ends_the_text_before_it():
+    cfg = GenerateConfig(max_new_tokens=40, sampling=SamplingConfig(temperature=2.0, seed=5))
+    text = free_text(cfg).text
+    stop = text[len(text) // 2 :][:3]
+    stopping = GenerateConfig(max_new_tokens=40, sampling=cfg.sampling, stop=(stop,))
+    result = generate(base_model(), ["abc"], stopping, engine=engine(stopping, False))[0]
+    assert result.ended_by == "stop string" and result.text == text[: text.index(stop)]
+
+
+def test_a_stop_string_never_met_changes_nothing():
+    cfg = GenerateConfig(max_new_tokens=20)
+    never = GenerateConfig(max_new_tokens=20, stop=("no such text anywhere",))
+    assert generate(base_model(), ["abc"], never, engine=engine(never, False))[0] == free_text(cfg)
+
+
+def test_the_end_of_text_token_ends_one_sequence_unless_ignored():
+    free = free_text(GenerateConfig(max_new_tokens=20))
+    end = next(token for token in free.tokens[4:] if token < 256)
+    model = base_model(byte_tokenizer(end))
+    first = free.tokens.index(end)
+    cfg = GenerateConfig(max_new_tokens=20)
+    result = generate(model, ["abc"], cfg)[0]
+    assert result.tokens == free.tokens[: first + 1] and result.ended_by == "end of text"
+    ignoring = GenerateConfig(max_new_tokens=20, ignore_eos=True)
+    assert generate(model, ["abc"], ignoring)[0].tokens == free.tokens
+
+
+def test_new_tokens_of_one_are_the_prefills_own():
+    cfg = GenerateConfig(max_new_tokens=1)
+    assert len(generate(base_model(), ["abc", "defg"], cfg)[1].tokens) == 1
+
+
+def test_the_report_counts_what_was_done():
+    cfg = GenerateConfig(max_new_tokens=10, selection=SPARSE)
+    run = Run(engine(cfg, True), TOKENIZER, [list(range(60)), list(range(40))], cfg)
+    while not run.is_done:
+        run.step()
+    report = run.report()
+    assert report.prompt_tokens == 100 and report.new_tokens == 18
+    # lengths are 69 and 49: every chosen token but the last is cached
+    row = 2 * MODEL.head_dim * 4 * MODEL.kv_heads
+    budgets = [max(5, n - 8 * n // 10) for n in (69, 49)]
+    assert report.reads.tokens == round(sum(budgets) / 2)
+    assert report.reads.bytes_dense == 3 * (69 + 49) * row
+    assert report.reads.bytes_keys_values == (69 + 49) * row + 2 * sum(budgets) * row
+    assert report.reads.bytes_codes == 2 * (69 + 49) * MODEL.kv_heads * 2 * 4
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([""], "the prompt is empty"),
+        (["abc", ""], "prompt 1 is empty"),
+        ([], "no prompt"),
+        (["x" * 600], "600 tokens, and with 8 new ones passes the model's context of 512"),
+        (["x" * 505], "context of 512"),
+    ],
+)
+def test_prompts_that_cannot_be_continued_are_refused(prompts, message):
+    with pytest.raises(InputError, match=message):
+        encode_prompts(TOKENIZER, prompts, 8, MODEL)
+
+
+def test_a_context_is_extended_only_by_the_models_own_scaling():
+    def scaled(**fields):
+        return context_limit(type(MODEL)(**{**vars(MODEL), "rope": RopeConfig(**fields)}))
+
+    assert context_limit(MODEL) == 512
+    assert scaled(kind="linear", factor=4.0) == 2048
+    assert scaled(kind="dynamic", factor=2.0, trained_len=512) == 1024
+    assert scaled(kind="yarn", factor=4.0, trained_len=512) == 2048
+    assert scaled(kind="llama3", factor=8.0, trained_len=16) == 512
+
+
+def test_a_model_without_a_chat_template_is_refused():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(InputError, match="no chat template"):
+        encode_chat(tokenizer, [{"role": "user", "content": "hi"}])
+
+
+def test_generating_nothing_is_refused():
+    with pytest.raises(InputError, match="max_new_tokens is 0"):
+        GenerateConfig(max_new_tokens=0)
+
+
+def test_a_prompt_may_be_token_ids():
+    cfg = GenerateConfig(max_new_tokens=5)
+    by_ids = generate(base_model(), [[97, 98, 99]], cfg, engine=engine(cfg, False))
+    assert by_ids == generate(base_model(), ["abc"], cfg, engine=engine(cfg, False))
