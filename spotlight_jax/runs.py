@@ -129,12 +129,6 @@ def from_plain(config_class: type[Config], plain: Any, source: str) -> Config:
 def _from_plain_value(kind: Any, value: Any, source: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return from_plain(typing.cast(type, kind), value, source)
-    options = (
-        typing.get_args(kind) if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union else ()
-    )
-    nested = next((option for option in options if dataclasses.is_dataclass(option)), None)
-    if nested is not None and isinstance(value, dict):
-        return from_plain(typing.cast(type, nested), value, source)
     return tuple(value) if isinstance(value, list) else value
 
 

@@ -104,8 +104,8 @@ def sparse_from(cfg: SelectionConfig, batch: int, platform: str) -> int:
     return max(shortest, everything + 1)
 
 
-def _place_floats(scores: Float[Array, "*rows kv_len"]) -> UInt32[Array, "*rows kv_len"]:
-    """Floats to integers in the same order; neither 0 nor the largest word is any number's."""
+def ordered_ranks(scores: Float[Array, "*rows kv_len"]) -> UInt32[Array, "*rows kv_len"]:
+    """Floats to integers in the same order; neither 0 nor the largest word is any number's (-inf is the lowest)."""
     scores = jnp.where(scores == 0, 0.0, scores.astype(jnp.float32))  # -0.0 ties with 0.0
     bits = jax.lax.bitcast_convert_type(scores, jnp.uint32)
     sign = jnp.uint32(0x80000000)
@@ -126,7 +126,7 @@ def rank_tokens(
     Returns: the ranks, and how many bits hold them.
     """
     if jnp.issubdtype(scores.dtype, jnp.floating):
-        ranks, always, rank_bits = _place_floats(scores), 0xFFFFFFFF, 32
+        ranks, always, rank_bits = ordered_ranks(scores), 0xFFFFFFFF, 32
     else:
         if score_range is None:
             raise InputError("integer scores need a score_range")

@@ -67,6 +67,10 @@ class Feed:
         first, captured = self._captured(window)
         return take_step(captured, jnp.int32(window - first), jnp.int32(draw), self._cfg.queries)
 
+    def forget(self) -> None:
+        """Drop what was captured, so that the next step captures anew."""
+        self._round = None
+
     def _captured(self, window: int) -> tuple[int, Captured]:
         if self._round is None or not self._round[0] <= window < self._round[0] + self._round[1]:
             self._drawn = self._drawn[window - self._first :]

@@ -174,10 +174,11 @@ def capture_cached(
     dtype = np.dtype(params["embed"]["table"].dtype)
     wanted = range(first, first + picks.shape[0])
     span = cache.span(first)
-    missing = [number for number in (*span, *wanted) if number >= first and not cache.file(number).exists()]
+    needed = dict.fromkeys(number for number in (*span, *wanted) if number >= first)
+    missing = [number for number in needed if not cache.file(number).exists()]
     if missing:
         cache.drop_outside(range(first, max(span.stop, wanted.stop)))
-    for done, number in enumerate(dict.fromkeys(missing)):
+    for done, number in enumerate(missing):
         progress(done, len(missing))
         tokens = jnp.asarray(draw(number, 1))
         cache.write(number, hidden_states(params, tokens, cfg))

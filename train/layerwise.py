@@ -16,6 +16,7 @@ import dataclasses
 import json
 import pathlib
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -28,8 +29,11 @@ from spotlight_jax import cli, runs
 from spotlight_jax.errors import InputError
 from train.config import PRESETS, LayerwiseConfig
 from train.display import Display
+from train.plan import GIB
 from train.report import print_results, write_results
 from train.session import Session, check_finite
+
+_TIMED_STEPS = 3  # of a dry run
 
 
 def command(args: Sequence[str] | None = None) -> int:
@@ -152,23 +156,31 @@ def _dry_run(session: Session) -> dict[str, Any]:
         temporary = session.compiled_step_bytes()
         session.prepare()
         check_finite(session.take_step(), session)  # compiles
-        started = time.monotonic()
-        taken = min(3 * cfg.steps_per_window, cfg.steps - 1)
-        for _ in range(taken):
-            check_finite(session.take_step(), session)
-    seconds = (time.monotonic() - started) / max(taken, 1)
+        forward, loss = [], []
+        for _ in range(_TIMED_STEPS):
+            started = time.monotonic()
+            captured = jax.block_until_ready(session.capture_next())
+            forward.append(time.monotonic() - started)
+            started = time.monotonic()
+            check_finite(session.take_step(captured), session)
+            loss.append(time.monotonic() - started)
+    forward_seconds, loss_seconds = statistics.median(forward), statistics.median(loss)
+    seconds = forward_seconds / cfg.steps_per_window + loss_seconds
     stats = jax.devices()[0].memory_stats() or {}
     result = {
         "dry_run": True,
         "step_temporary_bytes": temporary,
         "peak_bytes": stats.get("peak_bytes_in_use"),
+        "forward_seconds": round(forward_seconds, 4),
+        "loss_seconds": round(loss_seconds, 4),
         "seconds_per_step": round(seconds, 4),
         "eta_seconds": round(seconds * cfg.steps, 1),
     }
-    peak = f", peak so far {result['peak_bytes'] / 2**30:.2f} GiB" if result["peak_bytes"] else ""
-    print(f"one step works in {temporary / 2**30:.2f} GiB beside its inputs{peak}; lower --layers-at-once or")
-    print("--ranking.queries-at-once if that does not fit")
-    print(f"{seconds:.3f} s per step, about {seconds * cfg.steps / 60:.1f} minutes for {cfg.steps} steps")
+    peak = f", peak of everything so far {result['peak_bytes'] / GIB:.2f} GiB" if result["peak_bytes"] else ""
+    print(f"memory    {temporary / GIB:.2f} GiB for a step beside its inputs{peak};")
+    print("          lower --layers-at-once or --ranking.queries-at-once if that does not fit")
+    print(f"time      {forward_seconds:.3f} s for a window's forward pass, {loss_seconds:.3f} s for a step's losses")
+    print(f"          {seconds:.3f} s a step, about {seconds * cfg.steps / 60:.1f} minutes for {cfg.steps} steps")
     print(json.dumps(result))
     return result
 

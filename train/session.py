@@ -115,10 +115,15 @@ class Session:
         if self.step == self.cfg.steps:
             self.measure()
 
-    def take_step(self) -> StepReport:
-        """One optimiser step of all layers."""
+    def capture_next(self) -> Captured:
+        """What the next step trains on, by a forward pass of its own whatever was captured before."""
+        self.feed.forget()
+        return self.feed.at(self.step)
+
+    def take_step(self, captured: Captured | None = None) -> StepReport:
+        """One optimiser step of all layers, on what the feed gives or on what is given."""
         started = time.monotonic()
-        captured = self.feed.at(self.step)
+        captured = self.feed.at(self.step) if captured is None else captured
         key = jax.random.fold_in(self._step_key, self.step)
         self.state, report = train_step(self.state, key, jnp.int32(self.step), captured, self.step_cfg)
         self.step += 1

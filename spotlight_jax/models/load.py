@@ -5,17 +5,21 @@ import difflib
 import pathlib
 from typing import Any
 
+import jax
 import transformers
 
 from spotlight_jax.errors import InputError
 from spotlight_jax.models import hf
-from spotlight_jax.models.config import DecoderConfig
-from spotlight_jax.models.decoder import Params
+from spotlight_jax.models.config import DecoderConfig, nearest
+from spotlight_jax.models.decoder import Params, init_params
 from spotlight_jax.models.embedded import EMBEDDED, fetch_embedded
 from spotlight_jax.models.gguf_file import open_gguf
 from spotlight_jax.models.gguf_model import config_from_gguf, gguf_name, read_gguf_weights
-from spotlight_jax.models.params import fill_params
+from spotlight_jax.models.params import default_dtype, fill_params
+from spotlight_jax.models.presets import PRESETS
 from spotlight_jax.models.tokenizer import load_tokenizer, tokenizer_from_gguf
+
+RANDOM = "random:"  # a shape of models/presets.py with random weights: for benchmarks and dry runs, with token ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +49,17 @@ def load_model(source: str, dtype: Any = None) -> BaseModel:
 
 def load_weights(source: str, dtype: Any = None) -> tuple[DecoderConfig, Params]:
     """Config and weights without the tokenizer, for token ids. Args and errors as `load_model`."""
+    if source.startswith(RANDOM):
+        cfg = _preset(source)
+        return cfg, init_params(jax.random.key(0), cfg, default_dtype() if dtype is None else dtype)
     return _read_weights(_locate(source, weights=True), dtype)
+
+
+def _preset(source: str) -> DecoderConfig:
+    name = source.removeprefix(RANDOM)
+    if name not in PRESETS:
+        raise InputError(f"{source}: no such shape{nearest(name, tuple(PRESETS))}")
+    return PRESETS[name]
 
 
 def _read_weights(path: pathlib.Path, dtype: Any) -> tuple[DecoderConfig, Params]:
@@ -59,12 +73,16 @@ def _read_weights(path: pathlib.Path, dtype: Any) -> tuple[DecoderConfig, Params
 
 def load_config(source: str) -> DecoderConfig:
     """The decoder's config without its weights (a hub model's are not fetched). Raises as `load_model`."""
+    if source.startswith(RANDOM):
+        return _preset(source)
     path = _locate(source, weights=False)
     return hf.load_hf_config(path) if path.is_dir() else config_from_gguf(open_gguf(path))
 
 
 def open_tokenizer(source: str) -> transformers.PreTrainedTokenizerBase:
     """The tokenizer without the weights (a hub model's are not fetched). Raises as `load_model`."""
+    if source.startswith(RANDOM):
+        raise InputError(f"{source} has no tokenizer; give texts as .npy files of token ids")
     return _read_tokenizer(_locate(source, weights=False))
 
 
