@@ -40,6 +40,12 @@ def test_broken_bytes_do_not_hold_the_text_back_for_ever():
     assert pieces[-1] != BROKEN * 40 and sum(map(len, pieces)) == 40
 
 
+@pytest.mark.parametrize("broken", range(8, 20))
+def test_a_character_after_broken_bytes_arrives_whole(broken):
+    _, stream = pieces_of([0xFF] * broken + list("\N{ROCKET}".encode()))
+    assert stream.text == BROKEN * broken + "\N{ROCKET}"
+
+
 @given(st.text(alphabet="abc", max_size=30), st.lists(st.text(alphabet="abc", min_size=1, max_size=3), max_size=3))
 def test_the_text_ends_before_the_first_stop_string(text, stop):
     pieces, stream = pieces_of(list(text.encode()), stop)
