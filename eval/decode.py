@@ -92,7 +92,7 @@ def load(cfg: DecodeSpeedConfig, dtype: jnp.dtype) -> tuple[DecoderConfig, dict,
     """Weights and hash functions, real or random."""
     if cfg.model is None:
         model_cfg = PRESETS[cfg.preset]
-        params = jax.jit(init_params, static_argnums=(1, 2))(jax.random.key(0), model_cfg, dtype)
+        params = init_params(jax.random.key(0), model_cfg, dtype)
     else:
         model = load_model(cfg.model, dtype)
         model_cfg, params = model.cfg, model.params
