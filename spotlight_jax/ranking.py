@@ -19,7 +19,7 @@ from spotlight_jax.errors import InputError
 from spotlight_jax.kernels.select_top import select_top
 from spotlight_jax.selection import ordered_ranks
 
-EXPONENT_LIMIT = 40.0  # score gaps beyond this cost as much as this: exp(40) squared still fits float32
+EXPONENT_LIMIT = 80.0  # a pair lost by more than this costs as much as this; exp(80) still fits float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,10 +178,10 @@ def pair_cost(
 def _pair_cost_forward(top_scores, top_weights, other_scores, is_other, alpha):
     # With ratio = exp(other - top + alpha), a product of one factor a side (no exp a pair), a pair costs log(1 + ratio)
     # and its slope is ratio / (1 + ratio).
-    highest = jnp.max(other_scores, axis=-1, keepdims=True)
-    tops = jnp.exp(jnp.clip(highest - top_scores, -EXPONENT_LIMIT, EXPONENT_LIMIT))
-    others = jnp.exp(jnp.maximum(other_scores - highest, -EXPONENT_LIMIT) + jnp.minimum(alpha, EXPONENT_LIMIT))
-    others = jnp.where(is_other, others, 0.0)
+    highest = jnp.max(jnp.where(is_other, other_scores, -jnp.inf), axis=-1, keepdims=True)
+    highest = jnp.where(highest > -jnp.inf, highest, 0.0)
+    tops = jnp.exp(jnp.minimum(highest - top_scores + alpha, EXPONENT_LIMIT))
+    others = jnp.where(is_other, jnp.exp(jnp.minimum(other_scores - highest, 0.0)), 0.0)
     # Each sum writes its pairs its own way (axis order, factors): XLA then fuses each with its pairs, where equal
     # expressions would be computed once and kept, the pair tensor in full.
     by_top = (2.0 * tops)[..., :, None] * (0.5 * others)[..., None, :]
