@@ -26,6 +26,7 @@ import jax
 import rich.console
 
 from spotlight_jax import cli, runs
+from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.errors import InputError
 from train.config import PRESETS, LayerwiseConfig
 from train.display import Display
@@ -53,6 +54,7 @@ def _preset_of(args: Sequence[str]) -> str:
 
 def main(cfg: LayerwiseConfig) -> dict[str, Any]:
     """Train as `cfg` says; returns the summary that is also printed and written."""
+    use_compile_cache()
     cfg, path = _find_run(cfg)
     with Display() as display:
         session = Session(cfg, display)

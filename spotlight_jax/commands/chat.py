@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 
 from spotlight_jax import cli
-from spotlight_jax.commands.session import SessionConfig, describe, load_fitting, read_selector, use_compile_cache
+from spotlight_jax.commands.session import SessionConfig, describe, load_fitting, read_selector
+from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.engine import DecodeState, Engine
 from spotlight_jax.errors import InputError
 from spotlight_jax.generate import STREAM_BLOCK, Run, context_limit, encode_chat

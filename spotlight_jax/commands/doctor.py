@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from spotlight_jax import cli
-from spotlight_jax.commands.session import use_compile_cache
+from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.kernels.match_score import choose_impl
 from spotlight_jax.memory import GIB, available_bytes
 from spotlight_jax.selection import CROSSOVER

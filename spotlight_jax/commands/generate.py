@@ -24,8 +24,8 @@ from spotlight_jax.commands.session import (
     load_fitting,
     read_selector,
     read_text,
-    use_compile_cache,
 )
+from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.engine import Engine
 from spotlight_jax.errors import InputError
 from spotlight_jax.generate import STREAM_BLOCK, GenerateConfig, Run, encode_chat, encode_prompts, make_engine

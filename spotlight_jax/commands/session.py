@@ -17,7 +17,6 @@ from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.load import BaseModel, load_model
 from spotlight_jax.sampling import SamplingConfig
 from spotlight_jax.selection import SelectionConfig
-from spotlight_jax.texts import cache_dir
 
 MIB = 2**20
 
@@ -93,14 +92,6 @@ class SessionConfig:
         if self.dtype != "auto":
             return jnp.dtype(self.dtype)
         return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
-
-
-def use_compile_cache() -> Path:
-    """Keep compiled programs in the user's cache folder, so that the next start does not wait for them."""
-    folder = cache_dir() / "compiled"
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    return folder
 
 
 def read_selector(cfg: SessionConfig, model_cfg: DecoderConfig) -> Selector | None:
