@@ -1,12 +1,11 @@
 # Every command runs in .venv, which `make setup` creates and brings up to date when pyproject.toml changes.
 PYTHON ?= python3
-PRESET ?= demo
 
 .PHONY: setup demo test lint format parity clean
 setup: .venv/.installed
 
 demo: setup
-	.venv/bin/python -m train.layerwise --preset $(PRESET)
+	.venv/bin/python -m train.demo
 
 test: setup
 	.venv/bin/python -m pytest

@@ -22,6 +22,7 @@ Config = TypeVar("Config")
 
 # Command name, the module whose `command(args) -> int` runs it, and what it is for.
 _COMMANDS = (
+    ("demo", "train.demo", "train on the embedded model, then generate dense and sparse side by side"),
     ("train", "train.layerwise", "train the hash functions of a model"),
     ("generate", "spotlight_jax.commands.generate", "continue a prompt, reading only the tokens that matter"),
     ("chat", "spotlight_jax.commands.chat", "talk with a model"),
@@ -70,7 +71,7 @@ def parse(
     given = list(sys.argv[1:] if args is None else args)
     try:
         with contextlib.redirect_stderr(messages):
-            options = {} if default is None else {"default": default}
+            options: dict[str, Any] = {} if default is None else {"default": default}
             cfg, unknown = tyro.cli(
                 config_class, prog=prog, description=description, args=given, return_unknown_args=True, **options
             )

@@ -53,13 +53,20 @@ def _preset_of(args: Sequence[str]) -> str:
 
 
 def main(cfg: LayerwiseConfig) -> dict[str, Any]:
-    """Train as `cfg` says; returns the summary that is also printed and written."""
+    """Train as `cfg` says; the last line on stdout is the summary as JSON."""
+    summary = train(cfg)
+    print(json.dumps(summary))
+    return summary
+
+
+def train(cfg: LayerwiseConfig) -> dict[str, Any]:
+    """Train as `cfg` says; returns the summary that is also written to the run folder."""
     use_compile_cache()
     cfg, path = _find_run(cfg)
     with Display() as display:
         session = Session(cfg, display)
         if cfg.dry_run:
-            return _dry_run(session)
+            return _dry_run(session, display)
         session.prepare()
         folder = runs.RunFolder(path) if cfg.resume else runs.RunFolder.create(path, cfg)
         with _explained_memory():
@@ -68,7 +75,6 @@ def main(cfg: LayerwiseConfig) -> dict[str, Any]:
                 _train(session, stop, display)
         summary = write_results(session, folder)
     print_results(rich.console.Console(), session, summary, folder)
-    print(json.dumps(summary))
     return summary
 
 
@@ -133,8 +139,8 @@ def _stop_signals() -> Iterator[list[int]]:
     try:
         yield received
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for each, handler in previous.items():
+            signal.signal(each, handler)
 
 
 @contextlib.contextmanager
@@ -151,13 +157,16 @@ def _explained_memory() -> Iterator[None]:
         ) from None
 
 
-def _dry_run(session: Session) -> dict[str, Any]:
+def _dry_run(session: Session, display: Display) -> dict[str, Any]:
     """Compile one step, time it, and say what it needs."""
     cfg = session.cfg
     with _explained_memory():
+        display.say("compiling a step")
         temporary = session.compiled_step_bytes()
+        display.say(f"a step works in {temporary / GIB:.2f} GiB beside its inputs; loading the model and the text")
         session.prepare()
-        check_finite(session.take_step(), session)  # compiles
+        display.say("timing")
+        check_finite(session.take_step(), session)  # compiles what is left
         forward, loss = [], []
         for _ in range(_TIMED_STEPS):
             started = time.monotonic()
@@ -183,7 +192,6 @@ def _dry_run(session: Session) -> dict[str, Any]:
     print("          lower --layers-at-once or --ranking.queries-at-once if that does not fit")
     print(f"time      {forward_seconds:.3f} s for a window's forward pass, {loss_seconds:.3f} s for a step's losses")
     print(f"          {seconds:.3f} s a step, about {seconds * cfg.steps / 60:.1f} minutes for {cfg.steps} steps")
-    print(json.dumps(result))
     return result
 
 

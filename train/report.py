@@ -3,11 +3,13 @@
 from typing import Any
 
 import jax
+import numpy as np
 import rich.console
 
 from spotlight_jax import runs
 from spotlight_jax.checkpoint import Selector, save_selector
 from train.display import table
+from train.plan import GIB
 from train.plots import plot_curves, plot_layers
 from train.session import Session
 from train.step import gather_state
@@ -34,6 +36,9 @@ def summarise(session: Session, selector: str) -> dict[str, Any]:
         "tokens_per_second": tokens / max(session.seconds, 1e-9),
         "selector": selector,
     }
+    stats = jax.devices()[0].memory_stats()
+    if stats:  # a CPU keeps none
+        summary["peak_gib"] = stats["peak_bytes_in_use"] / GIB
     return {name: round(value, 5) if isinstance(value, float) else value for name, value in summary.items()}
 
 
@@ -51,7 +56,8 @@ def write_results(session: Session, folder: runs.RunFolder) -> dict[str, Any]:
     save_selector(path, selector, _card(session, summary))
     plot_curves(folder.path / "curves.png", folder.metrics(), summary)
     head = "KV head" if session.cfg.measure.per == "kv_head" else "query head"
-    plot_layers(folder.path / "layers.png", session.quality["trained"].iou, session.quality["lsh"].iou, head)
+    trained, lsh = (np.asarray(session.quality[name].iou) for name in ("trained", "lsh"))
+    plot_layers(folder.path / "layers.png", trained, lsh, head)
     folder.write_summary(summary)
     return summary
 

@@ -86,7 +86,7 @@ def _read_prompts(cfg: GenerateCommandConfig, tokenizer) -> list[list[int]]:
     if cfg.chat:
         encoded = [encode_chat(tokenizer, [{"role": "user", "content": text}]) for text in texts]
     else:
-        encoded = [list(tokenizer(text).input_ids) for text in texts]
+        encoded = [list(tokenizer(text, verbose=False).input_ids) for text in texts]
     return [tokens[: cfg.prompt_tokens] for tokens in encoded]
 
 

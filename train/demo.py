@@ -1,0 +1,82 @@
+"""The whole path on the embedded model: train hash functions, then generate from a long prompt, dense beside sparse.
+
+    make demo                       two CPU cores: about ten minutes with all downloads
+
+The prompt is a passage, thousands of tokens of another book, and the opening of the passage again: to go on, the model
+has to read the passage far back in its cache.
+
+The last line on stdout is the training summary as JSON, with what was generated under `demo`.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+from spotlight_jax import cli, runs, texts
+from spotlight_jax.commands import generate
+from spotlight_jax.models.load import open_tokenizer
+from train import layerwise
+from train.config import PRESETS
+
+_PASSAGE, _OPENING = 400, 60  # tokens of the passage, and of its opening at the end of the prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoConfig:
+    """Train on the embedded corpus, then generate."""
+
+    out: str | None = None
+    """Run folder; without it, a new one under runs/."""
+    steps: int = PRESETS["demo"].steps
+    """Optimiser steps."""
+    prompt_tokens: int = 4000
+    """Length of the prompt."""
+    new_tokens: int = 64
+    """Tokens to generate."""
+
+
+def main(cfg: DemoConfig) -> dict[str, Any]:
+    """Train, generate twice, and print what both came to."""
+    out = cfg.out or str(runs.next_free(pathlib.Path("runs"), "demo"))
+    summary = layerwise.train(dataclasses.replace(PRESETS["demo"], out=out, steps=cfg.steps))
+    prompt, expected = _long_prompt(PRESETS["demo"].model, cfg)
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder) / "prompt.txt"
+        file.write_text(prompt, encoding="utf-8")
+        compared = generate.main(
+            generate.GenerateCommandConfig(
+                selector=pathlib.Path(out), prompt_file=(file,), max_new_tokens=cfg.new_tokens, compare=True
+            )
+        )
+    print(f"The passage {cfg.prompt_tokens - _OPENING:,} tokens back goes on: {expected!r}")
+    summary["demo"] = {name: compared[name] for name in ("dense", "sparse")}
+    print(json.dumps(summary))
+    return summary
+
+
+def _long_prompt(model: str, cfg: DemoConfig) -> tuple[str, str]:
+    """A passage, other text and the passage's opening again; and how the passage goes on."""
+    tokenizer = open_tokenizer(model)
+
+    def tokens_of(name: str, count: int) -> list[int]:
+        text = "\n".join(texts.read_text(name))
+        middle = text.index("\n\n", len(text) // 2)  # past front matter and contents
+        return tokenizer(text[middle : middle + 8 * count].strip(), verbose=False).input_ids[:count]
+
+    passage = tokens_of("sherlock", _PASSAGE)
+    between = tokens_of("alice", cfg.prompt_tokens - _PASSAGE - _OPENING)
+    prompt = tokenizer.decode([*passage, *between, *passage[:_OPENING]])
+    return prompt, tokenizer.decode(passage[_OPENING : _OPENING + cfg.new_tokens])
+
+
+def command(args: Sequence[str] | None = None) -> int:
+    """`python -m train.demo` or `spotlight demo`."""
+    return cli.run(main, DemoConfig, "spotlight demo", __doc__ or "", args)
+
+
+if __name__ == "__main__":
+    sys.exit(command())
