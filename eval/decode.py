@@ -125,7 +125,7 @@ def time_model(cfg: DecodeSpeedConfig, engine: Engine, lengths: Sequence[int]) -
     if cfg.skip_prefill:
         state = engine.prefill([[1]] * len(lengths), total)
         room = engine.capacity(0, max(lengths), total)
-        state = state.replace(cache=_fill(engine.empty_cache(len(lengths), room), lengths))
+        state = dataclasses.replace(state, cache=_fill(engine.empty_cache(len(lengths), room), lengths))
     else:
         state = engine.prefill([rng.integers(0, vocab, length).tolist() for length in lengths], total)
     jax.block_until_ready(state)
@@ -186,11 +186,11 @@ def time_attention(cfg: DecodeSpeedConfig, engine: Engine, lengths: Sequence[int
 
     names = [name for method in cfg.methods for name in (("sparse", "reading") if method == "sparse" else ("dense",))]
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    lengths = jnp.asarray(lengths, jnp.int32)
+    filled = jnp.asarray(lengths, jnp.int32)
     for _ in range(cfg.rounds + 1):  # the first round compiles and warms up
         for name in seconds:
             start = time.perf_counter()
-            layers, out = loop(name, layers, lengths, selectors, *new)
+            layers, out = loop(name, layers, filled, selectors, *new)
             jax.block_until_ready(out)
             seconds[name].append((time.perf_counter() - start) / steps / len(selectors))
     return {name: times[1:] for name, times in seconds.items()}
@@ -237,15 +237,15 @@ def main(cfg: DecodeSpeedConfig) -> dict:
             "compile_seconds": engine.compile_seconds,
             "peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
         }
-        hash_cfg = selector.cfg if name == "sparse" else None
-        reads = step_reads(model_cfg, dtype, list(cfg.lengths), hash_cfg, selection, 0)
+        read_by = selector.cfg if name == "sparse" else None
+        reads = step_reads(model_cfg, dtype, list(cfg.lengths), read_by, selection, 0)
         results[name]["reads"] = dataclasses.asdict(reads)
     if cfg.layer:
         engines.clear()  # and with them the caches
         clocks.clear()
         engine = Engine(model_cfg, params, selector, decode)
-        for name, seconds in time_attention(cfg, engine, cfg.lengths).items():
-            results["sparse" if name == "reading" else name][f"{name}_layer_seconds"] = seconds
+        for kind, seconds in time_attention(cfg, engine, cfg.lengths).items():
+            results["sparse" if kind == "reading" else kind][f"{kind}_layer_seconds"] = seconds
     console.print(_table(cfg, results))
     summary = {
         "eval": "decode",
@@ -259,9 +259,9 @@ def main(cfg: DecodeSpeedConfig) -> dict:
         dense, sparse = results["dense"], results["sparse"]
         summary["step_ratio"] = _ratio(dense["step_seconds"], sparse["step_seconds"])
         if cfg.layer:
-            for name in ("sparse", "reading"):
-                ratio = _ratio(dense["dense_layer_seconds"], sparse[f"{name}_layer_seconds"])
-                summary[f"{name}_layer_ratio"] = ratio
+            for kind in ("sparse", "reading"):
+                ratio = _ratio(dense["dense_layer_seconds"], sparse[f"{kind}_layer_seconds"])
+                summary[f"{kind}_layer_ratio"] = ratio
     print(json.dumps(summary))
     return summary
 

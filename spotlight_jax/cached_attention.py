@@ -198,6 +198,7 @@ def attend_sparsely(
         lengths: tokens each sequence has cached before this one.
     """
     layer = _remember(layer, keys, values, lengths, selector)
+    assert layer.codes is not None, "a layer with a selector keeps codes"
     per_kv_head = selection.per == "kv_head"
     scores = hash_scores(selector.params, queries, layer.codes, selector.cfg, per_kv_head)
     group = queries.shape[2] // keys.shape[2]

@@ -147,9 +147,8 @@ def _choose(logits: Float[Array, "batch vocab"], state: DecodeState, cfg: Decode
     running = (~state.is_done).astype(jnp.int32)
     left = state.left - running
     is_stop = jnp.any(tokens[:, None] == jnp.asarray(cfg.stop_tokens, jnp.int32)[None, :], axis=1)
-    return state.replace(
-        tokens=tokens, left=left, chosen=state.chosen + running, is_done=state.is_done | is_stop | (left <= 0)
-    )
+    is_done = state.is_done | is_stop | (left <= 0)
+    return dataclasses.replace(state, tokens=tokens, left=left, chosen=state.chosen + running, is_done=is_done)
 
 
 def first_token(

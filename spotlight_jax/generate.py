@@ -192,7 +192,8 @@ class Run:
         # a stop string is seen here, not on the device: its sequence stops before the next block
         stopped = np.array([stream.is_stopped for stream in self.streams])
         if stopped.any():
-            self.state = self.state.replace(is_done=jax.numpy.asarray(np.asarray(self.state.is_done) | stopped))
+            is_done = jax.numpy.asarray(np.asarray(self.state.is_done) | stopped)
+            self.state = dataclasses.replace(self.state, is_done=is_done)
         self.state, tokens = self.engine.decode(self.state, limit)
         self.decode_seconds += time.perf_counter() - start - (self.engine.compile_seconds - compiled)
         self.pieces = self._add(tokens)

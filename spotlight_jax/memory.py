@@ -137,9 +137,11 @@ def step_reads(
     sparse_count = sparse_layers(cfg, selection) if hash_cfg is not None else 0
     keys_values, codes = (cfg.layers - sparse_count) * dense, 0
     for length, budget in zip(lengths, budgets, strict=True):
-        is_sparse = hash_cfg is not None and length >= sparse_from
-        keys_values += sparse_count * budget * (heads if is_sparse else cfg.kv_heads) * row
-        codes += sparse_count * length * code_bytes_per_token(cfg, hash_cfg) if is_sparse else 0
+        if hash_cfg is not None and length >= sparse_from:
+            keys_values += sparse_count * budget * heads * row
+            codes += sparse_count * length * code_bytes_per_token(cfg, hash_cfg)
+        else:
+            keys_values += sparse_count * budget * cfg.kv_heads * row
     return StepReads(
         tokens=round(sum(budgets) / len(budgets)),
         bytes_keys_values=keys_values,

@@ -98,7 +98,8 @@ def true_scores(
 
 def _spread(key: PRNGKeyArray, shape: tuple[int, int], picks: int) -> Float[Array, "q_heads q_len picks"]:
     """Random points of [0, 1), one in each of `picks` equal strata: ranks spread so do not repeat."""
-    return (jnp.arange(picks)[None, None] + jax.random.uniform(key, (*shape, picks))) / picks
+    points = (jnp.arange(picks)[None, None] + jax.random.uniform(key, (*shape, picks))) / picks
+    return jnp.minimum(points, 1 - 2**-24)  # the last one can round to 1: a rank past the end, and NaN
 
 
 def _find_top(
@@ -138,9 +139,10 @@ def sample_pairs(
     top_positions, top_values = _find_top(scores, counts, largest)
 
     picks = min(cfg.tops, largest)
-    ranks = (_spread(top_key, heads_and_queries, picks - cfg.always_top) * counts).astype(jnp.int32)
-    if cfg.always_top:
-        ranks = jnp.concatenate([jax.lax.top_k(top_values, cfg.always_top)[1], ranks], axis=-1)
+    always = min(cfg.always_top, picks)
+    ranks = (_spread(top_key, heads_and_queries, picks - always) * counts).astype(jnp.int32)
+    if always:
+        ranks = jnp.concatenate([jax.lax.top_k(top_values, always)[1], ranks], axis=-1)
     top = jnp.take_along_axis(top_positions, ranks, axis=-1)
     sampled_values = jnp.take_along_axis(top_values, ranks, axis=-1)
 
@@ -212,6 +214,7 @@ def _query_side(
     if cfg.form == "symmetric":
         outputs = hashing.soft_sign(outputs, gamma)
     else:
+        assert params.weights.log_gain is not None
         outputs = outputs * jnp.exp(params.weights.log_gain)[None, :, None]
     return jnp.swapaxes(outputs, 0, 1)
 

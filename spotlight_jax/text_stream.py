@@ -28,7 +28,9 @@ class TextStream:
         self.text = ""
 
     def _decode(self, tokens: list[int]) -> str:
-        return self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)  # a list only for a batch
+        return text
 
     def push(self, tokens: Sequence[int]) -> str:
         """Add tokens and return the text that is certain now."""

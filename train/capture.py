@@ -38,22 +38,6 @@ def draw_picks(key: PRNGKeyArray, window: int, count: int, draws: int) -> Int32[
 
 @functools.partial(jax.jit, static_argnames=("cfg", "mesh"))
 def _capture_layer(layer_params, x, picks, cfg, mesh):
-    def capture(layer_params, x, picks):
-        positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None, :], x.shape[:2])
-
-        def attend(queries, keys, values):
-            picked = jnp.take_along_axis(queries, picks[:, :, None, None], axis=1)
-            return causal_attention(queries, keys, values), Captured(queries=picked, picks=picks, keys=keys)
-
-        return apply_layer(layer_params, x, positions, attend, cfg)
-
-    return jax.shard_map(
-        capture, mesh=mesh, in_specs=(P(), P(AXIS), P(AXIS)), out_specs=(P(AXIS), P(AXIS)), check_vma=False
-    )(layer_params, x, picks)
-
-
-@functools.partial(jax.jit, static_argnames=("cfg", "mesh"))
-def _capture_layer(layer_params, x, picks, cfg, mesh):
     def capture_own(layer_params, x, picks):
         positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None, :], x.shape[:2])
 

@@ -1,8 +1,10 @@
 """One training run in memory: model, text, state, and the operations that the loop is made of."""
 
+import dataclasses
 import functools
 import pathlib
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,11 +81,11 @@ class Session:
         self._held_out_tokens = windows.held_out
         self.feed = Feed(windows, self._capture_function(), self._feed_key, feed_cfg)
         self._display.say("reading the first window")
-        params = hashing.init_params(self._init_key, cfg.hash, self.shape)
+        hashes = hashing.init_params(self._init_key, cfg.hash, self.shape)
         if cfg.hash.centre:
             keys = self.feed.first_window().keys[: self.shape.layers, :1]
-            params = params.replace(stats=hashing.fit_stats(jax.device_get(keys)))
-        state = init_state(params, make_optimizer(cfg.optimizer, cfg.steps))
+            hashes = dataclasses.replace(hashes, stats=hashing.fit_stats(jax.device_get(keys)))
+        state = init_state(hashes, make_optimizer(cfg.optimizer, cfg.steps))
         self.state = spread_state(state, self.shape.layers, self.mesh)
 
     def start(self, folder: runs.RunFolder) -> None:
@@ -192,7 +194,8 @@ class Session:
         params = jax.eval_shape(lambda: hashing.init_params(self._init_key, cfg.hash, self.shape))
         state = jax.eval_shape(lambda p: init_state(p, make_optimizer(cfg.optimizer, cfg.steps)), params)
         state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((layers, *leaf.shape[1:]), leaf.dtype), state)
-        count, spec = cfg.ranking.queries, jax.ShapeDtypeStruct
+        count = cfg.ranking.queries
+        spec: Any = jax.ShapeDtypeStruct  # stands for an array where only its shape is read
         captured = Captured(
             queries=spec((layers, count, model.q_heads, model.head_dim), self.dtype),
             picks=spec((layers, count), jnp.int32),

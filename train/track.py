@@ -16,7 +16,12 @@ def open_tracker(name: str, folder: pathlib.Path, config: dict[str, Any]) -> Log
             from tensorboardX import SummaryWriter
 
             writer = SummaryWriter(str(folder / "tensorboard"))
-            return lambda step, values: [writer.add_scalar(key, value, step) for key, value in values.items()] and None
+
+            def log(step: int, values: dict[str, float]) -> None:
+                for key, value in values.items():
+                    writer.add_scalar(key, value, step)
+
+            return log
         if name == "trackio":
             import trackio
 

@@ -86,7 +86,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"class": "Qwen3ForCausalLM", "qkv_bias": False, "qk_norm": True, "max_len": 32768},
 }
 # Fields that change the computation, with the values that mean "not used".
-_REFUSED = {
+_REFUSED: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "partial_rotary_factor": (None, 1, 1.0),
     "num_experts": (None, 0),

@@ -117,10 +117,10 @@ def apply_layer(
 
 def unembed(params: Params, x: Float[Array, "batch len embed"], cfg: DecoderConfig) -> Float[Array, "batch len vocab"]:
     """Final norm and head: float32 logits."""
-    x = RmsNorm(cfg.norm_eps, x.dtype).apply({"params": params["norm"]}, x)
+    normed: Any = RmsNorm(cfg.norm_eps, x.dtype).apply({"params": params["norm"]}, x)
     if cfg.tied:
-        return jnp.einsum("btm,vm->btv", x, params["embed"]["table"], preferred_element_type=jnp.float32)
-    return jnp.einsum("btm,mv->btv", x, params["head"]["kernel"], preferred_element_type=jnp.float32)
+        return jnp.einsum("btm,vm->btv", normed, params["embed"]["table"], preferred_element_type=jnp.float32)
+    return jnp.einsum("btm,mv->btv", normed, params["head"]["kernel"], preferred_element_type=jnp.float32)
 
 
 def attend_densely(queries: Array, keys: Array, values: Array) -> tuple[Array, None]:

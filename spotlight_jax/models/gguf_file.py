@@ -82,7 +82,7 @@ class _Cursor:
     """Bounds-checked reading of the header."""
 
     def __init__(self, data: np.memmap) -> None:
-        self.data, self.at = memoryview(data), 0
+        self.data, self.at = data.data, 0
 
     def take(self, count: int) -> memoryview:
         if count > len(self.data) - self.at:

@@ -35,8 +35,9 @@ def rope_angles(
         length = positions.max() + 1 if rope_len is None else jnp.asarray(rope_len, jnp.int32)
         frequencies, factor = _dynamic_frequencies(length, head_dim, cfg), 1.0
     else:
-        frequencies, factor = rope_frequencies(head_dim, cfg)
-    angles = positions.astype(jnp.float32)[:, :, None] * jnp.asarray(frequencies)[None, None, :]
+        fixed, factor = rope_frequencies(head_dim, cfg)
+        frequencies = jnp.asarray(fixed)
+    angles = positions.astype(jnp.float32)[:, :, None] * frequencies[None, None, :]
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
@@ -52,7 +53,8 @@ def rope_frequencies(head_dim: int, cfg: RopeConfig) -> tuple[np.ndarray, float]
 
     Raises ValueError for `dynamic`, whose frequencies depend on the length.
     """
-    plain = _inverse_powers(np.float32(cfg.theta), head_dim)
+    plain: np.ndarray = 1.0 / np.float32(cfg.theta) ** _exponents(head_dim)
+    frequencies: np.ndarray
     if cfg.kind == "default":
         frequencies, factor = plain, 1.0
     elif cfg.kind == "linear":
@@ -68,10 +70,9 @@ def rope_frequencies(head_dim: int, cfg: RopeConfig) -> tuple[np.ndarray, float]
     return frequencies.astype(np.float32), factor
 
 
-def _inverse_powers(theta: np.floating | Array, head_dim: int) -> np.ndarray | Array:
-    """theta ** (-2i / head_dim)."""
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    return 1.0 / theta**exponents
+def _exponents(head_dim: int) -> np.ndarray:
+    """2i / head_dim of each pair i: its frequency is theta to the negative of it."""
+    return np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
 
 
 def _dynamic_frequencies(length: Array, head_dim: int, cfg: RopeConfig) -> Array:
@@ -79,7 +80,7 @@ def _dynamic_frequencies(length: Array, head_dim: int, cfg: RopeConfig) -> Array
     trained = cfg.trained_len
     grown = cfg.factor * jnp.maximum(length, trained).astype(jnp.float32) / trained - (cfg.factor - 1)
     theta = cfg.theta * grown ** (head_dim / (head_dim - 2))
-    return _inverse_powers(theta[None], head_dim)
+    return 1.0 / theta[None] ** _exponents(head_dim)
 
 
 def _llama3_frequencies(plain: np.ndarray, cfg: RopeConfig) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Scores of cached tokens: sum_b weight_b * bit_b over packed binary codes, exact integers."""
 
 import functools
+from collections.abc import Callable
 from typing import Literal
 
 from jaxtyping import Array, Int32, UInt32
@@ -51,7 +52,7 @@ def match_score(
             f"codes {codes.shape} and weights {weights.shape} do not fit: batch must be equal, heads a multiple of "
             f"code_heads ({code_heads}) and code_bits 32 x words ({32 * words})"
         )
-    backends = {
+    backends: dict[str, Callable[..., Array]] = {
         "reference": match_score_reference,
         "bit_planes": functools.partial(match_score_bit_planes, weight_bits=weight_bits),
         "matmul": match_score_matmul,
