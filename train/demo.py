@@ -37,6 +37,8 @@ class DemoConfig:
     """Length of the prompt."""
     new_tokens: int = 64
     """Tokens to generate."""
+    keep: float = 0.05
+    """Share of the cached tokens a sparse step reads; so short a training needs more than the usual 0.02."""
 
 
 def main(cfg: DemoConfig) -> dict[str, Any]:
@@ -49,7 +51,11 @@ def main(cfg: DemoConfig) -> dict[str, Any]:
         file.write_text(prompt, encoding="utf-8")
         compared = generate.main(
             generate.GenerateCommandConfig(
-                selector=pathlib.Path(out), prompt_file=(file,), max_new_tokens=cfg.new_tokens, compare=True
+                selector=pathlib.Path(out),
+                prompt_file=(file,),
+                max_new_tokens=cfg.new_tokens,
+                keep=cfg.keep,
+                compare=True,
             )
         )
     print(f"The passage {cfg.prompt_tokens - _OPENING:,} tokens back goes on: {expected!r}")
