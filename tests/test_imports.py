@@ -54,6 +54,13 @@ def test_the_table_is_read():
     assert named <= set(rooms), f"the table allows rooms that it does not have: {named - set(rooms)}"
 
 
+def test_the_tables_name_every_room_and_no_other():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    train = set(re.findall(r"^\| `(\w+)\.py` \|[^|]*\|$", text, re.MULTILINE))
+    assert train == {file.stem for file in (ROOT / "train").glob("*.py")} - {"__init__"}
+    assert set(_rooms()) == {_room(file) for file in FILES if PACKAGE in file.parents} - {"__init__"}
+
+
 @pytest.mark.parametrize(
     "file", [file for file in FILES if PACKAGE in file.parents], ids=lambda file: file.relative_to(PACKAGE).as_posix()
 )

