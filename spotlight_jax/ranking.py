@@ -239,6 +239,21 @@ def _sampled_scores(
     return top, other.reshape(q_heads, q_len, -1)
 
 
+def _count_pairs(pairs: Pairs) -> Float[Array, ""]:
+    """How many pairs were sampled: a product of counts per query."""
+    tops = jnp.sum((pairs.top_weights > 0).astype(jnp.float32), axis=-1)
+    return jnp.sum(tops * jnp.sum(pairs.is_other.astype(jnp.float32), axis=-1))
+
+
+def _count_wrong(
+    top: Float[Array, "q_heads q_len tops"], other: Float[Array, "q_heads q_len others"], pairs: Pairs
+) -> Float[Array, ""]:
+    """How many of them are ranked wrongly; keys that are in no pair are put where they never are."""
+    top = jnp.where(pairs.top_weights > 0, top, jnp.inf)
+    other = jnp.where(pairs.is_other, other, -jnp.inf)
+    return jnp.sum(jnp.sum(jnp.where(top[..., :, None] < other[..., None, :], 1.0, 0.0), axis=-1))
+
+
 def ranking_loss(
     params: hashing.HashParams,
     key: PRNGKeyArray,
@@ -266,9 +281,7 @@ def ranking_loss(
         weights = _query_side(params, block_queries, gamma, hash_cfg)
         top, other = _sampled_scores(weights * cfg.beta, soft_codes, pairs)
         cost = pair_cost(top, pairs.top_weights, other, pairs.is_other, jnp.float32(cfg.alpha))
-        is_pair = (pairs.top_weights > 0)[..., :, None] & pairs.is_other[..., None, :]
-        wrong = jnp.sum(is_pair & (top[..., :, None] < other[..., None, :]), dtype=jnp.float32)
-        return cost, wrong, jnp.sum(is_pair, dtype=jnp.float32)
+        return cost, _count_wrong(top, other, pairs), _count_pairs(pairs)
 
     def add_block(totals, block):
         block_key, block_queries, block_positions = block
