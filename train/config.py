@@ -61,6 +61,10 @@ class LayerwiseConfig:
         for what, count in (("ranking.queries", self.ranking.queries), ("measure.queries", self.measure.queries)):
             if count > window:
                 raise InputError(f"{what} is {count}, more than the {window} tokens of a window; lower it")
+        if self.hash.code_heads == "query" and self.measure.per == "kv_head":
+            raise InputError(
+                "one selection per KV head needs its codes: give --measure.per query_head, or --hash.code-heads kv"
+            )
         if self.resume and self.out is None:
             raise InputError("--resume needs the run's folder: add --out RUN_FOLDER")
         if self.data.held_out_windows < 1:
@@ -73,13 +77,13 @@ PRESETS = {
     "default": LayerwiseConfig(),
     "demo": LayerwiseConfig(
         preset="demo",
-        steps=64,
-        steps_per_window=8,
+        steps=48,
+        steps_per_window=4,
         data=DataConfig(window=2048, held_out_windows=4),
         ranking=RankingConfig(queries=128),
         optimizer=OptimizerConfig(learning_rate=2e-3),
-        measure=MeasureConfig(every=32, queries=128),
-        save_every=32,
+        measure=MeasureConfig(every=24, queries=128),
+        save_every=24,
     ),
     "paper": LayerwiseConfig(
         preset="paper",

@@ -36,6 +36,7 @@ def plot_curves(path: pathlib.Path, rows: list[dict[str, Any]], summary: dict[st
     right.axhline(summary["mass_oracle"], color=_ORACLE, ls=":", label="oracle")
     right.set(xlabel="step", ylabel="attention probability read", title=f"Held-out attention mass at {keep}")
     for axes in (middle, right):
+        axes.margins(y=0.15)
         axes.legend(frameon=False)
         axes.grid(alpha=0.25)
     figure.savefig(path, dpi=120)
