@@ -1,0 +1,177 @@
+"""Selectors on disk: what is saved is what is loaded, and every broken folder is one clear line."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import safetensors.numpy
+
+from spotlight_jax import checkpoint, hashing
+from spotlight_jax.checkpoint import Selector, load_selector, save_selector
+from spotlight_jax.errors import InputError
+from spotlight_jax.hashing import HashConfig, HeadShape
+
+SHAPE = HeadShape(layers=2, q_heads=6, kv_heads=3, head_dim=32)
+PAPER = HashConfig(form="symmetric", skip="none", code_bits=64, hidden=24, code_heads="query", centre=False)
+FORMS = {
+    "paper": PAPER,
+    "released": dataclasses.replace(PAPER, skip="layers", code_bits=32, hidden=32),
+    "shared code": dataclasses.replace(PAPER, skip="rotation", code_heads="kv", centre=True),
+    "asymmetric": HashConfig(code_bits=64, hidden=24),
+}
+
+
+def make_selector(cfg):
+    drawn, structure = jax.tree.flatten(hashing.init_params(jax.random.key(0), cfg, SHAPE))
+    rng = np.random.default_rng(0)  # every leaf different, so that two exchanged ones show
+    leaves = [jnp.asarray(rng.normal(size=leaf.shape), jnp.float32) for leaf in drawn]
+    return Selector(cfg, SHAPE, jax.tree.unflatten(structure, leaves), "maker/model", {"steps": 7, "iou": [0.5, 0.25]})
+
+
+def assert_equal(first, second):
+    for one, other in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """One selector, written once; tests that break it work on a copy."""
+    selector, folder = make_selector(FORMS["asymmetric"]), tmp_path_factory.mktemp("saved") / "selector"
+    save_selector(folder, selector, "# A card\n")
+    return selector, folder
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    """The files that loading reads."""
+    folder = tmp_path / "selector"
+    folder.mkdir()
+    for name in ("config.json", "selector.safetensors"):
+        (folder / name).write_bytes((saved[1] / name).read_bytes())
+    return folder
+
+
+def refusal(folder, shape=None):
+    """The one line that loading says."""
+    with pytest.raises(InputError) as caught:
+        load_selector(folder, shape)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_saved_and_loaded_selectors_are_equal(form, tmp_path):
+    selector = make_selector(FORMS[form])
+    save_selector(tmp_path / "deep" / "selector", selector, "# Card\n")
+    loaded = load_selector(tmp_path / "deep" / "selector", SHAPE)
+    assert (loaded.cfg, loaded.shape, loaded.base_model, loaded.info) == (
+        selector.cfg,
+        SHAPE,
+        "maker/model",
+        {"steps": 7, "iou": [0.5, 0.25]},
+    )
+    assert jax.tree.structure(loaded.params) == jax.tree.structure(selector.params)
+    assert_equal(loaded.params, selector.params)
+    assert (tmp_path / "deep" / "selector" / "README.md").read_text() == "# Card\n"
+
+
+def test_the_orbax_copy_equals_the_safetensors_copy(saved):
+    with ocp.StandardCheckpointer() as checkpointer:
+        through_orbax = checkpointer.restore((saved[1] / "orbax").absolute())
+    arrays = safetensors.numpy.load_file(saved[1] / "selector.safetensors")
+    assert set(through_orbax) == set(arrays)
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(through_orbax[name], array)
+
+
+def test_arrays_have_the_names_of_the_tree(saved):
+    params = saved[0].params
+    arrays = checkpoint.flatten(params)
+    assert arrays["weights.keys.hidden_kernel"] is params.weights.keys.hidden_kernel
+    assert arrays["weights.queries.rotation"] is params.weights.queries.rotation
+    assert arrays["stats.scale"] is params.stats.scale
+    assert len(arrays) == 5 + 5 + 1 + 2
+
+
+def test_a_selector_can_be_saved_over(tmp_path):
+    selector = make_selector(FORMS["asymmetric"])
+    save_selector(tmp_path, selector, "old\n")
+    newer = dataclasses.replace(selector, params=jax.tree.map(lambda x: x + 1, selector.params))
+    save_selector(tmp_path, newer, "new\n")
+    assert_equal(load_selector(tmp_path).params, newer.params)
+
+
+def test_a_run_folder_stands_for_the_selector_in_it(copy):
+    (copy.parent / "config.yaml").write_text("a: 1\n")
+    assert_equal(load_selector(copy.parent).params, load_selector(str(copy)).params)
+
+
+def test_a_wrong_base_model_is_named_size_by_size(copy):
+    message = refusal(copy, HeadShape(layers=4, q_heads=6, kv_heads=2, head_dim=64))
+    for part in ("maker/model", "layers 2 instead of 4", "kv_heads 3 instead of 2", "head_dim 32 instead of 64"):
+        assert part in message
+    assert "q_heads" not in message
+
+
+def test_a_folder_without_a_selector_says_what_it_lacks(tmp_path):
+    assert "no config.json" in refusal(tmp_path)
+    assert "no config.json" in refusal(tmp_path / "missing")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"{", "not valid JSON"),
+        (b"\xff\xfe\x00", "not valid JSON"),
+        (b"[1, 2]", "format 1"),
+        (b'{"model_type": "llama"}', "format 1"),
+        (b'{"format": 2}', "format 1"),
+        (b'{"format": 1}', "not a selector's config"),
+        (b'{"format": 1, "hash": {"colour": 3}, "shape": {}}', "not a selector's config"),
+        (b'{"format": 1, "hash": 5, "shape": {}}', "not a selector's config"),
+    ],
+)
+def test_broken_and_foreign_configs_are_one_line(content, says, copy):
+    (copy / "config.json").write_bytes(content)
+    assert says in refusal(copy)
+
+
+def test_a_config_of_impossible_values_names_the_value(copy):
+    config = json.loads((copy / "config.json").read_text())
+    config["hash"]["code_bits"] = 65
+    (copy / "config.json").write_text(json.dumps(config))
+    assert "code_bits is 65" in refusal(copy)
+
+
+def test_missing_arrays_are_one_line(copy):
+    (copy / "selector.safetensors").unlink()
+    assert "selector.safetensors' is missing" in refusal(copy)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, 2000])
+def test_a_file_cut_short_is_one_line(kept, copy):
+    file = copy / "selector.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    assert "cut short" in refusal(copy)
+
+
+def test_bytes_that_are_no_safetensors_are_one_line(copy):
+    (copy / "selector.safetensors").write_bytes(b"PK\x03\x04" * 300)
+    assert "cannot be read" in refusal(copy)
+
+
+def test_arrays_of_another_model_are_named(copy):
+    file = copy / "selector.safetensors"
+    arrays = safetensors.numpy.load_file(file)
+    safetensors.numpy.save_file({"model.embed_tokens.weight": np.zeros((4, 2), np.float32)}, file)
+    assert "holds no 'weights.keys" in refusal(copy)
+    arrays["stats.mean"] = np.ascontiguousarray(arrays["stats.mean"][:, :2])
+    safetensors.numpy.save_file(arrays, file)
+    message = refusal(copy)
+    assert "'stats.mean' is (2, 2, 32)" in message
+    assert "(2, 3, 32)" in message

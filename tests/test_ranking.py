@@ -1,0 +1,400 @@
+"""The ranking loss beside numpy: pairs, samples, the whole loss, and the memory it takes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spotlight_jax import hashing, ranking
+from spotlight_jax.errors import InputError
+from spotlight_jax.hashing import HashConfig, HeadShape
+from spotlight_jax.ranking import RankingConfig
+from tests.tolerances import tolerance
+
+Q_LEN, KV_HEADS, GROUP, HEAD_DIM, KV_LEN = 4, 2, 3, 16, 60
+Q_HEADS = KV_HEADS * GROUP
+POSITIONS = np.array([2, 17, 40, 59], np.int32)
+# a top set of 6 keys at most; the first query sees 3
+CFG = RankingConfig(
+    top_share=0.1, min_top=5, queries=4, tops=4, others=20, always_top=2, queries_at_once=4, weighting="attention"
+)
+HASHES = {
+    "paper": HashConfig(form="symmetric", skip="none", code_bits=32, hidden=24, code_heads="query", centre=False),
+    "shared code": HashConfig(form="symmetric", skip="rotation", code_bits=32, hidden=24),
+    "asymmetric": HashConfig(code_bits=32, hidden=24),
+}
+
+sample_pairs = jax.jit(ranking.sample_pairs, static_argnums=4)
+top_counts = jax.jit(ranking.top_counts, static_argnums=(1, 2))
+cost_and_gradients = jax.jit(jax.value_and_grad(ranking.pair_cost, (0, 2)))
+
+
+def draw(seed=0, q_len=Q_LEN, kv_len=KV_LEN):
+    rng = np.random.default_rng(seed)
+    queries = rng.normal(size=(q_len, Q_HEADS, HEAD_DIM)).astype(np.float32)
+    return queries, rng.normal(size=(kv_len, KV_HEADS, HEAD_DIM)).astype(np.float32)
+
+
+def random_params(cfg, seed=0):
+    shape = HeadShape(layers=1, q_heads=Q_HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM)
+    params = hashing.layer_params(hashing.init_params(jax.random.key(0), cfg, shape), 0)
+    leaves, structure = jax.tree.flatten(params)
+    rng = np.random.default_rng(seed)
+    drawn = jax.tree.unflatten(structure, [jnp.asarray(rng.normal(0, 0.3, x.shape), jnp.float32) for x in leaves])
+    return drawn.replace(stats=drawn.stats.replace(scale=jnp.abs(drawn.stats.scale) + 0.5))
+
+
+def score_loops(queries, keys):
+    """True scores [q_heads, q_len, kv_len] in float64, masked or not."""
+    scores = np.zeros((Q_HEADS, queries.shape[0], keys.shape[0]))
+    for head, t in np.ndindex(scores.shape[:2]):
+        scores[head, t] = keys[:, head // GROUP].astype(np.float64) @ queries[t, head]
+    return scores
+
+
+def count_of(position, kv_len, cfg):
+    base = position + 1 if cfg.top_rule == "prefix" else kv_len
+    return min(max(base - int((1 - cfg.top_share) * base), cfg.min_top), position + 1)
+
+
+def top_sets(queries, keys, positions, cfg):
+    """Positions of each head's and query's top set, most probable first, by sorting."""
+    scores = score_loops(queries, keys)
+    return {
+        (head, t): np.argsort(-scores[head, t, : position + 1])[: count_of(position, keys.shape[0], cfg)].tolist()
+        for head in range(Q_HEADS)
+        for t, position in enumerate(positions.tolist())
+    }
+
+
+def softplus_cost(top_scores, top_weights, other_scores, is_other, alpha):
+    """The paper's equation over an explicit pair tensor."""
+    gaps = other_scores[..., None, :] - top_scores[..., :, None] + alpha
+    cost = jnp.logaddexp(gaps, jnp.zeros_like(gaps))
+    return jnp.sum(jnp.where(is_other[..., None, :], cost, 0.0) * top_weights[..., :, None])
+
+
+def draw_scores(seed, spread, others_above=0.0):
+    rng = np.random.default_rng(seed)
+    top = rng.uniform(-spread, spread, (2, 3, 5))
+    other = rng.uniform(-spread, spread, (2, 3, 7)) + others_above
+    weights = rng.uniform(0, 2, top.shape) * (rng.random(top.shape) < 0.8)
+    is_other = rng.random(other.shape) < 0.7
+    is_other[1, 2] = False  # a row without others
+    return [x.astype(np.float32) for x in (top, weights, other)] + [is_other]
+
+
+def both_gradients(top, weights, other, is_other, alpha=3.0):
+    """Value and gradients by top and other scores: of `pair_cost`, and of the plain formula in float64."""
+    found = cost_and_gradients(top, weights, other, is_other, np.float32(alpha))
+    gaps = other[..., None, :].astype(np.float64) - top[..., :, None] + alpha
+    pair_weights = weights[..., :, None].astype(np.float64) * is_other[..., None, :]
+    slopes = pair_weights / (1 + np.exp(-gaps))
+    return found, ((pair_weights * np.logaddexp(gaps, 0)).sum(), (-slopes.sum(-1), slopes.sum(-2)))
+
+
+@pytest.mark.parametrize("spread", [0.1, 3.0, 20.0, 30.0])
+@given(seed=st.integers(0, 2**16))
+def test_the_cost_of_pairs_and_its_gradients_are_the_softplus_formulas(spread, seed):
+    """A spread of 30 makes gaps of up to +-60."""
+    (cost, grads), (expected, expected_grads) = both_gradients(*draw_scores(seed, spread))
+    np.testing.assert_allclose(cost, expected, rtol=2e-5)
+    for grad, wanted in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(grad, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradient_of_the_cost_is_the_plain_formulas_by_autodiff():
+    top, weights, other, is_other = (jnp.asarray(x) for x in draw_scores(3, 5.0))
+    alpha = jnp.float32(3)
+    found = jax.grad(lambda a, b: ranking.pair_cost(a, weights, b, is_other, alpha) * 0.5, (0, 1))(top, other)
+    wanted = jax.grad(lambda a, b: softplus_cost(a, weights, b, is_other, alpha) * 0.5, (0, 1))(top, other)
+    for grad, expected in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(grad, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("gap", [-60.0, -45.0, 41.0, 60.0])
+def test_a_single_pair_far_apart_keeps_its_cost_and_slope(gap):
+    top, other = np.full((1, 1, 1), -gap / 2, np.float32), np.full((1, 1, 1), gap / 2, np.float32)
+    weights, is_other = np.ones((1, 1, 1), np.float32), np.ones((1, 1, 1), bool)
+    (cost, grads), (expected, expected_grads) = both_gradients(top, weights, other, is_other)
+    np.testing.assert_allclose(cost, expected, rtol=1e-4)
+    np.testing.assert_allclose(grads[0], expected_grads[0], rtol=1e-4)
+    np.testing.assert_allclose(grads[1], expected_grads[1], rtol=1e-4)
+
+
+def test_masked_others_far_above_change_nothing():
+    top, weights, other, is_other = draw_scores(5, 3.0)
+    plain = both_gradients(top, weights, other, is_other)[0]
+    poisoned = both_gradients(top, weights, np.where(is_other, other, 1e6).astype(np.float32), is_other)[0]
+    jax.tree.map(np.testing.assert_array_equal, plain, poisoned)
+
+
+def test_rows_without_others_cost_nothing_and_stay_finite():
+    top, weights, other, is_other = draw_scores(6, 30.0)
+    cost, grads = both_gradients(top, weights, other, np.zeros_like(is_other))[0]
+    assert cost == 0
+    assert not any(np.any(grad) for grad in grads)
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    # 2 %: n - int(0.98 n), at least 20 and at most what is seen
+    [("prefix", [1, 10, 20, 20, 21, 40, 82]), ("total", [1, 10, 20, 82, 82, 82, 82])],
+)
+def test_top_counts_are_those_counted_by_hand(rule, expected):
+    positions = np.array([0, 9, 19, 999, 1000, 1999, 4095], np.int32)
+    cfg = RankingConfig(top_rule=rule)
+    assert top_counts(positions, 4096, cfg).tolist() == expected
+
+
+def test_true_scores_are_dot_products_of_what_is_visible():
+    queries, keys = draw()
+    found = np.asarray(jax.jit(ranking.true_scores)(queries, keys, POSITIONS))
+    expected = score_loops(queries, keys)
+    for t, position in enumerate(POSITIONS.tolist()):
+        np.testing.assert_allclose(found[:, t, : position + 1], expected[:, t, : position + 1], **tolerance("float32"))
+        assert np.isneginf(found[:, t, position + 1 :]).all()
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def traced(request, monkeypatch):
+    """Traces a function anew, with the way of finding and scoring tops that this device would take."""
+    monkeypatch.setattr(jax, "default_backend", lambda: request.param)
+    return lambda function, *static: jax.jit(lambda *arrays: function(*arrays, *static))
+
+
+def test_samples_are_what_they_claim(traced):
+    queries, keys = draw(1)
+    wanted, sample = top_sets(queries, keys, POSITIONS, CFG), traced(ranking.sample_pairs, CFG)
+    for seed in range(8):
+        pairs = sample(jax.random.key(seed), queries, POSITIONS, keys)
+        top, weights, is_other = (np.asarray(x) for x in (pairs.top, pairs.top_weights, pairs.is_other))
+        others = np.asarray(pairs.others)
+        assert top.shape == (Q_HEADS, Q_LEN, CFG.tops)
+        assert len(set(others.tolist())) == CFG.others
+        for (head, t), best in wanted.items():
+            row = top[head, t][weights[head, t] > 0].tolist()
+            assert set(row) <= set(best)
+            assert row[: CFG.always_top] == best[: CFG.always_top]
+            usable = set(others[is_other[head, t]].tolist())
+            assert usable == {s for s in others.tolist() if s <= POSITIONS[t] and s not in best}
+
+
+def test_a_query_with_fewer_keys_than_always_top_drops_the_missing_ranks(traced):
+    queries, keys = draw(2)
+    cfg = dataclasses.replace(CFG, tops=5, always_top=5)
+    pairs = traced(ranking.sample_pairs, cfg)(jax.random.key(0), queries, POSITIONS, keys)
+    for head in range(Q_HEADS):
+        weights, top = np.asarray(pairs.top_weights[head, 0]), np.asarray(pairs.top[head, 0])
+        assert (weights > 0).tolist() == [True, True, True, False, False]  # the query at position 2 sees 3 keys
+        assert set(top[:3].tolist()) == {0, 1, 2}
+    assert not np.any(pairs.is_other[:, 0])  # all it sees is top
+
+
+@pytest.mark.parametrize("tops", [6, 50])
+def test_as_many_tops_as_the_top_set_holds_are_all_of_it(tops, traced):
+    queries, keys = draw(3)
+    positions = np.array([9, 30, 45, 59], np.int32)
+    cfg = dataclasses.replace(CFG, top_rule="total", tops=tops, always_top=0)
+    pairs = traced(ranking.sample_pairs, cfg)(jax.random.key(0), queries, positions, keys)
+    for (head, t), best in top_sets(queries, keys, positions, cfg).items():
+        assert sorted(np.asarray(pairs.top[head, t]).tolist()) == sorted(best)
+
+
+def test_a_top_set_smaller_than_always_top_can_be_sampled():
+    queries, keys = draw(4)
+    cfg = dataclasses.replace(CFG, min_top=3, top_share=0.05, tops=8, always_top=8)
+    pairs = sample_pairs(jax.random.key(0), queries, POSITIONS, keys, cfg)
+    for (head, t), best in top_sets(queries, keys, POSITIONS, cfg).items():
+        assert np.asarray(pairs.top[head, t]).tolist() == best
+
+
+def test_the_largest_random_number_stays_inside_the_top_set(monkeypatch):
+    queries, keys = draw(5)
+    monkeypatch.setattr(jax.random, "uniform", lambda key, shape: jnp.full(shape, 1 - 2**-23, jnp.float32))
+    cfg = dataclasses.replace(CFG, top_rule="total", always_top=0)
+    pairs = ranking.sample_pairs(jax.random.key(0), *(jnp.asarray(x) for x in (queries, POSITIONS, keys)), cfg)
+    assert np.isfinite(pairs.top_weights).all()
+    assert (np.asarray(pairs.others) < KV_LEN).all()
+    for (head, t), best in top_sets(queries, keys, POSITIONS, cfg).items():
+        assert set(np.asarray(pairs.top[head, t]).tolist()) <= set(best)
+
+
+def test_attention_weights_are_half_uniform_half_probability_among_the_sampled():
+    queries, keys = draw(6)
+    pairs = sample_pairs(jax.random.key(0), queries, POSITIONS, keys, CFG)
+    uniform = sample_pairs(jax.random.key(0), queries, POSITIONS, keys, dataclasses.replace(CFG, weighting="uniform"))
+    scores = score_loops(queries, keys) / np.sqrt(HEAD_DIM)
+    for head, t in np.ndindex(Q_HEADS, Q_LEN):
+        seen = np.asarray(uniform.top_weights[head, t])
+        assert set(seen.tolist()) <= {0.0, 1.0}
+        exps = np.exp(scores[head, t, np.asarray(pairs.top[head, t])]) * seen
+        expected = np.where(seen > 0, 0.5 + 0.5 * CFG.tops * exps / exps.sum(), 0)
+        np.testing.assert_allclose(pairs.top_weights[head, t], expected, **tolerance("float32"))
+
+
+EVERY = dataclasses.replace(CFG, top_rule="total", tops=6, others=KV_LEN, always_top=0)  # nothing is left to chance
+
+
+def loss_loops(params, queries, positions, keys, gamma, hash_cfg, cfg):
+    """Loss and wrong share over every pair, loop by loop; hash outputs are those of test_hashing.py."""
+    hashed = np.asarray(jax.jit(hashing.hash_keys, static_argnums=2)(params, keys, hash_cfg), np.float64)
+    asked = np.asarray(jax.jit(hashing.hash_queries, static_argnums=2)(params, queries, hash_cfg), np.float64)
+    codes = gamma * hashed / (1 + gamma * np.abs(hashed))
+    if hash_cfg.form == "symmetric":
+        asked = gamma * asked / (1 + gamma * np.abs(asked))
+    else:
+        asked = asked * np.exp(np.asarray(params.weights.log_gain, np.float64))[None, :, None]
+    true, cost, wrong, count = score_loops(queries, keys), 0.0, 0, 0
+    for (head, t), best in top_sets(queries, keys, positions, cfg).items():
+        learned = codes[:, head * codes.shape[1] // Q_HEADS] @ asked[t, head]
+        exps = np.exp(true[head, t, best] / np.sqrt(HEAD_DIM))
+        for top, share in zip(best, exps / exps.sum(), strict=True):
+            weight = 1.0 if cfg.weighting == "uniform" else 0.5 + 0.5 * cfg.tops * share
+            for other in set(range(positions[t] + 1)) - set(best):
+                cost += weight * np.logaddexp(0, -(cfg.beta * (learned[top] - learned[other]) - cfg.alpha))
+                wrong += learned[top] < learned[other]
+                count += 1
+    return cost / count, wrong / count
+
+
+@pytest.mark.parametrize(
+    ("form", "weighting"), [("paper", "uniform"), ("shared code", "attention"), ("asymmetric", "attention")]
+)
+def test_the_loss_over_every_pair_is_the_papers_equation(form, weighting, traced):
+    cfg = dataclasses.replace(EVERY, weighting=weighting, beta=0.7, alpha=1.5)
+    params, (queries, keys) = random_params(HASHES[form]), draw(7)
+    gamma = np.float32(8)
+    loss = traced(ranking.ranking_loss, HASHES[form], cfg)
+    found = loss(params, jax.random.key(0), queries, POSITIONS, keys, gamma)
+    expected = loss_loops(params, queries, POSITIONS, keys, 8.0, HASHES[form], cfg)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_working_in_blocks_changes_neither_loss_nor_gradient(at_once):
+    hash_cfg, (queries, keys) = HASHES["asymmetric"], draw(8, q_len=8)
+    positions = np.array([5, 10, 19, 30, 33, 40, 50, 59], np.int32)
+    whole = dataclasses.replace(EVERY, queries=8, queries_at_once=8)
+    params = random_params(hash_cfg)
+
+    def loss(cfg):
+        def of_params(params):
+            return ranking.ranking_loss(
+                params, jax.random.key(0), *map(jnp.asarray, (queries, positions, keys)), jnp.float32(8), hash_cfg, cfg
+            )
+
+        return jax.jit(jax.value_and_grad(of_params, has_aux=True))(params)
+
+    close = {"rtol": 1e-4, "atol": 1e-6}
+    blocked, expected = (
+        jax.tree.leaves(loss(cfg)) for cfg in (dataclasses.replace(whole, queries_at_once=at_once), whole)
+    )
+    for one, other in zip(blocked, expected, strict=True):
+        np.testing.assert_allclose(one, other, **close)
+
+
+def test_both_ways_of_scoring_tops_have_the_same_gradient(monkeypatch):
+    hash_cfg, (queries, keys) = HASHES["shared code"], draw(9)
+    params = random_params(hash_cfg)
+
+    def gradient():
+        def loss(params):
+            return ranking.ranking_loss(
+                params,
+                jax.random.key(0),
+                *map(jnp.asarray, (queries, POSITIONS, keys)),
+                jnp.float32(8),
+                hash_cfg,
+                EVERY,
+            )[0]
+
+        return jax.jit(jax.grad(loss))(params)
+
+    gathered = gradient()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    every = gradient()
+    for one, other in zip(jax.tree.leaves(gathered), jax.tree.leaves(every), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def compiled_bytes(queries, at_once, others):
+    """Temporary memory of the compiled gradient; nothing is run."""
+    hash_cfg = HASHES["asymmetric"]
+    cfg = RankingConfig(queries=queries, queries_at_once=at_once, tops=32, others=others, min_top=40)
+    shaped = jax.ShapeDtypeStruct
+
+    leaves, structure = jax.tree.flatten(random_params(hash_cfg))
+
+    def loss(leaves, queries, positions, keys):
+        params = jax.tree.unflatten(structure, leaves)
+        return ranking.ranking_loss(params, jax.random.key(0), queries, positions, keys, jnp.float32(8), hash_cfg, cfg)
+
+    lowered = jax.jit(jax.grad(loss, has_aux=True)).lower(
+        leaves,
+        shaped((queries, Q_HEADS, HEAD_DIM), jnp.float32),
+        shaped((queries,), jnp.int32),
+        shaped((1024, KV_HEADS, HEAD_DIM), jnp.float32),
+    )
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+
+def test_memory_is_bounded_by_the_queries_at_once():
+    few, many = compiled_bytes(32, 16, others=256), compiled_bytes(256, 16, others=256)
+    every_pair = Q_HEADS * 256 * 32 * 256 * 4
+    assert many < 1.25 * few
+    assert many < 0.3 * every_pair
+
+
+@pytest.mark.parametrize("form", HASHES)
+def test_the_loss_falls_on_one_batch(form):
+    hash_cfg, (queries, keys) = HASHES[form], draw(10)
+    params = random_params(hash_cfg)
+
+    @jax.jit
+    def step(weights, key):
+        def loss(weights):
+            return ranking.ranking_loss(
+                params.replace(weights=weights),
+                key,
+                *map(jnp.asarray, (queries, POSITIONS, keys)),
+                jnp.float32(8),
+                hash_cfg,
+                EVERY,
+            )
+
+        (cost, wrong), grads = jax.value_and_grad(loss, has_aux=True)(weights)
+        return jax.tree.map(lambda w, g: w - 0.05 * g, weights, grads), (cost, wrong)
+
+    weights, seen = params.weights, []
+    for key in jax.random.split(jax.random.key(0), 30):
+        weights, measured = step(weights, key)
+        seen.append([float(x) for x in measured])
+    (first_cost, first_wrong), (last_cost, last_wrong) = seen[0], seen[-1]
+    assert last_cost < 0.8 * first_cost
+    assert last_wrong < first_wrong
+
+
+@pytest.mark.parametrize(
+    ("fields", "names"),
+    [
+        ({"top_share": 0.0}, "top_share is 0.0"),
+        ({"top_share": 1.0}, "top_share is 1.0"),
+        ({"queries": 0}, "queries is 0"),
+        ({"tops": 0}, "tops is 0"),
+        ({"others": -1}, "others is -1"),
+        ({"min_top": 0}, "min_top is 0"),
+        ({"queries_at_once": 0}, "queries_at_once is 0"),
+        ({"queries": 100, "queries_at_once": 64}, r"queries \(100\) .* queries_at_once \(64\)"),
+        ({"beta": 0.0}, "beta is 0.0"),
+        ({"always_top": 49}, "always_top is 49; give 0 to 48"),
+        ({"always_top": -1}, "always_top is -1"),
+    ],
+)
+def test_values_no_loss_can_be_computed_from_are_named(fields, names):
+    with pytest.raises(InputError, match=names):
+        RankingConfig(**fields)

@@ -1,0 +1,127 @@
+"""Run folders: configs come back, nothing is overwritten, rows cut short are dropped."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+
+from spotlight_jax import runs
+from spotlight_jax.errors import InputError
+from spotlight_jax.runs import RunFolder
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    code_bits: int = 128
+    weights: tuple[float, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    hash_cfg: Inner = Inner()
+    model: str = "maker/model"
+    rate: float = 1e-3
+    texts: tuple[str, ...] = ("a", "b")
+    resume: bool = False
+    limit: int | None = None
+
+
+CFG = Outer(hash_cfg=Inner(64, (0.5, 0.25)), rate=2e-5, texts=("text: é", "no"), resume=True)
+
+
+def test_a_config_comes_back_from_its_run(tmp_path):
+    RunFolder.create(tmp_path / "run", CFG)
+    loaded = RunFolder(tmp_path / "run").config(Outer)
+    assert loaded == CFG
+    assert isinstance(loaded.texts, tuple)
+    assert hash(loaded) == hash(CFG)
+
+
+def test_a_new_run_records_versions_and_device(tmp_path):
+    RunFolder.create(tmp_path / "run", CFG)
+    environment = json.loads((tmp_path / "run" / "env.json").read_text())
+    assert environment["versions"]["jax"] == jax.__version__
+    assert environment["devices"] == jax.device_count()
+
+
+def test_an_existing_run_is_refused_and_left_alone(tmp_path):
+    RunFolder.create(tmp_path / "run", CFG)
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    with pytest.raises(InputError, match="exists already; give another --out, or --resume"):
+        RunFolder.create(tmp_path / "run", Outer())
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+
+
+def test_a_file_in_the_way_is_refused_and_an_empty_folder_is_not(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InputError, match="exists already"):
+        RunFolder.create(tmp_path / "file", CFG)
+    with pytest.raises(InputError, match="cannot write the run folder"):
+        RunFolder.create(tmp_path / "file" / "run", CFG)
+    (tmp_path / "empty").mkdir()
+    assert RunFolder.create(tmp_path / "empty", CFG).config(Outer) == CFG
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"{unclosed: [", "not readable YAML"),
+        (b"\xff\xfe\xff", "not readable YAML"),
+        (b"- a\n- b\n", "does not fit this version"),
+        (b"", "does not fit this version"),
+        (b"model: m\ncolour: red\n", "colour, hash_cfg"),
+    ],
+)
+def test_configs_that_do_not_fit_are_one_line(content, says, tmp_path):
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(InputError, match=says) as caught:
+        RunFolder(tmp_path).config(Outer)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_a_config_is_no_run(tmp_path):
+    with pytest.raises(InputError, match="is no run folder"):
+        RunFolder(tmp_path).config(Outer)
+
+
+def test_metrics_come_back_in_order_without_a_line_cut_short(tmp_path):
+    run, rows = RunFolder(tmp_path), [{"step": step, "loss": 1 / (step + 1)} for step in range(3)]
+    assert run.metrics() == []
+    for row in rows:
+        run.append_metrics(row)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    assert run.metrics() == rows
+
+
+def test_rows_from_a_step_on_are_dropped_and_written_again(tmp_path):
+    run = RunFolder(tmp_path)
+    run.append_metrics({"start": True})  # a row without a step belongs to the start
+    for step in (0, 5, 10, 15):
+        run.append_metrics({"step": step})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2')
+    run.keep_metrics_before(10)
+    run.append_metrics({"step": 10, "again": True})
+    assert run.metrics() == [{"start": True}, {"step": 0}, {"step": 5}, {"step": 10, "again": True}]
+
+
+def test_a_summary_is_json(tmp_path):
+    RunFolder(tmp_path).write_summary({"iou": 0.5})
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"iou": 0.5}
+
+
+def test_differences_are_named_as_flags():
+    other = dataclasses.replace(CFG, hash_cfg=dataclasses.replace(CFG.hash_cfg, code_bits=32), resume=False)
+    assert runs.differences(CFG, other) == ["--hash-cfg.code-bits", "--resume"]
+    assert runs.differences(CFG, CFG) == []
+
+
+def test_the_next_free_folder_counts_up_from_2(tmp_path):
+    names = []
+    for _ in range(3):
+        free = runs.next_free(tmp_path, "run")
+        free.mkdir()
+        names.append(free.name)
+    assert names == ["run", "run-2", "run-3"]
