@@ -72,14 +72,15 @@ class HiddenCache:
         if not manifest.exists() and self._folder.exists() and any(self._folder.iterdir()):
             raise InputError(f"'{self._folder}' is not empty and no cache of ours; give another --cache-dir")
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
             held = sum(file.stat().st_size for file in self._folder.glob("window-*.npy"))
-            free = shutil.disk_usage(self._folder).free
+            existing = next(path for path in (self._folder, *self._folder.absolute().parents) if path.exists())
+            free = shutil.disk_usage(existing).free
             if self._plan.disk_bytes > free + held:
                 raise InputError(
                     f"the cache needs {self._plan.disk_bytes / GIB:.1f} GiB and '{self._folder}' has "
                     f"{(free + held) / GIB:.1f}; lower --cache-gib, --steps or --data.window, or train without it"
                 )
+            self._folder.mkdir(parents=True, exist_ok=True)
             manifest.write_text(text, encoding="utf-8")
         except OSError as error:
             raise InputError(f"cannot write to '{self._folder}': {error.strerror}") from None

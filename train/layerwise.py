@@ -13,6 +13,7 @@ The last line on stdout is the summary as JSON.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import pathlib
 import signal
@@ -46,7 +47,7 @@ def command(args: Sequence[str] | None = None) -> int:
 def _preset_of(args: Sequence[str]) -> str:
     """The preset that the other flags start from; a wrong name is left to the parser to refuse."""
     name = "default"
-    for word, following in zip(args, [*args[1:], ""], strict=True):
+    for word, following in itertools.zip_longest(args, args[1:], fillvalue=""):
         if word == "--preset" or word.startswith("--preset="):
             name = word.partition("=")[2] or following
     return name if name in PRESETS else "default"

@@ -59,6 +59,7 @@ class MeasureConfig:
         """Refuse what cannot be measured."""
         if self.every < 1 or self.queries < 1:
             raise InputError(f"measure every {self.every} steps with {self.queries} queries; give at least 1 of each")
+        _ = self.selection  # refuses what selects nothing
 
     @property
     def selection(self) -> SelectionConfig:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import rich.console
 
@@ -49,7 +50,7 @@ def write_results(session: Session, folder: runs.RunFolder) -> dict[str, Any]:
     selector = Selector(
         cfg=session.cfg.hash,
         shape=session.shape,
-        params=jax.device_get(gather_state(session.state, session.shape.layers).params),
+        params=jax.tree.map(jnp.asarray, jax.device_get(gather_state(session.state, session.shape.layers).params)),
         base_model=session.cfg.model,
         info={"recipe": runs.to_plain(session.cfg), "metrics": summary},
     )

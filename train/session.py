@@ -53,6 +53,10 @@ class Session:
             self.model_cfg.layers, self.model_cfg.q_heads, self.model_cfg.kv_heads, self.model_cfg.head_dim
         )
         hashing.check_widths(cfg.hash, self.shape)
+        if set(range(self.shape.layers)) <= set(cfg.measure.dense_layers):
+            raise InputError(
+                f"all {self.shape.layers} layers of '{cfg.model}' are in --measure.dense-layers; leave some out"
+            )
         self.mesh = make_mesh()
         self._cache_plan = self._plan_cache()
         for line in plan.describe(cfg, self.model_cfg, self.dtype, self._disk_line()):
@@ -84,7 +88,7 @@ class Session:
         hashes = hashing.init_params(self._init_key, cfg.hash, self.shape)
         if cfg.hash.centre:
             keys = self.feed.first_window().keys[: self.shape.layers, :1]
-            hashes = dataclasses.replace(hashes, stats=hashing.fit_stats(jax.device_get(keys)))
+            hashes = dataclasses.replace(hashes, stats=hashing.fit_stats(jnp.asarray(jax.device_get(keys))))
         state = init_state(hashes, make_optimizer(cfg.optimizer, cfg.steps))
         self.state = spread_state(state, self.shape.layers, self.mesh)
 
@@ -114,8 +118,9 @@ class Session:
         self.feed.restore(self.step, position["text"])
         self._folder.keep_metrics_before(self.step + 1)
         self._display.say(f"resumed at step {self.step} of {self.cfg.steps}")
-        if self.step == self.cfg.steps:
-            self.measure()
+        if self.step == self.cfg.steps:  # measured and recorded before it was saved
+            params = gather_state(self.state, self.shape.layers).params
+            self.quality["trained"] = self._quality(params, self.cfg.hash, f"measuring at step {self.step}")
 
     def capture_next(self) -> Captured:
         """What the next step trains on, by a forward pass of its own whatever was captured before."""

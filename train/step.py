@@ -126,7 +126,7 @@ def train_step(
         (loss, wrong), grads = jax.value_and_grad(loss_of, has_aux=True)(params.weights)
         updates, opt_state = optimizer.update(grads, opt_state, params.weights)
         params = params.replace(weights=optax.apply_updates(params.weights, updates))
-        return params, opt_state, StepReport(loss=loss, wrong=wrong, grad_norm=optax.global_norm(grads))
+        return params, opt_state, StepReport(loss=loss, wrong=wrong, grad_norm=optax.tree.norm(grads))
 
     def step_own_layers(state, captured, layer_keys):
         args = (state.params, state.opt_state, captured, layer_keys)

@@ -1,0 +1,53 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spotlight_jax.models.decoder import apply_layer, attend_densely, embed_tokens
+from spotlight_jax.models.load import load_weights
+from tests.tolerances import tolerance
+from train.capture import capture, draw_picks, make_mesh, take_step
+
+
+def test_captured_queries_and_keys_are_those_the_model_attends_with(inputs):
+    cfg, params = load_weights(str(inputs.model), jnp.float32)
+    tokens = jnp.asarray(np.random.default_rng(1).integers(0, cfg.vocab, (2, 24)), jnp.int32)
+    picks = jnp.asarray([[0, 3, 5, 20, 23], [1, 2, 9, 10, 22]], jnp.int32)
+    seen = []
+
+    def attend(queries, keys, values):
+        return attend_densely(queries, keys, values)[0], (queries, keys)
+
+    positions, x = jnp.broadcast_to(jnp.arange(24)[None], (2, 24)), embed_tokens(params, tokens, cfg)
+    layer_of = jax.jit(apply_layer, static_argnames=("attend", "cfg"))
+    for layer in range(cfg.layers):  # as decoder.forward does
+        x, aux = layer_of(params[f"layer_{layer}"], x, positions, attend, cfg)
+        seen.append(aux)
+    got = capture(params, tokens, picks, cfg, make_mesh())
+    assert len(seen) == cfg.layers
+    for layer, (queries, keys) in enumerate(seen):
+        for window in range(2):
+            want = queries[window, picks[window]]
+            np.testing.assert_allclose(got.queries[layer, window], want, **tolerance("float32"))
+            np.testing.assert_allclose(got.keys[layer, window], keys[window], **tolerance("float32"))
+            np.testing.assert_array_equal(got.picks[layer, window], picks[window])
+
+
+def test_a_step_takes_one_window_and_one_draw(inputs):
+    cfg, params = load_weights(str(inputs.model), jnp.float32)
+    tokens = jnp.asarray(np.random.default_rng(1).integers(0, cfg.vocab, (2, 24)), jnp.int32)
+    picks = jnp.asarray([[0, 3, 5, 20, 1, 23], [1, 2, 9, 10, 11, 22]], jnp.int32)
+    captured = capture(params, tokens, picks, cfg, make_mesh())
+    step = take_step(captured, jnp.int32(1), jnp.int32(2), 2)
+    np.testing.assert_array_equal(step.picks, np.tile([11, 22], (cfg.layers, 1)))
+    np.testing.assert_array_equal(step.queries, captured.queries[:, 1, 4:6])
+    np.testing.assert_array_equal(step.keys, captured.keys[:, 1])
+
+
+@pytest.mark.parametrize(("window", "count"), [(40, 7), (6, 6)])
+def test_each_draw_of_picks_is_sorted_and_has_no_repeats(window, count):
+    draws = np.asarray(draw_picks(jax.random.key(3), window, count, 5)).reshape(5, count)
+    assert (np.diff(draws, axis=1) > 0).all()
+    assert draws.min() >= 0 and draws.max() < window
+    if count < window:
+        assert len({tuple(draw) for draw in draws}) == 5

@@ -1,0 +1,73 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spotlight_jax.data import DataConfig, open_windows
+from train.capture import Captured
+from train.feed import Feed, FeedConfig
+
+WINDOW, QUERIES, PER_WINDOW = 16, 3, 2
+
+
+def _capture(first, tokens, picks):
+    """Stands in for the model: queries and keys tell which token, position and layer they come from."""
+    layers, windows = 2, tokens.shape[0]
+    tokens, layer = jnp.asarray(tokens, jnp.float32), jnp.arange(layers, dtype=jnp.float32)
+    queries = jnp.take_along_axis(tokens, picks, axis=1)[None, :, :, None, None] + 1000 * layer.reshape(2, 1, 1, 1, 1)
+    keys = tokens[None, :, :, None, None] + 1000 * layer.reshape(2, 1, 1, 1, 1)
+    return Captured(queries=queries, picks=jnp.broadcast_to(picks[None], (layers, windows, picks.shape[1])), keys=keys)
+
+
+@pytest.fixture
+def open_feed(tmp_path):
+    np.save(tmp_path / "t.npy", np.arange(400, dtype=np.uint16))
+
+    def open_one(windows_at_once=1):
+        cfg = DataConfig(train=(str(tmp_path / "t.npy"),), window=WINDOW, held_out_windows=2)
+        feed_cfg = FeedConfig(WINDOW, QUERIES, PER_WINDOW, windows_at_once)
+        return Feed(open_windows(cfg, None, 400), _capture, jax.random.key(5), feed_cfg)
+
+    return open_one
+
+
+def _same(first, second):
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+@pytest.mark.parametrize("windows_at_once", [2, 4])
+def test_windows_captured_together_change_nothing(open_feed, windows_at_once):
+    alone, together = open_feed(1), open_feed(windows_at_once)
+    for step in range(10):
+        _same(alone.at(step), together.at(step))
+        assert alone.position(step + 1) == together.position(step + 1)
+
+
+def test_steps_of_a_window_share_its_keys_and_draw_their_own_queries(open_feed):
+    feed = open_feed()
+    steps = [feed.at(step) for step in range(4)]
+    np.testing.assert_array_equal(steps[0].keys, steps[1].keys)
+    assert not np.array_equal(steps[1].keys, steps[2].keys)
+    assert not np.array_equal(steps[0].picks, steps[1].picks)
+    np.testing.assert_array_equal(steps[3].queries[0, :, 0, 0], steps[3].keys[0, :, 0, 0][steps[3].picks[0]])
+
+
+@pytest.mark.parametrize("windows_at_once", [1, 4])
+@pytest.mark.parametrize("step", [0, 1, 5, 6])  # 1 and 5 lie within a window
+def test_a_restored_feed_goes_on_where_it_was(open_feed, windows_at_once, step):
+    whole = open_feed(windows_at_once)
+    for done in range(step):
+        whole.at(done)
+    position = whole.position(step)
+    resumed = open_feed(1)
+    resumed.first_window()  # as a run does for its key statistics
+    resumed.restore(step, position)
+    for following in range(step, step + 4):
+        _same(whole.at(following), resumed.at(following))
+
+
+def test_forgetting_captures_the_same_again(open_feed):
+    feed = open_feed(2)
+    before = feed.at(3)
+    feed.forget()
+    _same(before, feed.at(3))

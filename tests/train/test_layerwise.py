@@ -1,0 +1,263 @@
+import collections
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file
+
+from spotlight_jax.checkpoint import load_selector
+from spotlight_jax.models.config import config_from_hf
+from tests.models import tiny
+from tests.train.conftest import LAYERS, SAVE_EVERY, STEPS, WINDOW
+from train import hidden_cache, layerwise
+from train.session import Session
+
+ROOT = pathlib.Path(__file__).parents[2]
+KILLED_AT = 8  # steps taken: between two checkpoints, and between two measurements' rows and the last
+
+
+def _params(run):
+    return load_file(run / "selector" / "selector.safetensors")
+
+
+def _assert_same(run, other, atol=0.0):
+    first, second = _params(run), _params(other)
+    assert first.keys() == second.keys()
+    for name in first:
+        np.testing.assert_allclose(first[name], second[name], rtol=0, atol=atol, err_msg=name)
+
+
+def _rows(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def _checkpoints(run):
+    return sorted(int(folder.name) for folder in (run / "checkpoints").iterdir())
+
+
+def _spawn(program, args, **environment):
+    command = [sys.executable, "-c", program, *args]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=200)
+
+
+def test_a_run_leaves_all_its_files_and_a_selector(finished):
+    names = {path.name for path in finished.path.iterdir()}
+    pictures, folders = {"curves.png", "layers.png"}, {"checkpoints", "selector"}
+    assert names == {"config.yaml", "env.json", "metrics.jsonl", "summary.json"} | pictures | folders
+    selector = load_selector(finished.path)
+    assert (selector.shape.layers, selector.shape.q_heads, selector.shape.kv_heads) == (LAYERS, 8, 2)
+    assert selector.cfg.code_bits == 32
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(selector.params))
+    assert _checkpoints(finished.path) == [10, 12]
+    assert yaml.safe_load((finished.path / "config.yaml").read_text())["steps"] == STEPS
+    assert "jax" in json.loads((finished.path / "env.json").read_text())["versions"]
+
+
+def test_the_last_line_is_the_summary_as_json(finished):
+    summary = json.loads(finished.stdout.splitlines()[-1])
+    assert summary == json.loads((finished.path / "summary.json").read_text())
+    for name in ("iou", "iou_lsh", "mass", "mass_lsh", "mass_oracle"):
+        assert 0 < summary[name] <= 1
+    assert summary["mass"] <= summary["mass_oracle"] + 1e-5
+    assert summary["steps"] == STEPS and summary["seconds"] > 0 and summary["tokens_per_second"] > 0
+    assert pathlib.Path(summary["selector"]) == finished.path / "selector"
+
+
+def test_every_step_and_measurement_has_one_row(finished):
+    rows = _rows(finished.path)
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in rows if "iou" in row] == [0, 4, 8, 12]
+
+
+def _assert_resumes_equal(path, finished, capsys):
+    assert layerwise.command(["--resume", "--out", str(path)]) == 0
+    out, _ = capsys.readouterr()
+    assert json.loads(out.splitlines()[-1])["steps"] == STEPS
+    _assert_same(path, finished.path)
+    counts = collections.Counter((row["step"], "loss" in row) for row in _rows(path))
+    assert set(counts.values()) == {1}
+    assert _without_times(_rows(path)) == _without_times(_rows(finished.path))
+
+
+def _without_times(rows):
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+KILLED = f"""
+import os, signal, sys
+from train import layerwise, session
+take_step = session.Session.take_step
+def take_or_die(self, captured=None):
+    if self.step == {KILLED_AT}:
+        self._store._manager.wait_until_finished()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return take_step(self, captured)
+session.Session.take_step = take_or_die
+layerwise.command(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_bit_for_bit(inputs, finished, tmp_path, capsys):
+    path = tmp_path / "run"
+    ended = _spawn(KILLED, inputs.flags(path))
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert _checkpoints(path) == [SAVE_EVERY]
+    assert max(row["step"] for row in _rows(path)) > SAVE_EVERY  # to be written again, once
+    _assert_resumes_equal(path, finished, capsys)
+
+
+def test_sigterm_saves_tells_how_to_go_on_and_resumes_bit_for_bit(inputs, finished, tmp_path, capsys, monkeypatch):
+    path, real = tmp_path / "run", Session.take_step
+
+    def take_step(self, captured=None):
+        if self.step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, captured)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(Session, "take_step", take_step)
+        layerwise.command(inputs.flags(path))
+    assert stopped.value.code == 143
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told == f"stopped at step 7; continue with: --resume --out {path}"
+    assert _checkpoints(path) == [5, 7]
+    assert not (path / "selector").exists()
+    _assert_resumes_equal(path, finished, capsys)
+
+
+def test_a_finished_run_can_be_resumed(finished, tmp_path, capsys):
+    path = tmp_path / "run"
+    shutil.copytree(finished.path, path)
+    shutil.rmtree(path / "selector")
+    _assert_resumes_equal(path, finished, capsys)
+
+
+@pytest.mark.slow
+def test_eight_devices_give_what_one_gives(inputs, finished, tmp_path):
+    path = tmp_path / "run"
+    program = "import sys; from train.layerwise import command; sys.exit(command(sys.argv[1:]))"
+    ended = _spawn(program, inputs.flags(path), XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    assert ended.returncode == 0, ended.stderr
+    assert "8 x cpu" in ended.stderr and LAYERS % 8
+    _assert_same(path, finished.path, atol=1e-5)
+
+
+@pytest.mark.parametrize("windows_on_disk", [100, 2])  # all six, and three fillings
+def test_hidden_states_on_disk_give_what_streaming_gives(inputs, finished, tmp_path, windows_on_disk):
+    width = config_from_hf(json.loads((inputs.model / "config.json").read_text())).embed
+    gib = (windows_on_disk + 0.5) * LAYERS * WINDOW * width * 4 / hidden_cache.GIB
+    more = ["--cache-dir", str(tmp_path / "cache"), "--cache-gib", f"{gib:.12f}"]
+    assert layerwise.command(inputs.flags(tmp_path / "run", *more)) == 0
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == min(windows_on_disk, STEPS // 2)
+    _assert_same(tmp_path / "run", finished.path)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoint(
+    inputs, tmp_path, capsys, monkeypatch
+):
+    path, real = tmp_path / "run", Session.take_step
+
+    def take_step(self, captured=None):
+        if self.step == 9:  # whose state the next checkpoint would hold
+            kernel = self.state.params.weights.keys.out_kernel.at[1].set(jnp.nan)
+            network = self.state.params.weights.keys.replace(out_kernel=kernel)
+            weights = self.state.params.weights.replace(keys=network)
+            self.state = self.state.replace(params=self.state.params.replace(weights=weights))
+        return real(self, captured)
+
+    monkeypatch.setattr(Session, "take_step", take_step)
+    assert layerwise.command(inputs.flags(path)) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("train.layerwise: the loss of layer_1 is nan")
+    assert "checkpoint 5 is kept" in told
+    assert _checkpoints(path) == [5]
+    assert not (path / "selector").exists()
+
+
+def test_a_dry_run_tells_memory_and_time_and_writes_nothing(inputs, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert layerwise.command(inputs.flags(tmp_path / "run", "--dry-run")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("memory") for line in lines) and any(line.startswith("time") for line in lines)
+    told = json.loads(lines[-1])
+    assert told["dry_run"] and told["step_temporary_bytes"] > 0 and told["seconds_per_step"] > 0
+    assert told["eta_seconds"] == pytest.approx(told["seconds_per_step"] * STEPS, abs=0.1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _assert_refused(flags, told, capsys):
+    assert layerwise.command(flags) == 2
+    out, err = capsys.readouterr()
+    last = err.splitlines()[-1]
+    assert last.startswith("train.layerwise: ") and told in last, err
+    assert out == "" and "Traceback" not in err
+
+
+BAD = {
+    "unknown flag": (["--stps", "3"], "unknown flag '--stps'; did you mean '--steps'?"),
+    "unknown flag of a room": (["--ranking.querys", "3"], "did you mean '--ranking.queries'?"),
+    "unknown value": (["--hash.form", "symetric"], "Did you mean 'symmetric'?"),
+    "unknown preset": (["--preset", "papr"], "Did you mean 'paper'?"),
+    "window past the context": (["--data.window", "512"], "--data.window 512 is more than the 256 tokens"),
+    "text shorter than a window": (["--data.train", "short.npy"], "short.npy"),
+    "no such text": (["--data.train", "nothing.npy"], "nothing.npy"),
+    "more queries than tokens": (["--ranking.queries", "128"], "ranking.queries is 128, more than the 64 tokens"),
+    "identities between unequal widths": (["--hash.skip", "layers"], "must be equal; use skip 'none' or 'rotation'"),
+    "missing model": (["--model", "nowhere"], "nowhere: no such model"),
+    "unknown shape": (["--model", "random:tinny"], "tiny"),
+    "no steps": (["--steps", "0"], "steps is 0; give at least 1"),
+    "cache below one window": (["--cache-dir", "cache", "--cache-gib", "1e-9"], "over --cache-gib"),
+    "nothing is kept": (["--measure.keep", "0"], "keep is 0"),
+    "every layer is dense": (["--measure.dense-layers", "0", "1", "2"], "dense"),
+    "selection needs one code per KV head": (
+        ["--hash.form", "symmetric", "--hash.code-heads", "query"],
+        "--measure.per query_head",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_line_and_leaves_nothing(case, inputs, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save("short.npy", np.arange(20, dtype=np.uint16))
+    flags, told = BAD[case]
+    _assert_refused(inputs.flags(tmp_path / "run", *flags), told, capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["short.npy"]
+
+
+def test_a_run_folder_that_exists_is_refused(inputs, finished, capsys):
+    before = _rows(finished.path)
+    _assert_refused(inputs.flags(finished.path), "exists already; give another --out, or --resume", capsys)
+    assert _rows(finished.path) == before
+
+
+def test_resuming_what_cannot_be_resumed_is_refused(inputs, finished, tmp_path, capsys):
+    _assert_refused(["--resume"], "--resume needs the run's folder", capsys)
+    _assert_refused(["--resume", "--out", str(tmp_path / "none")], "is no run folder", capsys)
+    assert not (tmp_path / "none").exists()
+    told = "was started with another --seed, --steps"
+    _assert_refused(["--resume", "--out", str(finished.path), "--steps", "99", "--seed", "5"], told, capsys)
+    shutil.copytree(finished.path, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    _assert_refused(["--resume", "--out", str(tmp_path / "run")], "no checkpoint to resume from", capsys)
+
+
+def test_a_checkpoint_of_another_model_is_refused(inputs, finished, tmp_path, capsys):
+    path = tmp_path / "run"
+    shutil.copytree(finished.path, path)
+    tiny.write_folder(tmp_path / "other", tiny.CASES["llama2"] | {"max_position_embeddings": 256})
+    plain = yaml.safe_load((path / "config.yaml").read_text())
+    (path / "config.yaml").write_text(yaml.safe_dump(plain | {"model": str(tmp_path / "other")}))
+    _assert_refused(["--resume", "--out", str(path)], "checkpoint 12 is damaged or of another model", capsys)
+    assert _rows(path) == _rows(finished.path)
+    assert _checkpoints(path) == [10, 12]

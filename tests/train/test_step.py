@@ -1,0 +1,120 @@
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from spotlight_jax import hashing
+from spotlight_jax.ranking import RankingConfig, ranking_loss
+from train.capture import Captured, make_mesh
+from train.step import OptimizerConfig, StepConfig, gamma_at, init_state, make_optimizer, train_step
+
+SHAPE = hashing.HeadShape(layers=3, q_heads=4, kv_heads=2, head_dim=6)
+HASH = hashing.HashConfig(code_bits=32, hidden=5)
+RANKING = RankingConfig(queries=4, tops=3, others=7, min_top=3, always_top=1)
+OPTIMIZER = OptimizerConfig(warmup=0.1, clip=0.01)
+STEPS = 20
+
+
+@pytest.fixture
+def captured():
+    rng = np.random.default_rng(0)
+    return Captured(
+        queries=jnp.asarray(rng.standard_normal((3, 4, 4, 6)), jnp.float32),
+        picks=jnp.tile(jnp.asarray([[5, 9, 14, 19]], jnp.int32), (3, 1)),
+        keys=jnp.asarray(rng.standard_normal((3, 20, 2, 6)), jnp.float32),
+    )
+
+
+@pytest.fixture
+def cfg():
+    return StepConfig(HASH, RANKING, OPTIMIZER, STEPS, 1, make_mesh())
+
+
+def _state():
+    params = hashing.init_params(jax.random.key(0), HASH, SHAPE)
+    return init_state(params, make_optimizer(OPTIMIZER, STEPS))
+
+
+def _first_moments(state, layer):
+    moments = next(part.mu for part in jax.tree.leaves(state.opt_state, is_leaf=_is_adam) if _is_adam(part))
+    return [np.asarray(leaf[layer]) for leaf in jax.tree.leaves(moments)]
+
+
+def _is_adam(part):
+    return isinstance(part, optax.ScaleByAdamState)
+
+
+def test_each_layer_is_clipped_by_its_own_norm(captured, cfg):
+    small = jax.tree.map(np.asarray, train_step(_state(), jax.random.key(1), jnp.int32(0), captured, cfg))
+    # the gain of layer 1's scores multiplies its gradients
+    state = _state()
+    gain = state.params.weights.log_gain.at[1].add(4.0)
+    weights = dataclasses.replace(state.params.weights, log_gain=gain)
+    state = state.replace(params=state.params.replace(weights=weights))
+    large = jax.tree.map(np.asarray, train_step(state, jax.random.key(1), jnp.int32(0), captured, cfg))
+    assert large[1].grad_norm[1] > 10 * small[1].grad_norm[1] > 10 * OPTIMIZER.clip
+    for layer in range(3):
+        norm = math.sqrt(sum((leaf.astype(np.float64) ** 2).sum() for leaf in _first_moments(large[0], layer)))
+        assert norm == pytest.approx((1 - OPTIMIZER.b1) * OPTIMIZER.clip, rel=1e-4)
+    for layer in (0, 2):
+        first, second = (jax.tree.map(lambda leaf: leaf[layer], run[0]) for run in (small, large))  # noqa: B023
+        jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def test_a_layer_steps_as_plain_optax_would(captured, cfg):
+    layer, lr = 2, [0.0, OPTIMIZER.learning_rate / 2, OPTIMIZER.learning_rate]  # a warm-up of two steps
+    state = _state()
+    alone = hashing.layer_params(state.params, layer)
+    weights = alone.weights
+    seen = [leaf[layer] for leaf in (captured.queries, captured.picks, captured.keys)]
+
+    def loss_of(weights, layer_key, gamma):
+        return ranking_loss(alone.replace(weights=weights), layer_key, *seen, gamma, HASH, RANKING)[0]
+
+    grads_of = jax.jit(jax.grad(loss_of))
+    moments = optax.scale_by_adam(b1=0.9, b2=0.98).init(weights)
+    for step in range(3):
+        key = jax.random.fold_in(jax.random.key(7), step)
+        grads = grads_of(weights, jax.random.fold_in(key, layer), gamma_at(jnp.int32(step), OPTIMIZER, STEPS))
+        norm = math.sqrt(sum(float((leaf**2).sum()) for leaf in jax.tree.leaves(grads)))
+        grads = jax.tree.map(lambda leaf: leaf * min(1.0, OPTIMIZER.clip / norm), grads)  # noqa: B023
+        updates, moments = optax.scale_by_adam(b1=0.9, b2=0.98).update(grads, moments)
+        weights = jax.tree.map(lambda w, u: w - lr[step] * (u + 0.1 * w), weights, updates)  # noqa: B023
+        state, _ = train_step(state, key, jnp.int32(step), captured, cfg)
+    got = hashing.layer_params(state.params, layer).weights
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, weights)
+
+
+def test_the_learning_rate_warms_up_and_then_follows_a_cosine():
+    cfg = OptimizerConfig(learning_rate=0.5, warmup=0.1, weight_decay=0.0, clip=10.0)
+    optimizer = make_optimizer(cfg, 100)
+    state = optimizer.init(jnp.float32(0))
+    for step in range(100):
+        update, state = optimizer.update(jnp.float32(1), state, jnp.float32(0))  # a constant gradient: Adam gives 1
+        want = step / 10 if step < 10 else (1 + math.cos(math.pi * (step - 10) / 90)) / 2
+        assert -float(update) == pytest.approx(0.5 * want, rel=1e-3, abs=1e-6)
+
+
+def test_gamma_grows_geometrically_and_then_stays():
+    cfg = OptimizerConfig(gamma_start=4.0, gamma_end=64.0, anneal=0.5)
+    got = [float(gamma_at(jnp.int32(step), cfg, 80)) for step in (0, 10, 20, 40, 79)]
+    np.testing.assert_allclose(got, [4, 8, 16, 64, 64], rtol=1e-5)
+
+
+def test_gamma_without_annealing_is_the_same_throughout():
+    cfg = OptimizerConfig(gamma_start=4.0, gamma_end=48.0, anneal=0.0)
+    assert [float(gamma_at(jnp.int32(step), cfg, 80)) for step in (0, 40, 79)] == [48, 48, 48]
+
+
+def test_the_loss_falls_on_one_window(captured, cfg):
+    state, losses = _state(), []
+    key = jax.random.key(2)
+    for step in range(STEPS):
+        state, report = train_step(state, key, jnp.int32(2), captured, cfg)
+        losses.append(np.asarray(report.loss))
+        assert report.loss.shape == (3,), step
+    assert (losses[-1] < losses[0]).all()
