@@ -76,7 +76,8 @@ def _long_prompt(model: str, cfg: DemoConfig) -> tuple[str, str]:
     passage = tokens_of("sherlock", _PASSAGE)
     between = tokens_of("alice", cfg.prompt_tokens - _PASSAGE - _OPENING)
     prompt = tokenizer.decode([*passage, *between, *passage[:_OPENING]])
-    return prompt, tokenizer.decode(passage[_OPENING : _OPENING + cfg.new_tokens])
+    # a list only for a batch
+    return str(prompt), str(tokenizer.decode(passage[_OPENING : _OPENING + cfg.new_tokens]))
 
 
 def command(args: Sequence[str] | None = None) -> int:
