@@ -3,7 +3,8 @@
 For query i, pairs (a, b) of a top key a and another key b cost softplus(-(beta (s_a - s_b) - alpha)). "Top" are the
 highest true post-RoPE dot products among the keys the query may see. Three samplings keep the pairs few: queries, ranks
 of the top set, ranks of the rest. Queries are worked on in blocks, so memory is bounded by
-`q_heads * queries_at_once * kv_len` scores, never `q_heads * kv_len * kv_len`; the pair tensor is never kept.
+`q_heads * queries_at_once * kv_len` scores, never `q_heads * kv_len * kv_len`. No pair tensor is kept for the backward
+pass; while a block is summed, those of `q_heads * queries_at_once * tops * others` exist at most.
 """
 
 import dataclasses
@@ -35,7 +36,7 @@ class RankingConfig:
     queries: int = 256
     """Random queries per window and step."""
     tops: int = 48
-    """Random ranks of the top set per query; at least the top set's size means all of it."""
+    """Random ranks of the top set per query, spread over it; no more than the largest top set of a window."""
     others: int = 256
     """Random ranks of the remaining keys per query."""
     always_top: int = 8
