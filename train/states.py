@@ -25,7 +25,11 @@ class StateStore:
         """Save in the background; a step that is already saved is left as it is."""
         if self.latest() == step:
             return
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position))
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            position=ocp.args.JsonSave(position),
+            shapes=ocp.args.JsonSave(_shapes(state)),
+        )
         self._manager.save(step, args=args)
 
     def load(self, template: TrainState) -> tuple[int, TrainState, dict[str, Any]]:
@@ -36,6 +40,10 @@ class StateStore:
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(shapes), position=ocp.args.JsonRestore())
         try:
+            # Asked first: Orbax notices other shapes too, and leaves failed tasks behind that print their tracebacks.
+            saved = self._manager.restore(step, args=ocp.args.Composite(shapes=ocp.args.JsonRestore()))["shapes"]
+            if saved != _shapes(template):
+                raise ValueError("its arrays have other shapes")
             restored = self._manager.restore(step, args=args)
         except (ValueError, KeyError, FileNotFoundError) as error:
             reason = str(error).splitlines()[0][:200]
@@ -46,3 +54,9 @@ class StateStore:
         """Wait for what is being written."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def _shapes(tree: Any) -> dict[str, list[int]]:
+    """Shape of each array by its path."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): list(leaf.shape) for path, leaf in leaves}
