@@ -8,7 +8,7 @@ demo: setup
 	.venv/bin/python -m train.demo
 
 test: setup
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2 --dist loadfile --durations 15
 
 lint: setup
 	.venv/bin/ruff check .
