@@ -61,10 +61,6 @@ class LayerwiseConfig:
         for what, count in (("ranking.queries", self.ranking.queries), ("measure.queries", self.measure.queries)):
             if count > window:
                 raise InputError(f"{what} is {count}, more than the {window} tokens of a window; lower it")
-        if self.hash.code_heads == "query" and self.measure.per == "kv_head":
-            raise InputError(
-                "one selection per KV head needs its codes: give --measure.per query_head, or --hash.code-heads kv"
-            )
         if self.resume and self.out is None:
             raise InputError("--resume needs the run's folder: add --out RUN_FOLDER")
         if self.data.held_out_windows < 1:

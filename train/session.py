@@ -34,7 +34,7 @@ from train.step import (
     spread_state,
     train_step,
 )
-from train.track import open_tracker
+from train.track import check_tracker, open_tracker
 
 
 class Session:
@@ -52,6 +52,7 @@ class Session:
         self.shape = hashing.HeadShape(
             self.model_cfg.layers, self.model_cfg.q_heads, self.model_cfg.kv_heads, self.model_cfg.head_dim
         )
+        check_tracker(cfg.track)
         hashing.check_widths(cfg.hash, self.shape)
         if set(range(self.shape.layers)) <= set(cfg.measure.dense_layers):
             raise InputError(

@@ -219,10 +219,7 @@ BAD = {
     "cache below one window": (["--cache-dir", "cache", "--cache-gib", "1e-9"], "over --cache-gib"),
     "nothing is kept": (["--measure.keep", "0"], "keep is 0"),
     "every layer is dense": (["--measure.dense-layers", "0", "1", "2"], "dense"),
-    "selection needs one code per KV head": (
-        ["--hash.form", "symmetric", "--hash.code-heads", "query"],
-        "--measure.per query_head",
-    ),
+    "tracker that is not installed": (["--track", "trackio"], "pip install 'spotlight-jax[track]'"),
 }
 
 
@@ -261,3 +258,19 @@ def test_a_checkpoint_of_another_model_is_refused(inputs, finished, tmp_path, ca
     _assert_refused(["--resume", "--out", str(path)], "checkpoint 12 is damaged or of another model", capsys)
     assert _rows(path) == _rows(finished.path)
     assert _checkpoints(path) == [10, 12]
+
+
+def test_codes_per_query_head_train_and_select_per_kv_head(inputs, tmp_path):
+    paper = [
+        "--hash.form",
+        "symmetric",
+        "--hash.skip",
+        "none",
+        "--hash.code-heads",
+        "query",
+        "--measure.per",
+        "kv_head",
+    ]
+    assert layerwise.command(inputs.flags(tmp_path / "run", *paper)) == 0
+    selector = load_selector(tmp_path / "run")
+    assert selector.params.weights.keys.hidden_kernel.shape[1] == selector.shape.q_heads
