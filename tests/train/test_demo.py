@@ -1,0 +1,32 @@
+import json
+
+from train import demo
+
+
+def test_the_prompt_ends_with_the_opening_of_the_passage_it_starts_with():
+    prompt, expected = demo._long_prompt("smollm2-135m", demo.DemoConfig(prompt_tokens=700, new_tokens=20))
+    opening = prompt[: prompt.index(expected)]
+    assert len(opening) > 100 and expected.strip()
+    assert prompt.endswith(opening) and prompt.count(opening) == 2
+
+
+def test_the_demo_trains_then_generates_with_what_it_trained(tmp_path, monkeypatch, capsys):
+    seen = {}
+
+    def train(cfg):
+        seen["train"] = cfg
+        return {"iou": 0.5}
+
+    def generate(cfg):
+        seen["generate"] = cfg
+        assert cfg.prompt_file[0].read_text(encoding="utf-8")
+        return {"dense": {"decode_tokens_per_second": 1.0}, "sparse": {"decode_tokens_per_second": 2.0}}
+
+    monkeypatch.setattr(demo.layerwise, "train", train)
+    monkeypatch.setattr(demo.generate, "main", generate)
+    out = str(tmp_path / "run")
+    demo.main(demo.DemoConfig(out=out, steps=3, prompt_tokens=700))
+    assert seen["train"].preset == "demo" and seen["train"].steps == 3 and seen["train"].out == out
+    assert str(seen["generate"].selector) == out and seen["generate"].compare and seen["generate"].keep == 0.05
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert summary["iou"] == 0.5 and set(summary["demo"]) == {"dense", "sparse"}
