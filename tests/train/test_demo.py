@@ -20,7 +20,11 @@ def test_the_demo_trains_then_generates_with_what_it_trained(tmp_path, monkeypat
     def generate(cfg):
         seen["generate"] = cfg
         assert cfg.prompt_file[0].read_text(encoding="utf-8")
-        return {"dense": {"decode_tokens_per_second": 1.0}, "sparse": {"decode_tokens_per_second": 2.0}}
+        ways = {"dense": ("once", 1.0, 700), "sparse": ("twice", 2.0, 35)}
+        return {
+            way: {"results": [{"text": text}], "decode_tokens_per_second": rate, "reads": {"tokens": tokens}}
+            for way, (text, rate, tokens) in ways.items()
+        }
 
     monkeypatch.setattr(demo.layerwise, "train", train)
     monkeypatch.setattr(demo.generate, "main", generate)
@@ -29,4 +33,5 @@ def test_the_demo_trains_then_generates_with_what_it_trained(tmp_path, monkeypat
     assert seen["train"].preset == "demo" and seen["train"].steps == 3 and seen["train"].out == out
     assert str(seen["generate"].selector) == out and seen["generate"].compare and seen["generate"].keep == 0.05
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert summary["iou"] == 0.5 and set(summary["demo"]) == {"dense", "sparse"}
+    assert summary["iou"] == 0.5
+    assert summary["demo"]["sparse"] == {"text": "twice", "tokens_per_second": 2.0, "tokens_read": 35}
