@@ -25,7 +25,7 @@ def plot_curves(path: pathlib.Path, rows: list[dict[str, Any]], summary: dict[st
     twin.plot(x, [100 * row["wrong"] for row in steps], color=_PLAIN, label="wrongly ranked pairs")
     twin.set(ylabel="wrongly ranked pairs (%)", ylim=(0, None))
     lines = [*left.get_lines(), *twin.get_lines()]
-    left.legend(lines, [str(line.get_label()) for line in lines], frameon=False)
+    left.legend(lines, [str(line.get_label()) for line in lines], loc="lower center", frameon=False)
     at = [row["step"] for row in measured]
     keep = f"{100 * summary['keep']:g} %"
     middle.plot(at, [row["iou"] for row in measured], "o-", color=_LEARNED, label="trained")
@@ -37,7 +37,7 @@ def plot_curves(path: pathlib.Path, rows: list[dict[str, Any]], summary: dict[st
     right.set(xlabel="step", ylabel="attention probability read", title=f"Held-out attention mass at {keep}")
     for axes in (middle, right):
         axes.margins(y=0.15)
-        axes.legend(frameon=False)
+        axes.legend(loc="center right", framealpha=0.9, edgecolor="none")
         axes.grid(alpha=0.25)
     figure.savefig(path, dpi=120)
     plt.close(figure)
