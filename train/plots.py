@@ -37,8 +37,8 @@ def plot_curves(path: pathlib.Path, rows: list[dict[str, Any]], summary: dict[st
     right.set(xlabel="step", ylabel="attention probability read", title=f"Held-out attention mass at {keep}")
     for axes in (middle, right):
         axes.margins(y=0.15)
-        axes.legend(loc="center right", framealpha=0.9, edgecolor="none")
         axes.grid(alpha=0.25)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=3, frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
