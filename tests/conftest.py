@@ -17,7 +17,7 @@ jax.config.update("jax_compilation_cache_dir", str(texts.cache_dir() / "compiled
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 # Two busy cores make any deadline flaky; the same examples every time make a failure everybody's.
-hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=50)
+hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=30)
 hypothesis.settings.load_profile("default")
 
 
