@@ -21,11 +21,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int32
 
 from spotlight_jax.errors import InputError
+from spotlight_jax.memory import GIB
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import Params, apply_layer, attend_densely, embed_tokens
 from train.capture import AXIS, Captured, stack_layers
-
-GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)

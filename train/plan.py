@@ -5,11 +5,10 @@ import math
 import jax
 import numpy as np
 
+from spotlight_jax.memory import GIB
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import param_shapes
 from train.config import LayerwiseConfig
-
-GIB = 2**30
 
 
 def estimate_memory(cfg: LayerwiseConfig, model: DecoderConfig, dtype: np.dtype, devices: int) -> dict[str, int]:
@@ -65,9 +64,3 @@ def describe(cfg: LayerwiseConfig, model: DecoderConfig, dtype: np.dtype, disk: 
     if disk:
         lines.append(f"disk      {disk}")
     return lines
-
-
-def device_limit() -> int | None:
-    """Bytes of memory one device lends to JAX; None where it does not say (CPU)."""
-    stats = jax.devices()[0].memory_stats()
-    return stats.get("bytes_limit") if stats else None

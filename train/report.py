@@ -9,8 +9,8 @@ import rich.console
 
 from spotlight_jax import runs
 from spotlight_jax.checkpoint import Selector, save_selector
+from spotlight_jax.memory import GIB
 from train.display import table
-from train.plan import GIB
 from train.plots import plot_curves, plot_layers
 from train.session import Session
 from train.step import gather_state

@@ -15,10 +15,13 @@ from jax.sharding import PartitionSpec as P
 from spotlight_jax import hashing, runs
 from spotlight_jax.data import open_windows
 from spotlight_jax.errors import InputError
+from spotlight_jax.generate import head_shape
+from spotlight_jax.memory import GIB
 from spotlight_jax.metrics import SelectionQuality
 from spotlight_jax.models.load import load_config, load_weights, open_tokenizer
+from spotlight_jax.models.params import default_dtype
 from train import hidden_cache, plan
-from train.capture import Captured, capture, make_mesh
+from train.capture import Captured, capture, make_mesh, padded_layers
 from train.config import LayerwiseConfig
 from train.display import Display
 from train.feed import Feed, FeedConfig
@@ -46,12 +49,8 @@ class Session:
         if cfg.data.window > self.model_cfg.max_len:
             length = self.model_cfg.max_len
             raise InputError(f"--data.window {cfg.data.window} is more than the {length} tokens of '{cfg.model}'")
-        on_cpu = jax.default_backend() == "cpu"
-        names = {"auto": "float32" if on_cpu else "bfloat16"}
-        self.dtype = jnp.dtype(names.get(cfg.dtype, cfg.dtype))
-        self.shape = hashing.HeadShape(
-            self.model_cfg.layers, self.model_cfg.q_heads, self.model_cfg.kv_heads, self.model_cfg.head_dim
-        )
+        self.dtype = jnp.dtype(default_dtype() if cfg.dtype == "auto" else cfg.dtype)
+        self.shape = head_shape(self.model_cfg)
         check_tracker(cfg.track)
         hashing.check_widths(cfg.hash, self.shape)
         if set(range(self.shape.layers)) <= set(cfg.measure.dense_layers):
@@ -196,7 +195,7 @@ class Session:
     def compiled_step_bytes(self) -> int:
         """Temporary memory of one compiled step, by the compiler's own account, before anything is loaded."""
         cfg, model = self.cfg, self.model_cfg
-        layers = -(-model.layers // self.mesh.size) * self.mesh.size
+        layers = padded_layers(model.layers, self.mesh)
         params = jax.eval_shape(lambda: hashing.init_params(self._init_key, cfg.hash, self.shape))
         state = jax.eval_shape(lambda p: init_state(p, make_optimizer(cfg.optimizer, cfg.steps)), params)
         state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((layers, *leaf.shape[1:]), leaf.dtype), state)
@@ -256,7 +255,7 @@ class Session:
     def _disk_line(self) -> str | None:
         if self._cache_plan is None:
             return None
-        size = self._cache_plan.disk_bytes / plan.GIB
+        size = self._cache_plan.disk_bytes / GIB
         return (
             f"{size:.2f} GiB of hidden states in {self.cfg.cache_dir}, {self._cache_plan.windows_at_once} of "
             f"{self._cache_plan.windows} windows at a time"

@@ -4,7 +4,6 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from rich.console import Console
 
@@ -15,6 +14,7 @@ from spotlight_jax.generate import GenerateConfig, Report, head_shape, make_deco
 from spotlight_jax.memory import GIB, available_bytes, check_memory, plan_memory
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.load import BaseModel, load_model
+from spotlight_jax.models.params import default_dtype
 from spotlight_jax.sampling import SamplingConfig
 from spotlight_jax.selection import SelectionConfig
 
@@ -89,9 +89,7 @@ class SessionConfig:
 
     def weights_dtype(self) -> jnp.dtype:
         """What `auto` means here."""
-        if self.dtype != "auto":
-            return jnp.dtype(self.dtype)
-        return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        return jnp.dtype(default_dtype() if self.dtype == "auto" else self.dtype)
 
 
 def read_selector(cfg: SessionConfig, model_cfg: DecoderConfig) -> Selector | None:
