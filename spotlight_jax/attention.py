@@ -10,11 +10,11 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32
-
-from spotlight_jax.selection import SelectionConfig, select_mask
+from jaxtyping import Array, Bool, Float, Int32, PyTree
 
 Implementation = Literal["auto", "xla", "cudnn"]
+# (queries, their positions) -> (mask of what each reads, logarithms of weights or None, anything the caller wants back)
+Select = Callable[[Array, Array], tuple[Array, Array | None, PyTree]]
 
 _SEGMENTS = 16  # unrolled pieces with a key prefix of their own; more would only cost compile time
 _ROWS_AT_ONCE = 16  # up to this many queries all heads are scored in one product (decoding)
@@ -190,50 +190,56 @@ def _attend_segment(queries: Array, keys: Array, values: Array, first: Array, *,
 
 def selected_attention(
     queries: Float[Array, "batch q_len q_heads head_dim"],
-    keys: Float[Array, "batch q_len kv_heads head_dim"],
-    values: Float[Array, "batch q_len kv_heads head_dim"],
-    score: Callable[[Array], Array],
-    cfg: SelectionConfig,
-    score_range: tuple[int, int] | None = None,
+    keys: Float[Array, "batch kv_len kv_heads head_dim"],
+    values: Float[Array, "batch kv_len kv_heads head_dim"],
+    select: Select,
     *,
-    whole_length: bool = False,
+    positions: Int32[Array, "batch q_len"] | None = None,
     chunk: int = 64,
-) -> Float[Array, "batch q_len q_heads head_dim"]:
-    """Every query reads what a decoding step at its position would select: teacher-forced evaluation.
+) -> tuple[Float[Array, "batch q_len q_heads head_dim"], PyTree]:
+    """Every query reads what `select` chooses for it: teacher-forced evaluation, or a decoding step to compare with.
 
     Args:
-        queries: after RoPE, as the keys; all tokens of each sequence.
-        keys: see queries.
-        values: see queries.
-        score: queries `[batch, n, q_heads, head_dim]` to scores `[batch, n, heads, q_len]` of all tokens, integer or
-            float, heads being q_heads or kv_heads; what a query may not see is masked here.
-        cfg: the budget of each query comes from its own causal prefix.
-        score_range: least and greatest score, where scores are integers.
-        whole_length: the paper's evaluation instead: every query has the budget of the whole sequence.
-        chunk: queries at once; the largest buffers are `[batch, chunk, q_heads, q_len]` float32.
+        queries: after RoPE, as the keys.
+        keys: may be a cache with unfilled slots at the end, which `select` never chooses.
+        values: of the same tokens as the keys.
+        select: some of the queries and their positions among the keys `[batch, n]` to a mask
+            `[batch, n, heads, kv_len]` with at least one token a row, heads being q_heads or kv_heads; logarithms of
+            weights of the same shape that are added to the logits, or None; and anything else with leaves
+            `[batch, n, ...]`, which is handed back for all queries.
+        positions: None: the queries are the last `q_len` keys.
+        chunk: queries at once; the largest buffers are `[batch, chunk, q_heads, kv_len]` float32.
     """
     _check_shapes(queries, keys, values)
     batch, q_len, q_heads, head_dim = queries.shape
-    kv_heads = keys.shape[2]
+    kv_len, kv_heads = keys.shape[1:3]
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(kv_len - q_len, kv_len, dtype=jnp.int32)[None, :], (batch, q_len))
     chunk = min(chunk, q_len)
     chunks = -(-q_len // chunk)
-    padded = jnp.pad(queries, ((0, 0), (0, chunks * chunk - q_len), (0, 0), (0, 0)))
-    pieces = padded.reshape(batch, chunks, chunk, q_heads, head_dim).transpose(1, 0, 2, 3, 4)
-    total = jnp.full((batch,), q_len, jnp.int32) if whole_length else None
+    missing = chunks * chunk - q_len  # rows that fill up the last chunk select like the last query, and are cut off
 
-    def attend_chunk(piece: tuple[Array, Array]) -> Array:
-        rows, first = piece
-        # the rows that pad the last chunk select like the last query, and are cut off below
-        positions = jnp.minimum(first + jnp.arange(chunk, dtype=jnp.int32), q_len - 1)
-        positions = jnp.broadcast_to(positions[None, :], (batch, chunk))
-        mask = select_mask(score(rows), positions, cfg, score_range, total)
-        mask = jnp.repeat(mask, q_heads // mask.shape[2], axis=2).reshape(batch, chunk, kv_heads, -1, q_len)
+    def split(x: Array) -> Array:
+        padded = jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2)), mode="edge")
+        return jnp.moveaxis(padded.reshape(batch, chunks, chunk, *x.shape[2:]), 1, 0)
+
+    def join(x: Array) -> Array:
+        return jnp.moveaxis(x, 0, 1).reshape(batch, chunks * chunk, *x.shape[3:])[:, :q_len]
+
+    def attend_chunk(piece: tuple[Array, Array]) -> tuple[Array, PyTree]:
+        rows, places = piece
+        mask, log_weights, aux = select(rows, places)
         grouped = rows.reshape(batch, chunk, kv_heads, -1, head_dim)
-        products = jnp.einsum("btkgd,bskd->bkgts", grouped, keys, preferred_element_type=jnp.float32)
-        visible = mask.transpose(0, 2, 3, 1, 4)
-        outputs = _softmax_values(products * head_dim**-0.5, visible, values, "bkgts,bskd->bkgtd")
-        return outputs.transpose(0, 3, 1, 2, 4).reshape(rows.shape).astype(queries.dtype)
+        logits = jnp.einsum("btkgd,bskd->bkgts", grouped, keys, preferred_element_type=jnp.float32) * head_dim**-0.5
 
-    firsts = jnp.arange(chunks, dtype=jnp.int32) * chunk
-    outputs = jax.lax.map(attend_chunk, (pieces, firsts))
-    return outputs.transpose(1, 0, 2, 3, 4).reshape(padded.shape)[:, :q_len]
+        def spread(x: Array) -> Array:
+            x = jnp.repeat(x, q_heads // x.shape[2], axis=2).reshape(batch, chunk, kv_heads, -1, kv_len)
+            return x.transpose(0, 2, 3, 1, 4)
+
+        if log_weights is not None:
+            logits = logits + spread(log_weights)
+        outputs = _softmax_values(logits, spread(mask), values, "bkgts,bskd->bkgtd")
+        return outputs.transpose(0, 3, 1, 2, 4).reshape(rows.shape).astype(queries.dtype), aux
+
+    outputs, aux = jax.lax.map(attend_chunk, (split(queries), split(positions)))
+    return join(outputs), jax.tree.map(join, aux)

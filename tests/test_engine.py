@@ -17,7 +17,7 @@ from spotlight_jax.models.decoder import apply_layer, embed_tokens, forward, ini
 from spotlight_jax.models.presets import PRESETS
 from spotlight_jax.sampling import SamplingConfig
 from spotlight_jax.scoring import hash_score_range, hash_scores
-from spotlight_jax.selection import SelectionConfig
+from spotlight_jax.selection import SelectionConfig, select_mask
 from tests.tolerances import tolerance
 
 MODEL = PRESETS["tiny"]
@@ -118,9 +118,12 @@ def test_stepwise_decoding_selects_what_teacher_forcing_selects(name, per):
         cfg = selector(name).cfg
         codes = hashing.key_codes(params, keys, cfg)
         score_range = hash_score_range(cfg, MODEL.group, is_group)
-        return selected_attention(
-            queries, keys, values, lambda q: hash_scores(params, q, codes, cfg, is_group), selection, score_range
-        )
+
+        def select(rows, positions):
+            scores = hash_scores(params, rows, codes, cfg, is_group)
+            return select_mask(scores, positions, selection, score_range), None, ()
+
+        return selected_attention(queries, keys, values, select)[0]
 
     tokens = jnp.asarray([text])
     positions = jnp.arange(len(text), dtype=jnp.int32)[None]
@@ -141,11 +144,11 @@ def test_stepwise_decoding_selects_what_teacher_forcing_selects(name, per):
 
 
 def attend_to_all(queries, keys, values):
-    everything = SelectionConfig(keep=1.0)
-    out = selected_attention(
-        queries, keys, values, lambda q: jnp.zeros((*q.shape[:3], keys.shape[1]), jnp.float32), everything
-    )
-    return out, None
+    def select(rows, positions):
+        visible = jnp.arange(keys.shape[1])[None, None, :] <= positions[:, :, None]
+        return jnp.broadcast_to(visible[:, :, None], (*rows.shape[:3], keys.shape[1])), None, ()
+
+    return selected_attention(queries, keys, values, select)[0], None
 
 
 @pytest.mark.parametrize("chosen", [None, "asymmetric"])

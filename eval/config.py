@@ -1,0 +1,124 @@
+"""The flags that every evaluation of methods has, and what they open."""
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+import transformers
+
+from eval.methods import Method, check_names, open_method
+from spotlight_jax.checkpoint import Selector, load_selector
+from spotlight_jax.errors import InputError
+from spotlight_jax.generate import head_shape
+from spotlight_jax.models.config import DecoderConfig
+from spotlight_jax.models.decoder import Params
+from spotlight_jax.models.load import RANDOM, load_weights, open_tokenizer
+from spotlight_jax.selection import SelectionConfig
+
+# what a resumed run may add to or leave out, because each of its parts names it
+FREE_FIELDS = ("out", "resume", "methods", "keep", "settings")
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadingConfig:
+    """Which tokens are read beside how many; the shares are --keep."""
+
+    min_tokens: int = 20
+    """The least a share gives."""
+    sink_tokens: int = 0
+    """First tokens of a sequence that are always read; counted in the budget."""
+    recent_tokens: int = 0
+    """Newest tokens that are always read, the query's own included; counted in the budget."""
+    per: Literal["kv_head", "query_head"] = "kv_head"
+    """One selection for all query heads that share a KV head, or one per query head."""
+    dense_layers: tuple[int, ...] = (0, 1)
+    """Layers that read everything; quest and magicpig have their own, as published."""
+
+    def at(self, keep: float) -> SelectionConfig:
+        """The selection of a share of the tokens, or of a fixed number where `keep` is above 1."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if keep > 1:
+            return SelectionConfig(budget=int(keep), min_context=0, **fields)
+        return SelectionConfig(keep=keep, min_context=0, **fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """What is evaluated."""
+
+    model: str = "smollm2-135m"
+    """A folder in Hugging Face's layout, a hub id, a .gguf file, smollm2-135m, or random:SHAPE (random weights)."""
+    selector: str | None = None
+    """Trained hash functions: a selector folder, or the run folder that holds it."""
+    methods: tuple[str, ...] = ("dense", "oracle", "spotlight", "window")
+    """Which methods read: dense, oracle (oracle-query, oracle-kv), spotlight, lsh (lsh-centred, lsh-gaussian,
+    lsh-gaussian-centred), quest, magicpig, window, random, binary."""
+    keep: tuple[float, ...] = (0.02,)
+    """Shares of a sequence's tokens that a query reads; a number above 1 is that many tokens."""
+    settings: tuple[Literal["bare", "sinks"], ...] = ()
+    """Run each method without sinks and recent tokens (bare), with 4 and 64 of them (sinks), or both; without this
+    flag, as --selection says."""
+    selection: ReadingConfig = ReadingConfig()
+    out: str | None = None
+    """Run folder; without it, a new one under runs/."""
+    resume: bool = False
+    """Continue the run in --out: what it has measured is not measured again."""
+    seed: int = 0
+    """Of what methods draw at random."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the model; auto: bfloat16 on an accelerator, float32 on a CPU."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be evaluated."""
+        check_names(self.methods)
+        if not self.keep or len(set(self.keep)) < len(self.keep):
+            raise InputError("give --keep at least one share, each once")
+        for keep in self.keep:
+            self.selection.at(keep)
+        if len(set(self.settings)) < len(self.settings):
+            raise InputError("give each of --settings once")
+        if self.resume and self.out is None:
+            raise InputError("--resume needs the run's folder: add --out RUN_FOLDER")
+        if "spotlight" in self.methods and self.selector is None:
+            raise InputError("method 'spotlight' needs trained hash functions; add --selector FOLDER")
+
+    @property
+    def readings(self) -> tuple[ReadingConfig, ...]:
+        """The selections that each method is run with."""
+        pairs = {"bare": (0, 0), "sinks": (4, 64)}
+        found = [
+            dataclasses.replace(self.selection, sink_tokens=pairs[name][0], recent_tokens=pairs[name][1])
+            for name in self.settings
+        ]
+        return tuple(found) or (self.selection,)
+
+
+def describe_setting(reading: ReadingConfig) -> str:
+    """How a table calls what is always read."""
+    if reading.sink_tokens == reading.recent_tokens == 0:
+        return "bare"
+    return f"sinks {reading.sink_tokens} + recent {reading.recent_tokens}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A model, what reads its texts, and its selector."""
+
+    cfg: DecoderConfig
+    params: Params
+    tokenizer: transformers.PreTrainedTokenizerBase | None  # None: a random model, whose texts are token ids
+    selector: Selector | None
+    source: str
+
+    def open_method(self, name: str, selection: SelectionConfig, seed: int = 0) -> Method:
+        """A method for this model; see `eval.methods.open_method`."""
+        return open_method(name, self.selector, selection, head_shape(self.cfg), seed)
+
+
+def load_subject(cfg: EvalConfig) -> Subject:
+    """Weights, tokenizer and selector; raises InputError where one is missing or does not fit the others."""
+    dtype = None if cfg.dtype == "auto" else jnp.dtype(cfg.dtype)
+    model_cfg, params = load_weights(cfg.model, dtype)
+    selector = None if cfg.selector is None else load_selector(cfg.selector, head_shape(model_cfg))
+    tokenizer = None if cfg.model.startswith(RANDOM) else open_tokenizer(cfg.model)
+    return Subject(model_cfg, params, tokenizer, selector, cfg.model)

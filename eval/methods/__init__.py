@@ -1,0 +1,52 @@
+"""The methods by the names that `--methods` takes; a new one is a file here, a line below, and a test."""
+
+from collections.abc import Callable
+
+from eval.methods.base import Method, Reading, ScoreMethod, Setting
+from eval.methods.dense import open_dense
+from eval.methods.oracle import open_oracle
+from eval.methods.spotlight import open_spotlight
+from eval.methods.window import open_window
+from spotlight_jax.checkpoint import Selector
+from spotlight_jax.errors import InputError
+from spotlight_jax.hashing import HeadShape
+from spotlight_jax.models.config import nearest
+from spotlight_jax.selection import SelectionConfig
+
+__all__ = ["METHODS", "Method", "Reading", "ScoreMethod", "Setting", "check_names", "open_method"]
+
+METHODS: dict[str, Callable[[str, Setting], Method]] = {
+    "dense": open_dense,
+    "oracle": open_oracle,
+    "oracle-query": open_oracle,
+    "oracle-kv": open_oracle,
+    "spotlight": open_spotlight,
+    "window": open_window,
+}
+
+
+def check_names(names: tuple[str, ...]) -> None:
+    """Raise InputError for a name that no method has, or for one given twice."""
+    for name in names:
+        if name not in METHODS:
+            raise InputError(f"there is no method '{name}'{nearest(name, METHODS)}")
+    if not names or len(set(names)) < len(names):
+        raise InputError("give --methods at least one name, each once")
+
+
+def open_method(
+    name: str, selector: Selector | None, selection: SelectionConfig, shape: HeadShape, seed: int = 0
+) -> Method:
+    """A method ready for a model.
+
+    Args:
+        name: a key of `METHODS`.
+        selector: for methods that need one, and for the number of bits of those that have codes.
+        selection: sinks, recent tokens, dense layers and per; its share is not read here (see `attend`).
+        shape: of the model's heads.
+        seed: of what is drawn at random.
+
+    Raises: InputError for an unknown name (with the nearest), or a method that misses its selector.
+    """
+    check_names((name,))
+    return METHODS[name](name, Setting(selection, shape, selector, seed))

@@ -1,0 +1,25 @@
+"""The oracle: the tokens with the highest true scores, which no method can know without reading all keys."""
+
+import flax.struct
+from jaxtyping import Array, Float, PyTree
+
+from eval.methods.base import Keys, Positions, Queries, ScoreMethod, Setting, rule_of
+from spotlight_jax.scoring import exact_scores
+
+
+@flax.struct.dataclass
+class Oracle(ScoreMethod):
+    """True post-RoPE dot products, summed over a group where it reads one set. Its scores count as free."""
+
+    def scores(
+        self, queries: Queries, keys: Keys, index: PyTree, positions: Positions
+    ) -> Float[Array, "batch n heads kv_len"]:
+        """See `scoring.exact_scores`."""
+        return exact_scores(queries, keys, self.per_kv_head)
+
+
+def open_oracle(name: str, setting: Setting) -> Oracle:
+    """`oracle` chooses as the selection says; `oracle-query` and `oracle-kv` per query head and per KV head."""
+    forced = {"oracle-query": {"per": "query_head"}, "oracle-kv": {"per": "kv_head"}}
+    selection = rule_of(setting.selection, **forced.get(name, {}))
+    return Oracle(name, selection, setting.selection.dense_layers)
