@@ -1,0 +1,79 @@
+"""Folders of predictions in LongBench's layout: one `<task>.jsonl` a task, one prediction a line.
+
+A line is `{"pred": "...", "answers": ["..."], "all_classes": ["..."] or null, "length": 4321}`.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from spotlight_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What a model answered, and what is right."""
+
+    text: str
+    answers: tuple[str, ...]
+    classes: tuple[str, ...]  # all class names, where the task is to name one
+    length: int | None  # of the context: words, or characters of Chinese; as the data set says
+    where: str  # file and line, for errors
+
+
+def find_files(folder: Path) -> dict[str, Path]:
+    """The folder's prediction files by name; raises InputError where there is none."""
+    if not folder.is_dir():
+        raise InputError(f"'{folder}' is no folder; give one that holds a <task>.jsonl for each task")
+    files = {file.stem: file for file in sorted(folder.glob("*.jsonl"))}
+    if not files:
+        inner = sorted({file.parent.name for file in folder.glob("*/*.jsonl")})
+        hint = f"; give a folder in it: {', '.join(inner[:8])}" if inner else ""
+        raise InputError(f"'{folder}' holds no predictions (<task>.jsonl){hint}")
+    return files
+
+
+def read_predictions(file: Path) -> list[Prediction]:
+    """All lines of a file; raises InputError that names the file and line of what is missing or malformed."""
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise InputError(f"cannot read '{file}': {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"'{file}' is not UTF-8 (byte {error.start})") from None
+    found = [_parse(line, f"{file}:{number}") for number, line in enumerate(lines, start=1) if line.strip()]
+    if not found:
+        raise InputError(f"'{file}' holds no predictions")
+    return found
+
+
+def format_prediction(text: str, answers: list[str], classes: list[str] | None, length: int) -> str:
+    """A line of a prediction file."""
+    row = {"pred": text, "answers": answers, "all_classes": classes, "length": length}
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _parse(line: str, where: str) -> Prediction:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"'{where}' is not JSON ({error.msg}, column {error.colno})") from None
+    if not isinstance(row, dict):
+        raise InputError(f"'{where}' is not a JSON object with 'pred', 'answers' and 'all_classes'")
+    if missing := [name for name in ("pred", "answers") if name not in row]:
+        raise InputError(f"'{where}' has no '{missing[0]}', only {', '.join(map(repr, row)) or 'nothing'}")
+    if not isinstance(row["pred"], str):
+        raise InputError(f"'{where}': 'pred' is not text but {type(row['pred']).__name__}")
+    answers, classes, length = row["answers"], row.get("all_classes"), row.get("length")
+    if not _is_texts(answers) or not answers:
+        raise InputError(f"'{where}': 'answers' is not a list of at least one text")
+    if classes is not None and not _is_texts(classes):
+        raise InputError(f"'{where}': 'all_classes' is neither null nor a list of texts")
+    if length is not None and not isinstance(length, int):
+        raise InputError(f"'{where}': 'length' is not a whole number but {length!r}")
+    return Prediction(row["pred"], tuple(answers), tuple(classes or ()), length, where)
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
