@@ -27,15 +27,11 @@ def row_bytes(keys: Float[Array, "batch kv_len kv_heads head_dim"]) -> int:
 
 
 def dense_reads(
-    keys: Float[Array, "batch kv_len kv_heads head_dim"], positions: Int32[Array, "batch q_len"]
+    positions: Int32[Array, "batch q_len"], kv_heads: int, bytes_of_row: int
 ) -> dict[str, Float[Array, "batch q_len"]]:
     """What `attend_with` says of its reads, for a layer that reads everything."""
     tokens = (positions + 1).astype(jnp.float32)
-    return {
-        "tokens": tokens,
-        "bytes": tokens * (keys.shape[2] * row_bytes(keys)),
-        "index_bytes": jnp.zeros_like(tokens),
-    }
+    return {"tokens": tokens, "bytes": tokens * (kv_heads * bytes_of_row), "index_bytes": jnp.zeros_like(tokens)}
 
 
 def attend_with(
@@ -77,7 +73,8 @@ def attend_with(
             "index_bytes": reading.index_bytes,
         }
         is_dense = at < dense_prefix
-        reads = {name: jnp.where(is_dense, whole, reads[name]) for name, whole in dense_reads(keys, at).items()}
+        whole = dense_reads(at, keys.shape[2], row_bytes(keys))
+        reads = {name: jnp.where(is_dense, whole[name], reads[name]) for name in reads}
         visible = (places[None, None, :] <= at[:, :, None])[:, :, None, :]
         is_dense = is_dense[:, :, None, None]
         log_weights = reading.log_weights

@@ -3,8 +3,13 @@
 from collections.abc import Callable
 
 from eval.methods.base import Method, Reading, ScoreMethod, Setting
+from eval.methods.binary import open_binary
 from eval.methods.dense import open_dense
+from eval.methods.lsh import open_lsh
+from eval.methods.magicpig import open_magicpig
 from eval.methods.oracle import open_oracle
+from eval.methods.quest import open_quest
+from eval.methods.random import open_random
 from eval.methods.spotlight import open_spotlight
 from eval.methods.window import open_window
 from spotlight_jax.checkpoint import Selector
@@ -21,7 +26,15 @@ METHODS: dict[str, Callable[[str, Setting], Method]] = {
     "oracle-query": open_oracle,
     "oracle-kv": open_oracle,
     "spotlight": open_spotlight,
+    "lsh": open_lsh,
+    "lsh-centred": open_lsh,
+    "lsh-gaussian": open_lsh,
+    "lsh-gaussian-centred": open_lsh,
+    "quest": open_quest,
+    "magicpig": open_magicpig,
     "window": open_window,
+    "random": open_random,
+    "binary": open_binary,
 }
 
 

@@ -1,0 +1,181 @@
+"""A model over whole sequences, layer by layer, as a method reads: what it makes of every next token."""
+
+import dataclasses
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int32, PyTree
+
+from eval.attend import attend_with, causal_budgets, default_chunk, dense_reads
+from eval.methods.base import Method
+from spotlight_jax.errors import InputError
+from spotlight_jax.generate import context_limit
+from spotlight_jax.models.config import DecoderConfig
+from spotlight_jax.models.decoder import Params, apply_layer, attend_densely, embed_tokens, unembed
+from spotlight_jax.selection import SelectionConfig
+
+_LOGIT_BYTES = 2**27  # float32 logits held at once
+
+
+class Sequence:
+    """Token ids, and the stream that leading dense layers made of them: the same for all methods."""
+
+    def __init__(self, tokens: Int32[np.ndarray, "length"]) -> None:
+        self.tokens: Int32[Array, "one length"] = jnp.asarray(tokens, jnp.int32)[None]
+        self.streams: dict[int, Array] = {}  # after how many dense layers
+
+    @property
+    def length(self) -> int:
+        """Tokens in it."""
+        return self.tokens.shape[1]
+
+
+@flax.struct.dataclass
+class Passed:
+    """What a pass over a sequence gave, on the host; entry i of the first two is about token i + 1."""
+
+    log_probs: Float[np.ndarray, "targets"]  # of each next token
+    is_greedy: Bool[np.ndarray, "targets"]  # whether it is the most probable one
+    tokens_read: Float[np.ndarray, "length"]  # by the query at each position: mean over selecting heads, sparse layers
+    bytes_read: Float[np.ndarray, "length"]  # keys, values and index, of all layers, the dense ones included
+    index_bytes: Float[np.ndarray, "length"]  # of these, the index
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def _pass_dense_layer(
+    layer_params: Params, x: Float[Array, "batch length embed"], cfg: DecoderConfig
+) -> Float[Array, "batch length embed"]:
+    return apply_layer(layer_params, x, _positions(x), attend_densely, cfg)[0]
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "chunk"))
+def _pass_sparse_layer(
+    layer_params: Params,
+    x: Float[Array, "batch length embed"],
+    method: Method,
+    budgets: Int32[Array, " length"],
+    dense_prefix: Int32[Array, ""],
+    cfg: DecoderConfig,
+    chunk: int,
+) -> tuple[Array, dict[str, Array]]:
+    positions = _positions(x)
+    lengths = jnp.full((x.shape[0],), x.shape[1], jnp.int32)
+
+    def attend(queries: Array, keys: Array, values: Array) -> tuple[Array, dict[str, Array]]:
+        return attend_with(method, queries, keys, values, budgets, positions, lengths, dense_prefix, chunk)
+
+    return apply_layer(layer_params, x, positions, attend, cfg)
+
+
+def _positions(x: Array) -> Int32[Array, "batch length"]:
+    return jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None, :], x.shape[:2])
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def _score_next(
+    ends: PyTree, x: Float[Array, "one length embed"], tokens: Int32[Array, "one length"], cfg: DecoderConfig
+) -> tuple[Float[Array, " length"], Bool[Array, " length"]]:
+    """Of every token but the first: its log-probability, and whether none is more probable; in chunks of positions."""
+    length = x.shape[1]
+    chunk = min(length, max(16, _LOGIT_BYTES // (4 * cfg.vocab)))
+    chunks = -(-length // chunk)
+    missing = chunks * chunk - length
+    targets = jnp.pad(tokens[0, 1:], (0, 1 + missing)).reshape(chunks, chunk)
+    streams = jnp.pad(x[0], ((0, missing), (0, 0))).reshape(chunks, chunk, -1)
+
+    def score(piece: tuple[Array, Array]) -> tuple[Array, Array]:
+        stream, wanted = piece
+        logits = unembed(ends, stream[None], cfg)[0]
+        own = jnp.take_along_axis(logits, wanted[:, None], axis=1)[:, 0]
+        return own - jax.nn.logsumexp(logits, axis=1), jnp.argmax(logits, axis=1) == wanted
+
+    log_probs, is_greedy = jax.lax.map(score, (streams, targets))
+    return log_probs.reshape(-1)[: length - 1], is_greedy.reshape(-1)[: length - 1]
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardConfig:
+    """How whole sequences are evaluated."""
+
+    whole_length: bool = False
+    """Give every query the budget of the whole sequence (the paper's rule), instead of that of the tokens before it."""
+    dense_prefix: int = 0
+    """Queries at the first positions that read everything."""
+    scores_mib: int | None = None
+    """Memory for the scores that are held at once, MiB; without it, 32 on a CPU and 256 on a GPU."""
+
+    def __post_init__(self) -> None:
+        """Refuse prefixes and memory of less than nothing."""
+        if self.dense_prefix < 0:
+            raise InputError(f"dense_prefix is {self.dense_prefix}; give 0 or more tokens")
+        if self.scores_mib is not None and self.scores_mib < 1:
+            raise InputError(f"scores_mib is {self.scores_mib}; give at least 1")
+
+
+def check_length(length: int, cfg: DecoderConfig, what: str = "the window") -> None:
+    """Raise InputError where a sequence is longer than the model's context, or has nothing to foretell."""
+    if length < 2:
+        raise InputError(f"{what} has {length} tokens; at least 2 are needed, one to read and one to foretell")
+    if length > context_limit(cfg):
+        raise InputError(f"{what} has {length} tokens and passes the model's context of {context_limit(cfg)}")
+
+
+def pass_sequence(
+    params: Params,
+    model_cfg: DecoderConfig,
+    sequence: Sequence,
+    method: Method,
+    selection: SelectionConfig,
+    cfg: ForwardConfig | None = None,
+) -> Passed:
+    """One pass over a sequence in which every query of a sparse layer reads what `method` chooses for it.
+
+    Args:
+        params: of the model.
+        model_cfg: the model's.
+        sequence: keeps the stream after the leading dense layers, for the next method.
+        method: see `open_method`.
+        selection: the budget of each query.
+        cfg: see `ForwardConfig`.
+    """
+    cfg = cfg or ForwardConfig()
+    check_length(sequence.length, model_cfg, "the sequence")
+    budgets = causal_budgets(sequence.length, selection, cfg.whole_length)
+    dense_prefix = jnp.int32(cfg.dense_prefix)
+    chunk = default_chunk(model_cfg.q_heads, sequence.length, cfg.scores_mib)
+    is_sparse = [layer not in method.dense_layers for layer in range(model_cfg.layers)]
+    leading = is_sparse.index(True) if any(is_sparse) else model_cfg.layers
+    x = _leading_stream(params, model_cfg, sequence, leading)
+    whole = dense_reads(_positions(x), model_cfg.kv_heads, 2 * model_cfg.head_dim * x.dtype.itemsize)
+    sums = {name: leading * read for name, read in whole.items()}
+    tokens = jnp.zeros_like(whole["tokens"])
+    for layer in range(leading, model_cfg.layers):
+        layer_params, reads = params[f"layer_{layer}"], whole
+        if is_sparse[layer]:
+            own = method.layer(layer)
+            x, reads = _pass_sparse_layer(layer_params, x, own, budgets, dense_prefix, model_cfg, chunk)
+            tokens = tokens + reads["tokens"] / sum(is_sparse)
+        else:
+            x = _pass_dense_layer(layer_params, x, model_cfg)
+        sums = {name: sums[name] + reads[name] for name in sums}
+    tokens = tokens if any(is_sparse) else whole["tokens"]
+    ends = {name: params[name] for name in ("embed", "norm", "head") if name in params}
+    log_probs, is_greedy = _score_next(ends, x, sequence.tokens, model_cfg)
+    found = log_probs, is_greedy, tokens[0], (sums["bytes"] + sums["index_bytes"])[0], sums["index_bytes"][0]
+    return Passed(*(np.asarray(array) for array in found))
+
+
+def _leading_stream(
+    params: Params, cfg: DecoderConfig, sequence: Sequence, count: int
+) -> Float[Array, "one length embed"]:
+    """The stream after `count` dense layers, from the farthest that is known."""
+    known = max((depth for depth in sequence.streams if depth <= count), default=0)
+    x = sequence.streams[known] if known else embed_tokens(params, sequence.tokens, cfg)
+    for layer in range(known, count):
+        x = _pass_dense_layer(params[f"layer_{layer}"], x, cfg)
+    if count < cfg.layers:
+        sequence.streams[count] = x
+    return x
