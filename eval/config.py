@@ -1,12 +1,12 @@
 """The flags that every evaluation of methods has, and what they open."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import transformers
 
-from eval.methods import Method, check_names, open_method
+from eval.methods import UNBUDGETED, Method, check_names, open_method
 from spotlight_jax.checkpoint import Selector, load_selector
 from spotlight_jax.errors import InputError
 from spotlight_jax.generate import head_shape
@@ -91,6 +91,35 @@ class EvalConfig:
             for name in self.settings
         ]
         return tuple(found) or (self.selection,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One method with one budget: what a row of results is about."""
+
+    method: str
+    keep: float | None  # None: it has no budget
+    setting: str  # what it always reads
+    selection: SelectionConfig
+
+    @property
+    def part(self) -> dict[str, Any]:
+        """The fields that name it in a row."""
+        return {"method": self.method, "keep": self.keep, "setting": self.setting}
+
+
+def list_trials(cfg: EvalConfig) -> list[Trial]:
+    """Every method with every share and setting; once those that have no budget."""
+    trials = []
+    for name in cfg.methods:
+        if name in UNBUDGETED:
+            keep = 1.0 if name == "dense" else None
+            trials.append(Trial(name, keep, UNBUDGETED[name], cfg.selection.at(1.0)))
+            continue
+        for reading in cfg.readings:
+            setting = describe_setting(reading)
+            trials += [Trial(name, keep, setting, reading.at(keep)) for keep in cfg.keep]
+    return trials
 
 
 def describe_setting(reading: ReadingConfig) -> str:

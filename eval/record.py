@@ -18,6 +18,7 @@ from spotlight_jax import runs
 from spotlight_jax.errors import InputError
 
 _PLAIN_EVERY = 10.0  # seconds between plain lines
+_FILE_WIDTH = 180
 
 Part = dict[str, Any]  # names one measurement: {"method": ..., "keep": ..., "text": ...}
 Row = dict[str, Any]  # a part and what was measured of it
@@ -143,6 +144,8 @@ class Record:
         if self._live is not None:
             self._live.stop()
         console = rich.console.Console(highlight=False)
+        if not console.is_terminal:  # a file takes lines of any length
+            console = rich.console.Console(highlight=False, width=_FILE_WIDTH)
         for table in tables:
             console.print(table)
         self.say(f"written: {self.folder.path}")
@@ -154,7 +157,7 @@ def make_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
     """A table whose first `names` columns are names and whose others are numbers."""
     table = rich.table.Table(title=title, title_justify="left")
     for place, column in enumerate(columns):
-        table.add_column(column, justify="left" if place < names else "right")
+        table.add_column(column, justify="left" if place < names else "right", no_wrap=place < names)
     for row in rows:
         table.add_row(*row)
     return table

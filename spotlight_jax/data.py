@@ -90,6 +90,27 @@ def open_windows(
     return Windows(cfg, pools, weights, kept)
 
 
+def read_windows(
+    cfg: DataConfig, tokenizer: Any, vocab_size: int | None = None, progress: texts.Progress | None = None
+) -> dict[str, Int32[np.ndarray, "windows window"]]:
+    """Up to `held_out_windows` windows of each text in `train`, spread over it, by its name: what an evaluation reads.
+
+    Args: as `open_windows`.
+    """
+    encoder = Encoder(tokenizer, vocab_size, progress)
+    sources = documents.find_sources(cfg.train)
+    found = {}
+    for source in sources:
+        if source.text is not None:
+            texts.read_text(source.text, progress)
+    _refuse_repeats(sources, ())
+    for source in sources:
+        pool = _open_source(source, cfg, encoder)
+        count = cfg.held_out_windows if pool.train_windows is None else min(cfg.held_out_windows, pool.train_windows)
+        found[source.name] = np.stack(pool.set_aside(count))
+    return found
+
+
 def _open_source(source: Source, cfg: DataConfig, encoder: Encoder) -> _Local | _Stream:
     if source.hub is not None:
         return _Stream(source, cfg, encoder)

@@ -18,7 +18,7 @@ from spotlight_jax.hashing import HeadShape
 from spotlight_jax.models.config import nearest
 from spotlight_jax.selection import SelectionConfig
 
-__all__ = ["METHODS", "Method", "Reading", "ScoreMethod", "Setting", "check_names", "open_method"]
+__all__ = ["METHODS", "UNBUDGETED", "Method", "Reading", "ScoreMethod", "Setting", "check_names", "open_method"]
 
 METHODS: dict[str, Callable[[str, Setting], Method]] = {
     "dense": open_dense,
@@ -36,6 +36,9 @@ METHODS: dict[str, Callable[[str, Setting], Method]] = {
     "random": open_random,
     "binary": open_binary,
 }
+
+# Methods for which no budget is asked, and what they read instead.
+UNBUDGETED = {"dense": "everything", "magicpig": "as published"}
 
 
 def check_names(names: tuple[str, ...]) -> None:

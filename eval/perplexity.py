@@ -1,0 +1,194 @@
+"""Perplexity of texts when every position reads as a method does, beside its rivals and the dense model.
+
+    spotlight eval perplexity --selector runs/demo --texts text:alice --keep 0.02 0.05     # two CPU cores: 5 minutes
+    spotlight eval perplexity --selector runs/smollm2 --window 8192 --settings bare sinks \\
+        --methods dense oracle spotlight lsh quest magicpig window --keep 0.02 0.05 0.1    # one GPU: 10 minutes
+    spotlight eval perplexity --selector runs/demo --copy-test                             # far tokens alone
+
+Teacher-forced: the query at each position reads what a decoding step there would, from the tokens before it
+(--whole-length gives the paper's budgets instead). Each window counts as a document; a text's perplexity is the mean of
+its documents' exp(mean negative log-likelihood), and `pooled` is that of all its tokens together.
+"""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Sequence as Several
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32
+
+from eval.config import EvalConfig, Subject, Trial, list_trials, load_subject
+from eval.copy_text import CopyConfig, copy_texts
+from eval.forward import ForwardConfig, Passed, Sequence, check_length, pass_sequence
+from eval.pictures import plot_tradeoff
+from eval.record import Record, Row, make_table
+from spotlight_jax import cli
+from spotlight_jax.compiled import use_compile_cache
+from spotlight_jax.data import DataConfig, read_windows
+from spotlight_jax.errors import InputError
+
+ALL = "all texts"
+_MIB = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class PerplexityConfig(ForwardConfig, EvalConfig):
+    """Which texts, how long, and how they are read."""
+
+    texts: tuple[str, ...] = ("embedded-test",)
+    """Text files, folders, globs, .npy files of token ids, hub data sets (hf:NAME[:CONFIG][:SPLIT]), embedded texts
+    (text:alice, ...; embedded-test: all six that no training sees)."""
+    window: int = 2048
+    """Tokens in one window."""
+    windows_per_text: int = 2
+    """Windows of each text, spread over it."""
+    text_column: str = "text"
+    """Key or column that holds the text in .jsonl, .parquet and hub data sets."""
+    copy_test: bool = False
+    """Instead of windows, texts in which a passage comes twice; the second copy alone is scored."""
+    copy: CopyConfig = CopyConfig()
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be evaluated."""
+        EvalConfig.__post_init__(self)
+        ForwardConfig.__post_init__(self)
+        if self.windows_per_text < 1:
+            raise InputError(f"windows_per_text is {self.windows_per_text}; give at least 1")
+
+    @property
+    def length(self) -> int:
+        """Tokens of each sequence."""
+        return self.copy.length if self.copy_test else self.window
+
+    @property
+    def first_scored(self) -> int:
+        """The first token of each sequence whose probability counts."""
+        return self.copy.first_scored if self.copy_test else 1
+
+
+def read_sequences(cfg: PerplexityConfig, subject: Subject, record: Record) -> dict[str, Int32[np.ndarray, "n length"]]:
+    """Token ids of each text's documents."""
+    check_length(cfg.length, subject.cfg, "a copy text" if cfg.copy_test else "the window")
+    window = cfg.copy.window if cfg.copy_test else cfg.window
+    data = DataConfig(
+        train=cfg.texts, window=window, held_out_windows=cfg.windows_per_text, text_column=cfg.text_column
+    )
+    windows = read_windows(data, subject.tokenizer, subject.cfg.vocab, record.progress)
+    return copy_texts(windows, cfg.copy) if cfg.copy_test else windows
+
+
+def measure(passes: Several[Passed], first_scored: int) -> Row:
+    """Perplexity and reads of some documents; entry i - 1 of a pass is about token i, whose query sits at i - 1."""
+    scored = slice(first_scored - 1, None)
+    losses = [-np.asarray(passed.log_probs[scored], np.float64) for passed in passes]
+
+    def mean(name: str) -> float:
+        return float(np.mean([getattr(passed, name)[:-1][scored] for passed in passes]))
+
+    return {
+        "ppl": float(np.mean([math.exp(loss.mean()) for loss in losses])),
+        "ppl_pooled": math.exp(np.concatenate(losses).mean()),
+        "documents": len(losses),
+        "tokens_scored": sum(loss.size for loss in losses),
+        "tokens_read": round(mean("tokens_read"), 2),
+        "bytes_read": round(mean("bytes_read")),
+        "index_bytes": round(mean("index_bytes")),
+    }
+
+
+def combine(rows: Several[Row]) -> Row:
+    """One row for several texts: the mean over all documents, and the perplexity of all tokens together."""
+    documents = [row["documents"] for row in rows]
+    scored = [row["tokens_scored"] for row in rows]
+    loss = np.average([math.log(row["ppl_pooled"]) for row in rows], weights=scored)
+    means = {name: np.average([row[name] for row in rows], weights=scored) for name in ("tokens_read",)}
+    sizes = {name: np.average([row[name] for row in rows], weights=scored) for name in ("bytes_read", "index_bytes")}
+    return {
+        "ppl": float(np.average([row["ppl"] for row in rows], weights=documents)),
+        "ppl_pooled": math.exp(loss),
+        "documents": sum(documents),
+        "tokens_scored": sum(scored),
+        **{name: round(float(value), 2) for name, value in means.items()},
+        **{name: round(float(value)) for name, value in sizes.items()},
+    }
+
+
+def main(cfg: PerplexityConfig) -> dict[str, Any]:
+    """Measure every part that is not finished; print the table and the line of JSON, which is returned."""
+    use_compile_cache()
+    subject = load_subject(cfg)
+    check_length(cfg.length, subject.cfg, "a copy text" if cfg.copy_test else "the window")
+    with Record.open(cfg, "copy" if cfg.copy_test else "perplexity", FREE_FIELDS) as record:
+        texts = read_sequences(cfg, subject, record)
+        trials = list_trials(cfg)
+        parts = {name: [trial.part | {"text": name} for trial in trials] for name in texts}
+        left = record.begin([part for own in parts.values() for part in own])
+        for name, windows in texts.items():
+            sequences = [Sequence(window) for window in windows]  # streams of one text at a time
+            for trial, part in zip(trials, parts[name], strict=True):
+                if part in left:
+                    record.add(part, measure(_pass_all(cfg, subject, sequences, trial, record), cfg.first_scored))
+        results = _collect(record, trials, list(texts))
+        overall = [row for row in results if row["text"] == (ALL if len(texts) > 1 else next(iter(texts)))]
+        metric = "perplexity of the second copy" if cfg.copy_test else "perplexity"
+        title = f"{subject.source}, {cfg.length:,} tokens, {', '.join(texts)}"
+        picture = record.folder.path / "perplexity.png"
+        plot_tradeoff(picture, overall, "ppl_pooled", f"{metric}, all tokens together", title)
+        return record.finish(results, _tables(cfg, results, list(texts), title))
+
+
+FREE_FIELDS = ("out", "resume", "methods", "keep", "settings", "texts")
+
+
+def _pass_all(
+    cfg: PerplexityConfig, subject: Subject, sequences: Several[Sequence], trial: Trial, record: Record
+) -> list[Passed]:
+    method = subject.open_method(trial.method, trial.selection, cfg.seed)
+    passes = []
+    for sequence in sequences:
+        record.note(" ".join(str(value) for value in trial.part.values()))
+        passes.append(pass_sequence(subject.params, subject.cfg, sequence, method, trial.selection, cfg))
+    return passes
+
+
+def _collect(record: Record, trials: Several[Trial], texts: Several[str]) -> list[Row]:
+    """The rows that were asked for, with one over all texts where there are several."""
+    results = []
+    for trial in trials:
+        rows = [row for text in texts if (row := record.row_of(trial.part | {"text": text}))]
+        results += rows
+        if len(texts) > 1:
+            results.append(trial.part | {"text": ALL} | combine(rows))
+    return results
+
+
+def _tables(cfg: PerplexityConfig, results: Several[Row], texts: Several[str], title: str) -> list[Any]:
+    """A line a method, share and setting; a column a text."""
+    rule = "budgets of the whole length" if cfg.whole_length else "budgets of each prefix"
+    if cfg.dense_prefix:
+        rule += f", the first {cfg.dense_prefix} positions dense"
+    names = [text.removeprefix("text:") for text in texts]
+    columns = ["method", "keep", "always read", *names, *([ALL, "pooled"] if len(texts) > 1 else ["pooled"])]
+    columns += ["tokens", "MiB", "of it index"]
+    lines: dict[tuple, list[str]] = {}
+    for row in results:
+        key = (row["method"], row["keep"], row["setting"])
+        keep = "-" if row["keep"] is None else f"{row['keep']:g}"
+        line = lines.setdefault(key, [row["method"], keep, row["setting"]])
+        line.append(f"{row['ppl']:.4g}")
+        if row["text"] == ALL or len(texts) == 1:
+            line += [f"{row['ppl_pooled']:.4g}", f"{row['tokens_read']:,.0f}"]
+            line += [f"{row['bytes_read'] / _MIB:.2f}", f"{row['index_bytes'] / _MIB:.2f}"]
+    note = "tokens: read per query, mean over heads of sparse layers; MiB: read per token, all layers"
+    return [make_table(f"perplexity, {title}; {rule}\n{note}", columns, list(lines.values()), names=3)]
+
+
+def command(args: Several[str] | None = None) -> int:
+    """`spotlight eval perplexity`."""
+    return cli.run(main, PerplexityConfig, "spotlight eval perplexity", __doc__, args)
+
+
+if __name__ == "__main__":
+    sys.exit(command())
