@@ -6,12 +6,10 @@
 
 Weights and hash functions are random (times do not depend on them); `--model` and `--selector` take real ones. Each
 length is one sequence of the batch. Dense and sparse steps are timed in turn, so that whatever else the machine does
-falls on both. `--layer` times attention alone,
-per layer: append, then read densely, or score, select and read.
+falls on both. Single operations, and sweeps over lengths and batches: `eval.speed`.
 """
 
 import dataclasses
-import functools
 import json
 import platform
 import statistics
@@ -24,25 +22,23 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jaxtyping import Array
 from rich.console import Console
 from rich.table import Table
 
 from spotlight_jax import cli, hashing
-from spotlight_jax.cached_attention import AttentionImpl, attend_densely, attend_sparsely
+from spotlight_jax.cache import Cache, bucket_length
+from spotlight_jax.cached_attention import AttentionImpl
 from spotlight_jax.checkpoint import Selector, load_selector
 from spotlight_jax.engine import DecodeConfig, Engine
 from spotlight_jax.errors import InputError
 from spotlight_jax.generate import head_shape
-from spotlight_jax.kernels.match_score import match_score
-from spotlight_jax.kernels.sparse_attention import sparse_attention
-from spotlight_jax.memory import GIB, available_bytes, check_memory, plan_memory, step_reads
+from spotlight_jax.memory import GIB, MemoryPlan, available_bytes, check_memory, plan_memory, step_reads
 from spotlight_jax.models.config import DecoderConfig, nearest
 from spotlight_jax.models.decoder import init_params
 from spotlight_jax.models.load import load_model
 from spotlight_jax.models.presets import PRESETS
-from spotlight_jax.scoring import hash_score_range
-from spotlight_jax.selection import SelectionConfig, select_tokens
+from spotlight_jax.selection import SelectionConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +71,6 @@ class DecodeSpeedConfig:
     """Fill the cache with random numbers instead: the same decoding times, sooner."""
     methods: tuple[Literal["dense", "sparse"], ...] = ("dense", "sparse")
     """What to time; one alone gives its own peak memory."""
-    layer: bool = True
-    """Time attention alone too."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be timed."""
@@ -103,17 +97,19 @@ def load(cfg: DecodeSpeedConfig, dtype: jnp.dtype) -> tuple[DecoderConfig, dict,
     return model_cfg, params, Selector(hash_cfg, shape, hashing.init_params(jax.random.key(1), hash_cfg, shape), "", {})
 
 
-def _fill(tree, lengths: Sequence[int]):
-    """A cache of random numbers with these lengths."""
+def random_cache(engine: Engine, lengths: Sequence[int], max_len: int) -> Cache:
+    """A cache of random numbers with these lengths, drawn leaf by leaf."""
+    batch = len(lengths)
+    structure = jax.tree.structure(engine.empty_cache(batch, 1).layers)
+    leaves = jax.eval_shape(lambda: jax.tree.leaves(engine.empty_cache(batch, max_len).layers))
 
-    def draw(place: int, leaf):
+    def draw(place: int, leaf: jax.ShapeDtypeStruct) -> Array:
         key = jax.random.key(place)
-        bits = leaf.dtype == jnp.uint32
-        return jax.random.bits(key, leaf.shape) if bits else jax.random.normal(key, leaf.shape, leaf.dtype)
+        is_code = leaf.dtype == jnp.uint32
+        return jax.random.bits(key, leaf.shape) if is_code else jax.random.normal(key, leaf.shape, leaf.dtype)
 
-    layers, structure = jax.tree.flatten(tree.layers)
-    layers = [draw(place, leaf) for place, leaf in enumerate(layers)]
-    return tree.replace(layers=jax.tree.unflatten(structure, layers), lengths=jnp.asarray(lengths, jnp.int32))
+    layers = jax.tree.unflatten(structure, [draw(place, leaf) for place, leaf in enumerate(leaves)])
+    return Cache(layers=layers, lengths=jnp.asarray(lengths, jnp.int32))
 
 
 def time_model(cfg: DecodeSpeedConfig, engine: Engine, lengths: Sequence[int]) -> Iterator[float]:
@@ -125,7 +121,7 @@ def time_model(cfg: DecodeSpeedConfig, engine: Engine, lengths: Sequence[int]) -
     if cfg.skip_prefill:
         state = engine.prefill([[1]] * len(lengths), total)
         room = engine.capacity(0, max(lengths), total)
-        state = dataclasses.replace(state, cache=_fill(engine.empty_cache(len(lengths), room), lengths))
+        state = dataclasses.replace(state, cache=random_cache(engine, lengths, room))
     else:
         state = engine.prefill([rng.integers(0, vocab, length).tolist() for length in lengths], total)
     jax.block_until_ready(state)
@@ -138,92 +134,23 @@ def time_model(cfg: DecodeSpeedConfig, engine: Engine, lengths: Sequence[int]) -
         yield (time.perf_counter() - start - (engine.compile_seconds - compiled)) / steps
 
 
-def time_attention(cfg: DecodeSpeedConfig, engine: Engine, lengths: Sequence[int]) -> dict[str, list[float]]:
-    """Seconds per layer of attention alone.
-
-    `dense`: append and read; `sparse`: hash, append, score, select and read; `reading`: score, select and read, which
-    is what `sparse` does with the cache. One compiled loop walks over every layer that can be sparse, each with its
-    own cache as in the model (a single layer's would stay in a CPU's caches); the kinds are timed in turn.
-    """
-    model_cfg, batch, steps = engine.model_cfg, len(lengths), cfg.new_tokens
-    cache = _fill(engine.empty_cache(batch, engine.capacity(0, max(lengths), steps)), lengths)
-    pairs = [pair for pair in zip(cache.layers, engine.selectors, strict=True) if pair[1] is not None]
-    layers, selectors = zip(*pairs, strict=True)
-    del cache, pairs
-    heads = (model_cfg.q_heads, model_cfg.kv_heads, model_cfg.kv_heads)
-    new = [
-        jax.random.normal(jax.random.key(place), (batch, 1, count, model_cfg.head_dim), engine.dtype)
-        for place, count in enumerate(heads)
-    ]
-    selection = dataclasses.replace(engine.cfg.selection, min_context=0)
-
-    weights = jax.random.randint(jax.random.key(9), (batch, 1, model_cfg.kv_heads, cfg.code_bits), -127, 128)
-    score_range = hash_score_range(selectors[0].cfg, model_cfg.group, per_kv_head=True)
-
-    def read(queries, layer, lengths):
-        turned = weights + queries[:, :, :1, :1].astype(jnp.int32) // 128  # depends on the queries, as real ones do
-        scores = match_score(layer.codes, turned, weight_bits=8)
-        indices, is_real = select_tokens(scores[:, 0], lengths + 1, selection, score_range)
-        return sparse_attention(queries[:, 0], layer.keys, layer.values, indices, is_real)[:, None], layer
-
-    @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-    def loop(name: str, layers, lengths, selectors, queries, keys, values):
-        def step(done, carry):
-            layers, queries = carry
-            written = []
-            for layer, selector in zip(layers, selectors, strict=True):
-                if name == "reading":
-                    out, layer = read(queries, layer, lengths + done)
-                elif name == "sparse":
-                    out, layer = attend_sparsely(queries, keys, values, layer, lengths + done, selector, selection)
-                else:
-                    out, layer = attend_densely(queries, keys, values, layer, lengths + done, None, cfg.attention)
-                queries = (queries + 1e-3 * out).astype(queries.dtype)  # each layer waits for the one before
-                written.append(layer)
-            return tuple(written), queries
-
-        return lax.fori_loop(0, steps, step, (layers, queries))
-
-    names = [name for method in cfg.methods for name in (("sparse", "reading") if method == "sparse" else ("dense",))]
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    filled = jnp.asarray(lengths, jnp.int32)
-    for _ in range(cfg.rounds + 1):  # the first round compiles and warms up
-        for name in seconds:
-            start = time.perf_counter()
-            layers, out = loop(name, layers, filled, selectors, *new)
-            jax.block_until_ready(out)
-            seconds[name].append((time.perf_counter() - start) / steps / len(selectors))
-    return {name: times[1:] for name, times in seconds.items()}
-
-
-def _ratio(times: list[float], others: list[float]) -> float:
-    """How often the second median goes into the first."""
-    return statistics.median(times) / statistics.median(others)
-
-
 def _spread(times: list[float]) -> str:
     """Median and range in milliseconds."""
     return f"{statistics.median(times) * 1e3:.3f} ({min(times) * 1e3:.3f} to {max(times) * 1e3:.3f})"
 
 
-def main(cfg: DecodeSpeedConfig) -> dict:
-    """Time it, print the table and one line of JSON; returns what the line holds."""
-    console = Console(highlight=False)
+def resolve_dtype(name: str) -> jnp.dtype:
+    """The dtype that `--dtype` names."""
     automatic = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    dtype = jnp.dtype(automatic if cfg.dtype == "auto" else cfg.dtype)
+    return jnp.dtype(automatic if name == "auto" else name)
+
+
+def measure(cfg: DecodeSpeedConfig, model_cfg: DecoderConfig, params: dict, selector: Selector) -> dict[str, dict]:
+    """Times of `cfg.methods` for one batch of prompts, timed in turn; what each step reads."""
     selection = SelectionConfig(keep=cfg.keep, min_context=0)
     decode = DecodeConfig(
         selection=selection, prefill_chunk=cfg.prefill_chunk, attention=cfg.attention, block=cfg.new_tokens
     )
-    model_cfg = PRESETS[cfg.preset]
-    if cfg.model is None:
-        hash_cfg = hashing.HashConfig(code_bits=cfg.code_bits)
-        room = max(cfg.lengths) + cfg.new_tokens * (cfg.rounds + 1)
-        plan = plan_memory(model_cfg, dtype, len(cfg.lengths), room, cfg.prefill_chunk or 2048, hash_cfg, selection)
-        console.print(f"memory: {plan.describe()}")
-        check_memory(plan, available_bytes())
-    model_cfg, params, selector = load(cfg, dtype)
-
     engines = {name: Engine(model_cfg, params, selector if name == "sparse" else None, decode) for name in cfg.methods}
     clocks = {name: time_model(cfg, engine, cfg.lengths) for name, engine in engines.items()}
     times = list(zip(*zip(*clocks.values(), strict=True), strict=True))  # a round of each clock in turn
@@ -238,30 +165,41 @@ def main(cfg: DecodeSpeedConfig) -> dict:
             "peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
         }
         read_by = selector.cfg if name == "sparse" else None
-        reads = step_reads(model_cfg, dtype, list(cfg.lengths), read_by, selection, 0)
+        reads = step_reads(model_cfg, engine.dtype, list(cfg.lengths), read_by, selection, 0)
         results[name]["reads"] = dataclasses.asdict(reads)
-    if cfg.layer:
-        engines.clear()  # and with them the caches
-        clocks.clear()
-        engine = Engine(model_cfg, params, selector, decode)
-        for kind, seconds in time_attention(cfg, engine, cfg.lengths).items():
-            results["sparse" if kind == "reading" else kind][f"{kind}_layer_seconds"] = seconds
+    return results
+
+
+def plan(cfg: DecodeSpeedConfig, model_cfg: DecoderConfig, code_bits: int) -> MemoryPlan:
+    """What `measure` needs: both methods' caches where both are timed."""
+    batch, room = len(cfg.lengths), max(cfg.lengths) + cfg.new_tokens * (cfg.rounds + 1) + 2
+    hash_cfg = hashing.HashConfig(code_bits=code_bits) if "sparse" in cfg.methods else None
+    chunk = 1 if cfg.skip_prefill else cfg.prefill_chunk or 2048
+    selection = SelectionConfig(keep=cfg.keep, min_context=0)
+    needed = plan_memory(model_cfg, resolve_dtype(cfg.dtype), batch, bucket_length(room), chunk, hash_cfg, selection)
+    return dataclasses.replace(needed, cache=needed.cache * len(cfg.methods))
+
+
+def main(cfg: DecodeSpeedConfig) -> dict:
+    """Time it, print the table and one line of JSON; returns what the line holds."""
+    console = Console(highlight=False)
+    if cfg.model is None:
+        needed = plan(cfg, PRESETS[cfg.preset], cfg.code_bits)
+        console.print(f"memory: {needed.describe()}")
+        check_memory(needed, available_bytes())
+    results = measure(cfg, *load(cfg, resolve_dtype(cfg.dtype)))
     console.print(_table(cfg, results))
     summary = {
         "eval": "decode",
-        "config": {**dataclasses.asdict(cfg), "selector": str(cfg.selector), "dtype": dtype.name},
+        "config": {**dataclasses.asdict(cfg), "selector": str(cfg.selector), "dtype": resolve_dtype(cfg.dtype).name},
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "python": platform.python_version(),
         "results": results,
     }
     if len(results) == 2:
-        dense, sparse = results["dense"], results["sparse"]
-        summary["step_ratio"] = _ratio(dense["step_seconds"], sparse["step_seconds"])
-        if cfg.layer:
-            for kind in ("sparse", "reading"):
-                ratio = _ratio(dense["dense_layer_seconds"], sparse[f"{kind}_layer_seconds"])
-                summary[f"{kind}_layer_ratio"] = ratio
+        dense, sparse = (statistics.median(results[name]["step_seconds"]) for name in ("dense", "sparse"))
+        summary["step_ratio"] = dense / sparse
     print(json.dumps(summary))
     return summary
 
@@ -271,8 +209,7 @@ def _table(cfg: DecodeSpeedConfig, results: dict[str, dict]) -> Table:
     table = Table(title=f"{cfg.model or cfg.preset}, prompts of {', '.join(map(str, cfg.lengths))} tokens")
     table.add_column("")
     rows: list[list[str]] = [
-        ["prefill, tokens/s"], ["decode, tokens/s"], ["step, ms (range)"], ["attention per layer, ms"],
-        ["of it score, select, read"],
+        ["prefill, tokens/s"], ["decode, tokens/s"], ["step, ms (range)"],
         ["tokens read per head"], ["peak memory, GiB"], ["compile, s"],
     ]  # fmt: skip
     for name, result in results.items():
@@ -284,8 +221,6 @@ def _table(cfg: DecodeSpeedConfig, results: dict[str, dict]) -> Table:
                 "-" if cfg.skip_prefill else f"{result['prefill_tokens_per_second']:,.1f}",
                 f"{result['decode_tokens_per_second']:,.2f}",
                 _spread(result["step_seconds"]),
-                _spread(result[f"{name}_layer_seconds"]) if cfg.layer else "-",
-                _spread(result["reading_layer_seconds"]) if cfg.layer and name == "sparse" else "-",
                 f"{result['reads']['tokens']:,}",
                 "-" if peak is None else f"{peak / GIB:.2f}",
                 f"{result['compile_seconds']:.1f}",

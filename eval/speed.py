@@ -1,0 +1,297 @@
+"""Speed by length and batch: one layer's operations with dense attention beside them, and decoding of a whole model.
+
+    python -m eval.speed                                     # two CPU cores, SmolLM2's shape: about 10 minutes
+    python -m eval.speed --parts ops --lengths 32768 131072 524288 --batches 1 8      # one GPU, Qwen2.5-7B's shape
+    python -m eval.speed --parts model --model-lengths 32768 131072 --model-batches 1 4 6 24
+
+Everything runs on random data, never zeros, and every operation's output is compared with a plain NumPy version
+before it is timed. Operations run in a compiled loop whose steps wait for each other; the time of the same loop around
+nothing is taken off. Medians over rounds, each round one call of everything. The floor is the bytes that an operation
+has to move over the bandwidth of a copy, measured in the same run.
+"""
+
+import dataclasses
+import functools
+import statistics
+import sys
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from rich.table import Table
+
+from eval import decode, speed_plots
+from eval.record import Part, Record, Row, make_table
+from eval.speed_checks import check_ops
+from eval.speed_ops import (
+    count_copies,
+    draw_held,
+    draw_inputs,
+    empty_op,
+    make_ops,
+    read_bytes,
+    runnable_dense,
+    shape_of,
+)
+from eval.timing import Op, copy_bandwidth, time_ops
+from spotlight_jax import cli
+from spotlight_jax.compiled import use_compile_cache
+from spotlight_jax.errors import InputError
+from spotlight_jax.memory import available_bytes
+from spotlight_jax.models.config import DecoderConfig, nearest
+from spotlight_jax.models.presets import PRESETS
+from spotlight_jax.selection import SelectionConfig
+
+Kind = Literal["ops", "model"]
+
+# what fits, by platform: preset, lengths of operations, lengths and batches of whole models
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "cpu": {
+        "preset": "smollm2-135m",
+        "lengths": (4096, 8192, 16384, 32768),
+        "model_lengths": (2048, 4096, 7500),
+        "model_batches": (1,),
+    },
+    "gpu": {
+        "preset": "qwen2.5-7b",
+        "lengths": (4096, 8192, 16384, 32768, 65536, 131072, 262144, 524288, 1048576),
+        "model_lengths": (8192, 32768, 131072),
+        "model_batches": (1, 4, 6, 24),
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeedConfig:
+    """What is timed. Without lengths, batches or a preset: Qwen2.5-7B's on an accelerator, SmolLM2's on a CPU."""
+
+    parts: tuple[Kind, ...] = ("ops", "model")
+    """One layer's operations, decoding with a whole model, or both."""
+    preset: str | None = None
+    """Shape of the model, with random weights."""
+    lengths: tuple[int, ...] = ()
+    """Cached tokens that operations are timed at."""
+    batches: tuple[int, ...] = (1,)
+    """Sequences that operations are timed with, every length with every batch."""
+    model_lengths: tuple[int, ...] = ()
+    """Cached tokens of each sequence that whole models are timed at."""
+    model_batches: tuple[int, ...] = ()
+    """Sequences that whole models decode together, every length with every batch that fits."""
+    ops: tuple[str, ...] = ()
+    """Operations to time, by the names in the table; without it, all."""
+    keep: float = 0.02
+    """Share of the tokens that a query reads."""
+    code_bits: int = 128
+    """Bits of a token's code."""
+    rounds: int = 9
+    """Rounds, everything once in each; medians are reported."""
+    new_tokens: int = 16
+    """Decoding steps of a whole model per round."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of weights, keys and values; auto: bfloat16 on an accelerator, float32 on a CPU."""
+    out: str | None = None
+    """Run folder; without it, a new one under runs/."""
+    resume: bool = False
+    """Continue the run in --out: what it has timed is not timed again."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be timed."""
+        if self.preset is not None and self.preset not in PRESETS:
+            raise InputError(f"there is no preset {self.preset!r}{nearest(self.preset, tuple(PRESETS))}")
+        if not self.parts or len(set(self.parts)) < len(self.parts):
+            raise InputError("give --parts ops, model or both, each once")
+        counts = (*self.lengths, *self.batches, *self.model_lengths, *self.model_batches, self.rounds, self.new_tokens)
+        if min(counts) < 1 or not self.batches:
+            raise InputError("lengths, batches, rounds and new_tokens must be at least 1")
+        if self.resume and self.out is None:
+            raise InputError("--resume needs the run's folder: add --out RUN_FOLDER")
+        SelectionConfig(keep=self.keep)
+
+    def resolve(self) -> "SpeedConfig":
+        """The same with this device's defaults in place of what was not given."""
+        defaults = DEFAULTS.get(jax.default_backend(), DEFAULTS["gpu"])
+        given = {name: getattr(self, name) or value for name, value in defaults.items()}
+        given["dtype"] = decode.resolve_dtype(self.dtype).name
+        return dataclasses.replace(self, **given)
+
+
+def _spread(seconds: Sequence[float]) -> Row:
+    return {"seconds": statistics.median(seconds), "least": min(seconds), "greatest": max(seconds)}
+
+
+def pick_ops(ops: dict[str, Op], names: Sequence[str]) -> dict[str, Op]:
+    """The named operations, or all; raises InputError for a name that none has."""
+    for name in names:
+        if name not in ops:
+            raise InputError(f"there is no operation '{name}'{nearest(name, tuple(ops))}")
+    return {name: op for name, op in ops.items() if not names or name in names}
+
+
+def time_length(cfg: SpeedConfig, batch: int, length: int, bandwidth: float, record: Record) -> list[Row]:
+    """Rows of all operations at one length and batch; none where a single cache does not fit."""
+    shape = shape_of(PRESETS[cfg.preset or ""], batch, length, cfg.dtype, cfg.code_bits, cfg.keep)
+    copies = count_copies(shape, jax.default_backend(), available_bytes())
+    if copies == 0:
+        record.say(f"speed: {batch} x {length} tokens do not fit and are left out")
+        return []
+    inputs, ops = draw_inputs(shape), pick_ops(make_ops(shape, runnable_dense(shape)), cfg.ops)
+    errors = check_ops(shape, ops, inputs, draw_held(shape, inputs, 1)[0])
+    note = functools.partial(_note, record, batch, length)
+    times = time_ops(ops, empty_op, draw_held(shape, inputs, copies), inputs, cfg.rounds, note)
+    rows = []
+    for name, seconds in times.items():
+        moved = read_bytes(shape, name, inputs)
+        tokens = length if name.startswith(("dense", "score,")) or name == "score" else shape.budget
+        rows.append(
+            {"task": "op", "op": name, "method": _method(name), "keep": 1.0 if name.startswith("dense") else cfg.keep}
+            | {"batch": batch, "length": length, **_spread(seconds), "tokens_read": tokens, "bytes_read": moved}
+            | {"floor_seconds": moved / bandwidth, "error": errors[name], "caches": copies}
+        )
+    return rows
+
+
+def _note(record: Record, batch: int, length: int, op: str) -> None:
+    record.note(f"{batch} x {length}: {op or 'the empty loop'}")
+
+
+def _method(op: str) -> str:
+    """Whose an operation is."""
+    if op.startswith("dense layer"):
+        return op.replace(" layer", "")
+    return "paper" if op.endswith("Hamming") else "lax.top_k" if op.endswith("top_k") else "spotlight"
+
+
+def time_decoding(
+    cfg: SpeedConfig, batch: int, length: int, loaded: tuple, bandwidth: float, record: Record
+) -> list[Row]:
+    """Rows of dense and sparse decoding, timed in turn where both caches fit, else apart; none where neither fits."""
+    point = decode.DecodeSpeedConfig(
+        preset=cfg.preset or "", lengths=(length,) * batch, new_tokens=cfg.new_tokens, rounds=cfg.rounds,
+        keep=cfg.keep, code_bits=cfg.code_bits, dtype=cfg.dtype, skip_prefill=True,
+    )  # fmt: skip
+    model_cfg, params, _ = loaded
+    weights = _bytes_of_weights(model_cfg, params)
+
+    def fits(point: decode.DecodeSpeedConfig) -> bool:
+        needed, free = decode.plan(point, model_cfg, cfg.code_bits), available_bytes()
+        return free is None or needed.total - needed.weights < free  # the weights are there already
+
+    if fits(point):
+        results, how = decode.measure(point, *loaded), "in turn"
+    else:
+        apart = [dataclasses.replace(point, methods=(name,)) for name in point.methods]
+        if not all(map(fits, apart)):
+            record.say(f"speed: {batch} x {length} tokens do not fit beside the weights and are left out")
+            return []
+        results, how = {}, "apart"
+        for alone in apart:
+            results |= decode.measure(alone, *loaded)
+    rows = []
+    for name, result in results.items():
+        reads = result["reads"]
+        moved = weights + reads["bytes_keys_values"] + reads["bytes_codes"]
+        rows.append(
+            {"task": "decode", "method": {"sparse": "spotlight"}.get(name, name)}
+            | {"keep": 1.0 if name == "dense" else cfg.keep, "batch": batch, "length": length}
+            | _spread(result["step_seconds"])
+            | {"tokens_per_second": result["decode_tokens_per_second"], "timed": how}
+            | {"tokens_read": reads["tokens"], "bytes_read": moved, "floor_seconds": moved / bandwidth}
+        )
+    return rows
+
+
+def _bytes_of_weights(cfg: DecoderConfig, params: dict) -> int:
+    """What a step reads of the weights: all but an embedding table that is no head."""
+    skipped = () if cfg.tied else ("embed",)
+    read = {name: part for name, part in params.items() if name not in skipped}
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(read))
+
+
+def time_parts(cfg: SpeedConfig, record: Record) -> list[Row]:
+    """Rows of all parts; those that are finished are read from the record."""
+    wanted = {"ops": (cfg.lengths, cfg.batches), "model": (cfg.model_lengths, cfg.model_batches)}
+    parts: list[Part] = [
+        {"part": kind, "batch": batch, "length": length}
+        for kind in cfg.parts
+        for length in wanted[kind][0]
+        for batch in wanted[kind][1]
+    ]
+    left = record.begin(parts)
+    bandwidth = copy_bandwidth() if left else 0.0
+    loaded = None
+    for part in left:
+        batch, length = part["batch"], part["length"]
+        if part["part"] == "ops":
+            rows = time_length(cfg, batch, length, bandwidth, record)
+        else:
+            if loaded is None:
+                point = decode.DecodeSpeedConfig(preset=cfg.preset or "", code_bits=cfg.code_bits)
+                loaded = decode.load(point, jnp.dtype(cfg.dtype))
+            rows = time_decoding(cfg, batch, length, loaded, bandwidth, record)
+        record.add(part, {"copy_bandwidth": bandwidth, "rows": rows})
+    done = [record.row_of(part) for part in parts]
+    return [row for finished in done if finished is not None for row in finished["rows"]]
+
+
+def main(cfg: SpeedConfig) -> dict[str, Any]:
+    """Time it; returns what the last line of stdout holds."""
+    use_compile_cache()
+    cfg = cfg.resolve()
+    free = ("out", "resume", "parts", "lengths", "batches", "model_lengths", "model_batches")  # each part names its own
+    with Record.open(cfg, "speed", free) as record:
+        rows = time_parts(cfg, record)
+        device, folder = jax.devices()[0].device_kind, record.folder.path
+        tables = []
+        for task, make in (("op", _ops_tables), ("decode", _decode_tables)):
+            if found := [row for row in rows if row["task"] == task]:
+                tables += make(cfg, found)
+                speed_plots.PLOTS[task](folder / f"{task}.png", found, f"{cfg.preset}, {cfg.dtype}, {device}")
+        return record.finish(rows, tables)
+
+
+def fastest_dense(rows: Sequence[Row], row: Row) -> Row:
+    """The dense row that another is compared with: same batch and length, least time."""
+    same = [
+        other
+        for other in rows
+        if other["method"].startswith("dense") and (other["batch"], other["length"]) == (row["batch"], row["length"])
+    ]
+    return min(same, key=lambda other: other["seconds"])
+
+
+def _ops_tables(cfg: SpeedConfig, rows: Sequence[Row]) -> list[Table]:
+    """One table for each batch and length."""
+    tables = []
+    for batch, length in dict.fromkeys((row["batch"], row["length"]) for row in rows):
+        own = [row for row in rows if (row["batch"], row["length"]) == (batch, length)]
+        lines = []
+        for row in own:
+            times = [f"{row[name] * 1e6:,.1f}" for name in ("seconds", "least", "greatest", "floor_seconds")]
+            is_layer = "layer" in row["op"] and any(other["method"].startswith("dense") for other in own)
+            ratio = f"{fastest_dense(own, row)['seconds'] / row['seconds']:.2f} x" if is_layer else ""
+            lines.append([row["op"], times[0], f"{times[1]} to {times[2]}", times[3], ratio])
+        title = f"{cfg.preset}, {cfg.dtype}, {batch} x {length:,} tokens, {100 * cfg.keep:g} % read: one layer"
+        tables.append(make_table(title, ["operation", "µs", "range", "floor", "speed"], lines))
+    return tables
+
+
+def _decode_tables(cfg: SpeedConfig, rows: Sequence[Row]) -> list[Table]:
+    """Tokens per second of whole models."""
+    lines = []
+    for row in rows:
+        times = [f"{1e3 * row[name]:,.2f}" for name in ("seconds", "floor_seconds")]
+        ratio = fastest_dense(rows, row)["seconds"] / row["seconds"]
+        place = [f"{row['batch']} x {row['length']:,}", row["method"]]
+        lines.append([*place, f"{row['tokens_per_second']:,.1f}", *times, f"{ratio:.2f} x"])
+    title = f"{cfg.preset}, {cfg.dtype}, {100 * cfg.keep:g} % read: decoding"
+    return [make_table(title, ["tokens", "method", "tokens/s", "step, ms", "floor", "speed"], lines, names=2)]
+
+
+def command(args: Sequence[str] | None = None) -> int:
+    """`spotlight eval speed`."""
+    return cli.run(main, SpeedConfig, "spotlight eval speed", __doc__, args)
+
+
+if __name__ == "__main__":
+    sys.exit(command())
