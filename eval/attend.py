@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from eval.methods.base import Method
+from eval.methods.base import Method, Reading
 from spotlight_jax.attention import selected_attention
 from spotlight_jax.selection import SelectionConfig, budget_of
 
@@ -34,6 +34,19 @@ def dense_reads(
     return {"tokens": tokens, "bytes": tokens * (kv_heads * bytes_of_row), "index_bytes": jnp.zeros_like(tokens)}
 
 
+def sparse_reads(
+    reading: Reading, keys: Float[Array, "batch kv_len kv_heads head_dim"]
+) -> dict[str, Float[Array, "batch q_len"]]:
+    """What each query read: `tokens` per selecting head (their mean), `bytes` of keys and values of all heads (each
+    selecting head fetches its own), `index_bytes`."""
+    counts = jnp.sum(reading.mask, axis=-1, dtype=jnp.int32).astype(jnp.float32)
+    return {
+        "tokens": jnp.mean(counts, axis=-1),
+        "bytes": jnp.sum(counts, axis=-1) * row_bytes(keys),
+        "index_bytes": reading.index_bytes,
+    }
+
+
 def attend_with(
     method: Method,
     queries: Float[Array, "batch q_len q_heads head_dim"],
@@ -58,20 +71,14 @@ def attend_with(
         dense_prefix: queries at positions below it read everything.
         chunk: queries at once.
 
-    Returns: the outputs, and what each query read: `tokens` per selecting head (their mean), `bytes` of keys and values
-        of all heads (each selecting head fetches its own), `index_bytes`.
+    Returns: the outputs, and `sparse_reads`.
     """
     index = method.index(keys, lengths)
     places = jnp.arange(keys.shape[1], dtype=jnp.int32)
 
     def select(rows: Array, at: Array) -> tuple[Array, Array | None, dict[str, Array]]:
         reading = method.select(rows, keys, index, at, jnp.take(budgets, at, mode="clip"))
-        counts = jnp.sum(reading.mask, axis=-1, dtype=jnp.int32).astype(jnp.float32)
-        reads = {
-            "tokens": jnp.mean(counts, axis=-1),
-            "bytes": jnp.sum(counts, axis=-1) * row_bytes(keys),
-            "index_bytes": reading.index_bytes,
-        }
+        reads = sparse_reads(reading, keys)
         is_dense = at < dense_prefix
         whole = dense_reads(at, keys.shape[2], row_bytes(keys))
         reads = {name: jnp.where(is_dense, whole[name], reads[name]) for name in reads}

@@ -114,7 +114,7 @@ def list_trials(cfg: EvalConfig) -> list[Trial]:
     for name in cfg.methods:
         if name in UNBUDGETED:
             keep = 1.0 if name == "dense" else None
-            trials.append(Trial(name, keep, UNBUDGETED[name], cfg.selection.at(1.0)))
+            trials.append(Trial(name, keep, UNBUDGETED[name], cfg.selection.at(cfg.keep[0])))
             continue
         for reading in cfg.readings:
             setting = describe_setting(reading)

@@ -69,7 +69,7 @@ def _budgeted(rows: Sequence[dict[str, Any]]) -> set[str]:
 
 
 def _name_dense(row: dict[str, Any]) -> str:
-    return f"dense ({row['bytes_read'] / _MIB:.0f} MiB)"
+    return f"dense ({row['bytes_read'] / _MIB:.3g} MiB)"
 
 
 def plot_heads(

@@ -1,0 +1,283 @@
+"""How good each method's selections are: overlap with the oracle's, recall and attention mass, by layer and head.
+
+    spotlight eval inspect --selector runs/demo --texts text:alice      # two CPU cores: 2 minutes
+    spotlight eval inspect --selector runs/smollm2 --window 8192 --keep 0.02 0.05   # one GPU: 2 minutes
+
+Queries spread over each window are taken from one dense pass, and every method chooses for the same ones. The oracle
+beside a method has the same budget, sinks and recent tokens, and chooses per KV head or per query head as the method
+does. Means are over the layers that a method does not read densely.
+"""
+
+import csv
+import dataclasses
+import functools
+import sys
+from collections.abc import Sequence as Several
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32
+
+from eval.attend import causal_budgets, default_chunk, dense_reads, sparse_reads
+from eval.config import EvalConfig, Subject, Trial, list_trials, load_subject
+from eval.forward import check_length
+from eval.methods import Method
+from eval.methods.base import rule_of
+from eval.methods.oracle import Oracle
+from eval.pictures import plot_heads
+from eval.record import Part, Record, Row, make_table
+from spotlight_jax import cli, metrics
+from spotlight_jax.attention import causal_attention
+from spotlight_jax.compiled import use_compile_cache
+from spotlight_jax.data import DataConfig, read_windows
+from spotlight_jax.errors import InputError
+from spotlight_jax.models.config import DecoderConfig
+from spotlight_jax.models.decoder import Params, apply_layer, embed_tokens
+
+FREE_FIELDS = ("out", "resume", "methods", "keep", "settings", "texts")
+MEASURES = ("iou", "recall", "mass", "oracle_mass")
+WORST = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class InspectConfig(EvalConfig):
+    """What is looked at."""
+
+    methods: tuple[str, ...] = ("oracle", "spotlight", "lsh", "quest", "window")
+    """Which methods choose; see `spotlight eval perplexity --help`."""
+    texts: tuple[str, ...] = ("embedded-test",)
+    """Text files, folders, globs, .npy files of token ids, hub data sets (hf:NAME[:CONFIG][:SPLIT]), embedded texts."""
+    window: int = 2048
+    """Tokens in one window."""
+    windows_per_text: int = 1
+    """Windows of each text, spread over it."""
+    text_column: str = "text"
+    """Key or column that holds the text in .jsonl, .parquet and hub data sets."""
+    queries: int = 256
+    """Queries of each window, spread over it."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be looked at."""
+        super().__post_init__()
+        if self.methods == ("dense",):
+            raise InputError("dense selects nothing; give --methods at least one other")
+        if not 1 <= self.queries <= self.window or self.windows_per_text < 1:
+            raise InputError(
+                f"queries is {self.queries}, window {self.window}, windows_per_text {self.windows_per_text}; "
+                "give at least 1 of each, and no more queries than a window has tokens"
+            )
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def _capture_layer(
+    layer_params: Params, x: Float[Array, "one length embed"], picks: Int32[Array, "one n"], cfg: DecoderConfig
+) -> tuple[Array, tuple[Array, Array]]:
+    """The stream after a dense layer, and its queries at `picks` and all its keys."""
+    positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+
+    def attend(queries: Array, keys: Array, values: Array) -> tuple[Array, tuple[Array, Array]]:
+        picked = jnp.take_along_axis(queries, picks[:, :, None, None], axis=1, mode="clip")
+        return causal_attention(queries, keys, values), (picked, keys)
+
+    return apply_layer(layer_params, x, positions, attend, cfg)
+
+
+@functools.partial(jax.jit, static_argnames="chunk")
+def inspect_layer(
+    method: Method,
+    queries: Float[Array, "one n q_heads head_dim"],
+    keys: Float[Array, "one length kv_heads head_dim"],
+    picks: Int32[Array, "one n"],
+    budgets: Int32[Array, " length"],
+    chunk: int,
+) -> tuple[metrics.SelectionQuality, dict[str, Float[Array, ""]]]:
+    """Quality per selecting head of what a method chooses for these queries, and what they read on average.
+
+    Args:
+        chunk: queries at once; it divides their number.
+    """
+    index = method.index(keys, jnp.full((1,), keys.shape[1], jnp.int32))
+
+    def look(piece: tuple[Array, Array]) -> tuple[metrics.SelectionQuality, dict[str, Array]]:
+        rows, at = piece[0][None], piece[1][None]
+        allowed = jnp.take(budgets, at, mode="clip")
+        reading = method.select(rows, keys, index, at, allowed)
+        heads = reading.mask.shape[2]
+        per = "kv_head" if heads == keys.shape[2] else "query_head"
+        oracle = Oracle("oracle", rule_of(method.selection, per=per), ()).select(rows, keys, None, at, allowed)
+        probabilities = metrics.attention_probabilities(rows, keys, at, heads)
+        return metrics.selection_quality(reading.mask, oracle.mask, probabilities), sparse_reads(reading, keys)
+
+    pieces = queries.reshape(-1, chunk, *queries.shape[2:]), picks.reshape(-1, chunk)
+    quality, reads = jax.lax.map(look, pieces)
+    return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), quality), jax.tree.map(jnp.mean, reads)
+
+
+def spread_picks(window: int, count: int) -> Int32[np.ndarray, "one n"]:
+    """Positions spread evenly over a window, the last one included."""
+    return ((np.arange(1, count + 1) * window) // count - 1).astype(np.int32)[None]
+
+
+def inspect_window(
+    subject: Subject, tokens: Int32[np.ndarray, " length"], trials: Several[Trial], count: int, seed: int
+) -> list[Row]:
+    """Each trial's `by_head` (lists `[layers][heads]` of every measure) and reads, from one dense pass."""
+    cfg, params = subject.cfg, subject.params
+    picks = jnp.asarray(spread_picks(len(tokens), count))
+    most = default_chunk(cfg.q_heads, len(tokens))
+    chunk = next(size for size in range(min(most, count), 0, -1) if count % size == 0)
+    methods = [subject.open_method(trial.method, trial.selection, seed) for trial in trials]
+    budgets = [causal_budgets(len(tokens), trial.selection) for trial in trials]
+    found: list[list[Any]] = [[] for _ in trials]
+    x = embed_tokens(params, jnp.asarray(tokens)[None], cfg)
+    for layer in range(cfg.layers):
+        x, (queries, keys) = _capture_layer(params[f"layer_{layer}"], x, picks, cfg)
+        for own, method, allowed in zip(found, methods, budgets, strict=True):
+            own.append(inspect_layer(method.layer(layer), queries, keys, picks, allowed, chunk))
+    whole = dense_reads(picks, cfg.kv_heads, 2 * cfg.head_dim * keys.dtype.itemsize)
+    dense_bytes = float(jnp.mean(whole["bytes"]))
+    return [_summarise(jax.device_get(own), method, dense_bytes) for own, method in zip(found, methods, strict=True)]
+
+
+def _summarise(
+    layers: list[tuple[metrics.SelectionQuality, dict[str, Any]]], method: Method, dense_bytes: float
+) -> Row:
+    """The layers of one trial put together."""
+    reads = [read for layer, (_, read) in enumerate(layers) if layer not in method.dense_layers]
+    dense = (len(layers) - len(reads)) * dense_bytes
+    return {
+        "by_head": {name: np.stack([getattr(quality, name) for quality, _ in layers]) for name in MEASURES},
+        "sparse_layers": [layer for layer in range(len(layers)) if layer not in method.dense_layers],
+        "tokens_read": float(np.mean([read["tokens"] for read in reads])),
+        "bytes_read": dense + float(sum(read["bytes"] + read["index_bytes"] for read in reads)),
+        "index_bytes": float(sum(read["index_bytes"] for read in reads)),
+    }
+
+
+def _average(rows: Several[Row]) -> Row:
+    """Windows or texts put together: arrays and reads are means, and so are the figures made of them."""
+    sparse = rows[0]["sparse_layers"]
+    by_head = {name: np.mean([np.asarray(row["by_head"][name]) for row in rows], axis=0) for name in MEASURES}
+    reads = {name: float(np.mean([row[name] for row in rows])) for name in ("tokens_read", "bytes_read", "index_bytes")}
+    return {
+        **{name: round(float(by_head[name][sparse].mean()), 5) for name in MEASURES},
+        "tokens_read": round(reads["tokens_read"], 2),
+        "bytes_read": round(reads["bytes_read"]),
+        "index_bytes": round(reads["index_bytes"]),
+        "sparse_layers": sparse,
+        "by_head": {name: np.round(values, 5).tolist() for name, values in by_head.items()},
+    }
+
+
+def main(cfg: InspectConfig) -> dict[str, Any]:
+    """Measure every part that is not finished; write pictures and the CSV, print tables and the line of JSON."""
+    use_compile_cache()
+    subject = load_subject(cfg)
+    check_length(cfg.window, subject.cfg)
+    trials = [trial for trial in list_trials(cfg) if trial.method != "dense"]
+    with Record.open(cfg, "inspect", FREE_FIELDS) as record:
+        data = DataConfig(
+            train=cfg.texts, window=cfg.window, held_out_windows=cfg.windows_per_text, text_column=cfg.text_column
+        )
+        texts = read_windows(data, subject.tokenizer, subject.cfg.vocab, record.progress)
+        left = record.begin([_part(trial, name) for name in texts for trial in trials])
+        for name, windows in texts.items():
+            missing = [trial for trial in trials if _part(trial, name) in left]
+            if not missing:
+                continue
+            passes = []
+            for number, window in enumerate(windows):
+                record.note(f"{name}, window {number + 1} of {len(windows)}")
+                passes.append(inspect_window(subject, window, missing, cfg.queries, cfg.seed))
+            for trial, rows in zip(missing, zip(*passes, strict=True), strict=True):
+                record.add(_part(trial, name), _average(rows))
+        overall = [_overall(record, trial, list(texts)) for trial in trials]
+        _write_csv(record.folder.path / "heads.csv", overall)
+        _draw(record.folder.path, overall)
+        title = f"{subject.source}, {cfg.window:,} tokens, {cfg.queries} queries a window, {', '.join(texts)}"
+        results = [record.row_of(_part(trial, name)) or {} for name in texts for trial in trials]
+        results += overall if len(texts) > 1 else []
+        plain = [{name: row[name] for name in row if name not in ("by_head", "sparse_layers")} for row in results]
+        return record.finish(plain, [_table(title, overall), _worst_table(overall)])
+
+
+def _part(trial: Trial, text: str) -> Part:
+    return trial.part | {"text": text}
+
+
+def _overall(record: Record, trial: Trial, texts: Several[str]) -> Row:
+    rows = [row for name in texts if (row := record.row_of(_part(trial, name)))]
+    return _part(trial, "all texts" if len(texts) > 1 else texts[0]) | _average(rows)
+
+
+def _write_csv(path: Path, rows: Several[Row]) -> None:
+    """A line a method, share, setting, layer and head."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["method", "keep", "setting", "layer", "head", "read_densely", *MEASURES])
+        for row in rows:
+            shape = np.shape(row["by_head"]["iou"])
+            for layer, head in np.ndindex(shape):
+                values = [row["by_head"][name][layer][head] for name in MEASURES]
+                is_dense = int(layer not in row["sparse_layers"])
+                writer.writerow([row["method"], row["keep"], row["setting"], layer, head, is_dense, *values])
+
+
+def _draw(folder: Path, rows: Several[Row]) -> None:
+    """`iou.png` and `mass.png`: a panel a method with its first share, per KV head and per query head apart."""
+    first = {row["method"]: row for row in reversed(rows)}
+    shown = [first[method] for method in dict.fromkeys(row["method"] for row in rows)]
+    labels = {"iou": "IoU with the oracle's choice", "mass": "attention probability read"}
+    for measure, label in labels.items():
+        own = [row for row in shown if not (measure == "iou" and row["method"].startswith("oracle"))] or shown
+        widths = dict.fromkeys(np.shape(row["by_head"][measure])[1] for row in own)
+        for place, width in enumerate(widths):
+            panels = [
+                (row["method"], np.asarray(row["by_head"][measure])) for row in own if
+                np.shape(row["by_head"][measure])[1] == width
+            ]  # fmt: skip
+            name = f"{measure}.png" if place == 0 else f"{measure}-{width}-heads.png"
+            plot_heads(folder / name, panels, label, f"selecting head (of {width})")
+
+
+def _table(title: str, rows: Several[Row]) -> Any:
+    lines = []
+    for row in rows:
+        keep = "-" if row["keep"] is None else f"{row['keep']:g}"
+        figures = [f"{row[name]:.3f}" for name in MEASURES]
+        lines.append([row["method"], keep, row["setting"], *figures, f"{row['tokens_read']:,.0f}"])
+    columns = ["method", "keep", "always read", "IoU", "recall", "mass read", "oracle's mass", "tokens"]
+    return make_table(f"selections, {title}\nmeans over heads and sparse layers", columns, lines, names=3)
+
+
+def _worst_table(rows: Several[Row]) -> Any:
+    """The heads that lose most attention against the oracle: spotlight's, or the first method's that is no oracle."""
+    order = sorted(rows, key=lambda row: (row["method"] != "spotlight", row["method"].startswith("oracle")))
+    row = order[0]
+    values = {name: np.asarray(row["by_head"][name]) for name in MEASURES}
+    lost = values["oracle_mass"] - values["mass"]
+    places = sorted(
+        ((layer, head) for layer in row["sparse_layers"] for head in range(lost.shape[1])), key=lambda p: -lost[p]
+    )
+    lines = [
+        [
+            f"layer {layer} head {head}",
+            f"{lost[layer, head]:.3f}",
+            *(f"{values[name][layer, head]:.3f}" for name in MEASURES),
+        ]
+        for layer, head in places[:WORST]
+    ]
+    columns = ["", "mass lost", "IoU", "recall", "mass read", "oracle's mass"]
+    return make_table(f"{row['method']}: the {len(lines)} worst heads, by mass lost against the oracle", columns, lines)
+
+
+def command(args: Several[str] | None = None) -> int:
+    """`spotlight eval inspect`."""
+    return cli.run(main, InspectConfig, "spotlight eval inspect", __doc__, args)
+
+
+if __name__ == "__main__":
+    sys.exit(command())
