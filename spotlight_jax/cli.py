@@ -10,15 +10,18 @@ import importlib.util
 import io
 import os
 import re
+import signal
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from spotlight_jax.errors import InputError
 
 Config = TypeVar("Config")
+
+BROKEN_PIPE = 128 + 13  # what a shell reports for a program that SIGPIPE ended
 
 # Command name, the module whose `command(args) -> int` runs it, and what it is for.
 _COMMANDS = (
@@ -40,13 +43,21 @@ def run(
 ) -> int:
     """Parse flags into a config, call `main` with it, and return the exit code.
 
-    0: done; 2: the input cannot be used, which one line on stderr explains; 130: interrupted. Any other exception is
-    our bug and keeps its traceback. Flags and their help come from the config's fields and the docstrings under them.
+    0: done; 2: the input cannot be used, which one line on stderr explains; 130: interrupted; 141: who read our output
+    wants no more (`| head`). Any other exception is our bug and keeps its traceback. Flags and their help come from the
+    config's fields and the docstrings under them.
     """
     try:
-        main(parse(config_class, prog, description, args, default))
+        try:
+            main(parse(config_class, prog, description, args, default))
+        finally:
+            sys.stdout.flush()  # a closed pipe is met here, not after the last line of ours
     except InputError as error:
         return _fail(prog, str(error))
+    except BrokenPipeError:
+        with contextlib.suppress(OSError):  # no file behind stdout
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
+        return BROKEN_PIPE
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130
@@ -84,6 +95,29 @@ def parse(
     return cfg
 
 
+@contextlib.contextmanager
+def noted_signals(*numbers: int) -> Iterator[list[int]]:
+    """These signals end what is under way by being in the list; a second one does what it always did, at once."""
+    received: list[int] = []
+    previous: dict[int, Any] = {}
+
+    def restore() -> None:
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+
+    def note(number: int, frame: object) -> None:
+        received.append(number)
+        restore()
+
+    for number in numbers:
+        with contextlib.suppress(ValueError):  # not in the main thread: signals are somebody else's
+            previous[number] = signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        restore()
+
+
 def _fail(prog: str, message: str) -> int:
     print(f"{prog}: {' '.join(message.split())}", file=sys.stderr)
     return 2
@@ -91,6 +125,7 @@ def _fail(prog: str, message: str) -> int:
 
 def _explain(box: str) -> str:
     """The message inside the box that tyro draws, on one line, with the nearest of the choices it names."""
+    box = re.sub(r"\x1b\[[0-9;]*m", "", box)  # a terminal's colours
     blocks: list[list[str]] = [[]]
     for line in box.splitlines():
         inner = line.strip("│| \t")
@@ -117,13 +152,19 @@ def _explain_unknown(argument: str, config_class: type) -> str:
     return f"unknown flag '{argument}'; " + (f"did you mean '{near[0]}'?" if near else "see --help")
 
 
-def _flags(config_class: type, prefix: str) -> list[str]:
-    kinds = typing.get_type_hints(config_class)
+def _flags(config_class: type, prefix: str, omits_prefixes: bool = False) -> list[str]:
+    from tyro.conf import OmitArgPrefixes
+
+    kinds, marked = typing.get_type_hints(config_class), typing.get_type_hints(config_class, include_extras=True)
     flags = []
     for field in dataclasses.fields(config_class):
         name = prefix + field.name.replace("_", "-")
         kind: Any = kinds[field.name]
-        flags += _flags(kind, f"{name}.") if dataclasses.is_dataclass(kind) and isinstance(kind, type) else [name]
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            is_flat = omits_prefixes or OmitArgPrefixes in getattr(marked[field.name], "__metadata__", ())
+            flags += _flags(kind, prefix if is_flat else f"{name}.", is_flat)
+            continue
+        flags.append(name)
         if kind is bool:
             flags.append(name.replace("--", "--no-", 1) if "." not in name else name.replace(".", ".no-", 1))
     return flags

@@ -1,5 +1,8 @@
 import dataclasses
+import os
+import pty
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -129,3 +132,57 @@ def test_a_command_is_imported_only_when_it_is_called(tmp_path, monkeypatch, cap
 )
 def test_the_message_comes_out_of_either_box(box):
     assert cli._explain(box) == "-x: not a number"
+
+
+FLAT = """
+import dataclasses, sys
+from tyro.conf import OmitArgPrefixes
+from spotlight_jax import cli
+from spotlight_jax.data import DataConfig
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    data: OmitArgPrefixes[DataConfig] = dataclasses.field(default_factory=DataConfig)
+
+def main(cfg):
+    print(cfg.data.window)
+    for _ in range(cfg.data.seed):
+        print("line")
+
+sys.exit(cli.run(main, Config, "flat", "A test."))
+"""
+
+
+def test_a_terminals_colours_do_not_reach_the_message():
+    ours, theirs = pty.openpty()
+    done = subprocess.run([sys.executable, "-c", FLAT, "--window", "many"], stdout=theirs, stderr=theirs, check=False)
+    os.close(theirs)
+    shown = os.read(ours, 10_000).decode()
+    os.close(ours)
+    assert done.returncode == 2
+    assert shown.splitlines() == ["flat: --window: invalid literal for int() with base 10: 'many'"]
+
+
+def test_flags_without_prefix_are_known_by_their_short_names():
+    done = subprocess.run([sys.executable, "-c", FLAT, "--windw", "3"], capture_output=True, text=True, check=False)
+    assert done.stderr == "flat: unknown flag '--windw'; did you mean '--window'?\n"
+
+
+@pytest.mark.parametrize("args", [["--seed", "100000"], ["--seed", "10"], ["--help"]])
+def test_a_reader_that_wants_no_more_is_no_error(args):
+    ours, theirs = os.pipe()
+    process = subprocess.Popen([sys.executable, "-c", FLAT, *args], stdout=theirs, stderr=subprocess.PIPE, text=True)
+    os.close(theirs)
+    os.close(ours)
+    assert process.communicate()[1] == "" and process.returncode == 141
+
+
+def test_a_noted_signal_interrupts_only_the_second_time():
+    before = signal.getsignal(signal.SIGINT)
+    with cli.noted_signals(signal.SIGINT) as received:
+        assert not received
+        signal.raise_signal(signal.SIGINT)
+        assert received == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before

@@ -72,7 +72,7 @@ def train(cfg: LayerwiseConfig) -> dict[str, Any]:
         folder = runs.RunFolder(path) if cfg.resume else runs.RunFolder.create(path, cfg)
         with _explained_memory():
             session.start(folder)
-            with _stop_signals() as stop:
+            with cli.noted_signals(signal.SIGINT, signal.SIGTERM) as stop:  # both end the run after its step
                 _train(session, stop, display)
         summary = write_results(session, folder)
     print_results(rich.console.Console(), session, summary, folder)
@@ -121,27 +121,6 @@ def _train(session: Session, stop: list[int], display: Display) -> None:
         display.say(f"stopped at step {session.step}; continue with: --resume --out {session.folder_path}")
         raise SystemExit(128 + stop[0])
     session.close()
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM end the run after the step it is in; a second one ends it at once."""
-    received: list[int] = []
-    previous: dict[int, Any] = {}
-
-    def note(number: int, frame: object) -> None:
-        received.append(number)
-        for each, handler in previous.items():
-            signal.signal(each, handler)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        with contextlib.suppress(ValueError):  # not in the main thread: signals are somebody else's
-            previous[number] = signal.signal(number, note)
-    try:
-        yield received
-    finally:
-        for each, handler in previous.items():
-            signal.signal(each, handler)
 
 
 @contextlib.contextmanager
