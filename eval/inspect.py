@@ -230,17 +230,19 @@ def _draw(folder: Path, rows: Several[Row]) -> None:
     """`iou.png` and `mass.png`: a panel a method with its first share, per KV head and per query head apart."""
     first = {row["method"]: row for row in reversed(rows)}
     shown = [first[method] for method in dict.fromkeys(row["method"] for row in rows)]
+    named = next((row for row in shown if row["keep"] is not None), shown[0])
+    where = "" if named["keep"] is None else f"keep {named['keep']:g}, {named['setting']}; "
     labels = {"iou": "IoU with the oracle's choice", "mass": "attention probability read"}
     for measure, label in labels.items():
-        own = [row for row in shown if not (measure == "iou" and row["method"].startswith("oracle"))] or shown
-        widths = dict.fromkeys(np.shape(row["by_head"][measure])[1] for row in own)
-        for place, width in enumerate(widths):
-            panels = [
-                (row["method"], np.asarray(row["by_head"][measure])) for row in own if
-                np.shape(row["by_head"][measure])[1] == width
-            ]  # fmt: skip
-            name = f"{measure}.png" if place == 0 else f"{measure}-{width}-heads.png"
-            plot_heads(folder / name, panels, label, f"selecting head (of {width})")
+        panels: dict[int, list[tuple[str, np.ndarray]]] = {}
+        for row in shown:
+            values = np.full(np.shape(row["by_head"][measure]), np.nan)
+            values[row["sparse_layers"]] = np.asarray(row["by_head"][measure])[row["sparse_layers"]]
+            panels.setdefault(values.shape[1], []).append((row["method"], values))
+        for place, (heads, own) in enumerate(panels.items()):
+            name = f"{measure}.png" if place == 0 else f"{measure}-{heads}-heads.png"
+            title = f"{where}{named['text']}; grey: read densely"
+            plot_heads(folder / name, own, label, f"selecting head (of {heads})", title)
 
 
 def _table(title: str, rows: Several[Row]) -> Any:

@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import matplotlib.ticker
 
 _MIB = 2**20
+_PANELS = 5  # heat maps in a row
 # a method looks the same in every picture
 STYLES: dict[str, dict[str, Any]] = {
     "dense": {"color": "#444444", "linestyle": "--"},
@@ -73,13 +74,13 @@ def _name_dense(row: dict[str, Any]) -> str:
 
 
 def plot_heads(
-    path: Path, panels: Sequence[tuple[str, Float[np.ndarray, "layers heads"]]], label: str, head: str
+    path: Path, panels: Sequence[tuple[str, Float[np.ndarray, "layers heads"]]], label: str, head: str, title: str
 ) -> None:
-    """Quality of each layer and head, a panel a method, one colour scale."""
+    """Quality of each layer and head, a panel a method, one colour scale; grey (NaN) where a layer reads densely."""
     layers, heads = panels[0][1].shape
     highest = max(max(float(np.nanmax(values)) for _, values in panels), 1e-3)
-    columns = min(len(panels), 5)
-    rows = -(-len(panels) // columns)
+    rows = -(-len(panels) // _PANELS)
+    columns = -(-len(panels) // rows)
     width, height = min(0.32 * heads, 5.0) + 1.2, max(2.6, 0.14 * layers) + 0.7
     figure, axes = plt.subplots(
         rows,
@@ -94,6 +95,7 @@ def plot_heads(
         axis.axis("off")
     for axis, (name, values) in zip(axes.flat, panels, strict=False):
         image = axis.imshow(values, vmin=0, vmax=highest, aspect="auto", cmap="viridis", interpolation="nearest")
+        axis.set_facecolor("#d0d0d0")
         axis.set_title(f"{name}\nmean {np.nanmean(values):.3f}")
         axis.set_xticks(range(0, heads, max(1, heads // 8)))
         axis.set_yticks(range(0, layers, max(1, layers // 10)))
@@ -102,5 +104,6 @@ def plot_heads(
     for axis in axes[-1]:
         axis.set_xlabel(head)
     figure.colorbar(image, ax=axes, label=label)
+    figure.suptitle(title)
     figure.savefig(path, dpi=120)
     plt.close(figure)
