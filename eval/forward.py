@@ -23,14 +23,12 @@ _LOGIT_BYTES = 2**27  # float32 logits held at once
 class Sequence:
     """Token ids, and the stream that leading dense layers made of them: the same for all methods."""
 
-    def __init__(self, tokens: Int32[np.ndarray, "length"]) -> None:
-        self.tokens: Int32[Array, "one length"] = jnp.asarray(tokens, jnp.int32)[None]
+    def __init__(self, tokens: Int32[np.ndarray, "length"], slots: int | None = None) -> None:
+        """Pad the tokens to `slots`, so that sequences of other lengths need no compiling."""
+        self.length = len(tokens)
+        missing = 0 if slots is None else slots - len(tokens)
+        self.tokens: Int32[Array, "one slots"] = jnp.asarray(np.pad(tokens, (0, missing)), jnp.int32)[None]
         self.streams: dict[int, Array] = {}  # after how many dense layers
-
-    @property
-    def length(self) -> int:
-        """Tokens in it."""
-        return self.tokens.shape[1]
 
 
 @flax.struct.dataclass
@@ -45,9 +43,10 @@ class Passed:
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def _pass_dense_layer(
+def pass_dense_layer(
     layer_params: Params, x: Float[Array, "batch length embed"], cfg: DecoderConfig
 ) -> Float[Array, "batch length embed"]:
+    """One dense layer over whole sequences."""
     return apply_layer(layer_params, x, _positions(x), attend_densely, cfg)[0]
 
 
@@ -57,12 +56,12 @@ def _pass_sparse_layer(
     x: Float[Array, "batch length embed"],
     method: Method,
     budgets: Int32[Array, " length"],
+    lengths: Int32[Array, "batch"],
     dense_prefix: Int32[Array, ""],
     cfg: DecoderConfig,
     chunk: int,
 ) -> tuple[Array, dict[str, Array]]:
     positions = _positions(x)
-    lengths = jnp.full((x.shape[0],), x.shape[1], jnp.int32)
 
     def attend(queries: Array, keys: Array, values: Array) -> tuple[Array, dict[str, Array]]:
         return attend_with(method, queries, keys, values, budgets, positions, lengths, dense_prefix, chunk)
@@ -75,7 +74,7 @@ def _positions(x: Array) -> Int32[Array, "batch length"]:
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def _score_next(
+def score_next(
     ends: PyTree, x: Float[Array, "one length embed"], tokens: Int32[Array, "one length"], cfg: DecoderConfig
 ) -> tuple[Float[Array, " length"], Bool[Array, " length"]]:
     """Of every token but the first: its log-probability, and whether none is more probable; in chunks of positions."""
@@ -143,9 +142,11 @@ def pass_sequence(
     """
     cfg = cfg or ForwardConfig()
     check_length(sequence.length, model_cfg, "the sequence")
+    slots, lengths = sequence.tokens.shape[1], jnp.full((1,), sequence.length, jnp.int32)
     budgets = causal_budgets(sequence.length, selection, cfg.whole_length)
+    budgets = jnp.pad(budgets, (0, slots - sequence.length), mode="edge")
     dense_prefix = jnp.int32(cfg.dense_prefix)
-    chunk = default_chunk(model_cfg.q_heads, sequence.length, cfg.scores_mib)
+    chunk = default_chunk(model_cfg.q_heads, slots, cfg.scores_mib)
     is_sparse = [layer not in method.dense_layers for layer in range(model_cfg.layers)]
     leading = is_sparse.index(True) if any(is_sparse) else model_cfg.layers
     x = _leading_stream(params, model_cfg, sequence, leading)
@@ -156,16 +157,17 @@ def pass_sequence(
         layer_params, reads = params[f"layer_{layer}"], whole
         if is_sparse[layer]:
             own = method.layer(layer)
-            x, reads = _pass_sparse_layer(layer_params, x, own, budgets, dense_prefix, model_cfg, chunk)
+            x, reads = _pass_sparse_layer(layer_params, x, own, budgets, lengths, dense_prefix, model_cfg, chunk)
             tokens = tokens + reads["tokens"] / sum(is_sparse)
         else:
-            x = _pass_dense_layer(layer_params, x, model_cfg)
+            x = pass_dense_layer(layer_params, x, model_cfg)
         sums = {name: sums[name] + reads[name] for name in sums}
     tokens = tokens if any(is_sparse) else whole["tokens"]
     ends = {name: params[name] for name in ("embed", "norm", "head") if name in params}
-    log_probs, is_greedy = _score_next(ends, x, sequence.tokens, model_cfg)
-    found = log_probs, is_greedy, tokens[0], (sums["bytes"] + sums["index_bytes"])[0], sums["index_bytes"][0]
-    return Passed(*(np.asarray(array) for array in found))
+    log_probs, is_greedy = score_next(ends, x, sequence.tokens, model_cfg)
+    targets = [np.asarray(array)[: sequence.length - 1] for array in (log_probs, is_greedy)]
+    read = tokens[0], (sums["bytes"] + sums["index_bytes"])[0], sums["index_bytes"][0]
+    return Passed(*targets, *(np.asarray(array)[: sequence.length] for array in read))
 
 
 def _leading_stream(
@@ -175,7 +177,7 @@ def _leading_stream(
     known = max((depth for depth in sequence.streams if depth <= count), default=0)
     x = sequence.streams[known] if known else embed_tokens(params, sequence.tokens, cfg)
     for layer in range(known, count):
-        x = _pass_dense_layer(params[f"layer_{layer}"], x, cfg)
+        x = pass_dense_layer(params[f"layer_{layer}"], x, cfg)
     if count < cfg.layers:
         sequence.streams[count] = x
     return x
