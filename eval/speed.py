@@ -7,7 +7,8 @@
 Everything runs on random data, never zeros, and every operation's output is compared with a plain NumPy version
 before it is timed. Operations run in a compiled loop whose steps wait for each other; the time of the same loop around
 nothing is taken off. Medians over rounds, each round one call of everything. The floor is the bytes that an operation
-has to move over the bandwidth of a copy, measured in the same run.
+has to move over the bandwidth of rewriting a large array, measured in the same run; short caches can be faster, since
+they stay in the device's own caches.
 """
 
 import dataclasses
