@@ -254,8 +254,19 @@ class Engine:
             layers.append(empty_layer(batch, max_len, cfg.kv_heads, cfg.head_dim, self.dtype, code_shape))
         return Cache(layers=tuple(layers), lengths=jnp.zeros((batch,), jnp.int32))
 
-    def prefill(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, cache: Cache | None = None) -> DecodeState:
-        """Cache the prompts (after what `cache` holds, which is given up) and choose each one's first token."""
+    def prefill(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        cache: Cache | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> DecodeState:
+        """Cache the prompts (after what `cache` holds, which is given up) and choose each one's first token.
+
+        Args:
+            progress: gets the tokens of the longest prompt done so far, and all of them; the host then waits for each
+                chunk.
+        """
         counts = np.array([len(prompt) for prompt in prompts], np.int32)
         if counts.size == 0 or counts.min() < 1:
             raise InputError("a prompt is empty; give at least one token")
@@ -276,6 +287,9 @@ class Engine:
             is_here = (counts > start) & (counts <= start + chunk)
             picked = x[jnp.arange(len(prompts)), jnp.asarray(rows)]
             last = picked if last is None else jnp.where(jnp.asarray(is_here)[:, None], picked, last)
+            if progress is not None:
+                last.block_until_ready()
+                progress(min(start + chunk, longest), longest)
         state = DecodeState(
             cache=Cache(layers=tuple(layers), lengths=base + jnp.asarray(counts)),
             tokens=jnp.zeros((len(prompts),), jnp.int32),

@@ -8,7 +8,7 @@ for result in generate(model, ["Once upon a time"], GenerateConfig(max_new_token
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -37,12 +37,12 @@ class GenerateConfig:
     """Strings of which the first to appear ends a text; it is left out."""
     ignore_eos: bool = False
     """Go on after the model's end-of-text token."""
-    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
-    selection: SelectionConfig = dataclasses.field(default_factory=SelectionConfig)
     prefill_chunk: int | None = None
     """Prompt tokens per prefill step; None: by device."""
     block: int = 32
     """Tokens decoded on the device between two looks of the host."""
+    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+    selection: SelectionConfig = dataclasses.field(default_factory=SelectionConfig)
 
     def __post_init__(self) -> None:
         """Refuse a generation of nothing."""
@@ -97,13 +97,30 @@ def context_limit(cfg: DecoderConfig) -> int:
 
 
 def encode_prompts(
-    tokenizer, prompts: Sequence[str | Sequence[int]], max_new_tokens: int, model_cfg: DecoderConfig
+    tokenizer,
+    prompts: Sequence[str | Sequence[int]],
+    max_new_tokens: int,
+    model_cfg: DecoderConfig,
+    is_chat: bool = False,
+    most: int | None = None,
 ) -> list[list[int]]:
-    """Prompts as token ids; raises InputError for empty ones and those that leave no room in the model's context."""
+    """Prompts as token ids; raises InputError for empty ones and those that leave no room in the model's context.
+
+    Args:
+        tokenizer: of the model; None where every prompt is token ids.
+        is_chat: whether a text is a user's message, put into the model's chat template.
+        most: only so many tokens of each prompt, the first ones.
+    """
     encoded = []
     limit = context_limit(model_cfg)
     for number, prompt in enumerate(prompts):
-        tokens = list(tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt)
+        if not isinstance(prompt, str):
+            tokens = list(prompt)
+        elif is_chat:
+            tokens = encode_chat(tokenizer, [{"role": "user", "content": prompt}])
+        else:
+            tokens = list(tokenizer(prompt, verbose=False).input_ids)
+        tokens = tokens[:most]
         name = "the prompt" if len(prompts) == 1 else f"prompt {number}"
         if not tokens:
             raise InputError(f"{name} is empty; give at least one token of text")
@@ -123,7 +140,7 @@ def encode_chat(tokenizer, messages: list[dict[str, str]]) -> list[int]:
     if not tokenizer.chat_template:
         raise InputError("this model has no chat template; use generate with a plain prompt")
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return list(tokenizer(text, add_special_tokens=False).input_ids)
+    return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
 
 def make_decode_config(cfg: GenerateConfig, stop_tokens: tuple[int, ...] = ()) -> DecodeConfig:
@@ -148,16 +165,27 @@ class Run:
     """One generation under way: texts so far, and the clock."""
 
     def __init__(
-        self, engine: Engine, tokenizer, prompts: list[list[int]], cfg: GenerateConfig, state: DecodeState | None = None
+        self,
+        engine: Engine,
+        tokenizer,
+        prompts: list[list[int]],
+        cfg: GenerateConfig,
+        state: DecodeState | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Prefill the prompts, after the cache of `state` (which is given up) if there is one."""
+        """Prefill the prompts, after the cache of `state` (which is given up) if there is one.
+
+        Args:
+            progress: gets the tokens of the longest prompt prefilled so far, and all of them.
+        """
         self.engine, self.cfg = engine, cfg
         self.streams = [TextStream(tokenizer, cfg.stop) for _ in prompts]
         self.prompts = prompts
         self.tokens: list[list[int]] = [[] for _ in prompts]
         self.decode_seconds, self._compiled_before = 0.0, engine.compile_seconds
         start = time.perf_counter()
-        self.state = engine.prefill(prompts, cfg.max_new_tokens, None if state is None else state.cache)
+        cache = None if state is None else state.cache
+        self.state = engine.prefill(prompts, cfg.max_new_tokens, cache, progress)
         first = np.asarray(self.state.tokens)[:, None]
         self.prefill_seconds = time.perf_counter() - start - (engine.compile_seconds - self._compiled_before)
         self.pieces = self._add(first)

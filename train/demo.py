@@ -18,7 +18,9 @@ from typing import Any
 
 from spotlight_jax import cli, runs, texts
 from spotlight_jax.commands import generate
+from spotlight_jax.generate import GenerateConfig
 from spotlight_jax.models.load import open_tokenizer
+from spotlight_jax.selection import SelectionConfig
 from train import layerwise
 from train.config import PRESETS
 
@@ -53,8 +55,7 @@ def main(cfg: DemoConfig) -> dict[str, Any]:
             generate.GenerateCommandConfig(
                 selector=pathlib.Path(out),
                 prompt_file=(file,),
-                max_new_tokens=cfg.new_tokens,
-                keep=cfg.keep,
+                generation=GenerateConfig(max_new_tokens=cfg.new_tokens, selection=SelectionConfig(keep=cfg.keep)),
                 compare=True,
             )
         )

@@ -5,27 +5,37 @@
 An empty line does nothing, /new starts again, /quit or Ctrl-D ends, and Ctrl-C cuts an answer short.
 """
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 
 from rich.console import Console
+from tyro.conf import OmitArgPrefixes
 
 from spotlight_jax import cli
-from spotlight_jax.commands.session import SessionConfig, describe, load_fitting, read_selector
+from spotlight_jax.checkpoint import Selector
+from spotlight_jax.commands.session import SessionConfig, decode, describe, load_fitting, read_selector, write_text
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.engine import DecodeState, Engine
 from spotlight_jax.errors import InputError
-from spotlight_jax.generate import STREAM_BLOCK, Run, context_limit, encode_chat
+from spotlight_jax.generate import GenerateConfig, Run, context_limit, encode_chat
 from spotlight_jax.models.load import BaseModel, load_config, open_tokenizer
+
+HELP = "Ctrl-C cuts an answer short, /new starts again, Ctrl-D ends"
 
 
 @dataclasses.dataclass(frozen=True)
 class ChatCommandConfig(SessionConfig):
     """How to talk."""
 
+    generation: OmitArgPrefixes[GenerateConfig] = dataclasses.field(
+        default_factory=lambda: GenerateConfig(max_new_tokens=512)
+    )
     system: str = ""
     """What the model is told before the talk."""
+    context: int | None = None
+    """Most tokens of a talk, for which memory is planned; None: the model's context."""
     report: bool = False
     """After each answer, say what it took."""
 
@@ -33,9 +43,14 @@ class ChatCommandConfig(SessionConfig):
 class Talk:
     """Messages so far, and a cache that holds their tokens."""
 
-    def __init__(self, model: BaseModel, engine: Engine, cfg: ChatCommandConfig) -> None:
-        """Nothing said yet."""
-        self.model, self.engine, self.cfg = model, engine, cfg
+    def __init__(self, model: BaseModel, engine: Engine, cfg: ChatCommandConfig, limit: int, notes: Console) -> None:
+        """Nothing said yet.
+
+        Args:
+            limit: most tokens of the talk, the next answer included.
+            notes: where a terminal shows what is being waited for.
+        """
+        self.model, self.engine, self.cfg, self.limit, self.notes = model, engine, cfg, limit, notes
         self.start_anew()
 
     def start_anew(self) -> None:
@@ -44,67 +59,98 @@ class Talk:
         self.cached: list[int] = []
         self.state: DecodeState | None = None
 
-    def answer(self, text: str, write: Callable[[str], None]) -> Run:
-        """Say something, and hand the answer to `write` as it comes."""
+    def answer(self, text: str, write: Callable[[str], None]) -> tuple[Run, bool]:
+        """Say something, and hand the answer to `write` as it comes; returns the run and whether Ctrl-C cut it short.
+
+        An answer that fails is as if nothing had been said.
+        """
         messages = [*self.messages, {"role": "user", "content": text}]
         tokens = encode_chat(self.model.tokenizer, messages)
-        limit = context_limit(self.model.cfg)
-        if len(tokens) + self.cfg.max_new_tokens > limit:
-            raise InputError(f"the talk has {len(tokens)} tokens and fills the model's context of {limit}; say /new")
+        most = self.cfg.generation.max_new_tokens
+        if len(tokens) + most > self.limit:
+            raise InputError(
+                f"the talk has {len(tokens)} tokens, and with {most} for the answer passes its limit of {self.limit}; "
+                + ("say /new to start again" if len(self.messages) > 1 else "shorten what you said")
+            )
         # what the template makes of the talk so far is what was cached, unless it rewrites earlier turns
         keeps = self.state is not None and tokens[: len(self.cached)] == self.cached and len(tokens) > len(self.cached)
         prompt, state = (tokens[len(self.cached) :], self.state) if keeps else (tokens, None)
         self.state = None  # given up to the run
-        run = Run(self.engine, self.model.tokenizer, [prompt], self.cfg.generation(), state)
-        try:
-            write(run.pieces[0])
-            while not run.is_done:
-                write(run.step(STREAM_BLOCK)[0])
-        except KeyboardInterrupt:
-            write(" ...")
+        run, is_cut = decode(self.engine, self.model.tokenizer, [prompt], self.cfg.generation, self.notes, write, state)
         self.state = run.state
-        said = list(run.results()[0].tokens)
-        count = int(run.state.cache.lengths[0])
-        self.cached = (tokens + said)[:count]
-        self.messages = [*messages, {"role": "assistant", "content": run.results()[0].text}]
-        return run
+        (result,) = run.results()
+        self.cached = (tokens + list(result.tokens))[: int(run.state.cache.lengths[0])]
+        self.messages = [*messages, {"role": "assistant", "content": result.text}]
+        return run, is_cut
 
 
 def main(cfg: ChatCommandConfig, read: Callable[[str], str] = input) -> list[dict[str, str]]:
     """Talk until the input ends; returns the messages."""
-    console, notes = Console(highlight=False), Console(stderr=True)
+    notes = Console(stderr=True, highlight=False, style="dim")
     use_compile_cache()
     model_cfg = load_config(cfg.model)
     encode_chat(open_tokenizer(cfg.model), [{"role": "user", "content": "Hello"}])  # refuses a model without template
     selector = read_selector(cfg, model_cfg)
-    longest = max(1, context_limit(model_cfg) - cfg.max_new_tokens)
-    model, engine = load_fitting(cfg, model_cfg, selector, [longest], notes)
-    talk = Talk(model, engine, cfg)
+    limit = _talk_limit(cfg, context_limit(model_cfg))
+    model, engine = load_fitting(cfg, model_cfg, selector, [limit - cfg.generation.max_new_tokens], notes)
+    talk = Talk(model, engine, cfg, limit, notes)
+    with contextlib.suppress(ImportError):  # not everywhere
+        import readline  # `input` then knows arrow keys and earlier lines
 
-    def write(piece: str) -> None:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-
-    while True:
-        try:
-            text = read("> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            break
-        if text == "/quit":
-            break
+        readline.parse_and_bind("set enable-bracketed-paste on")  # pasted lines are one message
+    notes.print(HELP, markup=False, soft_wrap=True)
+    while (text := _read_line(read, notes)) is not None:
         if text == "/new":
             talk.start_anew()
         elif text:
-            try:
-                run = talk.answer(text, write)
-            except InputError as error:
-                notes.print(str(error), markup=False)
-                continue
-            write("\n")
-            if cfg.report:
-                for line in describe(run.report(), selector, run.cfg, model.cfg):
-                    console.print(line, markup=False, style="dim")
+            _answer(talk, text, selector)
     return talk.messages
+
+
+def _talk_limit(cfg: ChatCommandConfig, context: int) -> int:
+    """Most tokens of the talk; raises InputError where an answer leaves no room to say anything."""
+    limit = context if cfg.context is None else min(cfg.context, context)
+    if limit <= cfg.generation.max_new_tokens:
+        raise InputError(
+            f"a talk of at most {limit} tokens has no room for answers of {cfg.generation.max_new_tokens}; "
+            "lower --max-new-tokens" + ("" if limit == context else " or raise --context")
+        )
+    return limit
+
+
+def _read_line(read: Callable[[str], str], notes: Console) -> str | None:
+    """What the user says next; None where the talk ends."""
+    while True:
+        try:
+            text = read("> ").strip()
+        except EOFError:
+            write_text("\n")
+            return None
+        except KeyboardInterrupt:
+            write_text("\n")
+            notes.print(HELP, markup=False, soft_wrap=True)
+            continue
+        return None if text == "/quit" else text
+
+
+def _answer(talk: Talk, text: str, selector: Selector | None) -> None:
+    """Show an answer, and why it ends where it is not the model that ended it."""
+    notes, cfg = talk.notes, talk.cfg.generation
+    try:
+        run, is_cut = talk.answer(text, write_text)
+    except InputError as error:
+        notes.print(str(error), markup=False, soft_wrap=True)
+        return
+    except KeyboardInterrupt:
+        write_text("\n")
+        notes.print("cut short; the talk is as it was before", markup=False, soft_wrap=True)
+        return
+    write_text(" ...\n" if is_cut else "\n")
+    if not is_cut and run.results()[0].ended_by == "length":
+        notes.print(f"the answer ends at --max-new-tokens {cfg.max_new_tokens}", markup=False, soft_wrap=True)
+    if talk.cfg.report:
+        for line in describe(run.report(), selector, cfg, talk.model.cfg):
+            notes.print(line, markup=False, soft_wrap=True)
 
 
 def command(args: Sequence[str] | None = None) -> int:

@@ -2,9 +2,9 @@
 
     spotlight generate --selector runs/demo --prompt-file book.txt --stream
 
-Prints the text, then what it took: tokens per second of prompt and decoding, compile time apart, and what a step read
-beside what a dense step reads. `--compare` generates densely too, and shows both side by side. Seconds for a short
-prompt; on two CPU cores a prompt of 7,500 tokens takes SmolLM2 about a minute.
+Prints the text on stdout, and on stderr what it took: tokens per second of prompt and decoding, compile time apart, and
+what a step read beside what a dense step reads. `--compare` generates densely too, and shows both side by side. Seconds
+for a short prompt; on two CPU cores a prompt of 7,500 tokens takes SmolLM2 about a minute.
 """
 
 import dataclasses
@@ -15,21 +15,18 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from spotlight_jax import cli
 from spotlight_jax.checkpoint import Selector
-from spotlight_jax.commands.session import (
-    SessionConfig,
-    describe,
-    load_fitting,
-    read_selector,
-    read_text,
-)
+from spotlight_jax.commands.session import SessionConfig, decode, describe, load_fitting, read_selector, write_text
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.engine import Engine
 from spotlight_jax.errors import InputError
-from spotlight_jax.generate import STREAM_BLOCK, GenerateConfig, Run, encode_chat, encode_prompts, make_engine
+from spotlight_jax.generate import encode_prompts, make_engine
 from spotlight_jax.models.load import BaseModel, load_config, open_tokenizer
+
+STDIN = Path("-")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +34,9 @@ class GenerateCommandConfig(SessionConfig):
     """What to continue, and how to show it."""
 
     prompt: tuple[str, ...] = ()
-    """Texts to continue; several are decoded together."""
+    """Texts to continue; several are decoded together. Without any, what is piped in."""
     prompt_file: tuple[Path, ...] = ()
-    """UTF-8 files to continue, after the texts."""
+    """UTF-8 files to continue, after the texts; - is what is piped in."""
     prompt_tokens: int | None = None
     """Use only the first tokens of each prompt."""
     chat: bool = False
@@ -51,95 +48,83 @@ class GenerateCommandConfig(SessionConfig):
     json: bool = False
     """End with one line of JSON: texts, token ids and the report."""
 
+    def __post_init__(self) -> None:
+        """Refuse what cannot be shown or continued."""
+        if self.prompt_tokens is not None and self.prompt_tokens < 1:
+            raise InputError(f"prompt_tokens is {self.prompt_tokens}; give at least 1")
+        if self.compare and self.selector is None:
+            raise InputError("--compare sets a selector beside dense reading; give --selector")
+        if self.compare and self.stream:
+            raise InputError("--compare shows two texts side by side; leave out --stream")
+
 
 def main(cfg: GenerateCommandConfig) -> dict:
     """Run the command; returns what `--json` prints."""
-    console, notes = Console(highlight=False), Console(stderr=True)
-    if cfg.compare and cfg.selector is None:
-        raise InputError("--compare sets a selector beside dense reading; give --selector")
-    generation = cfg.generation()
+    console, notes = Console(highlight=False), Console(stderr=True, highlight=False)
     use_compile_cache()
-    model_cfg = load_config(cfg.model)
-    prompts = _read_prompts(cfg, open_tokenizer(cfg.model))
-    prompts = encode_prompts(None, prompts, cfg.max_new_tokens, model_cfg)
-    if cfg.stream and len(prompts) > 1:
-        raise InputError(f"--stream shows one text; {len(prompts)} prompts were given")
+    model_cfg, tokenizer = load_config(cfg.model), open_tokenizer(cfg.model)
+    texts = _read_texts(cfg)
+    if cfg.stream and len(texts) > 1:
+        raise InputError(f"--stream shows one text; {len(texts)} prompts were given")
+    max_new = cfg.generation.max_new_tokens
+    prompts = encode_prompts(tokenizer, texts, max_new, model_cfg, cfg.chat, cfg.prompt_tokens)
     selector = read_selector(cfg, model_cfg)
     model, engine = load_fitting(cfg, model_cfg, selector, [len(prompt) for prompt in prompts], notes)
-    result = _generate(model, engine, prompts, generation, selector, cfg.stream, console)
+    result = _generate(cfg, model, engine, prompts, selector, notes)
     if cfg.compare:
-        dense = make_engine(model, generation)
-        result = {"sparse": result, "dense": _generate(model, dense, prompts, generation, None, False, console)}
+        dense = make_engine(model, cfg.generation)
+        result = {"sparse": result, "dense": _generate(cfg, model, dense, prompts, None, notes)}
         console.print(_side_by_side(result))
     if cfg.json:
         print(json.dumps({"command": "generate", "model": cfg.model, **result}))
     return result
 
 
-def _read_prompts(cfg: GenerateCommandConfig, tokenizer) -> list[list[int]]:
-    """Token ids of every prompt."""
-    if cfg.prompt_tokens is not None and cfg.prompt_tokens < 1:
-        raise InputError(f"prompt_tokens is {cfg.prompt_tokens}; give at least 1")
-    texts = [*cfg.prompt, *(read_text(path) for path in cfg.prompt_file)]
+def _read_texts(cfg: GenerateCommandConfig) -> list[str]:
+    """The prompts: those given, those in files, or else what is piped in."""
+    files = cfg.prompt_file if cfg.prompt or cfg.prompt_file or sys.stdin.isatty() else (STDIN,)
+    texts = [*cfg.prompt, *(_read_text(path) for path in files)]
     if not texts:
-        raise InputError("there is no prompt; give --prompt TEXT or --prompt-file FILE")
-    if cfg.chat:
-        encoded = [encode_chat(tokenizer, [{"role": "user", "content": text}]) for text in texts]
-    else:
-        encoded = [list(tokenizer(text, verbose=False).input_ids) for text in texts]
-    return [tokens[: cfg.prompt_tokens] for tokens in encoded]
+        raise InputError("there is no prompt; give --prompt TEXT or --prompt-file FILE, or pipe one in")
+    return texts
+
+
+def _read_text(path: Path) -> str:
+    """A text file's content; raises InputError where there is none. What is piped in loses its last newline."""
+    name = "standard input" if path == STDIN else f"'{path}'"
+    try:
+        if path != STDIN:
+            return path.read_text(encoding="utf-8")
+        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+    except FileNotFoundError:
+        raise InputError(f"{name}: no such file") from None
+    except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
+        raise InputError(f"{name} is not readable UTF-8 text ({type(error).__name__})") from None
 
 
 def _generate(
+    cfg: GenerateCommandConfig,
     model: BaseModel,
     engine: Engine,
     prompts: list[list[int]],
-    generation: GenerateConfig,
     selector: Selector | None,
-    is_streaming: bool,
-    console: Console,
+    notes: Console,
 ) -> dict:
     """Generate, show the texts and the report; an interruption still reports what there is."""
-    run = Run(engine, model.tokenizer, prompts, generation)
-    try:
-        if is_streaming:
-            _write(run.pieces[0])
-        while not run.is_done:
-            pieces = run.step(STREAM_BLOCK if is_streaming else None)
-            if is_streaming:
-                _write(pieces[0])
-    except KeyboardInterrupt:
-        _finish(run, is_streaming, console, selector, generation, model)
-        raise
-    return _finish(run, is_streaming, console, selector, generation, model)
-
-
-def _write(piece: str) -> None:
-    """Show a piece of text at once."""
-    sys.stdout.write(piece)
-    sys.stdout.flush()
-
-
-def _finish(
-    run: Run,
-    is_streaming: bool,
-    console: Console,
-    selector: Selector | None,
-    generation: GenerateConfig,
-    model: BaseModel,
-) -> dict:
-    """Show what was not streamed, and the report."""
+    write = write_text if cfg.stream else None
+    run, is_interrupted = decode(engine, model.tokenizer, prompts, cfg.generation, notes, write)
     results, report = run.results(), run.report()
-    if is_streaming:
-        _write("\n")
-    else:
+    if cfg.stream:
+        write_text("\n")
+    elif is_interrupted or not cfg.compare:
         for number, result in enumerate(results):
-            if len(results) > 1:
-                console.rule(f"prompt {number}")
-            console.print(result.text, markup=False)
-    console.rule("sparse" if selector else "dense")
-    for line in describe(report, selector, generation, model.cfg):
-        console.print(line, markup=False)
+            heading = f"--- prompt {number}\n" if len(results) > 1 else ""
+            write_text(f"{heading}{result.text}\n")
+    notes.rule("sparse" if selector else "dense")
+    for line in describe(report, selector, cfg.generation, model.cfg):
+        notes.print(line, markup=False, soft_wrap=True)
+    if is_interrupted:
+        raise KeyboardInterrupt
     return {
         "results": [dataclasses.asdict(result) for result in results],
         "prefill_tokens_per_second": report.prefill_rate,
@@ -157,7 +142,7 @@ def _side_by_side(result: dict) -> Table:
         times = f" ({rates['sparse'] / rates['dense']:.2f} x)" if name == "sparse" else ""
         table.add_column(f"{name}: {rates[name]:.1f} tokens/s{times}", ratio=1, overflow="fold")
     for dense, sparse in zip(result["dense"]["results"], result["sparse"]["results"], strict=True):
-        table.add_row(dense["text"], sparse["text"])
+        table.add_row(Text(dense["text"]), Text(sparse["text"]))  # as they are: text is no markup
     return table
 
 

@@ -1,22 +1,34 @@
 """What generate and chat share: flags, the compilation cache, and a model loaded only after it was seen to fit."""
 
+import contextlib
 import dataclasses
+import signal
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
 import jax.numpy as jnp
 from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from tyro.conf import OmitArgPrefixes
 
+from spotlight_jax import cli
 from spotlight_jax.checkpoint import Selector, load_selector
-from spotlight_jax.engine import Engine
-from spotlight_jax.errors import InputError
-from spotlight_jax.generate import GenerateConfig, Report, head_shape, make_decode_config, make_engine
+from spotlight_jax.engine import DecodeState, Engine
+from spotlight_jax.generate import (
+    STREAM_BLOCK,
+    GenerateConfig,
+    Report,
+    Run,
+    head_shape,
+    make_decode_config,
+    make_engine,
+)
 from spotlight_jax.memory import GIB, available_bytes, check_memory, plan_memory
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.load import BaseModel, load_model
 from spotlight_jax.models.params import default_dtype
-from spotlight_jax.sampling import SamplingConfig
-from spotlight_jax.selection import SelectionConfig
 
 MIB = 2**20
 
@@ -29,63 +41,9 @@ class SessionConfig:
     """A folder in Hugging Face's layout, a hub id, a .gguf file, or smollm2-135m."""
     selector: Path | None = None
     """What training wrote (a run or its selector folder); without one, every token is read."""
-    max_new_tokens: int = 128
-    """Most tokens after a prompt."""
-    stop: tuple[str, ...] = ()
-    """Strings of which the first to appear ends a text."""
-    ignore_eos: bool = False
-    """Go on after the model's end-of-text token."""
-    temperature: float = 0.0
-    """0 takes the most probable token."""
-    top_k: int = 0
-    """Draw from this many most probable tokens; 0: from all."""
-    top_p: float = 1.0
-    """Draw from the fewest tokens that hold this much probability."""
-    seed: int = 0
-    """Of the draws."""
-    keep: float = 0.02
-    """Share of the cached tokens a query reads."""
-    budget: int | None = None
-    """A fixed number of tokens instead of a share."""
-    min_tokens: int = 20
-    """The least that a share gives."""
-    sink_tokens: int = 0
-    """First tokens that are always read, counted in the budget."""
-    recent_tokens: int = 0
-    """Newest tokens that are always read, counted in the budget."""
-    per: Literal["kv_head", "query_head"] = "kv_head"
-    """One selection for all query heads of a KV head, or one per query head."""
-    dense_layers: tuple[int, ...] = (0, 1)
-    """Layers that read everything."""
-    min_context: int | Literal["auto"] = "auto"
-    """Sequences shorter than this are read densely; auto: from where sparse steps were measured to be faster."""
-    prefill_chunk: int | None = None
-    """Prompt tokens per prefill step."""
-    block: int = 32
-    """Tokens decoded on the device between two looks of the host."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of weights and cache; auto: bfloat16 on an accelerator, float32 on a CPU."""
-
-    def generation(self) -> GenerateConfig:
-        """The settings that generation reads; raises InputError for those that cannot be used."""
-        return GenerateConfig(
-            max_new_tokens=self.max_new_tokens,
-            stop=self.stop,
-            ignore_eos=self.ignore_eos,
-            sampling=SamplingConfig(self.temperature, self.top_k, self.top_p, self.seed),
-            selection=SelectionConfig(
-                keep=self.keep,
-                budget=self.budget,
-                min_tokens=self.min_tokens,
-                sink_tokens=self.sink_tokens,
-                recent_tokens=self.recent_tokens,
-                per=self.per,
-                dense_layers=self.dense_layers,
-                min_context=self.min_context,
-            ),
-            prefill_chunk=self.prefill_chunk,
-            block=self.block,
-        )
+    generation: OmitArgPrefixes[GenerateConfig] = dataclasses.field(default_factory=GenerateConfig)
 
     def weights_dtype(self) -> jnp.dtype:
         """What `auto` means here."""
@@ -107,34 +65,80 @@ def load_fitting(
     console: Console,
 ) -> tuple[BaseModel, Engine]:
     """Plan the memory, say so, and only then load the weights; raises InputError where they cannot fit."""
-    generation, dtype = cfg.generation(), cfg.weights_dtype()
+    generation, dtype = cfg.generation, cfg.weights_dtype()
     probe = Engine(model_cfg, {"embed": {"table": jnp.zeros((), dtype)}}, None, make_decode_config(generation))
     longest = max(prompt_lengths)
     plan = plan_memory(
         model_cfg,
         dtype,
         len(prompt_lengths),
-        probe.capacity(0, longest, cfg.max_new_tokens),
+        probe.capacity(0, longest, generation.max_new_tokens),
         probe.chunk_length(longest),
         None if selector is None else selector.cfg,
         generation.selection,
     )
     free = available_bytes()
     known = "" if free is None else f" of {free / GIB:.2f} free"
-    console.print(f"memory: {plan.describe()}{known}", highlight=False, style="dim")
+    console.print(f"memory: {plan.describe()}{known}", style="dim", soft_wrap=True)
     check_memory(plan, free)
-    model = load_model(cfg.model, dtype)
+    with waiting(console, f"loading {cfg.model}"):
+        model = load_model(cfg.model, dtype)
     return model, make_engine(model, generation, selector)
 
 
-def read_text(path: Path) -> str:
-    """A text file's content; raises InputError where there is none."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"'{path}': no such file") from None
-    except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
-        raise InputError(f"'{path}' is not a readable UTF-8 text file ({type(error).__name__})") from None
+@contextlib.contextmanager
+def waiting(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+    """In a terminal, a line that says what is being waited for and how far it is; it goes when it is over."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def decode(
+    engine: Engine,
+    tokenizer,
+    prompts: list[list[int]],
+    generation: GenerateConfig,
+    console: Console,
+    write: Callable[[str], None] | None = None,
+    state: DecodeState | None = None,
+) -> tuple[Run, bool]:
+    """Read the prompts and decode until every sequence has ended, or until Ctrl-C, which ends it after a block.
+
+    Args:
+        console: where a terminal shows what is being waited for.
+        write: gets the text of the one prompt as it comes.
+        state: of an earlier run, to go on after its cache; it is given up.
+
+    Returns: the run, and whether it was interrupted. A Ctrl-C during the prompt, or a second one, is KeyboardInterrupt.
+    """
+    with waiting(console, "reading the prompt") as show:
+        run = Run(engine, tokenizer, prompts, generation, state, show)
+    with cli.noted_signals(signal.SIGINT) as stop:
+        if write is None:
+            with waiting(console, "decoding") as show:
+                while not (run.is_done or stop):
+                    run.step()
+                    show(max(map(len, run.tokens)), generation.max_new_tokens)
+            return run, bool(stop)
+        with waiting(console, "compiling a decoding step"):
+            text = run.pieces[0] + ("" if run.is_done else run.step(STREAM_BLOCK)[0])
+        write(text)
+        while not (run.is_done or stop):
+            write(run.step(STREAM_BLOCK)[0])
+    return run, bool(stop)
+
+
+def write_text(text: str) -> None:
+    """Text on stdout at once and as it is: no wrapping, no markup."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def describe(report: Report, selector: Selector | None, cfg: GenerateConfig, model_cfg: DecoderConfig) -> list[str]:
@@ -142,19 +146,20 @@ def describe(report: Report, selector: Selector | None, cfg: GenerateConfig, mod
     reads = report.reads
     lines = [
         f"prompt      {report.prompt_tokens} tokens, {report.prefill_rate:,.1f} tokens/s",
-        f"decode      {report.new_tokens} tokens, {report.decode_rate:,.1f} tokens/s",
-        f"compile     {report.compile_seconds:.1f} s (once; kept for the next start)",
+        f"decode      {report.new_tokens} tokens after the first, {report.decode_rate:,.1f} tokens/s",
     ]
-    if selector is None:
-        lines.append(f"read/step   all tokens: K/V {reads.bytes_dense / MIB:,.1f} MiB")
-        return lines
+    if report.compile_seconds >= 0.05:
+        lines.append(f"compile     {report.compile_seconds:.1f} s (not in the rates; kept for the next start)")
+    dense_bytes = f"{reads.bytes_dense / MIB:,.1f} MiB"
+    if reads.bytes_keys_values == reads.bytes_dense:
+        why = "" if selector is None else " (too few for reading less to pay; --min-context 0 reads less all the same)"
+        return [*lines, f"read/step   all {reads.tokens} tokens{why}: K/V {dense_bytes}"]
     read = reads.bytes_keys_values + reads.bytes_codes
     dense = [layer for layer in cfg.selection.dense_layers if layer < model_cfg.layers]
     budget = f"keep {cfg.selection.keep:g}" if cfg.selection.budget is None else f"budget {cfg.selection.budget}"
     lines.append(
         f"read/step   {reads.tokens} tokens per head ({budget}): K/V {reads.bytes_keys_values / MIB:,.1f} MiB + codes "
-        f"{reads.bytes_codes / MIB:,.1f} MiB = {read / max(reads.bytes_dense, 1):.1%} of dense "
-        f"{reads.bytes_dense / MIB:,.1f} MiB"
+        f"{reads.bytes_codes / MIB:,.1f} MiB = {read / max(reads.bytes_dense, 1):.1%} of dense {dense_bytes}"
     )
     lines.append(f"dense       layers {', '.join(map(str, dense)) or 'none'} of {model_cfg.layers}")
     return lines

@@ -1,21 +1,30 @@
 """spotlight generate, chat and doctor, with a tiny model in place of a real one."""
 
+import dataclasses
+import io
 import json
+import os
+import pty
+import signal
 
 import jax
 import jax.numpy as jnp
 import pytest
+from rich.console import Console
 
 from spotlight_jax import hashing
 from spotlight_jax.checkpoint import Selector, save_selector
 from spotlight_jax.commands import chat, doctor, generate, session
+from spotlight_jax.engine import Engine
 from spotlight_jax.errors import InputError
-from spotlight_jax.generate import Run, head_shape
+from spotlight_jax.generate import GenerateConfig, Run, encode_chat, head_shape
+from spotlight_jax.generate import generate as continue_prompts
 from spotlight_jax.memory import MemoryPlan, check_memory, plan_memory
 from spotlight_jax.models.decoder import init_params
 from spotlight_jax.models.load import BaseModel
 from spotlight_jax.models.presets import PRESETS
 from spotlight_jax.selection import SelectionConfig
+from spotlight_jax.text_stream import BROKEN
 from tests.byte_tokenizer import byte_tokenizer
 
 MODEL = PRESETS["tiny"]
@@ -52,16 +61,67 @@ def test_generate_shows_text_and_report_and_one_line_of_json(capsys, selector_fo
     result = json.loads(shown.out.splitlines()[-1])
     assert len(result["results"][0]["tokens"]) == 6
     assert result["reads"]["tokens"] == 20 and result["reads"]["bytes_codes"] > 0
-    assert "20 tokens per head (keep 0.1)" in shown.out and "layers 0 of 3" in shown.out
+    assert "20 tokens per head (keep 0.1)" in shown.err and "layers 0 of 3" in shown.err
     assert "memory: weights" in shown.err
 
 
-def test_streamed_output_holds_the_same_text(capsys):
+def test_the_report_says_when_a_selector_did_not_pay(capsys, selector_folder):
+    assert generate.command(["--selector", str(selector_folder), "--prompt", "abc", "--max-new-tokens", "4"]) == 0
+    assert "all 6 tokens (too few for reading less to pay" in capsys.readouterr().err
+
+
+STRANGE = "a [bold]b[/b] :cat: " + "long " * 100 + "\N{GREEK SMALL LETTER BETA}"
+
+
+@pytest.fixture
+def strange_text(monkeypatch):
+    """Every text comes out as one that looks like markup and fills several lines."""
+    results = Run.results
+    monkeypatch.setattr(Run, "results", lambda run: [dataclasses.replace(each, text=STRANGE) for each in results(run)])
+
+
+def test_stdout_holds_the_text_as_it_is_and_nothing_else(capsys, strange_text):
+    assert generate.command(["--prompt", "abc", "--max-new-tokens", "2"]) == 0
+    assert capsys.readouterr().out == STRANGE + "\n"
+    assert generate.command(["--prompt", "abc", "de", "--max-new-tokens", "2"]) == 0
+    assert capsys.readouterr().out == f"--- prompt 0\n{STRANGE}\n--- prompt 1\n{STRANGE}\n"
+
+
+def test_compared_texts_are_no_markup(capsys, selector_folder, strange_text):
+    args = ["--selector", str(selector_folder), "--prompt", "abc", "--max-new-tokens", "2", "--compare"]
+    assert generate.command(args) == 0
+    assert capsys.readouterr().out.count("[bold]b[/b] :cat:") == 2
+
+
+def test_streamed_output_is_the_text(capsys):
     args = ["--prompt", "abc", "--max-new-tokens", "20", "--ignore-eos"]
     assert generate.command([*args, "--json"]) == 0
     text = json.loads(capsys.readouterr().out.splitlines()[-1])["results"][0]["text"]
     assert generate.command([*args, "--stream"]) == 0
-    assert capsys.readouterr().out.startswith(text)
+    assert capsys.readouterr().out == text + "\n"
+
+
+def texts_after(args, capsys):
+    assert generate.command(["--max-new-tokens", "8", *args, "--json"]) == 0
+    return json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+
+
+def test_a_prompt_may_be_piped_in(capsys, monkeypatch, tmp_path):
+    expected = texts_after(["--prompt", "abc"], capsys)
+    for args in ([], ["--prompt-file", "-"]):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"abc\n")))
+        assert texts_after(args, capsys) == expected
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"never read")))
+    assert texts_after(["--prompt", "abc"], capsys) == expected
+
+
+@pytest.mark.parametrize(
+    ("piped", "message"), [(b"", "prompt is empty"), (b"\xff\xfe", "standard input is not readable")]
+)
+def test_what_is_piped_in_may_be_no_prompt(capsys, monkeypatch, piped, message):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(piped)))
+    assert generate.command([]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_compare_shows_both(capsys, selector_folder):
@@ -71,25 +131,69 @@ def test_compare_shows_both(capsys, selector_folder):
     assert "dense:" in out and "sparse:" in out and " x)" in out
 
 
-def test_ctrl_c_in_a_stream_still_reports(capsys, monkeypatch):
-    step = Run.step
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Sends Ctrl-C during a call of one of the engine's methods: before the `call`-th one gives its result."""
 
-    def interrupted(run, limit=None):
-        if run.tokens[0][1:]:
-            raise KeyboardInterrupt
-        return step(run, limit)
+    def during(method, call, times=1):
+        real, calls = getattr(Engine, method), []
 
-    monkeypatch.setattr(Run, "step", interrupted)
-    args = ["--prompt", "abc", "--stream", "--ignore-eos", "--max-new-tokens", "40"]
-    assert generate.command(args) == 130
+        def interrupted(*args, **options):
+            result = real(*args, **options)
+            calls.append(1)
+            for _ in range(times if len(calls) == call else 0):
+                signal.raise_signal(signal.SIGINT)
+            return result
+
+        monkeypatch.setattr(Engine, method, interrupted)
+
+    return during
+
+
+@pytest.mark.parametrize(("flags", "count"), [(["--stream"], 8), ([], 32)])
+def test_ctrl_c_while_decoding_still_shows_text_and_report(capsys, interrupt, flags, count):
+    args = ["--prompt", "abc", "--ignore-eos", "--max-new-tokens", "80"]
+    (whole,) = texts_after([*args, "--max-new-tokens", str(count + 1)], capsys)
+    interrupt("decode", 2 if flags else 1)
+    assert generate.command([*args, *flags]) == 130
     shown = capsys.readouterr()
-    assert "decode      4 tokens" in shown.out and "interrupted" in shown.err
+    assert shown.out == whole["text"].rstrip(BROKEN) + "\n"  # bytes of half a character are still held back
+    assert f"decode      {count} tokens" in shown.err
+    assert shown.err.splitlines()[-1] == "spotlight generate: interrupted"
+
+
+@pytest.mark.parametrize(("method", "times"), [("prefill", 1), ("decode", 2)])
+def test_ctrl_c_in_a_prompt_or_twice_ends_at_once(capsys, interrupt, method, times):
+    interrupt(method, 1, times)
+    assert generate.command(["--prompt", "abc", "--stream"]) == 130
+    shown = capsys.readouterr()
+    assert shown.out == "" and "decode " not in shown.err
+    assert shown.err.splitlines()[-1] == "spotlight generate: interrupted"
+
+
+def test_a_terminal_shows_what_is_waited_for_and_a_file_nothing():
+    shown = []
+    for is_terminal in (True, False):
+        file = io.StringIO()
+        with session.waiting(Console(file=file, force_terminal=is_terminal), "reading [b] the prompt") as show:
+            show(3, 4)
+        shown.append(file.getvalue())
+    assert "reading [b] the prompt" in shown[0] and "75%" in shown[0]
+    assert shown[1] == ""
+
+
+def test_no_prompt_is_refused(capsys, monkeypatch):
+    ours, theirs = pty.openpty()
+    with open(theirs) as terminal:
+        monkeypatch.setattr("sys.stdin", terminal)
+        assert generate.command([]) == 2
+    os.close(ours)
+    assert "there is no prompt; give --prompt TEXT or --prompt-file FILE, or pipe one in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "no prompt"),
         (["--prompt", ""], "the prompt is empty"),
         (["--prompt", "x" * 600], "passes the model's context of 512"),
         (["--prompt", "a", "--keep", "0"], "keep is 0.0"),
@@ -100,6 +204,8 @@ def test_ctrl_c_in_a_stream_still_reports(capsys, monkeypatch):
         (["--prompt-file", "no/such/file.txt"], "no such file"),
         (["--prompt", "a", "--compare"], "give --selector"),
         (["--prompt", "a", "b", "--stream"], "--stream shows one text"),
+        (["--prompt", "a", "--stream", "--compare", "--selector", "x"], "leave out --stream"),
+        (["--prompt", "a", "--kep", "0.1"], "did you mean '--keep'?"),
         (["--prompt", "a", "--selector", "no/such/run"], "is no selector"),
         (["--prompt", "a", "--temperature", "-1"], "temperature is -1"),
         (["--prompt", "a", "--prefill-chunk", "0"], "prefill_chunk is 0"),
@@ -124,7 +230,7 @@ def test_a_binary_file_is_no_prompt(tmp_path, capsys):
     file = tmp_path / "image.bin"
     file.write_bytes(b"\xff\xfe\x00\x80")
     assert generate.command(["--prompt-file", str(file)]) == 2
-    assert "not a readable UTF-8 text file" in capsys.readouterr().err
+    assert "is not readable UTF-8 text" in capsys.readouterr().err
 
 
 def test_what_does_not_fit_is_refused_with_the_numbers_before_loading(monkeypatch, capsys):
@@ -147,43 +253,83 @@ def test_the_memory_plan_by_hand():
     assert plan.codes / (plan.cache * 26 / 28) == 1 / 32
 
 
-def talk(monkeypatch, lines, **fields):
+def talk(lines, new=6, **fields):
+    """The messages of a talk in which these lines were said; None is Ctrl-C at the prompt."""
     said = iter(lines)
 
     def read(_):
-        try:
-            return next(said)
-        except StopIteration:
-            raise EOFError from None
+        line = next(said, EOFError)
+        if line is EOFError:
+            raise EOFError
+        if line is None:
+            raise KeyboardInterrupt
+        return line
 
-    return chat.main(chat.ChatCommandConfig(max_new_tokens=6, **fields), read)
+    return chat.main(chat.ChatCommandConfig(generation=GenerateConfig(max_new_tokens=new), **fields), read)
 
 
-def test_a_talk_keeps_what_was_said(capsys, monkeypatch):
-    messages = talk(monkeypatch, ["hello", "", "and then?", "/quit", "never said"], system="be brief")
+def users(messages):
+    return [message["content"] for message in messages if message["role"] == "user"]
+
+
+def test_a_talk_keeps_what_was_said(capsys):
+    messages = talk(["hello", "", "and then?", "/quit", "never said"], system="be brief")
     assert [message["role"] for message in messages] == ["system", "user", "assistant", "user", "assistant"]
     assert messages[1]["content"] == "hello" and messages[3]["content"] == "and then?"
 
 
-def test_a_second_turn_answers_as_if_the_whole_talk_were_its_prompt(capsys, monkeypatch):
-    messages = talk(monkeypatch, ["hello", "and then?"])
-    tokens = generate.encode_chat(byte_tokenizer(), messages[:3])
+def answer_to(messages, new=6):
+    """What the model says after these messages, all of them in one prompt."""
     model = session.load_model("tiny", "float32")
-    cfg = chat.ChatCommandConfig(max_new_tokens=6).generation()
-    (expected,) = generate_texts(model, tokens, cfg)
-    assert messages[3]["content"] == expected.text
+    tokens = encode_chat(byte_tokenizer(), messages)
+    return continue_prompts(model, [tokens], GenerateConfig(max_new_tokens=new))[0].text
 
 
-def generate_texts(model, tokens, cfg):
-    from spotlight_jax.generate import generate as continue_prompts
+def test_a_second_turn_answers_as_if_the_whole_talk_were_its_prompt(capsys):
+    messages = talk(["hello", "and then?"])
+    assert messages[3]["content"] == answer_to(messages[:3])
 
-    return continue_prompts(model, [tokens], cfg)
+
+def test_new_forgets_and_a_full_talk_is_said(capsys):
+    messages = talk(["x" * 600, "hello", "y" * 480, "/new", "again"])
+    assert users(messages) == ["again"]
+    too_much, full = [line for line in capsys.readouterr().err.splitlines() if "passes its limit of 512" in line]
+    assert "shorten what you said" in too_much and "/new" in full
 
 
-def test_new_forgets_and_a_full_talk_is_said(capsys, monkeypatch):
-    messages = talk(monkeypatch, ["x" * 600, "hello", "/new", "again"])
-    assert [message["content"] for message in messages if message["role"] == "user"] == ["again"]
-    assert "fills the model's context of 512" in capsys.readouterr().err
+def test_a_talk_may_be_held_shorter_than_the_models_context(capsys):
+    assert users(talk(["x" * 100, "hello"], context=90)) == ["hello"]
+    assert "passes its limit of 90" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"at most 6 tokens has no room for answers of 6; .* --context"):
+        talk(["hello"], context=6)
+
+
+def test_ctrl_c_at_the_prompt_drops_the_line_and_says_how_to_end(capsys):
+    assert users(talk([None, "hello"])) == ["hello"]
+    assert capsys.readouterr().err.count("Ctrl-D ends") == 2
+
+
+def test_ctrl_c_cuts_an_answer_short_and_the_talk_goes_on(capsys, interrupt):
+    interrupt("decode", 2)
+    messages = talk(["hello", "and then?"], new=40)
+    assert messages[1]["content"] == answer_to(messages[:1], 9).rstrip(BROKEN) != ""
+    assert messages[3]["content"] == answer_to(messages[:3], 40)
+    assert f"{messages[1]['content']} ...\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("method", "times"), [("prefill", 1), ("decode", 2)])
+def test_ctrl_c_before_an_answer_or_twice_leaves_the_talk_as_it_was(capsys, interrupt, method, times):
+    interrupt(method, 2, times)  # the second block, or the second turn's prompt
+    messages = talk(["hello", "and then?", "and now?"], new=5)
+    kept = ["hello", "and now?"]
+    assert users(messages) == kept
+    assert messages[3]["content"] == answer_to(messages[:3], 5)
+    assert "the talk is as it was before" in capsys.readouterr().err
+
+
+def test_an_answer_that_its_length_ends_says_so(capsys):
+    talk(["hello"], report=True)
+    assert "the answer ends at --max-new-tokens 6" in capsys.readouterr().err
 
 
 def test_doctor_names_versions_device_ops_and_folders(capsys, own_cache, monkeypatch):
