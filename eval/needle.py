@@ -1,0 +1,268 @@
+"""Needle in a haystack: does a method still find what lies far back, by length and depth, beside the dense model?
+
+    spotlight eval needle --selector runs/demo --variant passkey --lengths 512 1024        # two CPU cores: 4 minutes
+    spotlight eval needle --selector runs/smollm2 --samples 5 --keep 0.02 0.05 \\
+        --methods dense oracle spotlight lsh quest magicpig window random                  # one GPU: 2 minutes
+
+Variants: `needle` hides a sentence in a text and asks for it, `passkey` five digits; `copy` hides nothing but comes
+back to a passage of the text and scores how well the model goes on with it. The haystack is read densely (prefill);
+what comes after it reads as each method does, the question too (--sparse-from answer: only the answer).
+
+Every answer token is scored given the ones before it. A greedy decoder would write the answer exactly when each of its
+tokens is then the most probable one, so that `exact` needs one pass and no decoding; `ROUGE-L` is that of the most
+probable tokens. `--generate` writes answers token by token instead, and scores those.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import transformers
+from jaxtyping import Int32
+
+from eval.config import EvalConfig, Subject, Trial, list_trials, load_subject
+from eval.haystack import Haystack, Question, Variant
+from eval.methods import Method
+from eval.needle_plot import Panel, plot_grids
+from eval.prefilled import Prefilled, Tail, pass_tail, prefill
+from eval.record import Record, Row, make_table
+from eval.text_metrics import lcs_rouge
+from spotlight_jax import cli
+from spotlight_jax.compiled import use_compile_cache
+from spotlight_jax.errors import InputError
+from spotlight_jax.generate import context_limit
+
+_MIB = 2**20
+_WIDTH = 32  # what follows a haystack is padded to a multiple of this, so that few shapes are compiled
+_LABELS = {
+    "needle": "exact answers",
+    "passkey": "exact answers",
+    "copy": "perplexity of the passage's second copy",
+}
+FREE_FIELDS = ("out", "resume", "methods", "keep", "settings", "lengths", "depths")
+
+
+@dataclasses.dataclass(frozen=True)
+class NeedleConfig(EvalConfig):
+    """What is hidden where, and who looks for it."""
+
+    variant: Variant = "needle"
+    """needle: a sentence; passkey: five digits; copy: the rest of a passage that begins again."""
+    lengths: tuple[int, ...] = (1024, 2048, 4096, 8192)
+    """Tokens of the whole, question and answer included."""
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    """Where it is hidden: 0 is the start of the haystack, 1 its end."""
+    samples: int = 1
+    """Texts of each length and depth, each with a haystack and something hidden of its own."""
+    passage: int = 128
+    """Tokens of the passage that `copy` repeats."""
+    haystack: str = "text:sherlock"
+    """A text file, a folder or glob of them, or an embedded text (text:NAME)."""
+    sparse_from: Literal["question", "answer"] = "question"
+    """Read sparsely from the question on, or from the answer on as generation does (its first token is then dense)."""
+    generate: bool = False
+    """Write each answer token by token for its ROUGE-L, instead of the most probable tokens after the right ones."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be asked."""
+        super().__post_init__()
+        for name in ("lengths", "depths"):
+            if not getattr(self, name) or len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise InputError(f"give --{name} at least one, each once")
+        if min(self.depths) < 0 or max(self.depths) > 1:
+            raise InputError(f"depths are {self.depths}; give numbers from 0 (the start) to 1 (the end)")
+        if self.samples < 1:
+            raise InputError(f"samples is {self.samples}; give at least 1")
+        if self.passage < 32:
+            raise InputError(f"passage is {self.passage}; give at least 32 tokens, 16 of which ask for the rest")
+        if min(self.lengths) < 1:
+            raise InputError(f"lengths are {self.lengths}; give at least 1 token")
+
+
+def check_subject(cfg: NeedleConfig, subject: Subject) -> transformers.PreTrainedTokenizerBase:
+    """The model's tokenizer; raises InputError where there is none, and for lengths that pass the model's context."""
+    limit = context_limit(subject.cfg)
+    if over := [length for length in cfg.lengths if length > limit]:
+        raise InputError(
+            f"lengths {', '.join(map(str, over))} pass the model's context of {limit}; give shorter --lengths"
+        )
+    if subject.tokenizer is None:
+        raise InputError(f"{subject.source} has no tokenizer, and needles are text; give a real model")
+    return subject.tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Desk:
+    """What asking needs: the model, the text, and the methods."""
+
+    cfg: NeedleConfig
+    subject: Subject
+    tokenizer: transformers.PreTrainedTokenizerBase
+    haystack: Haystack
+    methods: dict[Trial, Method]
+
+    def question(self, length: int, depth: float, sample: int) -> Question:
+        """The same one for every method."""
+        rng = np.random.default_rng([self.cfg.seed, length, round(1e6 * depth), sample])
+        return self.haystack.ask(self.cfg.variant, length, depth, rng, self.cfg.passage)
+
+    def prefill(self, question: Question) -> Prefilled:
+        """The dense pass over what comes before the question."""
+        room = max(self.cfg.lengths) + _WIDTH
+        return prefill(self.subject.params, self.subject.cfg, question.prompt, room, len(question.tokens))
+
+    def decode(self, tokens: Int32[np.ndarray, "tokens"]) -> str:
+        """Their text."""
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def ask(desk: Desk, question: Question, trial: Trial, prompt: Prefilled) -> tuple[Row, str]:
+    """Scores of one method's answer, and its text."""
+    cfg, subject, count = desk.cfg, desk.subject, len(question.answer)
+    sparse_from = len(question.prompt) + (len(question.question) if cfg.sparse_from == "answer" else 0)
+
+    def pass_on(after: Int32[np.ndarray, "after"]) -> Tail:
+        tokens = np.concatenate([question.question, after])
+        width = -(-len(tokens) // _WIDTH) * _WIDTH
+        method = desk.methods[trial]
+        return pass_tail(subject.params, subject.cfg, prompt, tokens, method, trial.selection, sparse_from, width)
+
+    tail = pass_on(question.answer)
+    own = slice(-count - 1, -1)  # the queries that foretell the answer
+    best = tail.best[own]
+    is_right = best == question.answer
+    text = desk.decode(_write(pass_on, count, desk.tokenizer.eos_token_id) if cfg.generate else best)
+    row = {
+        "exact": float(is_right.all()),
+        "accuracy": float(is_right.mean()),
+        "rouge": lcs_rouge(text, desk.decode(question.answer))[2],
+        "loss": float(-tail.log_probs[-count:].astype(np.float64).mean()),
+        "tokens_read": float(tail.tokens_read[own].mean()),
+        "bytes_read": float(tail.bytes_read[own].mean()),
+        "index_bytes": float(tail.index_bytes[own].mean()),
+    }
+    return row, text
+
+
+def _write(
+    pass_on: Callable[[Int32[np.ndarray, "after"]], Tail], count: int, end: int | None
+) -> Int32[np.ndarray, "said"]:
+    """The most probable tokens one after another, up to `count`; each step passes over the whole tail again."""
+    said: list[int] = []
+    while len(said) < count:
+        token = int(pass_on(np.asarray(said, np.int32)).best[-1])
+        if token == end:
+            break
+        said.append(token)
+    return np.asarray(said, np.int32)
+
+
+def ask_cell(desk: Desk, cell: Row, trials: Sequence[Trial], record: Record) -> None:
+    """Every question of one length and depth by the methods that are not finished with it; their rows go to disk."""
+    rows: dict[Trial, list[Row]] = {trial: [] for trial in trials}
+    answers: list[Row] = []
+    for sample in range(desk.cfg.samples):
+        question = desk.question(cell["length"], cell["depth"], sample)
+        prompt, wanted = desk.prefill(question), desk.decode(question.answer)
+        for trial in trials:
+            record.note(f"{trial.method}, {cell['length']} tokens, depth {cell['depth']:g}")
+            row, text = ask(desk, question, trial, prompt)
+            rows[trial].append(row)
+            answers.append(trial.part | cell | {"sample": sample, "wanted": wanted, "said": text})
+    with (record.folder.path / "answers.jsonl").open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+    for trial, measured in rows.items():
+        means = {name: float(np.mean([row[name] for row in measured])) for name in measured[0]}
+        record.add(trial.part | cell, {"samples": desk.cfg.samples, **means})
+
+
+def combine(variant: Variant, rows: Sequence[Row]) -> Row:
+    """Means over cells; the score is the share of exact answers, of right tokens where a passage is copied."""
+    names = ("exact", "accuracy", "rouge", "tokens_read", "bytes_read", "index_bytes")
+    means = {name: round(float(np.mean([row[name] for row in rows])), 4) for name in names}
+    score = means["accuracy" if variant == "copy" else "exact"]
+    return {"score": score, "ppl": math.exp(np.mean([row["loss"] for row in rows])), **means}
+
+
+def main(cfg: NeedleConfig) -> dict[str, Any]:
+    """Ask what is not answered; draw the map, print the table and one line of JSON, whose content is returned."""
+    use_compile_cache()
+    subject = load_subject(cfg)
+    tokenizer = check_subject(cfg, subject)
+    trials = list_trials(cfg)
+    methods = {trial: subject.open_method(trial.method, trial.selection, cfg.seed) for trial in trials}
+    cells: list[Row] = [{"length": length, "depth": depth} for length in cfg.lengths for depth in cfg.depths]
+    with Record.open(cfg, cfg.variant, FREE_FIELDS) as record:
+        desk = Desk(cfg, subject, tokenizer, Haystack(cfg.haystack, tokenizer, 2 * max(cfg.lengths)), methods)
+        left = record.begin([trial.part | cell for cell in cells for trial in trials])
+        for cell in cells:
+            if unanswered := [trial for trial in trials if trial.part | cell in left]:
+                ask_cell(desk, cell, unanswered, record)
+        results = [_result(cfg, record, trial) for trial in trials]
+        metric = "ppl" if cfg.variant == "copy" else "score"
+        panels = [
+            Panel(
+                _name(trial),
+                np.array([[_cell(cfg, record, trial, x, y)[metric] for x in cfg.lengths] for y in cfg.depths]),
+            )
+            for trial in trials
+        ]
+        title = f"{cfg.variant}, {subject.source}, {cfg.haystack}"
+        plot_grids(
+            record.folder.path / f"{cfg.variant}.png", panels, cfg.lengths, cfg.depths, _LABELS[cfg.variant], title
+        )
+        return record.finish(results, [_table(cfg, results, title)])
+
+
+def _cell(cfg: NeedleConfig, record: Record, trial: Trial, length: int, depth: float) -> Row:
+    """What was measured of one method at one length and depth."""
+    row = record.row_of(trial.part | {"length": length, "depth": depth})
+    assert row is not None
+    return combine(cfg.variant, [row])
+
+
+def _result(cfg: NeedleConfig, record: Record, trial: Trial) -> Row:
+    """One method's row of the results: means over all cells, and over those of each length."""
+    rows = {
+        length: [row for depth in cfg.depths if (row := record.row_of(trial.part | {"length": length, "depth": depth}))]
+        for length in cfg.lengths
+    }
+    whole = combine(cfg.variant, [row for own in rows.values() for row in own])
+    by_length = {str(length): combine(cfg.variant, own) for length, own in rows.items()}
+    return trial.part | {"task": cfg.variant} | whole | {"by_length": by_length}
+
+
+def _name(trial: Trial) -> str:
+    """How a panel is called."""
+    return trial.method if trial.keep in (None, 1) else f"{trial.method}, keep {trial.keep:g}, {trial.setting}"
+
+
+def _table(cfg: NeedleConfig, results: Sequence[Row], title: str) -> Any:
+    """A line a method, share and setting; a column a length."""
+    metric, form = ("ppl", ".2f") if cfg.variant == "copy" else ("score", ".0%")
+    lengths = [f"{length:,}" for length in cfg.lengths]
+    columns = ["method", "keep", "always read", *lengths, "all", "right tokens", "ROUGE-L", "tokens read", "MiB read"]
+    lines = []
+    for row in results:
+        keep = "-" if row["keep"] is None else f"{row['keep']:g}"
+        cells = [f"{own[metric]:{form}}" for own in (*row["by_length"].values(), row)]
+        reads = [f"{row['tokens_read']:,.0f}", f"{row['bytes_read'] / _MIB:.2f}"]
+        lines.append(
+            [row["method"], keep, row["setting"], *cells, f"{row['accuracy']:.0%}", f"{row['rouge']:.3f}", *reads]
+        )
+    asked = len(cfg.depths) * cfg.samples
+    note = f"{_LABELS[cfg.variant]}; {asked} questions a length; {cfg.sparse_from} on sparse"
+    return make_table(f"{title}\n{note}", columns, lines, names=3)
+
+
+def command(args: Sequence[str] | None = None) -> int:
+    """`spotlight eval needle`."""
+    return cli.run(main, NeedleConfig, "spotlight eval needle", __doc__, args)
+
+
+if __name__ == "__main__":
+    sys.exit(command())
