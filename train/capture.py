@@ -36,20 +36,36 @@ def draw_picks(key: PRNGKeyArray, window: int, count: int, draws: int) -> Int32[
     return jax.vmap(lambda k: jnp.sort(jax.random.permutation(k, window)[:count]))(keys).reshape(-1).astype(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "mesh"))
-def _capture_layer(layer_params, x, picks, cfg, mesh):
+@functools.partial(jax.jit, static_argnames=("cfg", "mesh", "passes_on"))
+def capture_layer(
+    layer_params: Params,
+    x: Shaped[Array, "windows window embed"],
+    picks: Int32[Array, "windows picks"],
+    cfg: DecoderConfig,
+    mesh: Mesh,
+    passes_on: bool = True,
+) -> tuple[Shaped[Array, "windows window embed"] | None, Captured]:
+    """The stream after one layer, and what the layer sees; both spread over the mesh by window.
+
+    Args:
+        passes_on: False leaves attention and MLP out, since queries and keys need only the layer's input, and passes
+            on None.
+    """
+
     def capture_own(layer_params, x, picks):
         positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None, :], x.shape[:2])
 
         def attend(queries, keys, values):
             picked = jnp.take_along_axis(queries, picks[:, :, None, None], axis=1)
-            return causal_attention(queries, keys, values), Captured(queries=picked, picks=picks, keys=keys)
+            outputs = causal_attention(queries, keys, values) if passes_on else queries
+            return outputs, Captured(queries=picked, picks=picks, keys=keys)
 
-        return apply_layer(layer_params, x, positions, attend, cfg)
+        after, seen = apply_layer(layer_params, x, positions, attend, cfg)
+        return after if passes_on else None, seen
 
-    return jax.shard_map(
-        capture_own, mesh=mesh, in_specs=(P(), P(AXIS), P(AXIS)), out_specs=(P(AXIS), P(AXIS)), check_vma=False
-    )(layer_params, x, picks)
+    return jax.shard_map(capture_own, mesh=mesh, in_specs=(P(), P(AXIS), P(AXIS)), out_specs=P(AXIS), check_vma=False)(
+        layer_params, x, picks
+    )
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
@@ -79,7 +95,7 @@ def capture(
     x = embed_tokens(params, tokens, cfg)
     captured = []
     for layer in range(cfg.layers):
-        x, seen = _capture_layer(params[f"layer_{layer}"], x, picks, cfg, mesh)
+        x, seen = capture_layer(params[f"layer_{layer}"], x, picks, cfg, mesh)
         captured.append(seen)
     return stack_layers(captured, mesh)
 

@@ -24,7 +24,7 @@ from spotlight_jax.errors import InputError
 from spotlight_jax.memory import GIB
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import Params, apply_layer, attend_densely, embed_tokens
-from train.capture import AXIS, Captured, stack_layers
+from train.capture import AXIS, Captured, capture_layer, stack_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,23 +138,6 @@ def hidden_states(params: Params, tokens: Int32[Array, "one window"], cfg: Decod
     return np.stack([np.asarray(state[0]) for state in states])
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "mesh"))
-def _project_layer(layer_params, x, picks, cfg, mesh):
-    """Queries and keys of one layer from its input: attention and MLP are not computed."""
-
-    def project(layer_params, x, picks):
-        positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None, :], x.shape[:2])
-
-        def attend(queries, keys, values):
-            picked = jnp.take_along_axis(queries, picks[:, :, None, None], axis=1)
-            return queries, Captured(queries=picked, picks=picks, keys=keys)
-
-        return apply_layer(layer_params, x, positions, attend, cfg)[1]
-
-    specs = (P(), P(AXIS), P(AXIS))
-    return jax.shard_map(project, mesh=mesh, in_specs=specs, out_specs=P(AXIS), check_vma=False)(layer_params, x, picks)
-
-
 def capture_cached(
     cache: HiddenCache,
     params: Params,
@@ -188,5 +171,5 @@ def capture_cached(
     captured = []
     for layer in range(cfg.layers):
         x = jax.device_put(hidden[layer], spread)
-        captured.append(_project_layer(params[f"layer_{layer}"], x, picks, cfg, mesh))
+        captured.append(capture_layer(params[f"layer_{layer}"], x, picks, cfg, mesh, passes_on=False)[1])
     return stack_layers(captured, mesh)

@@ -3,10 +3,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spotlight_jax.models.decoder import apply_layer, attend_densely, embed_tokens
+from spotlight_jax.models.decoder import apply_layer, attend_densely, embed_tokens, init_params
 from spotlight_jax.models.load import load_weights
+from spotlight_jax.models.presets import PRESETS
 from tests.tolerances import tolerance
-from train.capture import capture, draw_picks, make_mesh, take_step
+from train.capture import capture, capture_layer, draw_picks, make_mesh, take_step
 
 
 def test_captured_queries_and_keys_are_those_the_model_attends_with(inputs):
@@ -31,6 +32,21 @@ def test_captured_queries_and_keys_are_those_the_model_attends_with(inputs):
             np.testing.assert_allclose(got.queries[layer, window], want, **tolerance("float32"))
             np.testing.assert_allclose(got.keys[layer, window], keys[window], **tolerance("float32"))
             np.testing.assert_array_equal(got.picks[layer, window], picks[window])
+
+
+def test_a_layer_that_passes_nothing_on_sees_the_same_and_computes_projections_alone():
+    cfg = PRESETS["tiny"]
+    params = init_params(jax.random.key(0), cfg)["layer_0"]
+    x = jax.random.normal(jax.random.key(1), (1, 24, cfg.embed))
+    args = (params, x, jnp.asarray([[1, 7, 23]], jnp.int32), cfg, make_mesh())
+    after, seen = capture_layer(*args)
+    nothing, same = capture_layer(*args, passes_on=False)
+    assert after.shape == x.shape and nothing is None
+    jax.tree.map(np.testing.assert_array_equal, seen, same)
+    flops = capture_layer.lower(*args, passes_on=False).compile().cost_analysis()["flops"]
+    queries_keys = 2 * 24 * cfg.embed * (cfg.q_heads + cfg.kv_heads) * cfg.head_dim
+    mlp = 2 * 24 * cfg.embed * 3 * cfg.mlp
+    assert queries_keys < flops < queries_keys + mlp / 2
 
 
 def test_a_step_takes_one_window_and_one_draw(inputs):
