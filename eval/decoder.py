@@ -22,6 +22,7 @@ from spotlight_jax.checkpoint import Selector
 from spotlight_jax.engine import DecodeConfig, DecodeState, Engine
 from spotlight_jax.errors import InputError
 from spotlight_jax.generate import context_limit
+from spotlight_jax.memory import step_reads
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import Params, apply_layer, embed_tokens, unembed
 from spotlight_jax.selection import SelectionConfig
@@ -63,6 +64,7 @@ class Written:
 
     tokens: tuple[int, ...]
     tokens_read: float  # per query: mean over selecting heads, sparse layers and steps
+    bytes_read: float  # per step, mean: keys, values and index, of all layers
 
 
 class Decoder:
@@ -104,16 +106,20 @@ class Decoder:
         return self._write_by_method(state, max_new_tokens)
 
     def _write_by_engine(self, state: DecodeState, max_new_tokens: int) -> Written:
-        prompt = int(state.cache.lengths[0])
+        prompt, subject = int(state.cache.lengths[0]), self.subject
         tokens = np.asarray(state.tokens).tolist()
         while not np.asarray(state.is_done).all():
             state, chosen = self._engine.decode(state)
             tokens += chosen[0].tolist()
         tokens = _cut(tokens[:max_new_tokens], self.stop_tokens)
-        lengths = np.arange(prompt + 1, prompt + len(tokens))
-        if self.method.name == "spotlight":
-            lengths = np.asarray(causal_budgets(prompt + len(tokens), self.selection))[lengths - 1]
-        return Written(tuple(tokens), float(lengths.mean()) if len(lengths) else 0.0)
+        lengths = list(range(prompt + 1, prompt + len(tokens)))
+        hash_cfg = None if self._engine.selector is None else self._engine.selector.cfg
+        reads = [step_reads(subject.cfg, self._engine.dtype, [n], hash_cfg, self.selection, 0) for n in lengths]
+        return Written(
+            tuple(tokens),
+            _mean([one.tokens for one in reads]),
+            _mean([one.bytes_keys_values + one.bytes_codes for one in reads]),
+        )
 
     def _write_by_method(self, state: DecodeState, max_new_tokens: int) -> Written:
         cfg, params, method = self.subject.cfg, self.subject.params, self.method
@@ -121,18 +127,25 @@ class Decoder:
         slots = state.cache.max_len
         budgets = causal_budgets(slots, self.selection)
         own = [None if layer in method.dense_layers else method.layer(layer) for layer in range(cfg.layers)]
-        token, tokens, reads = int(state.tokens[0]), [int(state.tokens[0])], []
+        token, tokens = int(state.tokens[0]), [int(state.tokens[0])]
+        row = 2 * cfg.kv_heads * cfg.head_dim * layers[0].keys.dtype.itemsize
+        reads, sizes = [], []
         while len(tokens) < max_new_tokens and token not in self.stop_tokens:
             x = embed_tokens(params, jnp.asarray([[token]], jnp.int32), cfg)
             for layer in range(cfg.layers):
                 args = (params[f"layer_{layer}"], x, layers[layer], own[layer], budgets, lengths, state.rope_len)
                 x, layers[layer], read = _step_layer(*args, cfg)
                 reads += [read["tokens"]] if read else []
+                sizes.append(read["bytes"] + read["index_bytes"] if read else row * (lengths + 1)[:, None])
             lengths = lengths + 1
             token = int(_choose(params, x, cfg))
             tokens.append(token)
-        mean = float(np.mean([np.asarray(read) for read in reads])) if reads else 0.0
-        return Written(tuple(tokens), mean)
+        return Written(tuple(tokens), _mean(reads), _mean(sizes) * cfg.layers)
+
+
+def _mean(values: Sequence) -> float:
+    """Of numbers or arrays of one element; 0 of none."""
+    return float(np.mean([np.asarray(value, np.float64) for value in values])) if values else 0.0
 
 
 def _cut(tokens: list[int], stop_tokens: Sequence[int]) -> list[int]:
