@@ -29,7 +29,7 @@ _DEEDS = (
     "take the last train to the coast and walk back along the beach",
 )
 _CUE = 16  # tokens of a passage that ask for the rest of it
-_SENTENCE_END = re.compile(r"[.!?][\"')\]*_]*\s*$")
+_SENTENCE_END = re.compile(r"[.!?][\"')\]*_]*$")
 _SEARCHED = 64  # tokens looked back for the end of a sentence
 
 

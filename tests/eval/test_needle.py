@@ -1,0 +1,209 @@
+"""Haystacks, the pass over what follows a prompt, and the command, with a tiny model whose tokens are bytes."""
+
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from eval import needle
+from eval.config import ReadingConfig, Subject
+from eval.forward import ForwardConfig, Sequence, pass_sequence
+from eval.haystack import Haystack
+from eval.prefilled import pass_tail, prefill
+from spotlight_jax import hashing
+from spotlight_jax.checkpoint import Selector
+from spotlight_jax.engine import DecodeConfig, Engine
+from spotlight_jax.errors import InputError
+from spotlight_jax.generate import head_shape
+from spotlight_jax.models.decoder import init_params
+from spotlight_jax.models.presets import PRESETS
+from tests.byte_tokenizer import byte_tokenizer
+
+MODEL = PRESETS["tiny"]
+TOKENIZER = byte_tokenizer()
+SELECTION = ReadingConfig(min_tokens=5, sink_tokens=2, recent_tokens=3, dense_layers=(0,)).at(0.2)
+
+
+@functools.cache
+def subject() -> Subject:
+    cfg, shape = hashing.HashConfig(code_bits=64, hidden=24), head_shape(MODEL)
+    selector = Selector(cfg, shape, hashing.init_params(jax.random.key(1), cfg, shape), "tiny", {})
+    return Subject(MODEL, init_params(jax.random.key(0), MODEL), TOKENIZER, selector, "tiny")
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    """A text of numbered sentences, so that every piece of it says where it is from."""
+    file = tmp_path_factory.mktemp("text") / "book.txt"
+    file.write_text(" ".join(f"Sentence number {number} stands here." for number in range(60)))
+    return file
+
+
+def tokens_of(length: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, length).astype(np.int32)
+
+
+# The pass over a tail
+
+
+@pytest.mark.parametrize("name", ["dense", "spotlight", "lsh-centred", "quest", "magicpig"])
+def test_a_tail_after_a_dense_prompt_equals_a_pass_with_a_dense_prefix(name):
+    tokens, cut = tokens_of(120), 90
+    method = subject().open_method(name, SELECTION)
+    whole = pass_sequence(
+        subject().params, MODEL, Sequence(tokens), method, SELECTION, ForwardConfig(dense_prefix=cut + 4)
+    )
+    prompt = prefill(subject().params, MODEL, tokens[:cut], room=150, total=120)
+    tail = pass_tail(subject().params, MODEL, prompt, tokens[cut:], method, SELECTION, cut + 4, width=48)
+    np.testing.assert_allclose(tail.log_probs, whole.log_probs[cut:], rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(tail.best[:-1] == tokens[cut + 1 :], whole.is_greedy[cut:])
+    for field in ("tokens_read", "bytes_read", "index_bytes"):
+        np.testing.assert_allclose(getattr(tail, field), getattr(whole, field)[cut:], rtol=1e-5)
+
+
+def make_desk(text_file, trial_name: str, **fields) -> tuple[needle.Desk, needle.Trial]:
+    cfg = needle.NeedleConfig(
+        methods=(trial_name,), selector="x", lengths=(400,), sparse_from="answer", haystack=str(text_file), **fields
+    )
+    trial = needle.Trial(trial_name, 0.2, "bare", SELECTION)
+    methods = {trial: subject().open_method(trial_name, SELECTION)}
+    return needle.Desk(cfg, subject(), TOKENIZER, Haystack(cfg.haystack, TOKENIZER, 800), methods), trial
+
+
+@pytest.mark.parametrize("name", ["dense", "spotlight"])
+def test_exact_means_that_greedy_decoding_writes_the_answer(name, text_file):
+    desk, trial = make_desk(text_file, name, generate=True)
+    question = desk.question(400, 0.5, 0)
+    selector = subject().selector if name == "spotlight" else None
+    engine = Engine(MODEL, subject().params, selector, DecodeConfig(selection=SELECTION, block=8))
+    state = engine.prefill([[*question.prompt.tolist(), *question.question.tolist()]], 9)
+    written = np.asarray(state.tokens).tolist()
+    while len(written) < 9:
+        state, tokens = engine.decode(state, 9 - len(written))
+        written += tokens[0].tolist()
+    right = needle.Question(question.prompt, question.question, np.asarray(written, np.int32))
+    row, said = needle.ask(desk, right, trial, desk.prefill(right))
+    assert row["exact"] == row["accuracy"] == 1 and said == TOKENIZER.decode(written)
+    other = np.asarray([*written[:4], (written[4] + 1) % 256, *written[5:]], np.int32)
+    wrong = needle.Question(question.prompt, question.question, other)
+    row, said = needle.ask(desk, wrong, trial, desk.prefill(wrong))
+    assert row["exact"] == 0 and row["accuracy"] < 1 and said == TOKENIZER.decode(written)
+
+
+# Haystacks
+
+
+def open_haystack(text_file) -> Haystack:
+    return Haystack(str(text_file), TOKENIZER, 800)
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize(
+    ("variant", "statement"), [("needle", "The best thing to do in"), ("passkey", "The pass key is")]
+)
+def test_something_is_hidden_at_its_depth_and_asked_for_at_the_end(variant, statement, depth, text_file):
+    question = open_haystack(text_file).ask(variant, 400, depth, np.random.default_rng(3), 64)
+    assert len(question.tokens) == 400
+    prompt, asked, answer = map(TOKENIZER.decode, (question.prompt, question.question, question.answer))
+    assert answer in prompt and statement in asked and asked.startswith("\n\nWhat is the")
+    hidden = prompt.index(statement)
+    before = len(prompt) - len(prompt[hidden:].partition("." if variant == "needle" else "is the pass key.")[0])
+    hay = hidden / max(1, len(prompt) - len(statement) - 60)
+    assert before and abs(hay - depth) < 0.3
+    if depth == 0:
+        assert prompt.startswith(f" {statement}")
+    elif depth == 1:
+        assert prompt.endswith("." if variant == "needle" else "pass key.")
+    else:
+        assert prompt[: hidden - 1].endswith("here.")  # after a whole sentence
+
+
+def test_a_passage_is_begun_again(text_file):
+    question = open_haystack(text_file).ask("copy", 400, 0.5, np.random.default_rng(3), 64)
+    passage = TOKENIZER.decode(np.concatenate([question.question, question.answer]))
+    prompt = TOKENIZER.decode(question.prompt)
+    assert len(passage) == 64 and prompt.count(passage) == 1
+    assert len(question.question) == 16 and len(question.tokens) == 400
+    assert 100 < prompt.index(passage) <= 168  # half of the other 272, or the end of a sentence before it
+
+
+def test_questions_differ_by_sample_and_not_by_call(text_file):
+    desk, _ = make_desk(text_file, "dense", variant="passkey")
+    first, again, other = (desk.question(400, 0.5, sample).tokens for sample in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+
+
+# The command
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(needle, "load_subject", lambda cfg: subject())
+    monkeypatch.setattr(needle, "use_compile_cache", lambda: None)
+
+
+def run(capsys, *args) -> tuple[int, dict, str]:
+    code = needle.command(list(map(str, args)))
+    out, err = capsys.readouterr()
+    return code, json.loads(out.splitlines()[-1]) if code == 0 else {}, err
+
+
+BASE = ["--selector", "x", "--methods", "dense", "spotlight", "window", "--lengths", 240, 320, "--depths", 0, 1]
+
+
+@pytest.mark.parametrize("variant", ["passkey", "copy"])
+def test_every_method_gets_every_question_once(variant, tiny, text_file, tmp_path, capsys):
+    out = tmp_path / "run"
+    args = [*BASE, "--variant", variant, "--haystack", text_file, "--passage", 40, "--samples", 2, "--out", out]
+    code, summary, _ = run(capsys, *args)
+    assert code == 0
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 3 * 2 * 2 and all(row["samples"] == 2 for row in rows)
+    answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == 24 and {answer["wanted"] for answer in answers} == {a["wanted"] for a in answers[::3]}
+    dense, spotlight, _ = summary["results"]
+    assert dense["method"] == "dense" and dense["task"] == variant and set(dense["by_length"]) == {"240", "320"}
+    losses = [row["loss"] for row in rows if row["method"] == "dense"]
+    assert dense["ppl"] == pytest.approx(np.exp(np.mean(losses)))
+    assert dense["score"] == dense["accuracy" if variant == "copy" else "exact"]
+    assert spotlight["tokens_read"] < dense["tokens_read"] and spotlight["bytes_read"] < dense["bytes_read"]
+    assert (out / f"{variant}.png").stat().st_size > 5000
+    code, again, err = run(capsys, *args, "--resume", "--methods", "dense", "spotlight", "window", "oracle")
+    assert code == 0 and "12 of 16 parts were finished before" in err
+    assert again["results"][:3] == summary["results"] and again["results"][3]["method"] == "oracle"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--lengths", 9000], "lengths 9000 pass the model's context of 512"),
+        (["--lengths", 60], "tokens leave"),
+        (["--lengths", 0], "give at least 1 token"),
+        (["--lengths", 200, 200], "each once"),
+        (["--depths", 1.5], "give numbers from 0"),
+        (["--samples", 0], "samples is 0"),
+        (["--variant", "copy", "--passage", 8], "give at least 32 tokens"),
+        (["--variant", "passkeys"], "Did you mean 'passkey'"),
+        (["--methods", "spotlite"], "did you mean 'spotlight'"),
+        (["--haystack", "text:sherlok"], "did you mean 'text:sherlock'"),
+        (["--haystack", "nowhere.txt"], "no such file or folder"),
+        (["--lengths", 512, "--haystack", "SHORT"], "give a longer one"),
+    ],
+)
+def test_bad_input_is_told_in_one_line(args, message, tiny, text_file, tmp_path, capsys):
+    short = tmp_path / "short.txt"
+    short.write_text("Too short.")
+    given = [str(short) if arg == "SHORT" else arg for arg in args]
+    base = ["--selector", "x", "--haystack", text_file, "--lengths", 200, "--out", tmp_path / "run"]
+    code, _, err = run(capsys, *base, *given)
+    assert code == 2 and message in err.splitlines()[-1]
+
+
+def test_a_model_without_a_tokenizer_is_refused():
+    cfg = needle.NeedleConfig(methods=("dense",), lengths=(100,))
+    bare = Subject(MODEL, {}, None, None, "random:tiny")
+    with pytest.raises(InputError, match="has no tokenizer"):
+        needle.check_subject(cfg, bare)
