@@ -36,7 +36,7 @@ def _step_layer(
     method: Method | None,
     budgets: Int32[Array, " slots"],
     lengths: Int32[Array, "one"],
-    rope_len: Int32[Array, ""],
+    rope_len: Int32[Array, "one"],
     cfg: DecoderConfig,
 ) -> tuple[Array, LayerCache, dict[str, Array]]:
     """One layer of one step, the new token first appended; `method` is None where the layer reads densely."""

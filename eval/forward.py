@@ -76,7 +76,7 @@ def _positions(x: Array) -> Int32[Array, "batch length"]:
 @functools.partial(jax.jit, static_argnames="cfg")
 def score_next(
     ends: PyTree, x: Float[Array, "one length embed"], tokens: Int32[Array, "one length"], cfg: DecoderConfig
-) -> tuple[Float[Array, " length"], Bool[Array, " length"]]:
+) -> tuple[Float[Array, " targets"], Bool[Array, " targets"]]:
     """Of every token but the first: its log-probability, and whether none is more probable; in chunks of positions."""
     length = x.shape[1]
     chunk = min(length, max(16, _LOGIT_BYTES // (4 * cfg.vocab)))

@@ -93,15 +93,15 @@ def inspect_layer(
     picks: Int32[Array, "one n"],
     budgets: Int32[Array, " length"],
     chunk: int,
-) -> tuple[metrics.SelectionQuality, dict[str, Float[Array, ""]]]:
-    """Quality per selecting head of what a method chooses for these queries, and what they read on average.
+) -> dict[str, Float[Array, "*heads"]]:
+    """`MEASURES` per selecting head of what a method chooses for these queries, and what they read on average.
 
     Args:
         chunk: queries at once; it divides their number.
     """
     index = method.index(keys, jnp.full((1,), keys.shape[1], jnp.int32))
 
-    def look(piece: tuple[Array, Array]) -> tuple[metrics.SelectionQuality, dict[str, Array]]:
+    def look(piece: tuple[Array, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
         rows, at = piece[0][None], piece[1][None]
         allowed = jnp.take(budgets, at, mode="clip")
         reading = method.select(rows, keys, index, at, allowed)
@@ -109,11 +109,12 @@ def inspect_layer(
         per = "kv_head" if heads == keys.shape[2] else "query_head"
         oracle = Oracle("oracle", rule_of(method.selection, per=per), ()).select(rows, keys, None, at, allowed)
         probabilities = metrics.attention_probabilities(rows, keys, at, heads)
-        return metrics.selection_quality(reading.mask, oracle.mask, probabilities), sparse_reads(reading, keys)
+        quality = metrics.selection_quality(reading.mask, oracle.mask, probabilities)
+        return {name: getattr(quality, name) for name in MEASURES}, sparse_reads(reading, keys)
 
     pieces = queries.reshape(-1, chunk, *queries.shape[2:]), picks.reshape(-1, chunk)
     quality, reads = jax.lax.map(look, pieces)
-    return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), quality), jax.tree.map(jnp.mean, reads)
+    return {name: jnp.mean(values, axis=0) for name, values in quality.items()} | jax.tree.map(jnp.mean, reads)
 
 
 def spread_picks(window: int, count: int) -> Int32[np.ndarray, "one n"]:
@@ -142,14 +143,12 @@ def inspect_window(
     return [_summarise(jax.device_get(own), method, dense_bytes) for own, method in zip(found, methods, strict=True)]
 
 
-def _summarise(
-    layers: list[tuple[metrics.SelectionQuality, dict[str, Any]]], method: Method, dense_bytes: float
-) -> Row:
+def _summarise(layers: list[dict[str, Any]], method: Method, dense_bytes: float) -> Row:
     """The layers of one trial put together."""
-    reads = [read for layer, (_, read) in enumerate(layers) if layer not in method.dense_layers]
+    reads = [read for layer, read in enumerate(layers) if layer not in method.dense_layers]
     dense = (len(layers) - len(reads)) * dense_bytes
     return {
-        "by_head": {name: np.stack([getattr(quality, name) for quality, _ in layers]) for name in MEASURES},
+        "by_head": {name: np.stack([found[name] for found in layers]) for name in MEASURES},
         "sparse_layers": [layer for layer in range(len(layers)) if layer not in method.dense_layers],
         "tokens_read": float(np.mean([read["tokens"] for read in reads])),
         "bytes_read": dense + float(sum(read["bytes"] + read["index_bytes"] for read in reads)),

@@ -78,9 +78,9 @@ class ScoreMethod(Method):
         """Least and greatest score where scores are integers."""
         return None
 
-    def index_bytes(self, keys: Keys, index: PyTree) -> float:
+    def index_bytes(self, keys: Keys, index: PyTree) -> int:
         """Bytes of the index that one query reads for each token, all heads together."""
-        return 0.0
+        return 0
 
     def select(self, queries: Queries, keys: Keys, index: PyTree, positions: Positions, budgets: Budgets) -> Reading:
         """The budget's share of the highest scores, newest first among equals; sinks and recent tokens always."""

@@ -45,7 +45,7 @@ class HashCodes(ScoreMethod):
         """See `scoring.hash_score_range`."""
         return hash_score_range(self.cfg, queries.shape[2] // keys.shape[2], self.per_kv_head)
 
-    def index_bytes(self, keys: Keys, index: PyTree) -> float:
+    def index_bytes(self, keys: Keys, index: PyTree) -> int:
         """All words of a token's codes."""
         codes = index[1]
         return codes.shape[1] * codes.shape[2] * codes.dtype.itemsize

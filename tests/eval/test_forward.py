@@ -1,0 +1,126 @@
+"""A pass over a sequence with any method, beside plain forward passes and the engine's steps."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from eval.forward import ForwardConfig, Sequence, check_length, pass_sequence
+from eval.methods import METHODS
+from spotlight_jax.engine import DecodeConfig, Engine, decode_step
+from spotlight_jax.errors import InputError
+from spotlight_jax.models.decoder import forward
+from spotlight_jax.selection import SelectionConfig
+from tests.eval.subjects import MODEL, draw_tokens, make_selector, subject
+
+TOKENS = draw_tokens(90)
+SPARSE = SelectionConfig(keep=0.2, min_tokens=5, min_context=0, dense_layers=(0,), sink_tokens=1)
+ROW = 2 * MODEL.head_dim * 4  # bytes of a key and a value, float32
+
+
+def run(name, selection=SPARSE, sequence=None, tokens=TOKENS, **fields):
+    who = subject()
+    method = who.open_method(name, selection)
+    cfg = ForwardConfig(**fields)
+    return pass_sequence(who.params, who.cfg, sequence or Sequence(tokens), method, selection, cfg)
+
+
+def plain_log_probs(tokens=TOKENS):
+    logits = np.asarray(forward(subject().params, jnp.asarray(tokens)[None], MODEL)[0, :-1], np.float64)
+    logits -= logits.max(-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def test_dense_equals_a_plain_forward_pass():
+    passed, expected = run("dense"), plain_log_probs()
+    rows = np.arange(len(TOKENS) - 1)
+    np.testing.assert_allclose(passed.log_probs, expected[rows, TOKENS[1:]], atol=1e-4)
+    np.testing.assert_array_equal(passed.is_greedy, expected.argmax(-1) == TOKENS[1:])
+    np.testing.assert_array_equal(passed.tokens_read, rows_and_last() + 1)
+    np.testing.assert_array_equal(passed.bytes_read, (rows_and_last() + 1) * MODEL.layers * MODEL.kv_heads * ROW)
+
+
+def rows_and_last():
+    return np.arange(len(TOKENS))
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("dense", "magicpig")])
+def test_a_full_budget_equals_dense_and_a_small_one_does_not(name):
+    dense = run("dense").log_probs
+    np.testing.assert_allclose(run(name, dataclasses.replace(SPARSE, keep=1.0)).log_probs, dense, atol=1e-4)
+    assert np.abs(run(name).log_probs - dense).max() > 1e-2
+
+
+def test_magicpig_equals_dense_while_all_tokens_are_sinks_or_recent():
+    passed, dense = run("magicpig"), run("dense").log_probs
+    np.testing.assert_allclose(passed.log_probs[:60], dense[:60], atol=1e-4)
+    assert np.abs(passed.log_probs[75:] - dense[75:]).max() > 1e-3
+
+
+def test_a_dense_prefix_is_dense_and_what_follows_is_not():
+    dense = run("dense").log_probs
+    passed = run("window", dense_prefix=50)
+    np.testing.assert_allclose(passed.log_probs[:50], dense[:50], atol=1e-4)
+    assert np.abs(passed.log_probs[50:] - dense[50:]).max() > 1e-3
+    np.testing.assert_array_equal(passed.tokens_read[:50], np.arange(1, 51))
+
+
+def test_the_papers_rule_gives_every_query_the_whole_lengths_budget():
+    passed = run("oracle", whole_length=True)
+    np.testing.assert_array_equal(passed.tokens_read, np.minimum(np.arange(1, 91), 18))  # 90 - int(0.8 * 90)
+    np.testing.assert_allclose(passed.log_probs[:18], run("dense").log_probs[:18], atol=1e-4)
+
+
+def test_reads_are_summed_over_dense_and_sparse_layers():
+    passed = run("spotlight")
+    length = np.arange(1, 91)
+    budgets = np.maximum(length - (length * 800_000 // 1_000_000), np.minimum(length, 5))
+    np.testing.assert_allclose(passed.tokens_read, budgets, rtol=1e-6)
+    index = 2 * length * MODEL.kv_heads * 4  # two sparse layers, 32 bits a KV head
+    np.testing.assert_array_equal(passed.index_bytes, index)
+    expected = (length + 2 * budgets) * MODEL.kv_heads * ROW + index
+    np.testing.assert_array_equal(passed.bytes_read, expected)
+
+
+def test_methods_that_share_a_sequence_share_its_dense_layers_and_nothing_else():
+    sequence = Sequence(TOKENS)
+    alone = {name: run(name).log_probs for name in ("oracle", "quest", "dense")}
+    for name in ("dense", "quest", "oracle", "quest"):
+        np.testing.assert_array_equal(run(name, sequence=sequence).log_probs, alone[name])
+    assert set(sequence.streams) == {1, 2}  # quest reads two layers densely
+
+
+def test_chunks_of_queries_and_of_logits_change_nothing():
+    tokens = draw_tokens(400)
+    whole = run("oracle", tokens=tokens).log_probs
+    np.testing.assert_allclose(run("oracle", tokens=tokens, scores_mib=1).log_probs, whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("per", ["kv_head", "query_head"])
+def test_spotlight_selects_what_the_engines_steps_select(per):
+    """Log-probabilities of a teacher-forced pass equal those of one decoding step after another."""
+    selection = dataclasses.replace(SPARSE, per=per, recent_tokens=2)
+    passed = run("spotlight", selection, tokens=TOKENS[:60])
+    engine = Engine(MODEL, subject().params, make_selector(), DecodeConfig(selection=selection))
+    cache = engine.empty_cache(1, 256)
+    step = jax.jit(decode_step, static_argnums=(5, 6, 7))
+    for place in range(59):
+        args = (engine.params, engine.selectors, cache, jnp.asarray(TOKENS[place : place + 1]), jnp.full((1,), 256))
+        logits, cache = step(*args, MODEL, engine.cfg, "sparse")
+        cache = cache.replace(lengths=cache.lengths + 1)
+        found = jax.nn.log_softmax(logits[0])[TOKENS[place + 1]]
+        np.testing.assert_allclose(found, passed.log_probs[place], atol=1e-3)
+
+
+@pytest.mark.parametrize(("length", "message"), [(1, "at least 2"), (513, "context of 512")])
+def test_lengths_that_cannot_be_passed_are_told(length, message):
+    with pytest.raises(InputError, match=message):
+        check_length(length, MODEL)
+
+
+@pytest.mark.parametrize("fields", [{"dense_prefix": -1}, {"scores_mib": 0}])
+def test_bad_flags_are_refused(fields):
+    with pytest.raises(InputError, match=next(iter(fields))):
+        ForwardConfig(**fields)

@@ -1,0 +1,137 @@
+"""`spotlight eval inspect`: quality beside NumPy, pictures, the CSV, and what a resumed run leaves alone."""
+
+import csv
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from eval import inspect
+from eval.config import EvalConfig, list_trials
+from spotlight_jax.attention import causal_attention
+from spotlight_jax.models.decoder import apply_layer, embed_tokens
+from tests.eval.subjects import MODEL, draw_tokens, subject, write_inputs
+
+GROUP, HEADS = MODEL.group, MODEL.kv_heads
+SIZES = ["--window", "96", "--queries", "12", "--selection.min-tokens", "5", "--selection.dense-layers", "0"]
+
+
+@pytest.fixture(autouse=True)
+def own_compile_cache(monkeypatch):
+    monkeypatch.setattr(inspect, "use_compile_cache", lambda: None)
+
+
+def seen_by_layers(tokens):
+    """Queries and keys after RoPE of every layer of a dense pass, float64."""
+    found = []
+    x = embed_tokens(subject().params, jnp.asarray(tokens)[None], MODEL)
+    positions = jnp.arange(len(tokens), dtype=jnp.int32)[None]
+    for layer in range(MODEL.layers):
+        x, seen = apply_layer(
+            subject().params[f"layer_{layer}"],
+            x,
+            positions,
+            lambda queries, keys, values: (causal_attention(queries, keys, values), (queries, keys)),
+            MODEL,
+        )
+        found.append([np.asarray(array[0], np.float64) for array in seen])
+    return found
+
+
+def quality_by_hand(queries, keys, places, choose, budget):
+    """IoU, recall, mass and the oracle's mass of each KV head, by sets of positions."""
+    rows = []
+    for head in range(HEADS):
+        own = queries[:, head * GROUP : (head + 1) * GROUP]
+        values = []
+        for place in places:
+            logits = keys[: place + 1, head] @ own[place].T / np.sqrt(MODEL.head_dim)  # [seen, group]
+            shares = np.exp(logits - logits.max(0))
+            shares = (shares / shares.sum(0)).mean(1)
+            order = sorted(range(place), key=lambda token: -logits[token].sum())
+            wanted = {place, *order[: budget(place) - 1]}
+            chosen = choose(place, budget(place))
+            values.append(
+                [
+                    len(chosen & wanted) / len(chosen | wanted),
+                    len(chosen & wanted) / len(wanted),
+                    shares[list(chosen)].sum(),
+                    shares[list(wanted)].sum(),
+                ]
+            )
+        rows.append(np.mean(values, axis=0))
+    return np.array(rows)
+
+
+def test_quality_is_that_of_sets_of_positions():
+    tokens = draw_tokens(80, seed=7)
+    cfg = EvalConfig(methods=("window", "oracle"), keep=(0.25,))
+    (window, oracle) = inspect.inspect_window(subject(), tokens, list_trials(cfg), count=10, seed=0)
+    places = [8 * number - 1 for number in range(1, 11)]
+    assert inspect.spread_picks(80, 10)[0].tolist() == places
+
+    def budget(place):
+        return min(max(20, place + 1 - int(0.75 * (place + 1))), place + 1)
+
+    def newest(place, count):
+        if count > place:
+            return set(range(place + 1))
+        return {0, 1, 2, 3} | set(range(place - count + 5, place + 1))
+
+    for layer, (queries, keys) in enumerate(seen_by_layers(tokens)):
+        expected = quality_by_hand(queries, keys, places, newest, budget)
+        found = np.stack([window["by_head"][name][layer] for name in inspect.MEASURES], axis=-1)
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+        np.testing.assert_allclose(oracle["by_head"]["iou"][layer], 1)
+        np.testing.assert_allclose(oracle["by_head"]["mass"][layer], expected[:, 3], atol=1e-4)
+    assert window["tokens_read"] == pytest.approx(np.mean([budget(place) for place in places]))
+    assert window["sparse_layers"] == [2]  # of three, 0 and 1 being dense by default
+    row = 2 * MODEL.head_dim * 4 * HEADS
+    seen = np.mean(places) + 1
+    assert window["bytes_read"] == pytest.approx((2 * seen + window["tokens_read"]) * row)
+
+
+def test_a_run_writes_rows_heads_and_pictures_and_resumes(tmp_path, capsys, monkeypatch):
+    flags = [*write_inputs(tmp_path), *SIZES, "--out", str(tmp_path / "run")]
+    flags += ["--methods", "dense", "oracle", "spotlight", "magicpig", "--keep", "0.1", "0.2"]
+    assert inspect.command(flags) == 0
+    out = capsys.readouterr().out
+    rows = json.loads(out.splitlines()[-1])["results"]
+    assert len(rows) == (2 + 2 + 1) * 3  # dense selects nothing; two texts and both together
+    assert "spotlight: the 4 worst heads" in out  # two KV heads of two sparse layers
+    for row in rows:
+        assert 0 < row["mass"] <= 1 and "by_head" not in row
+        if row["method"] == "oracle":
+            assert row["iou"] == 1 and row["mass"] == row["oracle_mass"]
+    with (tmp_path / "run" / "heads.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == MODEL.layers * (4 * MODEL.kv_heads + MODEL.q_heads)
+    own = [line for line in lines if (line["method"], line["keep"]) == ("spotlight", "0.2")]
+    sparse = [float(line["iou"]) for line in own if line["read_densely"] == "0"]
+    total = next(row for row in rows if (row["method"], row["keep"], row["text"]) == ("spotlight", 0.2, "all texts"))
+    assert np.mean(sparse) == pytest.approx(total["iou"], abs=1e-4)
+    for name in ("iou.png", "mass.png", "mass-6-heads.png"):
+        assert (tmp_path / "run" / name).stat().st_size > 5_000
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("measured twice")
+
+    monkeypatch.setattr(inspect, "inspect_window", refuse)
+    assert inspect.command([*flags, "--resume"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["results"] == rows
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--queries", "97"], "no more queries"),
+        (["--methods", "dense"], "dense selects nothing"),
+        (["--window", "513", "--queries", "5"], "context of 512"),
+    ],
+)
+def test_bad_input_is_told_in_one_line(tmp_path, capsys, more, message):
+    flags = [*write_inputs(tmp_path), *SIZES, "--out", str(tmp_path / "run"), *more]
+    assert inspect.command(flags) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

@@ -1,0 +1,91 @@
+"""The record of an evaluation: parts on disk as soon as they are measured, and never measured twice."""
+
+import dataclasses
+import json
+
+import pytest
+
+from eval.config import EvalConfig, list_trials
+from eval.record import Record, make_table
+from spotlight_jax.errors import InputError
+
+PARTS = [{"method": "lsh", "keep": keep, "text": "a"} for keep in (0.02, 0.1)]
+
+
+def config(folder, **fields):
+    return EvalConfig(model="random:tiny", methods=("lsh",), out=str(folder / "run"), **fields)
+
+
+def test_a_resumed_run_knows_what_is_finished(tmp_path):
+    with Record.open(config(tmp_path), "toy") as record:
+        assert record.begin(PARTS) == PARTS
+        record.add(PARTS[0], {"ppl": 3.5})
+    with Record.open(config(tmp_path, resume=True, keep=(0.02, 0.1, 0.2)), "toy") as record:
+        assert record.begin(PARTS) == PARTS[1:]
+        assert record.row_of(PARTS[0]) == PARTS[0] | {"ppl": 3.5}
+        assert record.row_of(PARTS[1]) is None
+
+
+def test_a_line_that_was_cut_short_is_measured_again(tmp_path):
+    with Record.open(config(tmp_path), "toy") as record:
+        for part in PARTS:
+            record.add(part, {"ppl": 3.5})
+    file = tmp_path / "run" / "metrics.jsonl"
+    file.write_text(file.read_text()[:-20])
+    with Record.open(config(tmp_path, resume=True), "toy") as record:
+        assert record.begin(PARTS) == PARTS[1:]
+
+
+def test_other_flags_and_taken_folders_are_refused(tmp_path):
+    with Record.open(config(tmp_path), "toy"):
+        pass
+    with pytest.raises(InputError, match="--seed"):
+        Record.open(config(tmp_path, resume=True, seed=1), "toy")
+    with pytest.raises(InputError, match="--resume"):
+        (tmp_path / "run" / "x").touch()
+        Record.open(config(tmp_path), "toy")
+    with pytest.raises(InputError, match="is no run folder"):
+        Record.open(dataclasses.replace(config(tmp_path, resume=True), out=str(tmp_path / "none")), "toy")
+
+
+def test_the_last_line_is_the_results(tmp_path, capsys):
+    with Record.open(config(tmp_path), "toy") as record:
+        row = record.add(PARTS[0], {"ppl": 3.5})
+        record.finish([row], [make_table("title", ["method", "ppl"], [["lsh", "3.5"]])])
+    out = capsys.readouterr().out
+    last = json.loads(out.splitlines()[-1])
+    assert last["results"] == [PARTS[0] | {"ppl": 3.5}]
+    assert "lsh" in out.splitlines()[4]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == last
+    assert (tmp_path / "run" / "config.yaml").exists() and (tmp_path / "run" / "env.json").exists()
+
+
+def test_trials_are_every_share_and_setting_and_one_of_what_has_no_budget(tmp_path):
+    cfg = EvalConfig(methods=("dense", "magicpig", "window"), keep=(0.02, 512.0), settings=("bare", "sinks"))
+    parts = [tuple(trial.part.values()) for trial in list_trials(cfg)]
+    assert parts == [
+        ("dense", 1.0, "everything"),
+        ("magicpig", None, "as published"),
+        ("window", 0.02, "bare"),
+        ("window", 512, "bare"),
+        ("window", 0.02, "sinks 4 + recent 64"),
+        ("window", 512, "sinks 4 + recent 64"),
+    ]
+    last = list_trials(cfg)[-1].selection
+    assert (last.budget, last.sink_tokens, last.recent_tokens, last.min_context) == (512, 4, 64, 0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"methods": ("lhs",)}, "did you mean 'lsh'"),
+        ({"methods": ("lsh", "lsh")}, "each once"),
+        ({"methods": ("spotlight",)}, "--selector"),
+        ({"methods": ("lsh",), "keep": ()}, "--keep"),
+        ({"methods": ("lsh",), "keep": (-0.1,)}, "keep is -0.1"),
+        ({"methods": ("lsh",), "resume": True}, "--out"),
+    ],
+)
+def test_bad_flags_are_refused(fields, message):
+    with pytest.raises(InputError, match=message):
+        EvalConfig(**fields)
