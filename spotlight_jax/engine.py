@@ -70,7 +70,7 @@ class DecodeState:
     is_done: Bool[Array, "batch"]
     left: Int32[Array, "batch"]  # tokens that may still be chosen
     chosen: Int32[Array, "batch"]  # tokens chosen since the prompt: the draw's number
-    rope_len: Int32[Array, ""]  # length that `dynamic` RoPE adapts to; the same for prompt and steps
+    rope_len: Int32[Array, "batch"]  # length that `dynamic` RoPE adapts to; the same for prompt and steps
 
 
 def layer_selectors(selector: Selector | None, layers: int, cfg: SelectionConfig) -> tuple[LayerSelector | None, ...]:
@@ -89,7 +89,7 @@ def prefill_layer(
     layer: LayerCache,
     selector: LayerSelector | None,
     starts: Int32[Array, "batch"],
-    rope_len: Int32[Array, ""],
+    rope_len: Int32[Array, "batch"],
     cfg: DecoderConfig,
     implementation: AttentionImpl,
 ) -> tuple[Float[Array, "batch q_len embed"], LayerCache]:
@@ -107,7 +107,7 @@ def decode_step(
     selectors: tuple[LayerSelector | None, ...],
     cache: Cache,
     tokens: Int32[Array, "batch"],
-    rope_len: Int32[Array, ""],
+    rope_len: Int32[Array, "batch"],
     model_cfg: DecoderConfig,
     cfg: DecodeConfig,
     mode: Mode,
@@ -278,9 +278,8 @@ class Engine:
         padded = np.zeros((len(prompts), -(-longest // chunk) * chunk), np.int32)
         for row, prompt in enumerate(prompts):
             padded[row, : len(prompt)] = prompt
-        rope_len = jnp.int32(cached + longest + max_new_tokens)
-
         layers, base, last = list(cache.layers), cache.lengths, None
+        rope_len = base + jnp.asarray(counts + max_new_tokens)
         for start in range(0, padded.shape[1], chunk):
             x, layers = self._prefill_chunk(padded[:, start : start + chunk], layers, base + start, rope_len)
             rows = np.clip(counts - 1 - start, 0, chunk - 1)

@@ -1,5 +1,6 @@
 """Prefill and decoding on the device: laws that hold whatever the weights are."""
 
+import dataclasses
 import functools
 
 import jax
@@ -13,6 +14,7 @@ from spotlight_jax.cache import Cache, bucket_length
 from spotlight_jax.checkpoint import Selector
 from spotlight_jax.engine import DecodeConfig, DecodeState, Engine, decode_step
 from spotlight_jax.errors import InputError
+from spotlight_jax.models.config import RopeConfig
 from spotlight_jax.models.decoder import apply_layer, embed_tokens, forward, init_params, unembed
 from spotlight_jax.models.presets import PRESETS
 from spotlight_jax.sampling import SamplingConfig
@@ -137,7 +139,7 @@ def test_stepwise_decoding_selects_what_teacher_forcing_selects(name, per):
     cache = engine.empty_cache(1, 256)
     step = jax.jit(decode_step, static_argnums=(5, 6, 7))
     for place, token in enumerate(text):
-        args = (engine.params, engine.selectors, cache, jnp.asarray([token]), jnp.int32(256))
+        args = (engine.params, engine.selectors, cache, jnp.asarray([token]), jnp.full((1,), 256))
         logits, cache = step(*args, MODEL, engine.cfg, "sparse")
         cache = cache.replace(lengths=cache.lengths + 1)
         np.testing.assert_allclose(logits[0], forced[place], rtol=1e-3, atol=1e-3)
@@ -171,6 +173,24 @@ def test_a_sequence_alone_equals_the_same_in_a_ragged_batch(chosen):
     for row, prompt in enumerate(prompts):
         alone, _ = run(engine, [prompt], 10)
         assert together[row].tolist() == alone[0].tolist()
+
+
+@pytest.mark.parametrize("chosen", [None, "asymmetric"])
+def test_dynamic_scaling_adapts_to_each_sequence_of_a_ragged_batch(chosen):
+    """Past the trained length, short of it, and across it while decoding."""
+    model = dataclasses.replace(MODEL, rope=RopeConfig("dynamic", factor=4.0, trained_len=24))
+    cfg = DecodeConfig(prefill_chunk=32, selection=ALWAYS_SPARSE)
+    engine = Engine(model, model_params(), chosen and selector(chosen), cfg)
+    prompts = [draw_prompt(length, seed=length) for length in (9, 70, 20)]
+    together = engine.prefill(prompts, 10)
+    np.testing.assert_array_equal(together.rope_len, [19, 80, 30])
+    tokens, _ = run(engine, prompts, 10)
+    for row, prompt in enumerate(prompts):
+        alone = engine.prefill([prompt], 10)
+        for ragged, single in zip(together.cache.layers, alone.cache.layers, strict=True):
+            keys = ragged.keys[row, : len(prompt)], single.keys[0, : len(prompt)]
+            np.testing.assert_allclose(*keys, **tolerance("float32"))
+        assert tokens[row].tolist() == run(engine, [prompt], 10)[0][0].tolist()
 
 
 def test_a_batch_that_straddles_the_crossover_reads_each_sequence_its_own_way():
@@ -224,7 +244,7 @@ def test_a_block_of_steps_never_copies_the_cache(chosen, batch):
     engine = make_engine(chosen, selection=ALWAYS_SPARSE, block=4)
     cache = engine.empty_cache(batch, 32768)
     zeros = np.zeros((batch,), np.int32)  # on the host: no buffer may be given up twice
-    state = DecodeState(cache, *map(jnp.array, (zeros, zeros > 0, zeros + 4, zeros, np.int32(0))))
+    state = DecodeState(cache, *map(jnp.array, (zeros, zeros > 0, zeros + 4, zeros, zeros + 8)))
     cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
     layer_bytes = cache.layers[0].keys.nbytes
     state_shape = (cache.layers[0].keys.shape, "float32")

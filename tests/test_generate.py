@@ -136,6 +136,18 @@ def test_prompts_that_cannot_be_continued_are_refused(prompts, message):
         encode_prompts(TOKENIZER, prompts, 8, MODEL)
 
 
+def test_prompts_may_be_cut_and_may_be_messages():
+    assert encode_prompts(TOKENIZER, ["abc" * 300], 8, MODEL, most=4) == [[97, 98, 99, 97]]
+    message = [{"role": "user", "content": "abc"}]
+    assert encode_prompts(TOKENIZER, ["abc"], 8, MODEL, is_chat=True) == [encode_chat(TOKENIZER, message)]
+
+
+def test_progress_counts_the_tokens_of_the_longest_prompt():
+    cfg, seen = GenerateConfig(max_new_tokens=1, prefill_chunk=32), []
+    Run(engine(cfg, False), TOKENIZER, [[1] * 70, [2] * 9], cfg, progress=lambda *counts: seen.append(counts))
+    assert seen == [(32, 70), (64, 70), (70, 70)]
+
+
 def test_a_context_is_extended_only_by_the_models_own_scaling():
     def scaled(**fields):
         return context_limit(type(MODEL)(**{**vars(MODEL), "rope": RopeConfig(**fields)}))

@@ -74,6 +74,9 @@ class Talk:
             )
         # what the template makes of the talk so far is what was cached, unless it rewrites earlier turns
         keeps = self.state is not None and tokens[: len(self.cached)] == self.cached and len(tokens) > len(self.cached)
+        rope = self.model.cfg.rope
+        if rope.kind == "dynamic" and len(tokens) + most > rope.trained_len:
+            keeps = False  # the cached keys were turned for a shorter talk
         prompt, state = (tokens[len(self.cached) :], self.state) if keeps else (tokens, None)
         self.state = None  # given up to the run
         run, is_cut = decode(self.engine, self.model.tokenizer, [prompt], self.cfg.generation, self.notes, write, state)

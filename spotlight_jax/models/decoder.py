@@ -55,7 +55,7 @@ class DecoderLayer(nn.Module):
         x: Float[Array, "batch len embed"],
         positions: Int32[Array, "batch len"],
         attend: Attend,
-        rope_len: Int32[Array, ""] | int | None = None,
+        rope_len: Int32[Array, "*sequences"] | int | None = None,
     ) -> tuple[Float[Array, "batch len embed"], Any]:
         """The stream after this layer, and what `attend` returned beside its outputs."""
         angles = rope_angles(positions, self.cfg.head_dim, self.cfg.rope, rope_len)
@@ -98,7 +98,7 @@ def apply_layer(
     positions: Int32[Array, "batch len"],
     attend: Attend,
     cfg: DecoderConfig,
-    rope_len: Int32[Array, ""] | int | None = None,
+    rope_len: Int32[Array, "*sequences"] | int | None = None,
 ) -> tuple[Float[Array, "batch len embed"], Any]:
     """One layer. All layers share shapes, so one jitted caller serves them all.
 

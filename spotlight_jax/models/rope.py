@@ -19,7 +19,7 @@ def rope_angles(
     positions: Int32[Array, "batch len"],
     head_dim: int,
     cfg: RopeConfig,
-    rope_len: Int32[Array, ""] | int | None = None,
+    rope_len: Int32[Array, "*sequences"] | int | None = None,
 ) -> Angles:
     """Cosine and sine of every position's angles, times the scaling's attention factor.
 
@@ -27,17 +27,19 @@ def rope_angles(
         positions: of the tokens in their sequence.
         head_dim: even.
         cfg: the scaling.
-        rope_len: the sequence length that `dynamic` scaling adapts to; other scalings do not read it. None means the
-            highest position + 1, which is what one forward pass over a whole sequence wants. A caller that caches keys
-            passes the same value (the final length) to prefill and to every step, since a cached key keeps its angle.
+        rope_len: the length that `dynamic` scaling adapts to, one for all sequences or one each; other scalings do not
+            read it. None means each sequence's highest position + 1, which is what one forward pass over whole
+            sequences wants. A caller that caches keys passes the same value (the final length) to prefill and to every
+            step, since a cached key keeps its angle.
     """
     if cfg.kind == "dynamic":
-        length = positions.max() + 1 if rope_len is None else jnp.asarray(rope_len, jnp.int32)
-        frequencies, factor = _dynamic_frequencies(length, head_dim, cfg), 1.0
+        lengths = positions.max(axis=1) + 1 if rope_len is None else jnp.asarray(rope_len, jnp.int32)
+        lengths = jnp.broadcast_to(lengths, positions.shape[:1])
+        frequencies, factor = _dynamic_frequencies(lengths, head_dim, cfg), 1.0
     else:
         fixed, factor = rope_frequencies(head_dim, cfg)
-        frequencies = jnp.asarray(fixed)
-    angles = positions.astype(jnp.float32)[:, :, None] * frequencies[None, None, :]
+        frequencies = jnp.asarray(fixed)[None, :]
+    angles = positions.astype(jnp.float32)[:, :, None] * frequencies[:, None, :]
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
@@ -75,12 +77,12 @@ def _exponents(head_dim: int) -> np.ndarray:
     return np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
 
 
-def _dynamic_frequencies(length: Array, head_dim: int, cfg: RopeConfig) -> Array:
+def _dynamic_frequencies(lengths: Int32[Array, "batch"], head_dim: int, cfg: RopeConfig) -> Float[Array, "batch half"]:
     """NTK-aware scaling: past the trained length the base grows with the length."""
     trained = cfg.trained_len
-    grown = cfg.factor * jnp.maximum(length, trained).astype(jnp.float32) / trained - (cfg.factor - 1)
+    grown = cfg.factor * jnp.maximum(lengths, trained).astype(jnp.float32) / trained - (cfg.factor - 1)
     theta = cfg.theta * grown ** (head_dim / (head_dim - 2))
-    return 1.0 / theta[None] ** _exponents(head_dim)
+    return 1.0 / theta[:, None] ** _exponents(head_dim)[None, :]
 
 
 def _llama3_frequencies(plain: np.ndarray, cfg: RopeConfig) -> np.ndarray:

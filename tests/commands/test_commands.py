@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import signal
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from spotlight_jax.errors import InputError
 from spotlight_jax.generate import GenerateConfig, Run, encode_chat, head_shape
 from spotlight_jax.generate import generate as continue_prompts
 from spotlight_jax.memory import MemoryPlan, check_memory, plan_memory
+from spotlight_jax.models.config import RopeConfig
 from spotlight_jax.models.decoder import init_params
 from spotlight_jax.models.load import BaseModel
 from spotlight_jax.models.presets import PRESETS
@@ -288,6 +290,28 @@ def answer_to(messages, new=6):
 def test_a_second_turn_answers_as_if_the_whole_talk_were_its_prompt(capsys):
     messages = talk(["hello", "and then?"])
     assert messages[3]["content"] == answer_to(messages[:3])
+
+
+@pytest.mark.parametrize(
+    ("rope", "counts"),
+    [
+        (MODEL.rope, [22, 26]),  # [user]hello[assistant], and then [user]and then?[assistant] alone
+        (RopeConfig("dynamic", factor=4.0, trained_len=30), [22, 51]),
+    ],
+)
+def test_a_turn_reads_what_is_new_unless_rope_turns_all_keys_anew(capsys, monkeypatch, rope, counts):
+    model, prefill, seen = dataclasses.replace(MODEL, rope=rope), Engine.prefill, []
+
+    def counted(engine, prompts, *args):
+        seen.append(len(prompts[0]))
+        return prefill(engine, prompts, *args)
+
+    monkeypatch.setattr(sys.modules[__name__], "MODEL", model)
+    monkeypatch.setattr(Engine, "prefill", counted)
+    messages = talk(["hello", "and then?"], new=4)
+    assert messages[1]["content"].isascii()  # else its bytes are other tokens when it is read again
+    assert seen == counts
+    assert messages[3]["content"] == answer_to(messages[:3], 4)
 
 
 def test_new_forgets_and_a_full_talk_is_said(capsys):

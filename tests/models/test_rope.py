@@ -32,6 +32,18 @@ def test_dynamic_scaling_starts_past_the_trained_length() -> None:
     assert float(jnp.abs(long - plain).max()) > 0.01
 
 
+def test_dynamic_scaling_adapts_to_each_sequence() -> None:
+    cfg = RopeConfig("dynamic", theta=500.0, factor=2.0, trained_len=16)
+    positions = jnp.array([[0, 3, 9], [40, 41, 63]], jnp.int32)
+    by_positions, by_lengths = rope_angles(positions, 8, cfg)[1], rope_angles(positions, 8, cfg, jnp.array([10, 64]))[1]
+    np.testing.assert_array_equal(by_positions, by_lengths)
+    for row, length in enumerate((10, 64)):
+        base = 500.0 * max(1.0, 2 * length / 16 - 1) ** (8 / 6)  # factor * length / trained - (factor - 1)
+        angles = np.asarray(positions[row])[:, None] * base ** (-np.arange(4) / 4)
+        np.testing.assert_allclose(by_lengths[row], np.sin(angles), atol=2e-5)
+        np.testing.assert_array_equal(rope_angles(positions[row : row + 1], 8, cfg, length)[1][0], by_lengths[row])
+
+
 def test_llama3_keeps_short_waves_and_slows_long_ones() -> None:
     cfg = RopeConfig("llama3", theta=500000.0, factor=8.0, trained_len=8192, low_freq_factor=1.0, high_freq_factor=4.0)
     ours, factor = rope_frequencies(128, cfg)
