@@ -83,6 +83,12 @@ def test_train_and_eval_never_import_each_other(top, other):
         assert not {module for module in _own(file) if module.split(".")[0] == other}, file
 
 
+def test_methods_import_nothing_else_of_eval():
+    for file in (ROOT / "eval" / "methods").glob("*.py"):
+        modules = {module for module in _own(file) if module.split(".")[0] == "eval"}
+        assert all(module.startswith("eval.methods") for module in modules), file
+
+
 def test_no_file_is_called_utils():
     assert not [file for file in FILES if file.stem in ("utils", "util", "helpers", "common", "misc")]
 
