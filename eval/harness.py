@@ -1,0 +1,204 @@
+"""Tasks of lm-evaluation-harness (MMLU, GSM8K, RULER, ...) with any method; needs the extra `eval`, never torch.
+
+    pip install -e '.[eval]'
+    spotlight eval harness --selector runs/smollm2 --tasks arc_easy lambada_openai --limit 100
+    spotlight eval harness --selector runs/smollm2 --tasks gsm8k --fewshot 5 --chat --batch 8
+    spotlight eval harness --task-folder my_tasks --tasks my_task --question-sparse
+
+Contexts are passed densely, as a prefill, and continuations scored or written as decoding does. A task whose answers
+are one token long then says nothing about a method: its only query belongs to the context. Each row counts the tokens
+that were scored or chosen by a query which left tokens out (`tokens_by_selection`), and a line names the tasks without
+any. --question-sparse passes the question (what follows the context's last blank line) sparsely too.
+"""
+
+import dataclasses
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from eval.config import FREE_FIELDS, EvalConfig, Subject, Trial, list_trials, load_subject
+from eval.harness_scores import Reader, Tally
+from eval.record import Record, Row, make_table
+from spotlight_jax import cli
+from spotlight_jax.compiled import use_compile_cache
+from spotlight_jax.errors import InputError
+from spotlight_jax.generate import context_limit
+from spotlight_jax.models.config import nearest
+
+EXTRA = "pip install 'spotlight-jax[eval]' (lm_eval, without torch)"
+
+
+@dataclasses.dataclass(frozen=True)
+class HarnessConfig(EvalConfig):
+    """Which tasks, and how they are asked."""
+
+    tasks: tuple[str, ...] = ()
+    """Tasks or groups by the harness's names."""
+    task_folder: str | None = None
+    """Folder with task definitions (YAML) beside the harness's own."""
+    fewshot: int | None = None
+    """Examples before each question; without it, as each task says."""
+    limit: int | None = None
+    """Documents of each task; without it, all."""
+    batch: int = 1
+    """Sequences passed (dense) or continued (dense, spotlight) together."""
+    chat: bool = False
+    """Ask through the model's chat template."""
+    question_sparse: bool = False
+    """Pass the question after the context as the method reads, not only what follows it."""
+    max_length: int | None = None
+    """Tokens of a sequence; longer ones lose their beginning. Without it, the model's context."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be asked."""
+        super().__post_init__()
+        if not self.tasks:
+            raise InputError("give --tasks, by lm-evaluation-harness's names")
+        for name in ("limit", "batch", "max_length"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; give at least 1")
+        if self.task_folder is not None and not Path(self.task_folder).is_dir():
+            raise InputError(f"there is no folder '{self.task_folder}' of tasks")
+
+
+def open_tasks(cfg: HarnessConfig) -> Any:
+    """The harness's task manager; raises InputError without the harness, or for a task that it does not have."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the harness's own imports
+            from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise InputError(f"lm-evaluation-harness is missing ({error.name}): {EXTRA}") from None
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    manager = TaskManager(include_path=cfg.task_folder)
+    for name in cfg.tasks:
+        if name not in manager.all_tasks:
+            raise InputError(f"the harness has no task '{name}'{nearest(name, tuple(manager.all_tasks))}")
+    return manager
+
+
+def run_task(cfg: HarnessConfig, subject: Subject, trial: Trial, task: str, manager: Any, record: Record) -> Row:
+    """Ask one task or group of one method; writes the samples beside the record."""
+    from lm_eval.evaluator import simple_evaluate
+
+    from eval.harness_lm import SpotlightLM
+
+    def progress(done: int, total: int) -> None:
+        record.note(f"{trial.method} {task}: {done}/{total} requests")
+
+    lm = SpotlightLM(Reader(subject, trial, cfg.batch, cfg.seed), cfg.max_length, cfg.question_sparse, progress)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the harness and of data set loading
+        try:
+            found = simple_evaluate(
+                model=lm, tasks=[task], num_fewshot=cfg.fewshot, limit=cfg.limit, bootstrap_iters=0,
+                apply_chat_template=cfg.chat, task_manager=manager, random_seed=cfg.seed,
+                numpy_random_seed=cfg.seed, fewshot_random_seed=cfg.seed,
+            )  # fmt: skip
+        except (OSError, ValueError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise InputError(f"the harness cannot run task '{task}': {reason}") from error
+    assert found is not None, "one process"
+    _write_samples(record, trial, found.get("samples", {}))
+    return summarise_task(task, found["results"], lm.tallies)
+
+
+def summarise_task(task: str, results: dict[str, dict[str, Any]], tallies: dict[str, Tally]) -> Row:
+    """A task's metrics, the first of them as its score, and what was read for all its parts."""
+    total = Tally()
+    for tally in tallies.values():
+        for field in dataclasses.fields(Tally):
+            setattr(total, field.name, getattr(total, field.name) + getattr(tally, field.name))
+    metrics = {
+        name.removesuffix(",none"): float(value)
+        for name, value in results[task].items()
+        if isinstance(value, int | float) and "stderr" not in name and name not in ("sample_len", "sample_count")
+    }
+    if not metrics:  # a group that has no score of its own: the mean of its tasks'
+        parts = [summarise_task(name, results, {})["score"] for name in results if name != task]
+        metrics = {"mean of tasks": sum(parts) / len(parts)}
+    name, score = next(iter(metrics.items()))
+    return {"metric": name, "score": score, "metrics": metrics, **total.row()}
+
+
+def _write_samples(record: Record, trial: Trial, samples: dict[str, list[dict[str, Any]]]) -> None:
+    folder = record.folder.path / "samples"
+    folder.mkdir(exist_ok=True)
+    for task, rows in samples.items():
+        keep = "" if trial.keep is None else f"-{trial.keep:g}"
+        file = folder / f"{trial.method}{keep}-{trial.setting.replace(' ', '')}-{task}.jsonl"
+        lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
+        file.write_text("".join(lines), encoding="utf-8")
+
+
+def main(cfg: HarnessConfig) -> dict[str, Any]:
+    """Ask every task of every method; returns what the last line of stdout holds."""
+    manager = open_tasks(cfg)
+    use_compile_cache()
+    subject = load_subject(cfg)
+    if subject.tokenizer is None:
+        raise InputError(f"{cfg.model} has no tokenizer, and the harness gives texts; name a real model")
+    limit = context_limit(subject.cfg)
+    if cfg.max_length is not None and cfg.max_length >= limit:
+        raise InputError(f"max_length {cfg.max_length} with the token after it passes the model's context of {limit}")
+    with Record.open(cfg, "harness", (*FREE_FIELDS, "tasks", "batch")) as record:
+        trials = list_trials(cfg)
+        parts = [(trial, trial.part | {"task": task}) for trial in trials for task in cfg.tasks]
+        left = record.begin([part for _, part in parts])
+        for trial, part in parts:
+            if part in left:
+                record.add(part, run_task(cfg, subject, trial, part["task"], manager, record))
+        rows = [row for _, part in parts if (row := record.row_of(part)) is not None]
+        for line in describe_use(rows):
+            record.say(f"harness: {line}")
+        return record.finish(rows, [_table(cfg, rows)])
+
+
+def describe_use(rows: Sequence[Row]) -> list[str]:
+    """What a reader must know: tasks that no method's choice took part in, and requests that were cut."""
+    lines = []
+    sparse = [row for row in rows if row["method"] != "dense"]
+    for task in dict.fromkeys(row["task"] for row in sparse):
+        chosen, scored = (
+            sum(row[name] for row in sparse if row["task"] == task) for name in ("tokens_by_selection", "tokens_scored")
+        )
+        if chosen == 0:
+            lines.append(
+                f"{task} says nothing about the methods: of {scored} tokens none was scored or chosen by a query that "
+                "left tokens out (short contexts, or answers of one token; see --question-sparse)"
+            )
+        elif chosen < scored:
+            lines.append(f"{task}: {chosen} of {scored} tokens were scored or chosen by a query that left tokens out")
+    for task in dict.fromkeys(row["task"] for row in rows):
+        own = next(row for row in rows if row["task"] == task)
+        if own["truncated"]:
+            lines.append(
+                f"{task}: {own['truncated']} of {own['requests']} requests were too long and lost their beginning"
+            )
+    return lines
+
+
+def _table(cfg: HarnessConfig, rows: Sequence[Row]) -> Any:
+    columns = ["method", "keep", "always read", "task", "metric", "score", "tokens", "MiB", "by selection"]
+    lines = []
+    for row in rows:
+        keep = "-" if row["keep"] is None else f"{row['keep']:g}"
+        share = f"{100 * row['tokens_by_selection'] / max(row['tokens_scored'], 1):.0f} %"
+        moved = f"{row['bytes_read'] / 2**20:.2f}"
+        names = [row["method"], keep, row["setting"], row["task"], row["metric"]]
+        lines.append([*names, f"{row['score']:.4g}", f"{row['tokens_read']:,.0f}", moved, share])
+    note = "tokens, MiB: read for a token, mean; by selection: tokens scored or chosen by a query that left tokens out"
+    return make_table(f"lm-evaluation-harness, {cfg.model}\n{note}", columns, lines, names=5)
+
+
+def command(args: Sequence[str] | None = None) -> int:
+    """`spotlight eval harness`."""
+    return cli.run(main, HarnessConfig, "spotlight eval harness", __doc__, args)
+
+
+if __name__ == "__main__":
+    sys.exit(command())

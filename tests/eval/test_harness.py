@@ -1,0 +1,268 @@
+"""eval.harness: likelihoods against the plain decoder, greedy texts against the product's, tasks from local files."""
+
+import functools
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from eval import harness
+from eval.config import Subject, Trial
+from eval.harness_scores import Reader, Request, Tally, Wanted
+from spotlight_jax import hashing
+from spotlight_jax.checkpoint import Selector
+from spotlight_jax.generate import GenerateConfig, generate, head_shape
+from spotlight_jax.models.decoder import forward, init_params
+from spotlight_jax.models.load import BaseModel
+from spotlight_jax.models.presets import PRESETS
+from spotlight_jax.sampling import SamplingConfig
+from spotlight_jax.selection import SelectionConfig
+from tests.byte_tokenizer import byte_tokenizer
+
+MODEL = PRESETS["tiny"]
+SELECTION = SelectionConfig(keep=0.1, min_tokens=4, min_context=0, dense_layers=(0,))
+FULL = SelectionConfig(keep=1.0, min_context=0, dense_layers=(0,))
+
+
+@pytest.fixture(scope="module")
+def subject():
+    cfg = hashing.HashConfig(code_bits=64, hidden=24)
+    shape = head_shape(MODEL)
+    selector = Selector(cfg, shape, hashing.init_params(jax.random.key(1), cfg, shape), "tiny", {})
+    params = init_params(jax.random.key(0), MODEL, jnp.float32)
+    return Subject(MODEL, params, byte_tokenizer(), selector, "tiny")
+
+
+def reader(subject, method, selection=SELECTION, batch=1):
+    return Reader(subject, Trial(method, selection.keep, "bare", selection), batch)
+
+
+def draw_requests():
+    rng = np.random.default_rng(0)
+    shared = rng.integers(0, 256, 40)
+    tails = [np.concatenate([shared, rng.integers(0, 256, size)]) for size in (3, 1, 6)]
+    requests = [Request(tuple(tail.tolist()), 40, 30) for tail in tails]
+    alone = rng.integers(0, 256, 70).tolist()
+    return [*requests, Request(tuple(alone), 1, 1), Request(tuple(alone[:12]), 11, 12)]
+
+
+def expected_dense(subject, request):
+    tokens = np.asarray(request.tokens)
+    logits = np.asarray(forward(subject.params, jnp.asarray(tokens[None]), MODEL))[0].astype(np.float64)
+    log_probs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    places = np.arange(request.scored_from, len(tokens))
+    return log_probs[places - 1, tokens[places]].sum(), bool((logits[places - 1].argmax(1) == tokens[places]).all())
+
+
+@pytest.mark.parametrize(("method", "batch"), [("dense", 1), ("dense", 3), ("oracle", 1), ("spotlight", 1)])
+def test_likelihoods_are_the_decoders_where_everything_is_read(subject, method, batch):
+    requests = draw_requests()
+    answers = reader(subject, method, FULL, batch).score(requests)
+    for request, answer in zip(requests, answers, strict=True):
+        log_prob, is_greedy = expected_dense(subject, request)
+        assert answer.log_prob == pytest.approx(log_prob, abs=2e-4) and answer.is_greedy == is_greedy
+        assert answer.sparse == 0
+        lengths = range(request.scored_from, len(request.tokens))
+        assert answer.tokens_read == pytest.approx(sum(lengths))
+
+
+def test_greedy_is_seen(subject):
+    tokens = np.random.default_rng(1).integers(0, 256, 20)
+    logits = np.asarray(forward(subject.params, jnp.asarray(tokens[None]), MODEL))[0]
+    best = int(logits[-1].argmax())
+    request = Request((*tokens.tolist(), best), 20, 20)
+    other = Request((*tokens.tolist(), (best + 1) % 256), 20, 20)
+    for method in ("dense", "oracle"):
+        assert [answer.is_greedy for answer in reader(subject, method).score([request, other])] == [True, False]
+
+
+def test_queries_before_sparse_from_are_dense_and_those_after_it_count(subject):
+    rng = np.random.default_rng(2)
+    tokens = tuple(rng.integers(0, 256, 60).tolist())
+    late, early = (reader(subject, "oracle").score([Request(tokens, 55, start)])[0] for start in (60, 50))
+    assert late.log_prob == pytest.approx(expected_dense(subject, Request(tokens, 55, 60))[0], abs=1e-4)
+    assert late.sparse == 0 and early.sparse == 5  # the queries at 54 ... 58
+    assert early.tokens_read == sum(length - int(0.9 * length) for length in range(55, 60))
+    assert abs(early.log_prob - late.log_prob) > 1e-3
+    one_token = reader(subject, "oracle").score([Request(tokens[:56], 55, 55)])[0]
+    assert one_token.sparse == 0  # its only query is the context's last
+
+
+def test_shared_beginnings_and_whole_passes_agree(subject, monkeypatch):
+    requests = draw_requests()
+    apart = reader(subject, "spotlight").score(requests)
+    monkeypatch.setattr("eval.harness_scores.TAIL", 0)
+    whole = reader(subject, "spotlight").score(requests)
+    for one, other in zip(apart, whole, strict=True):
+        assert one.log_prob == pytest.approx(other.log_prob, abs=1e-4)
+        assert (one.sparse, one.tokens_read) == (other.sparse, pytest.approx(other.tokens_read))
+        assert one.bytes_read == pytest.approx(other.bytes_read)
+
+
+@pytest.mark.parametrize("method", ["dense", "spotlight", "window"])
+def test_texts_are_the_products(subject, method):
+    prompts = [list(b"once upon a time there was a "), list(b"x" * 50), list(b"abc")]
+    texts = reader(subject, method, batch=2).write(prompts, Wanted(8, ("zz",)))
+    assert [text.tokens for text in texts] == [8, 8, 8] and texts[0].text != texts[1].text
+    if method == "window":
+        assert texts[1].sparse == 7 and texts[1].tokens_read == sum(n - int(0.9 * n) for n in range(51, 58))
+        return
+    model = BaseModel(subject.cfg, subject.params, subject.tokenizer, "tiny")
+    selector = subject.selector if method == "spotlight" else None
+    cfg = GenerateConfig(max_new_tokens=8, stop=("zz",), selection=SELECTION)
+    assert [text.text for text in texts] == [found.text for found in generate(model, prompts, cfg, selector)]
+    assert texts[1].sparse == (7 if method == "spotlight" else 0)
+
+
+TASKS = {
+    "tiny_choice": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{story}}\n\nQ: {{question}}\nA:",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "label",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    },
+    "tiny_writing": {
+        "output_type": "generate_until",
+        "doc_to_text": "{{story}} {{question}}",
+        "doc_to_target": "{{choices[label]}}",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 5, "do_sample": False},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    },
+    "tiny_text": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{story}}",
+        "metric_list": [{"metric": "byte_perplexity"}],
+    },
+}
+DOCS = [
+    {"story": "The cat sat on the mat. " * 4, "question": "who?", "choices": ["a cat", "a dog!"], "label": 0},
+    {"story": "Rain fell all day long. " * 3, "question": "what?", "choices": ["sun", "rain"], "label": 1},
+]
+
+
+@pytest.fixture
+def task_folder(tmp_path):
+    data = tmp_path / "docs.jsonl"
+    data.write_text("".join(json.dumps(doc) + "\n" for doc in DOCS))
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    for name, task in TASKS.items():
+        source = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test"}
+        (folder / f"{name}.yaml").write_text(json.dumps({"task": name, **source, **task}))
+    return folder
+
+
+@pytest.fixture
+def asked(subject, monkeypatch, tmp_path, task_folder, capsys):
+    """Run the command on the tiny model, with no tasks but these; gives the rows and what was said."""
+    tasks = pytest.importorskip("lm_eval.tasks")
+    manager = functools.partial(tasks.TaskManager, include_defaults=False)
+    monkeypatch.setattr(tasks, "TaskManager", manager)
+    monkeypatch.setattr(harness, "load_subject", lambda cfg: subject)
+    monkeypatch.setattr(harness, "use_compile_cache", lambda: None)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+    def run(*args):
+        code = harness.command(["--task-folder", str(task_folder), "--selection.dense-layers", "0", *args])
+        shown = capsys.readouterr()
+        return (json.loads(shown.out.splitlines()[-1])["results"] if code == 0 else code), shown.err
+
+    return run
+
+
+@pytest.mark.filterwarnings("ignore")  # of the harness and its imports
+def test_tasks_of_every_kind(asked, subject, tmp_path):
+    args = ["--tasks", *TASKS, "--methods", "dense", "window", "--keep", "0.1", "--selection.min-tokens", "4"]
+    rows, said = asked(*args, "--batch", "2", "--out", str(tmp_path / "run"))
+    found = {(row["method"], row["task"]): row for row in rows}
+    assert len(found) == 6
+    choice = found["dense", "tiny_choice"]
+    right = 0
+    for doc in DOCS:
+        context = list(f"{doc['story']}\n\nQ: {doc['question']}\nA:".encode())
+        requests = [Request((*context, *f" {text}".encode()), len(context), 999) for text in doc["choices"]]
+        sums = [expected_dense(subject, request)[0] for request in requests]
+        right += int(np.argmax(sums)) == doc["label"]
+    assert choice["score"] == right / 2 and choice["metric"] == "acc" and choice["requests"] == 4
+    text = found["dense", "tiny_text"]
+    begin = subject.tokenizer.eos_token_id
+    stories = [doc["story"].encode() for doc in DOCS]
+    loss = -sum(expected_dense(subject, Request((begin, *story), 1, 999))[0] for story in stories)
+    assert text["score"] == pytest.approx(np.exp(loss / sum(map(len, stories))), rel=1e-4)
+    window = found["window", "tiny_choice"]
+    assert window["tokens_scored"] == 22 and window["tokens_by_selection"] == 18  # all but each continuation's first
+    assert found["window", "tiny_text"]["tokens_by_selection"] == sum(len(story) - 3 for story in stories) - 2
+    assert found["window", "tiny_writing"]["tokens_by_selection"] == 8
+    assert "tiny_choice: 18 of 22 tokens" in said
+    samples = sorted(file.name for file in (tmp_path / "run" / "samples").iterdir())
+    assert len(samples) == 6 and "window-0.1-bare-tiny_writing.jsonl" in samples
+    again, _ = asked(*args, "--out", str(tmp_path / "run"), "--resume", "--batch", "2")
+    assert again == rows
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_question_is_sparse_where_it_is_asked_for(asked, tmp_path):
+    args = ["--tasks", "tiny_choice", "--methods", "window", "--keep", "0.1", "--selection.min-tokens", "4"]
+    rows, _ = asked(*args, "--question-sparse", "--chat", "--out", str(tmp_path / "run"))
+    assert rows[0]["tokens_by_selection"] == rows[0]["tokens_scored"] == 18  # without spaces
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_long_requests_lose_their_beginning_and_are_counted(asked, tmp_path):
+    args = ["--tasks", "tiny_choice", "tiny_writing", "--methods", "dense", "--max-length", "60"]
+    rows, said = asked(*args, "--out", str(tmp_path / "run"))
+    assert [row["truncated"] for row in rows] == [4, 2]
+    assert "tiny_choice: 4 of 4 requests were too long" in said
+
+
+def test_the_question_follows_the_last_blank_line():
+    lm = pytest.importorskip("eval.harness_lm")
+    text = "a\n\nb b\n\nQ: c\nA:"
+    assert text[lm.question_start(text) :] == "Q: c\nA:"
+    assert lm.question_start("one\ntwo ") == 4 and lm.question_start("one\n\n") == 0
+
+
+def test_settings_of_a_task():
+    lm = pytest.importorskip("eval.harness_lm")
+    assert lm.read_settings({"until": "x", "max_gen_toks": 7}) == Wanted(7, ("x",))
+    assert lm.read_settings({"temperature": 0.7, "do_sample": False, "until": []}) == Wanted(256)
+    drawn = lm.read_settings({"temperature": 0.7, "top_p": 0.9, "do_sample": True}, seed=3)
+    assert drawn.sampling == SamplingConfig(0.7, 0, 0.9, 3)
+    with pytest.raises(harness.InputError, match="num_beams"):
+        lm.read_settings({"num_beams": 4})
+
+
+def test_a_group_without_a_score_has_the_mean_of_its_tasks():
+    results = {"group": {"alias": "g"}, "a": {"acc,none": 0.25}, "b": {"acc,none": 0.75, "acc_stderr,none": 1.0}}
+    row = harness.summarise_task("group", results, {"a": Tally(requests=2), "b": Tally(requests=3)})
+    assert row["score"] == 0.5 and row["requests"] == 5
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--tasks", "tiny_choise"], "did you mean 'tiny_choice'"),
+        ([], "--tasks"),
+        (["--tasks", "tiny_choice", "--limit", "0"], "limit is 0"),
+        (["--tasks", "tiny_choice", "--methods", "densse"], "did you mean 'dense'"),
+        (["--tasks", "tiny_choice", "--methods", "dense", "--max-length", "512"], "context of 512"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_bad_input_is_refused(args, message, asked, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    methods = [] if "--methods" in args else ["--methods", "dense"]
+    code, said = asked(*methods, *args)
+    assert code == 2 and message in said
+
+
+def test_without_the_harness_the_extra_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert harness.command(["--tasks", "arc_easy", "--methods", "dense"]) == 2
+    assert "spotlight-jax[eval]" in capsys.readouterr().err
