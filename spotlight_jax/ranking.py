@@ -4,10 +4,11 @@ For query i, pairs (a, b) of a top key a and another key b cost softplus(-(beta 
 highest true post-RoPE dot products among the keys the query may see. Three samplings keep the pairs few: queries, ranks
 of the top set, ranks of the rest. Queries are worked on in blocks, so memory is bounded by
 `q_heads * queries_at_once * kv_len` scores, never `q_heads * kv_len * kv_len`. No pair tensor is kept for the backward
-pass; while a block is summed, those of `q_heads * queries_at_once * tops * others` exist at most.
+pass: their sums are the kernel `kernels/pair_cost`.
 """
 
 import dataclasses
+import functools
 from typing import Literal
 
 import flax.struct
@@ -17,10 +18,9 @@ from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray, Shaped
 
 from spotlight_jax import hashing
 from spotlight_jax.errors import InputError
+from spotlight_jax.kernels.pair_cost import SLOPES, pair_cost
 from spotlight_jax.kernels.select_top import select_top
 from spotlight_jax.selection import ordered_ranks
-
-EXPONENT_LIMIT = 80.0  # a pair lost by more than this costs as much as this; exp(80) still fits float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,44 +166,6 @@ def _top_weights(
     return jnp.where(seen, 0.5 + 0.5 * scores.shape[-1] * probability, 0.0)
 
 
-@jax.custom_vjp
-def pair_cost(
-    top_scores: Float[Array, "*batch tops"],
-    top_weights: Float[Array, "*batch tops"],
-    other_scores: Float[Array, "*batch others"],
-    is_other: Bool[Array, "*batch others"],
-    alpha: Float[Array, ""],
-) -> Float[Array, ""]:
-    """Sum over pairs of top_weight * softplus(other - top + alpha): one fused reduction, no pair tensor kept."""
-    return _pair_cost_forward(top_scores, top_weights, other_scores, is_other, alpha)[0]
-
-
-def _pair_cost_forward(top_scores, top_weights, other_scores, is_other, alpha):
-    # With ratio = exp(other - top + alpha), a product of one factor a side (no exp a pair), a pair costs log(1 + ratio)
-    # and its slope is ratio / (1 + ratio).
-    highest = jnp.max(jnp.where(is_other, other_scores, -jnp.inf), axis=-1, keepdims=True)
-    highest = jnp.where(highest > -jnp.inf, highest, 0.0)
-    tops = jnp.exp(jnp.minimum(highest - top_scores + alpha, EXPONENT_LIMIT))
-    others = jnp.where(is_other, jnp.exp(jnp.minimum(other_scores - highest, 0.0)), 0.0)
-    # Each sum writes its pairs its own way (axis order, factors): XLA then fuses each with its pairs, where equal
-    # expressions would be computed once and kept, the pair tensor in full.
-    by_top = (2.0 * tops)[..., :, None] * (0.5 * others)[..., None, :]
-    cost = jnp.sum(top_weights * jnp.sum(jnp.log1p(by_top), axis=-1))
-    top_slope = top_weights * tops * jnp.sum(others[..., None, :] / (1 + tops[..., :, None] * others[..., None, :]), -1)
-    weighed = top_weights * tops
-    other_slope = others * jnp.sum(weighed[..., None, :] / (1 + others[..., :, None] * tops[..., None, :]), -1)
-    return cost, (top_slope, other_slope, is_other)
-
-
-def _pair_cost_backward(saved, cotangent):
-    top_slope, other_slope, is_other = saved
-    zeros = jnp.zeros_like(top_slope)
-    return -cotangent * top_slope, zeros, cotangent * other_slope, jnp.zeros(is_other.shape, jax.dtypes.float0), None
-
-
-pair_cost.defvjp(_pair_cost_forward, _pair_cost_backward)
-
-
 def _query_side(
     params: hashing.HashParams,
     queries: Shaped[Array, "q_len q_heads head_dim"],
@@ -246,15 +208,6 @@ def _count_pairs(pairs: Pairs) -> Float[Array, ""]:
     return jnp.sum(tops * jnp.sum(pairs.is_other.astype(jnp.float32), axis=-1))
 
 
-def _count_wrong(
-    top: Float[Array, "q_heads q_len tops"], other: Float[Array, "q_heads q_len others"], pairs: Pairs
-) -> Float[Array, ""]:
-    """How many of them are ranked wrongly; keys that are in no pair are put where they never are."""
-    top = jnp.where(pairs.top_weights > 0, top, jnp.inf)
-    other = jnp.where(pairs.is_other, other, -jnp.inf)
-    return jnp.sum(jnp.sum(jnp.where(top[..., :, None] < other[..., None, :], 1.0, 0.0), axis=-1))
-
-
 def ranking_loss(
     params: hashing.HashParams,
     key: PRNGKeyArray,
@@ -277,12 +230,12 @@ def ranking_loss(
         positions.reshape(blocks, -1),
     )
 
-    @jax.checkpoint
+    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(SLOPES))
     def block_cost(params, soft_codes, block_queries, pairs):
         weights = _query_side(params, block_queries, gamma, hash_cfg)
         top, other = _sampled_scores(weights * cfg.beta, soft_codes, pairs)
-        cost = pair_cost(top, pairs.top_weights, other, pairs.is_other, jnp.float32(cfg.alpha))
-        return cost, _count_wrong(top, other, pairs), _count_pairs(pairs)
+        cost, wrong = pair_cost(top, pairs.top_weights, other, pairs.is_other, cfg.alpha)
+        return cost, wrong, _count_pairs(pairs)
 
     def add_block(totals, block):
         block_key, block_queries, block_positions = block

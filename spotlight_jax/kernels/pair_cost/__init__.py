@@ -1,0 +1,82 @@
+"""Bradley-Terry cost of all pairs of a top and another key, and its slopes, without a pair tensor that is kept."""
+
+import functools
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float
+
+from spotlight_jax.kernels.pair_cost.pallas_triton import pair_sums_pallas_triton
+from spotlight_jax.kernels.pair_cost.reference import PairSums, pair_sums_reference
+from spotlight_jax.kernels.pair_cost.xla import pair_sums_xla
+
+__all__ = ["SLOPES", "PairCostImpl", "PairSums", "choose_impl", "pair_cost", "pair_sums"]
+
+PairCostImpl = Literal["auto", "reference", "xla", "pallas_triton"]
+
+SLOPES = "pair_slopes"  # what a checkpoint policy may save, so that pairs are not gone through twice
+
+
+def choose_impl() -> PairCostImpl:
+    """The implementation `auto` takes: one kernel on a GPU, fused sums elsewhere."""
+    return "pallas_triton" if jax.default_backend() == "gpu" else "xla"
+
+
+def pair_sums(
+    top_scores: Float[Array, "*batch tops"],
+    top_weights: Float[Array, "*batch tops"],
+    other_scores: Float[Array, "*batch others"],
+    is_other: Bool[Array, "*batch others"],
+    alpha: float,
+    impl: PairCostImpl = "auto",
+) -> PairSums:
+    """Sums over the pairs of each row: cost, pairs ranked wrongly, and the slopes of the cost by either score.
+
+    Args:
+        top_weights: at least 0; a top key of weight 0 is in no pair.
+        is_other: which others are in pairs.
+        impl: `auto` chooses by device; a named implementation runs or raises.
+    """
+    backends: dict[str, Callable[..., PairSums]] = {
+        "reference": pair_sums_reference,
+        "xla": pair_sums_xla,
+        "pallas_triton": pair_sums_pallas_triton,
+    }
+    run = backends[choose_impl() if impl == "auto" else impl]
+    return run(top_scores, top_weights, other_scores, is_other, alpha)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def pair_cost(
+    top_scores: Float[Array, "*batch tops"],
+    top_weights: Float[Array, "*batch tops"],
+    other_scores: Float[Array, "*batch others"],
+    is_other: Bool[Array, "*batch others"],
+    alpha: float,
+    impl: PairCostImpl = "auto",
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Sum over pairs of top_weight * softplus(other - top + alpha), and how many pairs have other > top.
+
+    Differentiable in the scores alone: the weights are constants of the loss.
+    """
+    sums = pair_sums(top_scores, top_weights, other_scores, is_other, alpha, impl)
+    return jnp.sum(sums.cost), jnp.sum(sums.wrong)
+
+
+def _forward(top_scores, top_weights, other_scores, is_other, alpha, impl):
+    sums = pair_sums(top_scores, top_weights, other_scores, is_other, alpha, impl)
+    slopes = checkpoint_name(sums.top_slopes, SLOPES), checkpoint_name(sums.other_slopes, SLOPES)
+    return (jnp.sum(sums.cost), jnp.sum(sums.wrong)), slopes
+
+
+def _backward(alpha, impl, slopes, cotangents):
+    top_slopes, other_slopes = slopes
+    zeros = jnp.zeros_like(top_slopes)
+    no_gradient = jnp.zeros(other_slopes.shape, jax.dtypes.float0)
+    return cotangents[0] * top_slopes, zeros, cotangents[0] * other_slopes, no_gradient
+
+
+pair_cost.defvjp(_forward, _backward)

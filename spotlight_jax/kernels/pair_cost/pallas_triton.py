@@ -1,0 +1,86 @@
+"""Pair sums in one pass of one kernel: a program a row, its others in registers, its tops a few at a time."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Bool, Float
+
+from spotlight_jax.kernels.pair_cost.factors import pair_factors
+from spotlight_jax.kernels.pair_cost.reference import PairSums
+
+_TOPS_AT_ONCE = 4  # tops times others is what a program's threads hold at once
+_LEAST = 16
+
+
+def _kernel(tops_ref, weights_ref, others_ref, cost_ref, wrong_ref, top_slopes_ref, other_slopes_ref, *, lost):
+    others = others_ref[0, :][None, :]
+
+    def add_tops(step, sums):
+        cost, wrong, slopes = sums
+        at = pl.ds(step * _TOPS_AT_ONCE, _TOPS_AT_ONCE)
+        tops, weights = tops_ref[0, at][:, None], weights_ref[0, at][:, None]
+        ratio = tops * others
+        share = 1.0 / (1.0 + ratio)
+        top_slopes_ref[0, at] = -jnp.sum(weights * tops * others * share, axis=1)
+        is_wrong = (ratio > lost) & (weights > 0)
+        return (
+            cost + jnp.sum(weights * jnp.log(1.0 + ratio), axis=0),
+            wrong + jnp.sum(jnp.where(is_wrong, 1.0, 0.0), axis=0),
+            slopes + jnp.sum(weights * tops * share, axis=0),
+        )
+
+    zeros = jnp.zeros(others_ref.shape[1:], jnp.float32)
+    cost, wrong, slopes = jax.lax.fori_loop(0, tops_ref.shape[1] // _TOPS_AT_ONCE, add_tops, (zeros, zeros, zeros))
+    cost_ref[0] = jnp.sum(cost)
+    wrong_ref[0] = jnp.sum(wrong)
+    other_slopes_ref[0, :] = others_ref[0, :] * slopes
+
+
+def pair_sums_pallas_triton(
+    top_scores: Float[Array, "*batch tops"],
+    top_weights: Float[Array, "*batch tops"],
+    other_scores: Float[Array, "*batch others"],
+    is_other: Bool[Array, "*batch others"],
+    alpha: float,
+    interpret: bool = False,
+) -> PairSums:
+    """As the reference; tops and others are padded to powers of two with keys that are in no pair."""
+    batch, count = top_scores.shape[:-1], other_scores.shape[-1]
+    tops, others = pair_factors(top_scores, other_scores, is_other, alpha)
+    tops, weights, others = _padded_rows(tops), _padded_rows(top_weights), _padded_rows(others)
+    rows = tops.shape[0]
+
+    def row_of(width):
+        return pl.BlockSpec((1, width), lambda row: (row, 0))
+
+    def row_shape(*shape):
+        return jax.ShapeDtypeStruct((rows, *shape), jnp.float32)
+
+    one = pl.BlockSpec((1,), lambda row: (row,))
+    cost, wrong, top_slopes, other_slopes = pl.pallas_call(
+        functools.partial(_kernel, lost=math.exp(alpha)),
+        grid=(rows,),
+        in_specs=[row_of(tops.shape[1]), row_of(tops.shape[1]), row_of(others.shape[1])],
+        out_specs=[one, one, row_of(tops.shape[1]), row_of(others.shape[1])],
+        out_shape=[row_shape(), row_shape(), row_shape(tops.shape[1]), row_shape(others.shape[1])],
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="pair_sums",
+    )(tops, weights, others)
+    return PairSums(
+        cost=cost.reshape(batch),
+        wrong=wrong.reshape(batch),
+        top_slopes=top_slopes[:, : top_scores.shape[-1]].reshape(top_scores.shape),
+        other_slopes=other_slopes[:, :count].reshape(other_scores.shape),
+    )
+
+
+def _padded_rows(x: Float[Array, "*batch width"]) -> Float[Array, "rows padded"]:
+    """Rows of a width that is a power of two, zeros at the end."""
+    rows = x.reshape(-1, x.shape[-1])
+    width = max(_LEAST, 1 << (rows.shape[1] - 1).bit_length())
+    return jnp.pad(rows, ((0, 0), (0, width - rows.shape[1])))
