@@ -51,7 +51,7 @@ def pass_dense_layer(
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "chunk"))
-def _pass_sparse_layer(
+def pass_sparse_layer(
     layer_params: Params,
     x: Float[Array, "batch length embed"],
     method: Method,
@@ -61,6 +61,7 @@ def _pass_sparse_layer(
     cfg: DecoderConfig,
     chunk: int,
 ) -> tuple[Array, dict[str, Array]]:
+    """One layer over whole sequences that reads as `method`, which has this layer's params; see `attend_with`."""
     positions = _positions(x)
 
     def attend(queries: Array, keys: Array, values: Array) -> tuple[Array, dict[str, Array]]:
@@ -157,7 +158,7 @@ def pass_sequence(
         layer_params, reads = params[f"layer_{layer}"], whole
         if is_sparse[layer]:
             own = method.layer(layer)
-            x, reads = _pass_sparse_layer(layer_params, x, own, budgets, lengths, dense_prefix, model_cfg, chunk)
+            x, reads = pass_sparse_layer(layer_params, x, own, budgets, lengths, dense_prefix, model_cfg, chunk)
             tokens = tokens + reads["tokens"] / sum(is_sparse)
         else:
             x = pass_dense_layer(layer_params, x, model_cfg)

