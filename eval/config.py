@@ -73,8 +73,9 @@ class EvalConfig:
         check_names(self.methods)
         if not self.keep or len(set(self.keep)) < len(self.keep):
             raise InputError("give --keep at least one share, each once")
-        for keep in self.keep:
-            self.selection.at(keep)
+        for reading in self.readings:
+            for keep in self.keep:
+                reading.at(keep)  # refuses what selects nothing
         if len(set(self.settings)) < len(self.settings):
             raise InputError("give each of --settings once")
         if self.resume and self.out is None:

@@ -1,7 +1,7 @@
 """How good each method's selections are: overlap with the oracle's, recall and attention mass, by layer and head.
 
     spotlight eval inspect --selector runs/demo --texts text:alice      # two CPU cores: 2 minutes
-    spotlight eval inspect --selector runs/smollm2 --window 8192 --keep 0.02 0.05   # one GPU: 2 minutes
+    spotlight eval inspect --selector runs/smollm2 --window 8192 --keep 0.02 0.05   # for a GPU
 
 Queries spread over each window are taken from one dense pass, and every method chooses for the same ones. The oracle
 beside a method has the same budget, sinks and recent tokens, and chooses per KV head or per query head as the method

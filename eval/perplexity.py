@@ -1,8 +1,8 @@
 """Perplexity of texts when every position reads as a method does, beside its rivals and the dense model.
 
-    spotlight eval perplexity --selector runs/demo --texts text:alice --keep 0.02 0.05     # two CPU cores: 5 minutes
+    spotlight eval perplexity --selector runs/demo --texts text:alice --keep 0.02 0.05     # two CPU cores: minutes
     spotlight eval perplexity --selector runs/smollm2 --window 8192 --settings bare sinks \\
-        --methods dense oracle spotlight lsh quest magicpig window --keep 0.02 0.05 0.1    # one GPU: 10 minutes
+        --methods dense oracle spotlight lsh quest magicpig window --keep 0.02 0.05 0.1    # for a GPU
     spotlight eval perplexity --selector runs/demo --copy-test                             # far tokens alone
 
 Teacher-forced: the query at each position reads what a decoding step there would, from the tokens before it
@@ -29,6 +29,7 @@ from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.data import DataConfig, read_windows
 from spotlight_jax.errors import InputError
 
+FREE_FIELDS = ("out", "resume", "methods", "keep", "settings", "texts")
 ALL = "all texts"
 _MIB = 2**20
 
@@ -137,9 +138,6 @@ def main(cfg: PerplexityConfig) -> dict[str, Any]:
         picture = record.folder.path / "perplexity.png"
         plot_tradeoff(picture, overall, "ppl_pooled", f"{metric}, all tokens together", title)
         return record.finish(results, _tables(cfg, results, list(texts), title))
-
-
-FREE_FIELDS = ("out", "resume", "methods", "keep", "settings", "texts")
 
 
 def _pass_all(

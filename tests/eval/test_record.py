@@ -83,6 +83,7 @@ def test_trials_are_every_share_and_setting_and_one_of_what_has_no_budget(tmp_pa
         ({"methods": ("spotlight",)}, "--selector"),
         ({"methods": ("lsh",), "keep": ()}, "--keep"),
         ({"methods": ("lsh",), "keep": (-0.1,)}, "keep is -0.1"),
+        ({"methods": ("lsh",), "keep": (40.0,), "settings": ("bare", "sinks")}, "budget 40 cannot hold"),
         ({"methods": ("lsh",), "resume": True}, "--out"),
     ],
 )
