@@ -1,8 +1,12 @@
 """LongBench v1: answer its 21 tasks with each method, or score predictions that are there already.
 
-python -m eval.longbench score predictions/                                  # no model, no JAX
-python -m eval.longbench --data LongBench/data --selector runs/llama --model meta-llama/Llama-3.1-8B
-python -m eval.longbench --tasks hotpotqa trec --limit 20 --methods dense spotlight quest
+    spotlight eval longbench score predictions/                                   # no model, no JAX: seconds
+    spotlight eval longbench --data LongBench/data --model meta-llama/Llama-3.1-8B-Instruct --selector runs/llama
+    spotlight eval longbench --tasks hotpotqa trec --limit 20 --methods dense oracle quest
+
+Prompts, lengths and metrics are LongBench's. A run folder holds predictions/<method>/<task>.jsonl in its layout; each
+task's agreement with the dense model's own answers (`fidelity`) stands beside its score. Answers are greedy. A run
+that was interrupted goes on with --resume where it stopped, in the middle of a task too.
 """
 
 import sys
@@ -17,14 +21,12 @@ def command(args: Sequence[str] | None = None) -> int:
     """`spotlight eval longbench`, and `spotlight eval longbench score`, which starts without JAX."""
     given = list(sys.argv[1:] if args is None else args)
     if given[:1] == ["score"]:
-        from eval import longbench_score
+        import eval.longbench_score as score
 
-        return cli.run(
-            longbench_score.main, longbench_score.ScoreConfig, f"{PROG} score", longbench_score.__doc__ or "", given[1:]
-        )
-    from eval import longbench_generate
+        return cli.run(score.main, score.ScoreConfig, f"{PROG} score", score.__doc__ or "", given[1:])
+    import eval.longbench_generate as generate
 
-    return cli.run(longbench_generate.main, longbench_generate.LongBenchConfig, PROG, __doc__, given)
+    return cli.run(generate.main, generate.LongBenchConfig, PROG, __doc__, given)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Folders of predictions in LongBench's layout: one `<task>.jsonl` a task, one prediction a line.
 
-A line is `{"pred": "...", "answers": ["..."], "all_classes": ["..."] or null, "length": 4321}`.
+A line is `{"pred": "...", "answers": ["..."], "all_classes": ["..."] or null, "length": 4321}`; what else it holds is
+not read here.
 """
 
 import dataclasses
@@ -46,12 +47,6 @@ def read_predictions(file: Path) -> list[Prediction]:
     if not found:
         raise InputError(f"'{file}' holds no predictions")
     return found
-
-
-def format_prediction(text: str, answers: list[str], classes: list[str] | None, length: int) -> str:
-    """A line of a prediction file."""
-    row = {"pred": text, "answers": answers, "all_classes": classes, "length": length}
-    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def _parse(line: str, where: str) -> Prediction:

@@ -1,0 +1,149 @@
+"""LongBench's texts: from its own files, a parquet mirror, or a hub id; and the prompts made of them."""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from eval.longbench_tasks import Task
+from spotlight_jax import documents
+from spotlight_jax.errors import InputError
+from spotlight_jax.generate import encode_chat
+
+_HUB = "hf:"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One question of a task."""
+
+    context: str
+    question: str
+    answers: tuple[str, ...]
+    classes: tuple[str, ...] | None
+    length: int  # of the context, as the data set counts it: words, or characters of Chinese
+
+
+def find_file(data: str, name: str) -> Path | None:
+    """The file of a task in a folder, by the names that LongBench and its mirrors give; None where there is none."""
+    root = Path(data).expanduser()
+    patterns = (f"{name}.jsonl", f"data/{name}.jsonl", f"{name}.parquet", f"{name}-*.parquet", f"{name}/*.parquet")
+    found = [file for pattern in (*patterns, f"data/{name}-*.parquet") for file in sorted(root.glob(pattern))]
+    if len({file.parent for file in found}) > 1 or len(found) > 1:
+        raise InputError(f"'{data}' has several files for {name}: {', '.join(map(str, found[:4]))}; keep one")
+    return found[0] if found else None
+
+
+def available_tasks(data: str, names: Iterable[str]) -> list[str]:
+    """Which of the tasks the data hold; a data set of the hub is taken to hold all.
+
+    Raises: InputError where the folder is none, or holds no task.
+    """
+    if data.startswith(_HUB):
+        return list(names)
+    if not Path(data).expanduser().is_dir():
+        raise InputError(f"'{data}' is no folder; give one of LongBench's files, or {_HUB}OWNER/NAME")
+    if not (found := [name for name in names if find_file(data, name)]):
+        raise InputError(f"the folder '{data}' holds no LongBench task (<task>.jsonl or <task>.parquet)")
+    return found
+
+
+def read_samples(data: str, name: str, limit: int | None = None) -> list[Sample]:
+    """Questions of one task, in order; raises InputError for what cannot be read, with file and line."""
+    samples = [_parse(row, where) for row, where in itertools.islice(_read_rows(data, name), limit)]
+    if not samples:
+        raise InputError(f"'{data}' holds no question of {name}")
+    return samples
+
+
+def _read_rows(data: str, name: str) -> Iterator[tuple[Any, str]]:
+    if data.startswith(_HUB):
+        source = documents.HubId(data.removeprefix(_HUB), name, "test")
+        rows = documents.open_stream(source, "context")
+        yield from ((row, f"{data}:{name}:{number}") for number, row in enumerate(rows, start=1))
+        return
+    file = find_file(data, name)
+    assert file is not None
+    if file.suffix == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet
+
+        try:
+            rows = pa.parquet.read_table(file).to_pylist()
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(f"'{file}' is not a readable parquet file: {str(error).splitlines()[0]}") from None
+        yield from ((row, f"{file}:{number}") for number, row in enumerate(rows, start=1))
+        return
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield _load(line, f"{file}:{number}"), f"{file}:{number}"
+
+
+def _load(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"'{where}' is not JSON ({error.msg}, column {error.colno})") from None
+
+
+def _parse(row: Any, where: str) -> Sample:
+    if not isinstance(row, dict):
+        raise InputError(f"'{where}' is not a JSON object")
+    question = row.get("input", row.get("question"))  # the parquet mirror's name for it
+    answers, classes, length = row.get("answers"), row.get("all_classes"), row.get("length")
+    texts = {"context": row.get("context"), "input": question}
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise InputError(f"'{where}' has no text '{name}', only {', '.join(map(repr, row)) or 'nothing'}")
+    if not answers or not all(isinstance(answer, str) for answer in answers):
+        raise InputError(f"'{where}': 'answers' is not a list of at least one text")
+    if not isinstance(length, int):
+        raise InputError(f"'{where}': 'length' is not a whole number but {length!r}")
+    return Sample(row["context"], str(question), tuple(answers), tuple(classes) if classes else None, length)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """Token ids, and whether the middle had to be left out."""
+
+    tokens: tuple[int, ...]
+    is_cut: bool
+
+
+def chat_tokens(tokenizer: transformers.PreTrainedTokenizerBase) -> int:
+    """Tokens that the chat template adds to a prompt; 0 for a model without one."""
+    return len(encode_chat(tokenizer, [{"role": "user", "content": ""}])) if tokenizer.chat_template else 0
+
+
+def encode_prompt(
+    tokenizer: transformers.PreTrainedTokenizerBase, task: Task, sample: Sample, max_length: int, room: int, chat: bool
+) -> Prompt:
+    """A question as the model is asked it.
+
+    As published, a prompt of more than `max_length` tokens keeps its first and last halves of that, and what is left
+    goes into the chat template (not for few-shot and code tasks, nor for models without one).
+
+    Args:
+        room: most tokens of all; the template and the seam between the halves may take a few more than was left.
+        chat: whether to use the template.
+    """
+    text = task.prompt.format(context=sample.context, input=sample.question)
+    tokens = list(tokenizer(text, verbose=False).input_ids)
+    is_cut = len(tokens) > max_length
+    if is_cut:
+        half = max_length // 2
+        text = "".join(
+            str(tokenizer.decode(part, skip_special_tokens=True)) for part in (tokens[:half], tokens[-half:])
+        )
+    if chat and task.is_chat and tokenizer.chat_template:
+        tokens = encode_chat(tokenizer, [{"role": "user", "content": text}])
+    elif is_cut:
+        tokens = list(tokenizer(text, verbose=False).input_ids)
+    if len(tokens) > room:
+        tokens = tokens[: room // 2] + tokens[len(tokens) - (room - room // 2) :]
+    return Prompt(tuple(tokens), is_cut)
