@@ -1,0 +1,143 @@
+"""Run several evaluations and write one page: tables that sort, pictures, no network; finished parts are not run again.
+
+    spotlight eval report --selector runs/demo --fraction 0.25     # two CPU cores: about 15 minutes
+    spotlight eval report --selector runs/smollm2                  # one GPU
+    spotlight eval report --plan my_plan.yaml --out runs/report
+    spotlight eval report --resume --out runs/report               # after an interruption
+
+Without --plan: SmolLM2 on embedded texts (perplexity, selections, a passage again, a pass key), all rivals. The folder
+holds report.html (one file, to be passed on), results.json, plan.yaml, and a run folder of each evaluation.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from eval.report_page import write_page
+from eval.report_plan import DEFAULT, Plan, PlannedPart, read_plan
+from spotlight_jax import cli, runs
+from spotlight_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportConfig:
+    """What is reported."""
+
+    plan: str | None = None
+    """YAML file of evaluations; without it, SmolLM2 on embedded texts."""
+    model: str | None = None
+    """Model of all evaluations, instead of the plan's."""
+    selector: str | None = None
+    """Trained hash functions for all evaluations, instead of the plan's."""
+    fraction: float = 1.0
+    """For a quick look: lists (texts, lengths, depths, keep, settings, ...) are cut to this share of their first
+    entries, counts (windows, samples, queries, ...) to this share."""
+    out: str | None = None
+    """Folder of the report; without it, a new one under runs/."""
+    resume: bool = False
+    """Continue the report in --out: what it has evaluated is not evaluated again."""
+
+    def __post_init__(self) -> None:
+        """Refuse reports of nothing."""
+        if not 0 < self.fraction <= 1:
+            raise InputError(f"fraction is {self.fraction}; give a share above 0 and at most 1")
+        if self.resume and self.out is None:
+            raise InputError("--resume needs the report's folder: add --out FOLDER")
+
+
+def open_folder(cfg: ReportConfig) -> tuple[ReportConfig, Path]:
+    """The report's folder, and what it was started with where it is resumed."""
+    if not cfg.resume:
+        path = Path(cfg.out) if cfg.out is not None else runs.next_free(Path("runs"), "report")
+        return cfg, path
+    folder = runs.RunFolder(Path(cfg.out or ""))
+    first = folder.config(ReportConfig)
+    given = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg)}
+    changed = {name: value for name, value in given.items() if value != getattr(ReportConfig(), name)}
+    changed = {name: value for name, value in changed.items() if name not in ("out", "resume")}
+    if other := [f"--{name}" for name, value in changed.items() if value != getattr(first, name)]:
+        raise InputError(f"the report in '{cfg.out}' was started with other flags ({', '.join(other)}); leave them out")
+    return dataclasses.replace(first, out=cfg.out, resume=True), folder.path
+
+
+def main(cfg: ReportConfig) -> dict[str, Any]:
+    """Evaluate what is not finished, then write the page; returns what the last line of stdout holds."""
+    cfg, path = open_folder(cfg)
+    source = path / "plan.yaml" if cfg.resume else DEFAULT if cfg.plan is None else Path(cfg.plan)
+    given = {name: value for name in ("model", "selector") if (value := getattr(cfg, name)) is not None}
+    plan = read_plan(source, given, cfg.fraction)
+    if not cfg.resume:
+        runs.RunFolder.create(path, cfg)
+        shutil.copyfile(source, path / "plan.yaml")
+    parts: list[dict[str, Any]] = []
+    for number, part in enumerate(plan.parts, start=1):
+        print(f"report: {part.name} ({number} of {len(plan.parts)})", file=sys.stderr, flush=True)
+        parts.append(run_part(part, path / part.name, _seconds_before(path, part.name)))
+        write_results(path, cfg, plan, parts)  # an interrupted report has a page too
+    summary: dict[str, Any] = {"eval": "report", "out": str(path), "page": str(path / "report.html")}
+    summary["results"] = [{"part": part["name"]} | row for part in parts for row in part["results"]]
+    print(f"written: {path / 'report.html'}", file=sys.stderr)
+    print(json.dumps(summary), flush=True)
+    return summary
+
+
+def run_part(part: PlannedPart, folder: Path, seconds: float) -> dict[str, Any]:
+    """Run one evaluation into its folder, or read what it has measured; its tables go to `output.txt` there.
+
+    Args:
+        seconds: it took before it was interrupted.
+    """
+    if not is_finished(part, folder):
+        started = time.monotonic()
+        config = dataclasses.replace(part.config, out=str(folder), resume=(folder / "config.yaml").is_file())
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            try:
+                part.main(config)
+            except InputError as error:
+                raise InputError(f"{part.name}: {error}") from None
+        (folder / "output.txt").write_text(output.getvalue(), encoding="utf-8")
+        seconds += time.monotonic() - started
+    results = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["results"]
+    config = runs.to_plain(part.config)
+    return {"name": part.name, "eval": part.evaluation, "seconds": seconds, "config": config, "results": results}
+
+
+def _seconds_before(path: Path, name: str) -> float:
+    """What a part of an earlier run took."""
+    file = path / "results.json"
+    parts = json.loads(file.read_text(encoding="utf-8"))["parts"] if file.is_file() else []
+    return next((part["seconds"] for part in parts if part["name"] == name), 0.0)
+
+
+def is_finished(part: PlannedPart, folder: Path) -> bool:
+    """Whether the folder holds all of what the plan asks."""
+    if not (folder / "summary.json").is_file():
+        return False
+    first = runs.RunFolder(folder).config(type(part.config))
+    same = dataclasses.replace(part.config, out=first.out, resume=first.resume)
+    return not runs.differences(first, same)
+
+
+def write_results(path: Path, cfg: ReportConfig, plan: Plan, parts: Sequence[dict[str, Any]]) -> None:
+    """`results.json` and `report.html`."""
+    environment = json.loads((path / "env.json").read_text(encoding="utf-8"))
+    whole = {"title": plan.title, "fraction": cfg.fraction, "environment": environment, "parts": list(parts)}
+    (path / "results.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    missing = [part.name for part in plan.parts[len(parts) :]]
+    write_page(path, whole, missing, (path / "plan.yaml").read_text(encoding="utf-8"))
+
+
+def command(args: Sequence[str] | None = None) -> int:
+    """`spotlight eval report`."""
+    return cli.run(main, ReportConfig, "spotlight eval report", __doc__, args)
+
+
+if __name__ == "__main__":
+    sys.exit(command())
