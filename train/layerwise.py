@@ -30,6 +30,7 @@ from spotlight_jax import cli, runs
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.errors import InputError
 from spotlight_jax.memory import GIB
+from train import plan
 from train.config import PRESETS, LayerwiseConfig
 from train.display import Display
 from train.report import print_results, write_results
@@ -66,6 +67,7 @@ def train(cfg: LayerwiseConfig) -> dict[str, Any]:
     cfg, path = _find_run(cfg)
     with Display() as display:
         session = Session(cfg, display)
+        plan.check_memory(cfg, session.model_cfg, session.dtype)
         if cfg.dry_run:
             return _dry_run(session, display)
         session.prepare()

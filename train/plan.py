@@ -5,7 +5,8 @@ import math
 import jax
 import numpy as np
 
-from spotlight_jax.memory import GIB
+from spotlight_jax.errors import InputError
+from spotlight_jax.memory import GIB, available_bytes
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import param_shapes
 from train.config import LayerwiseConfig
@@ -42,6 +43,18 @@ def estimate_memory(cfg: LayerwiseConfig, model: DecoderConfig, dtype: np.dtype,
         "loss (--layers-at-once, --ranking.queries-at-once)": loss,
         "hash functions and AdamW's moments": 3 * 4 * layers * heads * networks,
     }
+
+
+def check_memory(cfg: LayerwiseConfig, model: DecoderConfig, dtype: np.dtype) -> None:
+    """Raise InputError where a run cannot fit a CPU's memory; a GPU refuses by itself what does not fit."""
+    devices = jax.devices()
+    free = available_bytes(devices[0]) if devices[0].platform == "cpu" else None
+    need = sum(estimate_memory(cfg, model, dtype, len(devices)).values())
+    if free is not None and need > free:
+        raise InputError(
+            f"this takes about {need / GIB:.1f} GiB and {free / GIB:.1f} GiB are free; take a smaller model, or lower "
+            "--data.window, --data.held-out-windows or --layers-at-once"
+        )
 
 
 def describe(cfg: LayerwiseConfig, model: DecoderConfig, dtype: np.dtype, disk: str | None) -> list[str]:

@@ -18,7 +18,7 @@ from spotlight_jax.checkpoint import load_selector
 from spotlight_jax.models.config import config_from_hf
 from tests.models import tiny
 from tests.train.conftest import LAYERS, SAVE_EVERY, STEPS, WINDOW
-from train import hidden_cache, layerwise
+from train import hidden_cache, layerwise, plan
 from train.session import Session
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -230,6 +230,15 @@ def test_bad_input_gets_one_line_and_leaves_nothing(case, inputs, tmp_path, caps
     flags, told = BAD[case]
     _assert_refused(inputs.flags(tmp_path / "run", *flags), told, capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["short.npy"]
+
+
+@pytest.mark.parametrize("flags", [(), ("--dry-run",)])
+def test_what_cannot_fit_the_memory_is_refused_before_it_is_loaded(inputs, tmp_path, capsys, monkeypatch, flags):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plan, "available_bytes", lambda device: 10_000)
+    monkeypatch.setattr(Session, "prepare", lambda session: pytest.fail("loaded"))
+    _assert_refused(inputs.flags(tmp_path / "run", *flags), "0.0 GiB are free; take a smaller model", capsys)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_folder_that_exists_is_refused(inputs, finished, capsys):
