@@ -6,6 +6,7 @@ import statistics
 from pathlib import Path
 
 import rich.console
+import rich.progress
 import rich.table
 import tyro
 
@@ -16,6 +17,16 @@ from spotlight_jax.errors import InputError
 
 # LongBench-E's groups by the context's length in words: name, and the length from which the next one starts
 LENGTH_GROUPS = (("0-4k", 4000), ("4-8k", 8000), ("8k+", float("inf")))
+
+# How LongBench calls its metrics
+_NAMES = {
+    "token_f1": "F1",
+    "rouge_l": "ROUGE-L",
+    "classification": "accuracy",
+    "count": "accuracy",
+    "retrieval": "accuracy",
+    "code_similarity": "similarity",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +88,11 @@ def score_folder(folder: Path, tasks: tuple[str, ...] = (), by_length: bool = Fa
     wanted = [find_task(name).name for name in tasks] or list(files)
     if missing := [name for name in wanted if name not in files]:
         raise InputError(f"'{folder}' has no predictions for {', '.join(missing)}; it holds {', '.join(files)}")
-    return [score_task(TASKS[name], read_predictions(files[name]), by_length) for name in TASKS if name in wanted]
+    ordered = [name for name in TASKS if name in wanted]
+    stderr = rich.console.Console(stderr=True)
+    what = f"scoring {folder.name}"  # long summaries take a minute a task
+    shown = rich.progress.track(ordered, what, console=stderr, transient=True, disable=not stderr.is_terminal)
+    return [score_task(TASKS[name], read_predictions(files[name]), by_length) for name in shown]
 
 
 def main(cfg: ScoreConfig) -> dict:
@@ -125,7 +140,7 @@ def table_of(title: str, scores: list[TaskScore]) -> rich.table.Table:
                 f"{score.score:.2f}",
                 *("-" if mean is None else f"{mean:.2f}" for mean in score.by_length.values()),
             ]
-            table.add_row(score.task.name, score.task.metric.replace("_", " "), str(score.count), *cells)
+            table.add_row(score.task.name, _NAMES[score.task.metric.removesuffix("_zh")], str(score.count), *cells)
         if members:
             table.add_row(category, "mean", "", f"{mean_of(members):.2f}", *[""] * len(groups), style="bold")
             table.add_section()

@@ -37,7 +37,7 @@ from spotlight_jax.errors import InputError
 from spotlight_jax.generate import context_limit
 
 _MIB = 2**20
-_WIDTH = 32  # what follows a haystack is padded to a multiple of this, so that few shapes are compiled
+_WIDTH = 64  # what follows a haystack is padded to a multiple of this, so that few shapes are compiled
 _LABELS = {
     "needle": "exact answers",
     "passkey": "exact answers",
@@ -255,7 +255,7 @@ def _table(cfg: NeedleConfig, results: Sequence[Row], title: str) -> Any:
             [row["method"], keep, row["setting"], *cells, f"{row['accuracy']:.0%}", f"{row['rouge']:.3f}", *reads]
         )
     asked = len(cfg.depths) * cfg.samples
-    note = f"{_LABELS[cfg.variant]}; {asked} questions a length; {cfg.sparse_from} on sparse"
+    note = f"{_LABELS[cfg.variant]}; questions per length: {asked}; sparse from the {cfg.sparse_from} on"
     return make_table(f"{title}\n{note}", columns, lines, names=3)
 
 
