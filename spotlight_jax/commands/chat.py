@@ -15,12 +15,12 @@ from tyro.conf import OmitArgPrefixes
 
 from spotlight_jax import cli
 from spotlight_jax.checkpoint import Selector
-from spotlight_jax.commands.session import SessionConfig, decode, describe, load_fitting, read_selector, write_text
+from spotlight_jax.commands.session import SessionConfig, decode, describe, load_fitting, read_configs, write_text
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.engine import DecodeState, Engine
 from spotlight_jax.errors import InputError
 from spotlight_jax.generate import GenerateConfig, Run, context_limit, encode_chat
-from spotlight_jax.models.load import BaseModel, load_config, open_tokenizer
+from spotlight_jax.models.load import BaseModel, open_tokenizer
 
 HELP = "Ctrl-C cuts an answer short, /new starts again, Ctrl-D ends"
 
@@ -91,11 +91,10 @@ def main(cfg: ChatCommandConfig, read: Callable[[str], str] = input) -> list[dic
     """Talk until the input ends; returns the messages."""
     notes = Console(stderr=True, highlight=False, style="dim")
     use_compile_cache()
-    model_cfg = load_config(cfg.model)
-    encode_chat(open_tokenizer(cfg.model), [{"role": "user", "content": "Hello"}])  # refuses a model without template
-    selector = read_selector(cfg, model_cfg)
+    name, model_cfg, selector = read_configs(cfg)
+    encode_chat(open_tokenizer(name), [{"role": "user", "content": "Hello"}])  # refuses a model without template
     limit = _talk_limit(cfg, context_limit(model_cfg))
-    model, engine = load_fitting(cfg, model_cfg, selector, [limit - cfg.generation.max_new_tokens], notes)
+    model, engine = load_fitting(cfg, name, model_cfg, selector, [limit - cfg.generation.max_new_tokens], notes)
     talk = Talk(model, engine, cfg, limit, notes)
     with contextlib.suppress(ImportError):  # not everywhere
         import readline  # `input` then knows arrow keys and earlier lines

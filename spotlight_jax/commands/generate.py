@@ -19,12 +19,12 @@ from rich.text import Text
 
 from spotlight_jax import cli
 from spotlight_jax.checkpoint import Selector
-from spotlight_jax.commands.session import SessionConfig, decode, describe, load_fitting, read_selector, write_text
+from spotlight_jax.commands.session import SessionConfig, decode, describe, load_fitting, read_configs, write_text
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.engine import Engine
 from spotlight_jax.errors import InputError
 from spotlight_jax.generate import encode_prompts, make_engine
-from spotlight_jax.models.load import BaseModel, load_config, open_tokenizer
+from spotlight_jax.models.load import BaseModel, open_tokenizer
 
 STDIN = Path("-")
 
@@ -62,21 +62,20 @@ def main(cfg: GenerateCommandConfig) -> dict:
     """Run the command; returns what `--json` prints."""
     console, notes = Console(highlight=False), Console(stderr=True, highlight=False)
     use_compile_cache()
-    model_cfg, tokenizer = load_config(cfg.model), open_tokenizer(cfg.model)
     texts = _read_texts(cfg)
     if cfg.stream and len(texts) > 1:
         raise InputError(f"--stream shows one text; {len(texts)} prompts were given")
+    name, model_cfg, selector = read_configs(cfg)
     max_new = cfg.generation.max_new_tokens
-    prompts = encode_prompts(tokenizer, texts, max_new, model_cfg, cfg.chat, cfg.prompt_tokens)
-    selector = read_selector(cfg, model_cfg)
-    model, engine = load_fitting(cfg, model_cfg, selector, [len(prompt) for prompt in prompts], notes)
+    prompts = encode_prompts(open_tokenizer(name), texts, max_new, model_cfg, cfg.chat, cfg.prompt_tokens)
+    model, engine = load_fitting(cfg, name, model_cfg, selector, [len(prompt) for prompt in prompts], notes)
     result = _generate(cfg, model, engine, prompts, selector, notes)
     if cfg.compare:
         dense = make_engine(model, cfg.generation)
         result = {"sparse": result, "dense": _generate(cfg, model, dense, prompts, None, notes)}
         console.print(_side_by_side(result))
     if cfg.json:
-        print(json.dumps({"command": "generate", "model": cfg.model, **result}))
+        print(json.dumps({"command": "generate", "model": name, **result}))
     return result
 
 

@@ -14,7 +14,7 @@ from rich.progress import Progress, SpinnerColumn, TaskProgressColumn, TextColum
 from tyro.conf import OmitArgPrefixes
 
 from spotlight_jax import cli
-from spotlight_jax.checkpoint import Selector, load_selector
+from spotlight_jax.checkpoint import Selector, check_shape, load_selector
 from spotlight_jax.engine import DecodeState, Engine
 from spotlight_jax.generate import (
     STREAM_BLOCK,
@@ -27,9 +27,10 @@ from spotlight_jax.generate import (
 )
 from spotlight_jax.memory import GIB, available_bytes, check_memory, plan_memory
 from spotlight_jax.models.config import DecoderConfig
-from spotlight_jax.models.load import BaseModel, load_model
+from spotlight_jax.models.load import BaseModel, load_config, load_model
 from spotlight_jax.models.params import default_dtype
 
+DEFAULT_MODEL = "smollm2-135m"
 MIB = 2**20
 
 
@@ -37,8 +38,8 @@ MIB = 2**20
 class SessionConfig:
     """A model, a selector, and how text is continued."""
 
-    model: str = "smollm2-135m"
-    """A folder in Hugging Face's layout, a hub id, a .gguf file, or smollm2-135m."""
+    model: str | None = None
+    """Folder in Hugging Face's layout, hub id or .gguf file; None: what the selector was trained for, or smollm2-135m."""
     selector: Path | None = None
     """What training wrote (a run or its selector folder); without one, every token is read."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -50,15 +51,20 @@ class SessionConfig:
         return jnp.dtype(default_dtype() if self.dtype == "auto" else self.dtype)
 
 
-def read_selector(cfg: SessionConfig, model_cfg: DecoderConfig) -> Selector | None:
-    """The selector, checked against the model; the model's weights are not needed."""
-    if cfg.selector is None:
-        return None
-    return load_selector(cfg.selector, head_shape(model_cfg))
+def read_configs(cfg: SessionConfig) -> tuple[str, DecoderConfig, Selector | None]:
+    """The model's name, its config, and the selector, checked against each other; weights are not needed."""
+    selector = None if cfg.selector is None else load_selector(cfg.selector)
+    trained_for = selector.base_model if selector else ""
+    name = cfg.model or trained_for or DEFAULT_MODEL
+    model_cfg = load_config(name)
+    if selector is not None:
+        check_shape(selector.shape, head_shape(model_cfg), f"selector '{cfg.selector}' (trained for {trained_for})")
+    return name, model_cfg, selector
 
 
 def load_fitting(
     cfg: SessionConfig,
+    name: str,
     model_cfg: DecoderConfig,
     selector: Selector | None,
     prompt_lengths: list[int],
@@ -81,8 +87,8 @@ def load_fitting(
     known = "" if free is None else f" of {free / GIB:.2f} free"
     console.print(f"memory: {plan.describe()}{known}", style="dim", soft_wrap=True)
     check_memory(plan, free)
-    with waiting(console, f"loading {cfg.model}"):
-        model = load_model(cfg.model, dtype)
+    with waiting(console, f"loading {name}"):
+        model = load_model(name, dtype)
     return model, make_engine(model, generation, selector)
 
 

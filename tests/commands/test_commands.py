@@ -40,8 +40,8 @@ def tiny_model(monkeypatch):
         "load_model",
         lambda source, dtype: BaseModel(MODEL, init_params(jax.random.key(0), MODEL, dtype), byte_tokenizer(), source),
     )
+    monkeypatch.setattr(session, "load_config", lambda source: MODEL)
     for module in (generate, chat):
-        monkeypatch.setattr(module, "load_config", lambda source: MODEL)
         monkeypatch.setattr(module, "open_tokenizer", lambda source: byte_tokenizer())
         monkeypatch.setattr(module, "use_compile_cache", lambda: None)
 
@@ -65,6 +65,17 @@ def test_generate_shows_text_and_report_and_one_line_of_json(capsys, selector_fo
     assert result["reads"]["tokens"] == 20 and result["reads"]["bytes_codes"] > 0
     assert "20 tokens per head (keep 0.1)" in shown.err and "layers 0 of 3" in shown.err
     assert "memory: weights" in shown.err
+
+
+def test_the_model_is_the_selectors_unless_one_is_named(capsys, selector_folder):
+    prompt = ["--prompt", "abc", "--max-new-tokens", "1", "--json"]
+    for args, name in (
+        ([], "smollm2-135m"),
+        (["--selector", str(selector_folder)], "tiny"),
+        (["--selector", str(selector_folder), "--model", "own/tiny"], "own/tiny"),
+    ):
+        assert generate.command([*args, *prompt]) == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["model"] == name
 
 
 def test_the_report_says_when_a_selector_did_not_pay(capsys, selector_folder):
