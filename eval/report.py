@@ -76,10 +76,11 @@ def main(cfg: ReportConfig) -> dict[str, Any]:
     if not cfg.resume:
         runs.RunFolder.create(path, cfg)
         shutil.copyfile(source, path / "plan.yaml")
+    before = _seconds_before(path)
     parts: list[dict[str, Any]] = []
     for number, part in enumerate(plan.parts, start=1):
         print(f"report: {part.name} ({number} of {len(plan.parts)})", file=sys.stderr, flush=True)
-        parts.append(run_part(part, path / part.name, _seconds_before(path, part.name)))
+        parts.append(run_part(part, path / part.name, before.get(part.name, 0.0)))
         write_results(path, cfg, plan, parts)  # an interrupted report has a page too
     summary: dict[str, Any] = {"eval": "report", "out": str(path), "page": str(path / "report.html")}
     summary["results"] = [{"part": part["name"]} | row for part in parts for row in part["results"]]
@@ -109,11 +110,11 @@ def run_part(part: PlannedPart, folder: Path, seconds: float) -> dict[str, Any]:
     return {"name": part.name, "eval": part.evaluation, "seconds": seconds, "config": config, "results": results}
 
 
-def _seconds_before(path: Path, name: str) -> float:
-    """What a part of an earlier run took."""
+def _seconds_before(path: Path) -> dict[str, float]:
+    """What the parts of an earlier run took."""
     file = path / "results.json"
     parts = json.loads(file.read_text(encoding="utf-8"))["parts"] if file.is_file() else []
-    return next((part["seconds"] for part in parts if part["name"] == name), 0.0)
+    return {part["name"]: part["seconds"] for part in parts}
 
 
 def is_finished(part: PlannedPart, folder: Path) -> bool:

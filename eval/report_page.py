@@ -39,7 +39,7 @@ def _number(digits: int) -> Callable[[Any], str]:
 
 
 def _significant(value: Any) -> str:
-    return f"{value:.4g}"
+    return f"{value:#.4g}".rstrip(".")
 
 
 def _percent(value: Any) -> str:
@@ -170,7 +170,7 @@ def make_table(columns: Sequence[Column], rows: Sequence[Row]) -> dict[str, Any]
 
 
 def make_overview(parts: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """One line a method and share, one column a score; the best that is neither dense nor an oracle is marked."""
+    """One line a method and share, one column a score; at each share, the best that is no oracle is marked."""
     scores = [entry for part in parts for entry in list_scores(part)]
     names: dict[str, Row] = {}
     for _, _, rows in scores:
@@ -180,13 +180,26 @@ def make_overview(parts: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         return None
     titles, columns = ["method"], []
     for heading, score, rows in scores:
-        by_name = {name_row(row): row[score.field] for row in rows}
-        rivals = [value for name, value in by_name.items() if not name.startswith(("dense", "oracle"))]
-        best = (max if score.is_better_high else min)(rivals, default=None)
-        titles.append(f"{heading}: {score.title} {'↑' if score.is_better_high else '↓'}")
-        columns.append({name: (score.show(value), value, value == best) for name, value in by_name.items()})
+        best = _find_best(score, rows)
+        titles.append(f"{_head(heading, score)} {'↑' if score.is_better_high else '↓'}")
+        columns.append({name_row(row): (score.show(row[score.field]), row[score.field], row in best) for row in rows})
     lines = [[(name, name, False), *(column.get(name, ("-", "", False)) for column in columns)] for name in names]
     return {"titles": titles, "rows": lines}
+
+
+def _head(heading: str, score: Score) -> str:
+    """A score's name, with its part's where that says more."""
+    return score.title if heading == score.title else f"{heading}: {score.title}"
+
+
+def _find_best(score: Score, rows: Sequence[Row]) -> list[Row]:
+    """The best row of each share and setting, oracles aside."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        if row["method"] != "dense" and row["keep"] is not None and not row["method"].startswith("oracle"):
+            groups.setdefault((row["keep"], row.get("setting")), []).append(row)
+    choose = max if score.is_better_high else min
+    return [choose(group, key=lambda row: row[score.field]) for group in groups.values() if len(group) > 1]
 
 
 def draw_charts(parts: Sequence[dict[str, Any]]) -> list[Markup]:
@@ -199,7 +212,7 @@ def draw_charts(parts: Sequence[dict[str, Any]]) -> list[Markup]:
                 for row in rows
             ]
             direction = "higher is better" if score.is_better_high else "lower is better"
-            charts.append(draw_bars(f"{heading}: {score.title}", direction, bars))
+            charts.append(draw_bars(_head(heading, score), direction, bars))
     return charts
 
 
