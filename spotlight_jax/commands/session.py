@@ -39,7 +39,7 @@ class SessionConfig:
     """A model, a selector, and how text is continued."""
 
     model: str | None = None
-    """Folder in Hugging Face's layout, hub id or .gguf file; None: what the selector was trained for, or smollm2-135m."""
+    """Folder in Hugging Face's layout, hub id or .gguf file; None: the selector's own, or else smollm2-135m."""
     selector: Path | None = None
     """What training wrote (a run or its selector folder); without one, every token is read."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
