@@ -11,6 +11,7 @@ does. Means are over the layers that a method does not read densely.
 import csv
 import dataclasses
 import functools
+import itertools
 import sys
 from collections.abc import Sequence as Several
 from pathlib import Path
@@ -22,7 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from eval.attend import causal_budgets, default_chunk, dense_reads, sparse_reads
-from eval.config import EvalConfig, Subject, Trial, list_trials, load_subject
+from eval.config import FREE_FIELDS, EvalConfig, Subject, Trial, list_trials, load_subject
 from eval.forward import check_length
 from eval.methods import Method
 from eval.methods.base import rule_of
@@ -37,7 +38,6 @@ from spotlight_jax.errors import InputError
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import Params, apply_layer, embed_tokens
 
-FREE_FIELDS = ("out", "resume", "methods", "keep", "settings", "texts")
 MEASURES = ("iou", "recall", "mass", "oracle_mass")
 WORST = 10
 
@@ -177,7 +177,7 @@ def main(cfg: InspectConfig) -> dict[str, Any]:
     subject = load_subject(cfg)
     check_length(cfg.window, subject.cfg)
     trials = [trial for trial in list_trials(cfg) if trial.method != "dense"]
-    with Record.open(cfg, "inspect", FREE_FIELDS) as record:
+    with Record.open(cfg, "inspect", (*FREE_FIELDS, "texts")) as record:
         data = DataConfig(
             train=cfg.texts, window=cfg.window, held_out_windows=cfg.windows_per_text, text_column=cfg.text_column
         )
@@ -234,7 +234,8 @@ def _draw(folder: Path, rows: Several[Row]) -> None:
     labels = {"iou": "IoU with the oracle's choice", "mass": "attention probability read"}
     for measure, label in labels.items():
         panels: dict[int, list[tuple[str, np.ndarray]]] = {}
-        for row in shown:
+        is_told = [measure != "iou" or not row["method"].startswith("oracle") for row in shown]  # the oracle's is 1
+        for row in itertools.compress(shown, is_told) if any(is_told) else shown:
             values = np.full(np.shape(row["by_head"][measure]), np.nan)
             values[row["sparse_layers"]] = np.asarray(row["by_head"][measure])[row["sparse_layers"]]
             panels.setdefault(values.shape[1], []).append((row["method"], values))

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
-from eval.config import EvalConfig, Subject, Trial, list_trials, load_subject
+from eval.config import FREE_FIELDS, EvalConfig, Subject, Trial, list_trials, load_subject
 from eval.copy_text import CopyConfig, copy_texts
 from eval.forward import ForwardConfig, Passed, Sequence, check_length, pass_sequence
 from eval.pictures import plot_tradeoff
@@ -29,7 +29,6 @@ from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.data import DataConfig, read_windows
 from spotlight_jax.errors import InputError
 
-FREE_FIELDS = ("out", "resume", "methods", "keep", "settings", "texts")
 ALL = "all texts"
 _MIB = 2**20
 
@@ -121,7 +120,9 @@ def main(cfg: PerplexityConfig) -> dict[str, Any]:
     use_compile_cache()
     subject = load_subject(cfg)
     check_length(cfg.length, subject.cfg, "a copy text" if cfg.copy_test else "the window")
-    with Record.open(cfg, "copy" if cfg.copy_test else "perplexity", FREE_FIELDS) as record:
+    # a copy text is made of other texts too, so that none may be added
+    free_fields = FREE_FIELDS if cfg.copy_test else (*FREE_FIELDS, "texts")
+    with Record.open(cfg, "copy" if cfg.copy_test else "perplexity", free_fields) as record:
         texts = read_sequences(cfg, subject, record)
         trials = list_trials(cfg)
         parts = {name: [trial.part | {"text": name} for trial in trials] for name in texts}

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import matplotlib.axis
 import numpy as np
 from jaxtyping import Float
 
@@ -38,7 +39,13 @@ def plot_tradeoff(path: Path, rows: Sequence[dict[str, Any]], metric: str, label
     settings = list(dict.fromkeys(row["setting"] for row in rows if row["method"] in _budgeted(rows)))
     settings = settings or [rows[0]["setting"]]
     figure, axes = plt.subplots(
-        1, len(settings), figsize=(1.8 + 5.4 * len(settings), 4.6), layout="constrained", sharey=True, squeeze=False
+        1,
+        len(settings),
+        figsize=(1.8 + 5.4 * len(settings), 4.6),
+        layout="constrained",
+        sharex=True,
+        sharey=True,
+        squeeze=False,
     )
     for axis, setting in zip(axes[0], settings, strict=True):
         for method in dict.fromkeys(row["method"] for row in rows):
@@ -52,16 +59,25 @@ def plot_tradeoff(path: Path, rows: Sequence[dict[str, Any]], metric: str, label
             axis.plot([row["bytes_read"] / _MIB for row in own], [row[metric] for row in own], label=method, **style)
         axis.set(title=setting, xlabel="keys, values and index read per token, all layers (MiB)", xscale="log")
         axis.set_yscale("log")
-        for side in (axis.xaxis, axis.yaxis):
-            side.set_major_locator(matplotlib.ticker.MaxNLocator(6, steps=[1, 2, 5, 10]))
-            side.set_minor_locator(matplotlib.ticker.NullLocator())
-            side.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
         axis.grid(alpha=0.25)
+    for axis in axes[0]:
+        _tick_logarithms(axis.xaxis)
+        _tick_logarithms(axis.yaxis)
     axes[0][0].set_ylabel(label)
     figure.suptitle(title)
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _tick_logarithms(side: matplotlib.axis.Axis) -> None:
+    """Round numbers on a logarithmic axis, however short or long it is."""
+    least, greatest = side.get_view_interval()
+    short = matplotlib.ticker.MaxNLocator(6, steps=[1, 2, 5, 10])
+    long = matplotlib.ticker.LogLocator(subs=[1, 1.5, 2, 3, 5, 7])
+    side.set_major_locator(long if greatest > 3 * least else short)
+    side.set_minor_locator(matplotlib.ticker.NullLocator())
+    side.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _budgeted(rows: Sequence[dict[str, Any]]) -> set[str]:

@@ -9,6 +9,7 @@ import pytest
 from eval import perplexity
 from eval.copy_text import CopyConfig, copy_texts
 from eval.forward import Passed
+from spotlight_jax.data import DataConfig, open_windows, read_windows
 from spotlight_jax.errors import InputError
 from tests.eval.subjects import write_inputs
 
@@ -85,6 +86,16 @@ def test_an_interrupted_run_measures_only_what_is_left(tmp_path, capsys, monkeyp
     again, captured = run([*flags, "--resume"], capsys)
     assert calls == ["window", "window"] and again == whole  # two windows of the second text
     assert "3 of 4 parts were finished before" in captured.err
+
+
+def test_windows_are_those_that_training_measures_on(tmp_path):
+    write_inputs(tmp_path)
+    one, two = str(tmp_path / "one.npy"), str(tmp_path / "two.npy")
+    shared = {"window": 96, "held_out_windows": 3}
+    training = open_windows(DataConfig(train=(two,), held_out=(one,), **shared), None, 320)
+    np.testing.assert_array_equal(read_windows(DataConfig(train=(one,), **shared), None, 320)[one], training.held_out)
+    few = read_windows(DataConfig(train=(one, two), window=300, held_out_windows=9), None, 320)
+    assert {name: rows.shape for name, rows in few.items()} == {one: (2, 300), two: (2, 300)}  # 700 tokens each
 
 
 def test_the_copy_test_scores_the_second_copy_alone(tmp_path, capsys):
