@@ -29,6 +29,7 @@ EVALUATIONS = {
 RESERVED = ("out", "resume")  # the report's own
 # What --fraction cuts down: lists to their first entries, numbers to a share.
 LISTS = ("texts", "lengths", "depths", "keep", "settings", "tasks", "batches", "model_lengths", "model_batches")
+LEAST = {"texts": 2}  # a copy text is made of two
 COUNTS = ("windows_per_text", "queries", "samples", "limit", "rounds", "new_tokens")
 
 
@@ -150,12 +151,12 @@ def _flags(fields: Mapping[str, Any], prefix: str = "--") -> Iterator[str]:
 
 
 def cut_down(cfg: Any, fraction: float) -> Any:
-    """A config with lists cut to their first entries and counts to a share; never to nothing."""
+    """A config with lists cut to their first entries and counts to a share; never to nothing, texts not below two."""
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
         if field.name in LISTS and value:
-            changes[field.name] = value[: math.ceil(fraction * len(value))]
+            changes[field.name] = value[: max(math.ceil(fraction * len(value)), LEAST.get(field.name, 1))]
         elif field.name in COUNTS and value is not None:
             changes[field.name] = max(1, round(fraction * value))
     return dataclasses.replace(cfg, **changes)

@@ -87,6 +87,8 @@ class SpeedConfig:
     """Bits of a token's code."""
     rounds: int = 9
     """Rounds, everything once in each; medians are reported."""
+    caches: int = 8
+    """Most caches that a loop's step walks over, so that none stays in the device's own; fewer compile sooner."""
     new_tokens: int = 16
     """Decoding steps of a whole model per round."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -103,8 +105,8 @@ class SpeedConfig:
         if not self.parts or len(set(self.parts)) < len(self.parts):
             raise InputError("give --parts ops, model or both, each once")
         counts = (*self.lengths, *self.batches, *self.model_lengths, *self.model_batches, self.rounds, self.new_tokens)
-        if min(counts) < 1 or not self.batches:
-            raise InputError("lengths, batches, rounds and new_tokens must be at least 1")
+        if min(*counts, self.caches) < 1 or not self.batches:
+            raise InputError("lengths, batches, rounds, caches and new_tokens must be at least 1")
         if self.resume and self.out is None:
             raise InputError("--resume needs the run's folder: add --out RUN_FOLDER")
         SelectionConfig(keep=self.keep)
@@ -132,7 +134,7 @@ def pick_ops(ops: dict[str, Op], names: Sequence[str]) -> dict[str, Op]:
 def time_length(cfg: SpeedConfig, batch: int, length: int, bandwidth: float, record: Record) -> list[Row]:
     """Rows of all operations at one length and batch; none where a single cache does not fit."""
     shape = shape_of(PRESETS[cfg.preset or ""], batch, length, cfg.dtype, cfg.code_bits, cfg.keep)
-    copies = count_copies(shape, jax.default_backend(), available_bytes())
+    copies = count_copies(shape, jax.default_backend(), available_bytes(), cfg.caches)
     if copies == 0:
         record.say(f"speed: {batch} x {length} tokens do not fit and are left out")
         return []

@@ -59,14 +59,19 @@ class Expected:
     def __init__(self, shape: OpShape, inputs: OpInputs, held: Held) -> None:
         """Fetch what one head reads; its newest token is the one that a layer appends."""
         self.shape, self.inputs = shape, inputs
+        self._scores: dict[bytes, np.ndarray] = {}
         assert held.layer.codes is not None
         self.codes = np.asarray(held.layer.codes[0, 0, :, : shape.length])
         self.keys, self.values = (_float(rows[0, : shape.length, 0]) for rows in (held.layer.keys, held.layer.values))
         self.queries = _float(inputs.queries[0, 0, : shape.group])
 
     def scores(self, weights: jax.Array) -> np.ndarray:
-        """Of every token."""
-        return plain_scores(self.codes, np.asarray(weights)[0, 0, 0])
+        """Of every token; computed once for the same weights."""
+        own = np.asarray(weights)[0, 0, 0]
+        key = own.tobytes()
+        if key not in self._scores:
+            self._scores[key] = plain_scores(self.codes, own)
+        return self._scores[key]
 
     def selection(self, weights: jax.Array) -> np.ndarray:
         """Positions."""

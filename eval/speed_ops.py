@@ -26,7 +26,6 @@ from spotlight_jax.selection import SelectionConfig, max_budget, select_tokens
 
 COLD_BYTES = {"cpu": 128 << 20}  # what a step walks over at least, so that no cache of the device helps
 GPU_COLD_BYTES = 256 << 20
-MOST_COPIES = 8  # each is compiled
 SLOTS = 128  # the cache is that much longer than what it holds: room for the appended token
 
 
@@ -77,12 +76,12 @@ def shape_of(cfg: DecoderConfig, batch: int, length: int, dtype: str, code_bits:
     return OpShape(cfg.q_heads, cfg.kv_heads, cfg.head_dim, batch, length, dtype, code_bits, selection)
 
 
-def count_copies(shape: OpShape, platform: str, free: int | None) -> int:
+def count_copies(shape: OpShape, platform: str, free: int | None, most: int) -> int:
     """Caches a step walks over: as many as leave none of them in the device's own caches, and fit; 0 if none fits."""
     each = shape.bytes_of("keys and values") + 2 * shape.bytes_of("codes") + 2 * shape.bytes_of("scores")
-    fitting = MOST_COPIES if free is None else int(0.8 * free / each)
+    fitting = most if free is None else int(0.8 * free / each)
     cold = math.ceil(COLD_BYTES.get(platform, GPU_COLD_BYTES) / shape.bytes_of("codes"))
-    return min(MOST_COPIES, cold, fitting)
+    return min(most, cold, fitting)
 
 
 @flax.struct.dataclass

@@ -87,15 +87,24 @@ def test_time_grows_with_the_work():
 
 @pytest.mark.parametrize(("free", "copies"), [(None, 8), (0, 0), (3_000_000, 6)])
 def test_copies_are_as_many_as_fit(free, copies):
-    assert speed_ops.count_copies(SHAPE, "cpu", free) == pytest.approx(copies, abs=4 if free else 0)
+    assert speed_ops.count_copies(SHAPE, "cpu", free, 8) == pytest.approx(copies, abs=4 if free else 0)
 
 
 def test_it_prints_tables_and_one_line_of_json_and_resumes(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(speed, "use_compile_cache", lambda: None)
     monkeypatch.setattr(speed, "copy_bandwidth", lambda: 1e9)
-    monkeypatch.setattr(speed_ops, "MOST_COPIES", 2)
     args = ["--preset", "tiny", "--lengths", "96", "--model-lengths", "60", "--model-batches", "2", "--rounds", "2"]
-    args += ["--ops", "sparse layer", "dense layer, xla", "--new-tokens", "2", "--out", str(tmp_path / "run")]
+    args += [
+        "--ops",
+        "sparse layer",
+        "dense layer, xla",
+        "--caches",
+        "2",
+        "--new-tokens",
+        "2",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     assert speed.command(args) == 0
     out = capsys.readouterr().out
     results = json.loads(out.splitlines()[-1])["results"]
