@@ -42,7 +42,8 @@ class HashConfig:
     code_heads: Literal["kv", "query"] = "kv"
     """One key code per KV head, or one per query head (the paper)."""
     centre: bool = True
-    """Hash keys relative to their mean and spread, measured on the first training window, instead of as they are."""
+    """Hash keys relative to their mean, each dimension scaled so that its spread is equal on both sides of the dot
+    product (measured on the first training window), instead of keys and queries as they are."""
 
     def __post_init__(self) -> None:
         """Refuse what no hash function can be built from."""
@@ -91,12 +92,12 @@ class HashWeights:
 
     keys: HashNetwork
     queries: HashNetwork | None  # None: the symmetric form, which hashes queries with `keys`
-    log_gain: Float[Array, "*layers q_heads"] | None  # scale of the asymmetric score in the loss; no effect on ranks
+    log_gain: Float[Array, "*layers q_heads"] | None  # scale of the asymmetric scores: their say in a group's sum
 
 
 @flax.struct.dataclass
 class KeyStats:
-    """Where post-RoPE keys lie: measured once, never trained."""
+    """Where post-RoPE keys lie and how dimensions are scaled: measured once, never trained."""
 
     mean: Float[Array, "*layers kv_heads head_dim"]
     scale: Float[Array, "*layers kv_heads head_dim"]
@@ -176,11 +177,24 @@ def init_params(key: PRNGKeyArray, cfg: HashConfig, shape: HeadShape) -> HashPar
     )
 
 
-def fit_stats(keys: Shaped[Array, "*layers batch kv_len kv_heads head_dim"]) -> KeyStats:
-    """Mean and standard deviation of post-RoPE keys, per layer, KV head and dimension."""
-    keys = keys.astype(jnp.float32)
-    scale = jnp.std(keys, axis=(-4, -3))
-    return KeyStats(mean=jnp.mean(keys, axis=(-4, -3)), scale=jnp.maximum(scale, 1e-6))
+def fit_stats(
+    keys: Shaped[Array, "*layers batch kv_len kv_heads head_dim"],
+    queries: Shaped[Array, "*layers batch q_len q_heads head_dim"],
+) -> KeyStats:
+    """Mean of post-RoPE keys and the scale of each dimension, per layer and KV head.
+
+    A code spends its bits on a dimension as its spread says, but what a dimension adds to the spread of q . k is the
+    product of both sides'. With scale^2 = spread of keys / spread of the group's summed queries, centred keys / scale
+    and queries * scale have equal spreads, q . k is what it was, and no bits go to dimensions that decide nothing.
+    Scaled keys have a mean square of 1.
+    """
+    keys, queries = keys.astype(jnp.float32), queries.astype(jnp.float32)
+    summed = jnp.sum(queries.reshape(*queries.shape[:-2], keys.shape[-2], -1, queries.shape[-1]), axis=-2)
+    key_spread = jnp.maximum(jnp.std(keys, axis=(-4, -3)), 1e-6)
+    query_spread = jnp.maximum(jnp.sqrt(jnp.mean(jnp.square(summed), axis=(-4, -3))), 1e-6)
+    scale = jnp.sqrt(key_spread / query_spread)
+    mean_square = jnp.mean(jnp.square(key_spread / scale), axis=-1, keepdims=True)
+    return KeyStats(mean=jnp.mean(keys, axis=(-4, -3)), scale=scale * jnp.sqrt(mean_square))
 
 
 def layer_params(params: HashParams, layer: int) -> HashParams:
@@ -240,7 +254,7 @@ def hash_keys(
 def hash_queries(
     params: HashParams, queries: Shaped[Array, "*batch q_heads head_dim"], cfg: HashConfig
 ) -> Float[Array, "*batch q_heads code_bits"]:
-    """One layer's query side: its bit weights (asymmetric), or its code before the sign (symmetric).
+    """One layer's query side: its bit weights times their gain (asymmetric), or its code before the sign (symmetric).
 
     Centred keys are (k - mean) / scale, so q . k ranks keys as (q * scale) . centred k does. Queries are brought to
     unit root mean square there, each group as a whole: no rank changes, of a query head or of its group's sum.
@@ -253,8 +267,10 @@ def hash_queries(
         grouped = grouped * scale
         grouped = grouped * jax.lax.rsqrt(jnp.mean(jnp.square(grouped), axis=(-2, -1), keepdims=True) + 1e-12)
         queries = grouped.reshape(queries.shape)
-    network = params.weights.keys if params.weights.queries is None else params.weights.queries
-    return _apply_network(network, queries, cfg)
+    if params.weights.queries is None or params.weights.log_gain is None:
+        return _apply_network(params.weights.keys, queries, cfg)
+    gain = jnp.exp(params.weights.log_gain).reshape((1,) * (queries.ndim - 2) + (-1, 1))
+    return _apply_network(params.weights.queries, queries, cfg) * gain
 
 
 def soft_sign(x: Float[Array, "*shape"], gamma: Float[Array, ""] | float) -> Float[Array, "*shape"]:

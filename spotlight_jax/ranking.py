@@ -1,7 +1,8 @@
 """The ranking loss: true top keys of a query must score above its other keys (Bradley-Terry, arXiv 2508.19740).
 
 For query i, pairs (a, b) of a top key a and another key b cost softplus(-(beta (s_a - s_b) - alpha)). "Top" are the
-highest true post-RoPE dot products among the keys the query may see. Three samplings keep the pairs few: queries, ranks
+highest true post-RoPE dot products among the keys the query may see, of each query head, or of all query heads of a KV
+head together (`target`). Three samplings keep the pairs few: queries, ranks
 of the top set, ranks of the rest. Queries are worked on in blocks, so memory is bounded by
 `q_heads * queries_at_once * kv_len` scores, never `q_heads * kv_len * kv_len`. No pair tensor is kept for the backward
 pass: their sums are the kernel `kernels/pair_cost`.
@@ -27,6 +28,9 @@ from spotlight_jax.selection import ordered_ranks
 class RankingConfig:
     """The ranking loss and its sampling."""
 
+    target: Literal["query_head", "kv_head"] = "query_head"
+    """Rank keys for each query head by its dot products (the paper), or for each KV head, as it selects: summed scores
+    by the attention probabilities of its query heads together."""
     top_share: float = 0.02
     """Share of a query's visible keys that count as top."""
     min_top: int = 20
@@ -67,12 +71,15 @@ class RankingConfig:
 
 @flax.struct.dataclass
 class Pairs:
-    """Sampled keys of each query: positions, whether each may be used, and weights of the top ones."""
+    """Sampled keys of each query: positions, whether each may be used, and weights of the top ones.
 
-    top: Int32[Array, "q_heads q_len tops"]
-    top_weights: Float[Array, "q_heads q_len tops"]  # 0 where the rank does not exist
+    heads: the query heads, or the KV heads where keys are ranked for a group.
+    """
+
+    top: Int32[Array, "heads q_len tops"]
+    top_weights: Float[Array, "heads q_len tops"]  # 0 where the rank does not exist
     others: Int32[Array, "others"]  # shared by all heads and queries of a block
-    is_other: Bool[Array, "q_heads q_len others"]
+    is_other: Bool[Array, "heads q_len others"]
 
 
 def top_counts(positions: Int32[Array, "q_len"], kv_len: int, cfg: RankingConfig) -> Int32[Array, "q_len"]:
@@ -95,6 +102,20 @@ def true_scores(
     scores = jnp.einsum("tkgd,skd->kgts", grouped, keys, preferred_element_type=jnp.float32)
     visible = jnp.arange(kv_len)[None, :] <= positions[:, None]
     return jnp.where(visible[None], scores.reshape(q_heads, q_len, kv_len), -jnp.inf)
+
+
+def target_scores(
+    queries: Shaped[Array, "q_len q_heads head_dim"],
+    keys: Shaped[Array, "kv_len kv_heads head_dim"],
+    positions: Int32[Array, "q_len"],
+    cfg: RankingConfig,
+) -> Float[Array, "heads q_len kv_len"]:
+    """What keys are ranked by, in logits: the attention's own, or the log of a group's summed probabilities."""
+    logits = true_scores(queries, keys, positions) * queries.shape[-1] ** -0.5
+    if cfg.target == "query_head":
+        return logits
+    grouped = logits.reshape(keys.shape[1], -1, *logits.shape[1:])
+    return jax.nn.logsumexp(jax.nn.log_softmax(grouped, axis=-1), axis=1)
 
 
 def _spread(key: PRNGKeyArray, shape: tuple[int, int], picks: int) -> Float[Array, "q_heads q_len picks"]:
@@ -133,8 +154,8 @@ def sample_pairs(
     or that it does not see, as in the paper: one early in the window so has fewer pairs, and less say.
     """
     top_key, other_key = jax.random.split(key)
-    kv_len, heads_and_queries = keys.shape[0], (queries.shape[1], queries.shape[0])
-    scores = true_scores(queries, keys, positions)
+    scores = target_scores(queries, keys, positions, cfg)
+    kv_len, heads_and_queries = keys.shape[0], scores.shape[:2]
     counts = top_counts(positions, kv_len, cfg)[None, :, None]
     largest = min(max(kv_len - int((1 - cfg.top_share) * kv_len), cfg.min_top), kv_len)
     top_positions, top_values = _find_top(scores, counts, largest)
@@ -151,18 +172,16 @@ def sample_pairs(
     other_values = scores[..., others]
     lowest_top = jnp.min(jnp.where(top_values > -jnp.inf, top_values, jnp.inf), axis=-1, keepdims=True)
     is_other = (other_values > -jnp.inf) & (other_values < lowest_top)
-    weights = _top_weights(sampled_values, queries.shape[-1], cfg)
+    weights = _top_weights(sampled_values, cfg)
     return Pairs(top=top.astype(jnp.int32), top_weights=weights, others=others, is_other=is_other)
 
 
-def _top_weights(
-    scores: Float[Array, "q_heads q_len tops"], head_dim: int, cfg: RankingConfig
-) -> Float[Array, "q_heads q_len tops"]:
+def _top_weights(scores: Float[Array, "heads q_len tops"], cfg: RankingConfig) -> Float[Array, "heads q_len tops"]:
     """1 for every top key, or half of that by its attention probability among the sampled ones; 0 for unseen keys."""
     seen = scores > -jnp.inf
     if cfg.weighting == "uniform":
         return seen.astype(jnp.float32)
-    probability = jax.nn.softmax(scores / jnp.sqrt(head_dim), axis=-1)
+    probability = jax.nn.softmax(scores, axis=-1)
     return jnp.where(seen, 0.5 + 0.5 * scores.shape[-1] * probability, 0.0)
 
 
@@ -170,36 +189,38 @@ def _query_side(
     params: hashing.HashParams,
     queries: Shaped[Array, "q_len q_heads head_dim"],
     gamma: Float[Array, ""],
-    cfg: hashing.HashConfig,
-) -> Float[Array, "q_heads q_len code_bits"]:
-    """What soft key codes are multiplied with: soft codes (symmetric) or gained real weights (asymmetric)."""
-    outputs = hashing.hash_queries(params, queries, cfg)
-    if cfg.form == "symmetric":
+    hash_cfg: hashing.HashConfig,
+    cfg: RankingConfig,
+) -> Float[Array, "heads q_len code_bits"]:
+    """What soft key codes are multiplied with: soft codes (symmetric) or real weights (asymmetric), a head's or a
+    group's sum of them."""
+    outputs = hashing.hash_queries(params, queries, hash_cfg)
+    if hash_cfg.form == "symmetric":
         outputs = hashing.soft_sign(outputs, gamma)
-    else:
-        assert params.weights.log_gain is not None
-        outputs = outputs * jnp.exp(params.weights.log_gain)[None, :, None]
-    return jnp.swapaxes(outputs, 0, 1)
+    outputs = jnp.swapaxes(outputs, 0, 1)
+    if cfg.target == "query_head":
+        return outputs
+    return jnp.sum(outputs.reshape(params.stats.scale.shape[0], -1, *outputs.shape[1:]), axis=1)
 
 
 def _sampled_scores(
-    weights: Float[Array, "q_heads q_len code_bits"],
+    weights: Float[Array, "heads q_len code_bits"],
     soft_codes: Float[Array, "code_heads kv_len code_bits"],
     pairs: Pairs,
-) -> tuple[Float[Array, "q_heads q_len tops"], Float[Array, "q_heads q_len others"]]:
+) -> tuple[Float[Array, "heads q_len tops"], Float[Array, "heads q_len others"]]:
     """Differentiable scores of the sampled keys only: a dot product of query side and soft code."""
-    q_heads, q_len, code_bits = weights.shape
+    heads, q_len, code_bits = weights.shape
     code_heads = soft_codes.shape[0]
     grouped = weights.reshape(code_heads, -1, q_len, code_bits)
     if jax.default_backend() == "cpu":
         rows = pairs.top.reshape(code_heads, -1, 1)
         top_codes = jnp.take_along_axis(soft_codes, rows, axis=1).reshape(*grouped.shape[:3], -1, code_bits)
-        top = jnp.einsum("kgtc,kgtnc->kgtn", grouped, top_codes).reshape(q_heads, q_len, -1)
+        top = jnp.einsum("kgtc,kgtnc->kgtn", grouped, top_codes).reshape(heads, q_len, -1)
     else:  # scoring every key is nothing to a GPU, while adding up gradients of gathered codes takes it long
-        every = jnp.einsum("kgtc,ksc->kgts", grouped, soft_codes).reshape(q_heads, q_len, -1)
+        every = jnp.einsum("kgtc,ksc->kgts", grouped, soft_codes).reshape(heads, q_len, -1)
         top = jnp.take_along_axis(every, pairs.top, axis=-1)
     other = jnp.einsum("kgtc,ksc->kgts", grouped, soft_codes[:, pairs.others])
-    return top, other.reshape(q_heads, q_len, -1)
+    return top, other.reshape(heads, q_len, -1)
 
 
 def _count_pairs(pairs: Pairs) -> Float[Array, ""]:
@@ -232,7 +253,7 @@ def ranking_loss(
 
     @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(SLOPES))
     def block_cost(params, soft_codes, block_queries, pairs):
-        weights = _query_side(params, block_queries, gamma, hash_cfg)
+        weights = _query_side(params, block_queries, gamma, hash_cfg, cfg)
         top, other = _sampled_scores(weights * cfg.beta, soft_codes, pairs)
         cost, wrong = pair_cost(top, pairs.top_weights, other, pairs.is_other, cfg.alpha)
         return cost, wrong, _count_pairs(pairs)

@@ -1,7 +1,6 @@
 """Hash functions: the network beside numpy loops, the LSH start, packing, query weights."""
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +106,8 @@ def expected_queries(params, queries, cfg):
             members = queries[b, t, kv * GROUP : (kv + 1) * GROUP].astype(np.float64) * scale
             query = query * scale / np.sqrt(np.mean(members**2))
         if cfg.form == "asymmetric":
-            out[b, t, head] = network_of(params.weights.queries, head, query, cfg.skip)
+            gain = np.exp(np.asarray(params.weights.log_gain, np.float64)[head])
+            out[b, t, head] = network_of(params.weights.queries, head, query, cfg.skip) * gain
         else:
             net = kv if cfg.code_heads == "kv" else head
             out[b, t, head] = network_of(params.weights.keys, net, query, cfg.skip)
@@ -294,16 +294,32 @@ def test_a_query_of_zeros_has_finite_weights():
     assert not np.any(query_weights(params, np.zeros_like(draw_queries(cfg)), cfg))
 
 
-def test_statistics_are_mean_and_spread_of_each_head_and_dimension():
-    keys = draw(0, LAYERS, BATCH, LEN, KV_HEADS, HEAD_DIM) * 3 + 5
-    keys[..., 2, 4] = 7.0  # a dimension that never varies
-    stats = hashing.fit_stats(jnp.asarray(keys))
-    for layer, head, dim in np.ndindex(LAYERS, KV_HEADS, HEAD_DIM):
-        values = keys[layer, :, :, head, dim].astype(np.float64).ravel()
-        mean = sum(values) / len(values)
-        spread = math.sqrt(sum((v - mean) ** 2 for v in values) / len(values))
-        np.testing.assert_allclose(stats.mean[layer, head, dim], mean, rtol=1e-5)
-        np.testing.assert_allclose(stats.scale[layer, head, dim], max(spread, 1e-6), rtol=1e-4)
+def draw_uneven(*lead):
+    """Keys and queries whose dimensions have spreads of their own."""
+    spreads = np.geomspace(0.1, 10, HEAD_DIM).astype(np.float32)
+    keys = draw(0, *lead, BATCH, LEN, KV_HEADS, HEAD_DIM) * spreads + 5
+    return keys, draw(1, *lead, BATCH, LEN, Q_HEADS, HEAD_DIM) * spreads[::-1] ** 0.5
+
+
+def test_statistics_centre_keys_and_give_both_sides_equal_spreads():
+    keys, queries = draw_uneven(LAYERS)
+    stats = hashing.fit_stats(jnp.asarray(keys), jnp.asarray(queries))
+    for layer, head in np.ndindex(LAYERS, KV_HEADS):
+        own = keys[layer, :, :, head].astype(np.float64).reshape(-1, HEAD_DIM)
+        summed = queries[layer].reshape(-1, KV_HEADS, GROUP, HEAD_DIM)[:, head].sum(1).astype(np.float64)
+        np.testing.assert_allclose(stats.mean[layer, head], own.mean(0), rtol=1e-4)
+        scale = np.asarray(stats.scale[layer, head], np.float64)
+        centred = (own - own.mean(0)) / scale
+        ratio = centred.std(0) / np.sqrt(np.mean((summed * scale) ** 2, axis=0))
+        np.testing.assert_allclose(ratio, np.full(HEAD_DIM, ratio[0]), rtol=1e-3)
+        np.testing.assert_allclose(np.mean(centred**2), 1.0, rtol=1e-3)
+
+
+def test_a_dimension_that_never_varies_has_a_finite_scale():
+    keys, queries = draw_uneven(LAYERS)
+    keys[..., 2, 4], queries[..., 4:6, 3] = 7.0, 0.0
+    stats = hashing.fit_stats(jnp.asarray(keys), jnp.asarray(queries))
+    assert np.isfinite(stats.scale).all() and (np.asarray(stats.scale) > 0).all()
 
 
 def test_centring_keeps_the_order_of_true_scores():
@@ -312,7 +328,7 @@ def test_centring_keeps_the_order_of_true_scores():
     shape = dataclasses.replace(SHAPE, head_dim=32, layers=1)
     keys, queries = draw(6, BATCH, 40, KV_HEADS, 32) * 4 + 3, draw(7, BATCH, LEN, Q_HEADS, 32)
     params = hashing.layer_params(hashing.init_params(jax.random.key(0), cfg, shape), 0)
-    params = params.replace(stats=hashing.fit_stats(jnp.asarray(keys)))
+    params = params.replace(stats=hashing.fit_stats(jnp.asarray(keys), jnp.asarray(queries)))
     hashed, asked = np.asarray(hash_keys(params, keys, cfg)), np.asarray(hash_queries(params, queries, cfg))
     for b, t, head in np.ndindex(BATCH, LEN, Q_HEADS):
         true = keys[b, :, head // GROUP].astype(np.float64) @ queries[b, t, head]

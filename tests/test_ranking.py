@@ -1,6 +1,7 @@
 """The ranking loss beside numpy: pairs, samples, the whole loss, and the memory it takes."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -167,6 +168,55 @@ def test_attention_weights_are_half_uniform_half_probability_among_the_sampled()
         np.testing.assert_allclose(pairs.top_weights[head, t], expected, **tolerance("float32"))
 
 
+def group_shares(queries, keys, positions):
+    """Attention probabilities of each group's query heads together [kv_heads, q_len, kv_len], in float64."""
+    scores = score_loops(queries, keys) / np.sqrt(HEAD_DIM)
+    shares = np.zeros((KV_HEADS, *scores.shape[1:]))
+    for head, t in np.ndindex(scores.shape[:2]):
+        exps = np.exp(scores[head, t, : positions[t] + 1])
+        shares[head // GROUP, t, : positions[t] + 1] += exps / exps.sum()
+    return shares
+
+
+def test_for_a_kv_head_keys_are_ranked_by_its_query_heads_summed_probabilities(traced):
+    queries, keys = draw(11)
+    cfg = dataclasses.replace(CFG, target="kv_head")
+    pairs = traced(ranking.sample_pairs, cfg)(jax.random.key(0), queries, POSITIONS, keys)
+    shares = group_shares(queries, keys, POSITIONS)
+    assert pairs.top.shape == (KV_HEADS, Q_LEN, CFG.tops)
+    for head, (t, position) in itertools.product(range(KV_HEADS), enumerate(POSITIONS.tolist())):
+        best = np.argsort(-shares[head, t, : position + 1])[: count_of(position, KV_LEN, cfg)].tolist()
+        real = np.asarray(pairs.top_weights[head, t]) > 0
+        top = np.asarray(pairs.top[head, t])[real].tolist()
+        assert set(top) <= set(best) and top[: CFG.always_top] == best[: CFG.always_top]
+        found = np.asarray(pairs.top_weights[head, t])[real]
+        expected = 0.5 + 0.5 * CFG.tops * shares[head, t, top] / shares[head, t, top].sum()
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["shared code", "asymmetric"])
+def test_for_a_kv_head_the_loss_ranks_the_sum_of_its_query_heads_scores(form, traced):
+    hash_cfg, (queries, keys) = HASHES[form], draw(12)
+    params, cfg = random_params(hash_cfg), dataclasses.replace(EVERY, target="kv_head", weighting="uniform")
+    arrays = *map(jnp.asarray, (queries, POSITIONS, keys)), jnp.float32(8)
+    found = traced(ranking.ranking_loss, hash_cfg, cfg)(params, jax.random.key(0), *arrays)
+    asked = np.asarray(jax.jit(hashing.hash_queries, static_argnums=2)(params, queries, hash_cfg), np.float64)
+    hashed = np.asarray(jax.jit(hashing.hash_keys, static_argnums=2)(params, keys, hash_cfg), np.float64)
+    codes = 8 * hashed / (1 + 8 * np.abs(hashed))
+    if hash_cfg.form == "symmetric":
+        asked = 8 * asked / (1 + 8 * np.abs(asked))
+    shares, cost, wrong, count = group_shares(queries, keys, POSITIONS), 0.0, 0, 0
+    for head, (t, position) in itertools.product(range(KV_HEADS), enumerate(POSITIONS.tolist())):
+        learned = codes[:, head] @ asked[t, head * GROUP : (head + 1) * GROUP].sum(0)
+        order = np.argsort(-shares[head, t, : position + 1])
+        tops = count_of(position, KV_LEN, cfg)
+        for top, other in itertools.product(order[:tops], order[tops:]):
+            cost += np.logaddexp(0, -(learned[top] - learned[other]) + cfg.alpha)
+            wrong += learned[top] < learned[other]
+            count += 1
+    np.testing.assert_allclose(found, (cost / count, wrong / count), rtol=1e-4)
+
+
 EVERY = dataclasses.replace(CFG, top_rule="total", tops=6, others=KV_LEN, always_top=0)  # nothing is left to chance
 
 
@@ -177,8 +227,6 @@ def loss_loops(params, queries, positions, keys, gamma, hash_cfg, cfg):
     codes = gamma * hashed / (1 + gamma * np.abs(hashed))
     if hash_cfg.form == "symmetric":
         asked = gamma * asked / (1 + gamma * np.abs(asked))
-    else:
-        asked = asked * np.exp(np.asarray(params.weights.log_gain, np.float64))[None, :, None]
     true, cost, wrong, count = score_loops(queries, keys), 0.0, 0, 0
     for (head, t), best in top_sets(queries, keys, positions, cfg).items():
         learned = codes[:, head * codes.shape[1] // Q_HEADS] @ asked[t, head]

@@ -87,8 +87,9 @@ class Session:
         self._display.say("reading the first window")
         hashes = hashing.init_params(self._init_key, cfg.hash, self.shape)
         if cfg.hash.centre:
-            keys = self.feed.first_window().keys[: self.shape.layers, :1]
-            hashes = dataclasses.replace(hashes, stats=hashing.fit_stats(jnp.asarray(jax.device_get(keys))))
+            seen = self.feed.first_window()
+            first = (jax.device_get(leaf[: self.shape.layers, :1]) for leaf in (seen.keys, seen.queries))
+            hashes = dataclasses.replace(hashes, stats=hashing.fit_stats(*map(jnp.asarray, first)))
         state = init_state(hashes, make_optimizer(cfg.optimizer, cfg.steps))
         self.state = spread_state(state, self.shape.layers, self.mesh)
 

@@ -48,10 +48,12 @@ def pair_sums_pallas_triton(
     alpha: float,
     interpret: bool = False,
 ) -> PairSums:
-    """As the reference; tops and others are padded to powers of two with keys that are in no pair."""
+    """As the reference; tops and others are padded with keys that are in no pair."""
     batch, count = top_scores.shape[:-1], other_scores.shape[-1]
     tops, others = pair_factors(top_scores, other_scores, is_other, alpha)
-    tops, weights, others = _padded_rows(tops), _padded_rows(top_weights), _padded_rows(others)
+    width = max(_LEAST, 1 << (count - 1).bit_length())  # what a program holds at once must be a power of two
+    tops, weights = _padded_rows(tops, _TOPS_AT_ONCE), _padded_rows(top_weights, _TOPS_AT_ONCE)
+    others = _padded_rows(others, width)
     rows = tops.shape[0]
 
     def row_of(width):
@@ -79,8 +81,7 @@ def pair_sums_pallas_triton(
     )
 
 
-def _padded_rows(x: Float[Array, "*batch width"]) -> Float[Array, "rows padded"]:
-    """Rows of a width that is a power of two, zeros at the end."""
+def _padded_rows(x: Float[Array, "*batch width"], multiple: int) -> Float[Array, "rows padded"]:
+    """Rows of a width that is a multiple of some number, zeros at the end."""
     rows = x.reshape(-1, x.shape[-1])
-    width = max(_LEAST, 1 << (rows.shape[1] - 1).bit_length())
-    return jnp.pad(rows, ((0, 0), (0, width - rows.shape[1])))
+    return jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % multiple)))
