@@ -12,6 +12,7 @@ any. --question-sparse passes the question (what follows the context's last blan
 """
 
 import dataclasses
+import difflib
 import json
 import logging
 import sys
@@ -27,7 +28,6 @@ from spotlight_jax import cli
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.errors import InputError
 from spotlight_jax.generate import context_limit
-from spotlight_jax.models.config import nearest
 
 EXTRA = "pip install 'spotlight-jax[eval]' (lm_eval, without torch)"
 
@@ -70,14 +70,18 @@ def open_tasks(cfg: HarnessConfig) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the harness's own imports
+            import datasets
             from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise InputError(f"lm-evaluation-harness is missing ({error.name}): {EXTRA}") from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
     manager = TaskManager(include_path=cfg.task_folder)
     for name in cfg.tasks:
-        if name not in manager.all_tasks:
-            raise InputError(f"the harness has no task '{name}'{nearest(name, tuple(manager.all_tasks))}")
+        if name not in manager.all_tasks:  # there are thousands
+            near = difflib.get_close_matches(name, manager.all_tasks, n=3)
+            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "`lm-eval ls tasks` lists what it has"
+            raise InputError(f"the harness has no task '{name}'; {hint}")
     return manager
 
 

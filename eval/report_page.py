@@ -183,7 +183,8 @@ def make_overview(parts: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         best = _find_best(score, rows)
         titles.append(f"{_head(heading, score)} {'↑' if score.is_better_high else '↓'}")
         columns.append({name_row(row): (score.show(row[score.field]), row[score.field], row in best) for row in rows})
-    lines = [[(name, name, False), *(column.get(name, ("-", "", False)) for column in columns)] for name in names]
+    ordered = sorted(names, key=lambda name: name != "dense")  # dense first, the others as they came
+    lines = [[(name, name, False), *(column.get(name, ("-", "", False)) for column in columns)] for name in ordered]
     return {"titles": titles, "rows": lines}
 
 
@@ -229,7 +230,7 @@ def write_page(folder: Path, whole: dict[str, Any], missing: Sequence[str], plan
     for part in whole["parts"]:
         pictures = [
             (file.stem, base64.b64encode(file.read_bytes()).decode("ascii"))
-            for file in sorted((folder / part["name"]).glob("*.png"))
+            for file in sorted((folder / part["name"]).glob("*.png"), key=lambda file: file.stem)
         ]
         table = make_table(COLUMNS[part["eval"]], part["results"])
         about = _ABOUT[part["eval"]]
