@@ -155,7 +155,7 @@ def sample_pairs(
     """
     top_key, other_key = jax.random.split(key)
     scores = target_scores(queries, keys, positions, cfg)
-    kv_len, heads_and_queries = keys.shape[0], scores.shape[:2]
+    kv_len, heads_and_queries = keys.shape[0], (scores.shape[0], scores.shape[1])
     counts = top_counts(positions, kv_len, cfg)[None, :, None]
     largest = min(max(kv_len - int((1 - cfg.top_share) * kv_len), cfg.min_top), kv_len)
     top_positions, top_values = _find_top(scores, counts, largest)

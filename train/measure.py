@@ -13,14 +13,17 @@ from spotlight_jax.errors import InputError
 from spotlight_jax.selection import SelectionConfig, select_mask
 from train.capture import Captured
 
+Oracle = Literal["scores", "probabilities"]
 
-@functools.partial(jax.jit, static_argnames=("hash_cfg", "selection_cfg", "layers_at_once"))
+
+@functools.partial(jax.jit, static_argnames=("hash_cfg", "selection_cfg", "layers_at_once", "oracle"))
 def measure_layers(
     params: hashing.HashParams,
     captured: Captured,
     hash_cfg: hashing.HashConfig,
     selection_cfg: SelectionConfig,
     layers_at_once: int = 1,
+    oracle: Oracle = "scores",
 ) -> metrics.SelectionQuality:
     """Quality of one window's selections per layer and selecting head, by the integer scores that decoding uses."""
 
@@ -33,9 +36,9 @@ def measure_layers(
         group = queries.shape[2] // keys.shape[2]
         bounds = scoring.hash_score_range(hash_cfg, group, per_kv_head)
         chosen = select_mask(scores, picks, selection_cfg, bounds)
-        oracle = select_mask(scoring.exact_scores(queries, keys, per_kv_head), picks, selection_cfg)
         mass = metrics.attention_probabilities(queries, keys, picks, scores.shape[2])
-        return metrics.selection_quality(chosen, oracle, mass)
+        true = scoring.exact_scores(queries, keys, per_kv_head) if oracle == "scores" else mass
+        return metrics.selection_quality(chosen, select_mask(true, picks, selection_cfg), mass)
 
     return jax.lax.map(measure_layer, (params, captured), batch_size=layers_at_once)
 
@@ -52,6 +55,9 @@ class MeasureConfig:
     """Share of the visible tokens a query reads."""
     per: Literal["kv_head", "query_head"] = "kv_head"
     """One selection for all query heads that share a KV head, or one per query head."""
+    oracle: Oracle = "scores"
+    """What the oracle of a KV head ranks tokens by: its query heads' summed dot products, as a selector sums scores, or
+    their summed attention probabilities, the most that one set can hold."""
     dense_layers: tuple[int, ...] = (0, 1)
     """Layers that decoding reads densely: trained, but not in the means."""
 
@@ -80,7 +86,7 @@ def measure(
     layers_at_once: int,
 ) -> metrics.SelectionQuality:
     """Mean quality over held-out windows: host arrays `[layers, heads]`."""
-    rows = [measure_layers(params, seen, hash_cfg, cfg.selection, layers_at_once) for seen in held_out]
+    rows = [measure_layers(params, seen, hash_cfg, cfg.selection, layers_at_once, cfg.oracle) for seen in held_out]
     return jax.tree.map(lambda *leaves: np.mean([np.asarray(leaf) for leaf in leaves], axis=0), *rows)
 
 

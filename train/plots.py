@@ -59,3 +59,23 @@ def plot_layers(
     figure.colorbar(image, ax=axes, label="IoU with the oracle's choice, held-out text")
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def plot_ablation(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
+    """`ablation.png`: overlap and captured mass of every variant, with the oracle's and LSH's."""
+    names, places = [str(row["variant"]) for row in rows], np.arange(len(rows))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 1.2 + 0.32 * len(rows)), layout="constrained", sharey=True)
+    for axes, metric, label in ((left, "iou", "IoU with the oracle's choice"), (right, "mass", "attention mass read")):
+        axes.barh(places, [row[metric] for row in rows], color=_LEARNED, height=0.65)
+        axes.plot([row[f"{metric}_lsh"] for row in rows], places, "|", ms=14, mew=2, color=_LSH, label="orthogonal LSH")
+        for place, row in zip(places, rows, strict=True):
+            axes.annotate(f"{row[metric]:.3f}", (row[metric], place), (3, 0), textcoords="offset points", va="center")
+        axes.set(xlabel=label)
+        axes.grid(axis="x", alpha=0.25)
+        axes.margins(x=0.15)
+    right.plot([row["mass_oracle"] for row in rows], places, "|", ms=14, mew=2, color=_ORACLE, label="oracle")
+    left.set_yticks(places, names)
+    left.invert_yaxis()
+    right.legend(loc="lower right", frameon=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

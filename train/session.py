@@ -25,7 +25,7 @@ from train.capture import Captured, capture, make_mesh, padded_layers
 from train.config import LayerwiseConfig
 from train.display import Display
 from train.feed import Feed, FeedConfig
-from train.measure import mean_over_sparse, measure, spread_positions
+from train.measure import MeasureConfig, mean_over_sparse, measure, spread_positions
 from train.states import StateStore
 from train.step import (
     StepConfig,
@@ -66,6 +66,9 @@ class Session:
         self._key_data = np.asarray(jax.random.key_data(base_key)).tolist()
         self.step, self.seconds = 0, 0.0
         self.step_cfg = StepConfig(cfg.hash, cfg.ranking, cfg.optimizer, cfg.steps, cfg.layers_at_once, self.mesh)
+        self.feed: Feed  # this and the next after `prepare`
+        self._held_out_tokens: np.ndarray
+        self._held_out: list[Captured]  # after `start`
         self.quality: dict[str, SelectionQuality] = {}  # newest measurement of "trained", "lsh", "start"
 
     @property
@@ -73,17 +76,23 @@ class Session:
         """The run's folder."""
         return self._folder.path
 
-    def prepare(self) -> None:
-        """Load the model and the text, and make the state of step 0."""
+    def prepare(self, beside: "Session | None" = None) -> None:
+        """Load the model and the text, and make the state of step 0.
+
+        Args:
+            beside: a prepared session of the same model, text and seed, whose weights, windows and forward passes this
+                one shares (its own text, where windows have another length).
+        """
         cfg = self.cfg
-        is_tokenized = all(source.endswith(".npy") for source in (*cfg.data.train, *cfg.data.held_out))
-        tokenizer = None if is_tokenized else open_tokenizer(cfg.model)
-        windows = open_windows(cfg.data, tokenizer, self.model_cfg.vocab, self._display.update)
-        _, params = load_weights(cfg.model, self.dtype)
-        self._params = jax.device_put(params, NamedSharding(self.mesh, P()))
-        feed_cfg = FeedConfig(cfg.data.window, cfg.ranking.queries, cfg.steps_per_window, self.mesh.size)
-        self._held_out_tokens = windows.held_out
-        self.feed = Feed(windows, self._capture_function(), self._feed_key, feed_cfg)
+        if beside is None:
+            _, params = load_weights(cfg.model, self.dtype)
+            self._params = jax.device_put(params, NamedSharding(self.mesh, P()))
+        else:
+            self._params = beside._params
+        if beside is not None and beside.cfg.data == cfg.data:
+            self.feed, self._held_out_tokens = beside.feed, beside._held_out_tokens
+        else:
+            self._open_text()
         self._display.say("reading the first window")
         hashes = hashing.init_params(self._init_key, cfg.hash, self.shape)
         if cfg.hash.centre:
@@ -93,17 +102,38 @@ class Session:
         state = init_state(hashes, make_optimizer(cfg.optimizer, cfg.steps))
         self.state = spread_state(state, self.shape.layers, self.mesh)
 
-    def start(self, folder: runs.RunFolder) -> None:
-        """Continue from the newest checkpoint, or measure the start of a new run; measure LSH in any case."""
+    def _open_text(self) -> None:
+        cfg = self.cfg
+        is_tokenized = all(source.endswith(".npy") for source in (*cfg.data.train, *cfg.data.held_out))
+        tokenizer = None if is_tokenized else open_tokenizer(cfg.model)
+        windows = open_windows(cfg.data, tokenizer, self.model_cfg.vocab, self._display.update)
+        feed_cfg = FeedConfig(cfg.data.window, cfg.ranking.queries, cfg.steps_per_window, self.mesh.size)
+        self._held_out_tokens = windows.held_out
+        self.feed = Feed(windows, self._capture_function(), self._feed_key, feed_cfg)
+
+    def start(self, folder: runs.RunFolder, beside: "Session | None" = None) -> None:
+        """Continue from the newest checkpoint, or measure the start of a new run; measure LSH in any case.
+
+        Args:
+            folder: of the run.
+            beside: a started session, on whose held-out windows this one is measured too.
+        """
         self._folder = folder
         self._store = StateStore(folder.path / "checkpoints", self.cfg.keep_checkpoints)
         self._track = open_tracker(self.cfg.track, folder.path, runs.to_plain(self.cfg))
-        self._held_out = self._capture_held_out()
+        self._held_out = self._capture_held_out() if beside is None else beside._held_out
         lsh_cfg = hashing.HashConfig(
             form="symmetric", skip="rotation", code_bits=self.cfg.hash.code_bits, hidden=1, centre=False
         )
         lsh = hashing.init_params(self._init_key, lsh_cfg, self.shape)
-        self.quality["lsh"] = self._quality(lsh, lsh_cfg, "measuring LSH")
+        if (
+            beside is not None
+            and beside.cfg.hash.code_bits == lsh_cfg.code_bits
+            and beside.cfg.measure == self.cfg.measure
+        ):
+            self.quality["lsh"] = beside.quality["lsh"]
+        else:
+            self.quality["lsh"] = self._quality(lsh, lsh_cfg, "measuring LSH")
         if self.cfg.resume:
             self._resume()
         else:
@@ -170,6 +200,11 @@ class Session:
         row["mass_oracle"] = self.mean("oracle_mass")
         self._folder.append_metrics(row)
         self._track(self.step, {name: value for name, value in row.items() if name != "step"})
+
+    def quality_by(self, cfg: MeasureConfig) -> SelectionQuality:
+        """Quality of the hash functions as they are, measured another way."""
+        params = gather_state(self.state, self.shape.layers).params
+        return measure(params, self._held_out, self.cfg.hash, cfg, self.cfg.layers_at_once)
 
     def save(self) -> None:
         """Checkpoint in the background."""

@@ -12,7 +12,7 @@ from eval.methods.quest import open_quest
 from eval.methods.random import open_random
 from eval.methods.spotlight import open_spotlight
 from eval.methods.window import open_window
-from spotlight_jax.checkpoint import Selector
+from spotlight_jax.checkpoint import Selector, load_selector
 from spotlight_jax.errors import InputError
 from spotlight_jax.hashing import HeadShape
 from spotlight_jax.models.config import nearest
@@ -44,7 +44,10 @@ UNBUDGETED = {"dense": "everything", "magicpig": "as published"}
 def check_names(names: tuple[str, ...]) -> None:
     """Raise InputError for a name that no method has, or for one given twice."""
     for name in names:
-        if name not in METHODS:
+        base, at, folder = name.partition("@")
+        if at and (base != "spotlight" or not folder):
+            raise InputError(f"'{name}' names a selector's folder; only spotlight@FOLDER does")
+        if base not in METHODS:
             raise InputError(f"there is no method '{name}'{nearest(name, METHODS)}")
     if not names or len(set(names)) < len(names):
         raise InputError("give --methods at least one name, each once")
@@ -56,7 +59,7 @@ def open_method(
     """A method ready for a model.
 
     Args:
-        name: a key of `METHODS`.
+        name: a key of `METHODS`, or spotlight@FOLDER for the selector in that folder.
         selector: for methods that need one, and for the number of bits of those that have codes.
         selection: sinks, recent tokens, dense layers and per; its share is not read here (see `attend`).
         shape: of the model's heads.
@@ -65,4 +68,6 @@ def open_method(
     Raises: InputError for an unknown name (with the nearest), or a method that misses its selector.
     """
     check_names((name,))
-    return METHODS[name](name, Setting(selection, shape, selector, seed))
+    base, _, folder = name.partition("@")  # methods of one base share their compiled programs
+    selector = load_selector(folder, shape) if folder else selector
+    return METHODS[base](base, Setting(selection, shape, selector, seed))

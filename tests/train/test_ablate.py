@@ -1,0 +1,92 @@
+"""train.ablate: variants side by side are the runs they would be alone."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from spotlight_jax.errors import InputError
+from tests.train.conftest import WINDOW
+from train import ablate, layerwise
+from train.config import LayerwiseConfig
+
+SMALL = {
+    "hash.code_bits": 32, "hash.hidden": 8, "ranking.queries": 16, "ranking.queries_at_once": 16, "ranking.tops": 8,
+    "ranking.others": 16, "ranking.always_top": 2, "measure.queries": 8, "measure.dense_layers": (0,),
+}  # fmt: skip
+
+
+@pytest.fixture
+def small(monkeypatch, inputs):
+    """Flags of an ablation of three small variants, one of them on shorter windows."""
+    variants = {
+        "first": SMALL,
+        "second": SMALL | {"ranking.target": "kv_head", "hash.code_bits": 64},
+        "shorter": SMALL | {"data.window": WINDOW // 2, "steps": 2},
+    }
+    monkeypatch.setattr(ablate, "VARIANTS", variants)
+    monkeypatch.setattr(ablate, "use_compile_cache", lambda: None)
+    texts = {"model": str(inputs.model), "train": (str(inputs.tokens),), "held_out": ()}
+    return {**texts, "held_out_windows": 2, "steps": 4, "window": WINDOW}
+
+
+def test_a_variant_is_the_run_it_would_be_alone(small, tmp_path, capsys):
+    cfg = ablate.AblateConfig(out=str(tmp_path / "all"), **small)
+    rows = ablate.main(cfg)["results"]
+    assert [row["variant"] for row in rows] == ["first", "second", "shorter"]
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["results"] == rows
+    for name in ("first", "second"):
+        alone = ablate.variant_config(name, cfg)
+        layerwise.train(dataclasses.replace(alone, out=str(tmp_path / name)))
+        one, other = (
+            load_file(folder / "selector" / "selector.safetensors")
+            for folder in (tmp_path / "all" / name, tmp_path / name)
+        )
+        assert one.keys() == other.keys()
+        for leaf in one:
+            np.testing.assert_allclose(one[leaf], other[leaf], rtol=1e-6, atol=1e-7)
+    for file in ("ablation.md", "ablation.png", "ablation.json"):
+        assert (tmp_path / "all" / file).stat().st_size > 0
+
+
+def test_finished_variants_are_not_trained_again_and_take_perplexities(small, tmp_path, capsys):
+    out = tmp_path / "all"
+    ablate.main(ablate.AblateConfig(out=str(out), variants=("first",), **small))
+    finished = (out / "first" / "selector" / "selector.safetensors").stat().st_mtime_ns
+    (tmp_path / "ppl").mkdir()
+    own, everywhere = {"method": f"spotlight@{out / 'first'}"}, {"text": "all texts"}
+    results = [
+        {"method": "oracle", "keep": 0.02, "setting": "bare", "ppl": 2.0} | everywhere,
+        {"keep": 0.02, "setting": "bare", "ppl": 3.25} | own | everywhere,
+        {"keep": 0.1, "setting": "sinks 4 + recent 64", "ppl": 4.5} | own | everywhere,
+    ]
+    (tmp_path / "ppl" / "summary.json").write_text(json.dumps({"eval": "perplexity", "results": results}))
+    cfg = ablate.AblateConfig(
+        out=str(out), resume=True, variants=("first", "second"), perplexity=(str(tmp_path / "ppl"),), **small
+    )
+    rows = ablate.main(cfg)["results"]
+    assert rows[0]["ppl_0.02"] == 3.25 and rows[0]["ppl_sinks_0.1"] == 4.5 and "ppl_0.02" not in rows[1]
+    assert (out / "first" / "selector" / "selector.safetensors").stat().st_mtime_ns == finished
+    assert (out / "second" / "summary.json").is_file()
+
+
+def test_every_variant_is_a_run_that_can_be_started():
+    for name in ablate.VARIANTS:
+        assert isinstance(ablate.variant_config(name, ablate.AblateConfig()), LayerwiseConfig)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [({"variants": ("papr",)}, "did you mean 'paper'"), ({"resume": True}, "add --out FOLDER")],
+)
+def test_bad_flags_are_named(fields, words):
+    with pytest.raises(InputError, match=words):
+        ablate.AblateConfig(**fields)
+
+
+def test_an_evaluation_that_is_not_finished_is_refused(small, tmp_path):
+    cfg = ablate.AblateConfig(out=str(tmp_path / "all"), variants=("first",), perplexity=(str(tmp_path),), **small)
+    with pytest.raises(InputError, match="no finished evaluation"):
+        ablate.main(cfg)

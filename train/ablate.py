@@ -1,0 +1,275 @@
+"""Train several recipes side by side on the same windows, seed and forward passes, and compare them in one table.
+
+    python -m train.ablate --out runs/ablation --layers-at-once 10               # one GPU, smollm2-135m
+    python -m train.ablate --variants paper default --steps 24 --window 2048     # two CPU cores
+    python -m train.ablate --out runs/ablation --resume --perplexity runs/ppl    # adds an evaluation's perplexities
+
+Every variant is a run folder of its own, with its selector. Perplexities come from the evaluation, whose command is
+printed at the end; `--perplexity` reads its folder. The last line on stdout is the table as JSON.
+"""
+
+import concurrent.futures
+import dataclasses
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import rich.console
+
+from spotlight_jax import cli, runs
+from spotlight_jax.compiled import use_compile_cache
+from spotlight_jax.data import DataConfig
+from spotlight_jax.errors import InputError
+from spotlight_jax.models.config import nearest
+from train.config import PRESETS, LayerwiseConfig
+from train.display import Display, table
+from train.measure import MeasureConfig, mean_over_sparse
+from train.plots import plot_ablation
+from train.report import write_results
+from train.session import Session
+
+_NEVER = 10**9  # steps between measurements and checkpoints: a variant is measured at its end
+_KEEPS = (0.02, 0.1)  # shares whose perplexities the table has
+
+
+@dataclasses.dataclass(frozen=True)
+class AblateConfig:
+    """Which recipes, on what."""
+
+    variants: tuple[str, ...] = ()
+    """Which variants to train; without this flag all of them (a wrong name lists them)."""
+    model: str = "smollm2-135m"
+    """Base model."""
+    out: str | None = None
+    """Folder of the ablation; without it, a new one under runs/."""
+    resume: bool = False
+    """Continue the ablation in --out: variants that are finished are not trained again."""
+    steps: int = 500
+    """Optimiser steps of a variant that does not say otherwise."""
+    window: int = 8192
+    """Tokens in a window of a variant that does not say otherwise; all are measured on windows of this length."""
+    train: tuple[str, ...] = DataConfig().train
+    """Training texts."""
+    held_out: tuple[str, ...] = ("embedded-test",)
+    """Texts to measure on."""
+    held_out_windows: int = 12
+    """Windows of them."""
+    queries_at_once: int = 256
+    """Queries worked on together: lower it to use less memory."""
+    layers_at_once: int = 1
+    """Layers worked on together: higher is faster on a GPU and uses more memory."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the frozen model."""
+    seed: int = 0
+    """Of the initial weights and the sampling of every variant that does not say otherwise."""
+    perplexity: tuple[str, ...] = ()
+    """Run folders of `eval.perplexity` over this ablation's selectors, to add to the table."""
+
+    def __post_init__(self) -> None:
+        """Refuse variants that there are not, and what cannot be resumed."""
+        for name in self.variants:
+            if name not in VARIANTS:
+                raise InputError(f"there is no variant '{name}'{nearest(name, VARIANTS)}; see train/ablate.py")
+        if self.resume and self.out is None:
+            raise InputError("--resume needs the ablation's folder: add --out FOLDER")
+
+
+Fields = dict[str, Any]  # what differs from the default recipe, by dotted name
+
+_SYMMETRIC: Fields = {"hash.form": "symmetric", "hash.centre": False}
+_FIXED: Fields = {"optimizer.gamma_start": 64.0, "optimizer.anneal": 0.0}
+_UNIFORM: Fields = {"ranking.weighting": "uniform", "ranking.always_top": 0}
+_PAPER: Fields = {**_SYMMETRIC, **_FIXED, **_UNIFORM, "hash.skip": "none", "hash.code_heads": "query"}
+_PER_HEAD: Fields = {"ranking.target": "query_head"}
+_PER_GROUP: Fields = {"ranking.target": "kv_head"}
+
+VARIANTS: dict[str, Fields] = {
+    "paper": _PAPER | _PER_HEAD,
+    "paper-64": _PAPER | _PER_HEAD | {"hash.code_bits": 64},
+    "lsh-start": _SYMMETRIC | _FIXED | _UNIFORM | _PER_HEAD,
+    "annealed": _SYMMETRIC | _UNIFORM | _PER_HEAD,
+    "symmetric": _SYMMETRIC | _PER_HEAD,
+    "symmetric-balanced": {"hash.form": "symmetric"} | _PER_HEAD,
+    "per-head": _PER_HEAD,
+    "per-group": _PER_GROUP,
+    "per-head-wide": _PER_HEAD | {"hash.hidden": 512},
+    "per-group-wide": _PER_GROUP | {"hash.hidden": 512},
+    "per-group-fast": _PER_GROUP | {"optimizer.learning_rate": 3e-3},
+    "default": {},
+    "default-64": {"hash.code_bits": 64},
+    "default-32": {"hash.code_bits": 32},
+    "seed-1": {"seed": 1},
+    "window-4096": {"data.window": 4096},
+    "steps-125": {"steps": 125},
+    "steps-2000": {"steps": 2000},
+    "steps-2000-64": {"steps": 2000, "hash.code_bits": 64},
+}
+
+
+def variant_config(name: str, cfg: AblateConfig) -> LayerwiseConfig:
+    """The training run that a variant is."""
+    own: Fields = {"model": cfg.model, "steps": cfg.steps, "dtype": cfg.dtype, "seed": cfg.seed}
+    own |= {"layers_at_once": cfg.layers_at_once, "save_every": _NEVER, "measure.every": _NEVER}
+    own |= {"ranking.queries_at_once": cfg.queries_at_once, "data.window": cfg.window, "data.train": cfg.train}
+    own |= {"data.held_out": cfg.held_out, "data.held_out_windows": cfg.held_out_windows}
+    sections: dict[str, Fields] = {}
+    for path, value in (own | VARIANTS[name]).items():
+        section, _, field = path.rpartition(".")
+        sections.setdefault(section, {})[field] = value
+    base, top = PRESETS["default"], sections.pop("")
+    nested = {section: dataclasses.replace(getattr(base, section), **fields) for section, fields in sections.items()}
+    return dataclasses.replace(base, **top, **nested)
+
+
+def command(args: Sequence[str] | None = None) -> int:
+    """Run from flags: `python -m train.ablate`."""
+    return cli.run(main, AblateConfig, "train.ablate", __doc__ or "", args)
+
+
+def main(cfg: AblateConfig) -> dict[str, Any]:
+    """Train what is not finished, write `ablation.json`, `ablation.md` and `ablation.png`, print the table."""
+    use_compile_cache()
+    names = cfg.variants or tuple(VARIANTS)
+    out = pathlib.Path(cfg.out) if cfg.out else runs.next_free(pathlib.Path("runs"), "ablation")
+    if not cfg.resume:
+        runs.RunFolder.check_free(out)
+    left = [name for name in names if not (out / name / "ablation.json").is_file()]
+    with Display() as display:
+        _train_together(cfg, {name: variant_config(name, cfg) for name in left}, out, display)
+    rows = [json.loads((out / name / "ablation.json").read_text(encoding="utf-8")) for name in names]
+    _add_perplexities(rows, cfg.perplexity, out)
+    _write_table(rows, out)
+    print(json.dumps({"ablation": str(out), "results": rows}))
+    return {"results": rows}
+
+
+def _train_together(
+    cfg: AblateConfig, variants: dict[str, LayerwiseConfig], out: pathlib.Path, display: Display
+) -> None:
+    """Train variants step by step beside each other; what shares windows shares their forward passes."""
+    lead: Session | None = None
+    for window in sorted(
+        {variant.data.window for variant in variants.values()}, key=lambda length: length != cfg.window
+    ):
+        sessions: dict[str, Session] = {}
+        first: Session | None = None
+        for name, variant in variants.items():
+            if variant.data.window != window:
+                continue
+            session = Session(variant, display)
+            session.prepare(first or lead)
+            session.start(_fresh_folder(out / name, variant), lead)
+            first, lead = first or session, lead or session
+            sessions[name] = session
+        if sessions:
+            _train_on_windows(sessions, out, display)
+
+
+def _fresh_folder(path: pathlib.Path, variant: LayerwiseConfig) -> runs.RunFolder:
+    """The folder of a variant; one that was interrupted is begun anew under the next free name."""
+    if path.exists():
+        path.rename(runs.next_free(path.parent, f"{path.name}-interrupted"))
+    return runs.RunFolder.create(path, variant)
+
+
+def _train_on_windows(sessions: dict[str, Session], out: pathlib.Path, display: Display) -> None:
+    display.say("compiling")
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # into the compilation cache
+        list(pool.map(Session.compiled_step_bytes, sessions.values()))
+    feed = next(iter(sessions.values())).feed
+    waiting, total = dict(sessions), max(session.cfg.steps for session in sessions.values())
+    for step in range(total):
+        captured = feed.at(step)
+        for session in waiting.values():
+            started = time.monotonic()
+            report = jax.block_until_ready(session.take_step(captured))
+            session.seconds = session.seconds + time.monotonic() - started
+            session.log(session.step, report)
+        display.update("training", step + 1, total, f"{len(waiting)} variants")
+        for name in [name for name, session in waiting.items() if session.step == session.cfg.steps]:
+            _finish(name, waiting.pop(name), out)
+
+
+def _finish(name: str, session: Session, out: pathlib.Path) -> None:
+    """Measure a trained variant, export it, and write its row."""
+    session.measure()
+    summary = write_results(session, runs.RunFolder(out / name))
+    session.close()
+    row = {"variant": name, "bits": session.cfg.hash.code_bits, "steps": session.cfg.steps}
+    row |= {"window": session.cfg.data.window, "seed": session.cfg.seed, "seconds": round(session.seconds, 1)}
+    row |= {"selector": str(out / name / "selector"), "iou_lsh": summary["iou_lsh"], "mass_lsh": summary["mass_lsh"]}
+    cfg = session.cfg.measure
+    row |= _qualities(session, dataclasses.replace(cfg, per="kv_head", oracle="scores"))
+    row |= _qualities(session, dataclasses.replace(cfg, per="kv_head", oracle="probabilities"))
+    row |= _qualities(session, dataclasses.replace(cfg, per="query_head", oracle="scores"))
+    (out / name / "ablation.json").write_text(json.dumps(row, indent=2) + "\n", encoding="utf-8")
+
+
+def _qualities(session: Session, cfg: MeasureConfig) -> dict[str, float]:
+    """IoU, mass and the oracle's mass of one way of selecting, named by it."""
+    quality = session.quality_by(cfg)
+    suffix = "_query_head" if cfg.per == "query_head" else "" if cfg.oracle == "scores" else "_probabilities"
+    named = {"iou": quality.iou, "mass": quality.mass, "mass_oracle": quality.oracle_mass}
+    means = {key: mean_over_sparse(np.asarray(value), cfg.dense_layers) for key, value in named.items()}
+    return {key + suffix: round(value, 5) for key, value in means.items()}
+
+
+def _add_perplexities(rows: list[dict[str, Any]], folders: Sequence[str], out: pathlib.Path) -> None:
+    """Perplexities over all texts that evaluations measured of these selectors, as `ppl_0.02` or `ppl_sinks_0.02`."""
+    for folder in folders:
+        file = pathlib.Path(folder) / "summary.json"
+        if not file.is_file():
+            raise InputError(f"'{folder}' is no finished evaluation (it has no summary.json)")
+        found = json.loads(file.read_text(encoding="utf-8"))
+        metric = "copy" if found["eval"] == "copy" else "ppl"
+        for result in found["results"]:
+            for row in rows:
+                if result["method"] == f"spotlight@{out / row['variant']}" and result["text"] == "all texts":
+                    setting = "" if result["setting"] == "bare" else "_sinks"
+                    row[f"{metric}{setting}_{result['keep']:g}"] = round(result["ppl"], 4)
+
+
+_COLUMNS = {
+    "variant": "variant",
+    "bits": "bits",
+    "steps": "steps",
+    "window": "window",
+    "iou": "IoU",
+    "mass": "mass",
+    "iou_probabilities": "IoU, oracle by probability",
+    "iou_query_head": "IoU per query head",
+    "mass_query_head": "mass per query head",
+    "seconds": "seconds of losses",
+}
+
+
+def _write_table(rows: list[dict[str, Any]], out: pathlib.Path) -> None:
+    """`ablation.json`, `ablation.md`, `ablation.png` and the table on the terminal."""
+    more = sorted({name for row in rows for name in row if name.startswith(("ppl", "copy"))})
+    columns = _COLUMNS | {name: name.replace("_", " ") for name in more}
+    cells = [[_cell(row.get(name, "")) for name in columns] for row in rows]
+    lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(row) + " |" for row in cells]
+    (out / "ablation.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (out / "ablation.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    plot_ablation(out / "ablation.png", rows)
+    console = rich.console.Console() if sys.stdout.isatty() else rich.console.Console(width=200)
+    console.print(table(f"{len(rows)} variants, 2 % of the tokens read", list(columns.values()), cells))
+    methods = " ".join(f"spotlight@{out / row['variant']}" for row in rows)
+    keeps = " ".join(f"{keep:g}" for keep in _KEEPS)
+    print(
+        f"perplexities: spotlight eval perplexity --settings bare sinks --keep {keeps} --methods dense oracle {methods}"
+    )
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(command())
