@@ -80,7 +80,7 @@ def plot_decode(path: Path, rows: Sequence[Row], title: str) -> None:
         bars = axes.bar(x, [row["tokens_per_second"] for row in own.values()], 0.38, color=color, label=method)
         axes.bar_label(bars, fmt="%.3g", fontsize=8, padding=2)
         floors = [row["batch"] / row["floor_seconds"] for row in own.values()]
-        axes.plot(x, floors, "_", ms=18, color=color, label=f"floor of {method}")
+        axes.plot(x, floors, "_", ms=18, color=color, label=f"bandwidth's bound, {method}")
     axes.set_xticks(range(len(points)), [f"{length:,}\nbatch {batch}" for length, batch in points])
     axes.set(xlabel="cached tokens of each sequence", ylabel="tokens/s, all sequences together", title=title)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)

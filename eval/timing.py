@@ -1,6 +1,7 @@
 """Time of operations in compiled loops, and the bandwidth that bounds them."""
 
 import functools
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -104,7 +105,7 @@ def time_ops(
 
 
 def copy_bandwidth(rounds: int = 9) -> float:
-    """Bytes per second that a pass over an array, in place, reads and writes together; best of some rounds."""
+    """Bytes per second that a pass over an array, in place, reads and writes together; median of rounds."""
     size = COPY_BYTES.get(jax.default_backend(), GPU_COPY_BYTES)
 
     def rewrite(bit, _, one):
@@ -114,4 +115,5 @@ def copy_bandwidth(rounds: int = 9) -> float:
         return bit[None], one
 
     held = (jnp.ones((size // 4,), jnp.float32),)
-    return 2 * size / min(time_ops({"rewrite": rewrite}, nothing, held, None, rounds, lambda name: None)["rewrite"])
+    seconds = time_ops({"rewrite": rewrite}, nothing, held, None, rounds, lambda name: None)["rewrite"]
+    return 2 * size / statistics.median(seconds)
