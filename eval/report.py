@@ -1,6 +1,6 @@
 """Run several evaluations and write one page: tables that sort, pictures, no network; finished parts are not run again.
 
-    spotlight eval report --selector runs/demo --fraction 0.25     # two CPU cores: about 15 minutes
+    spotlight eval report --selector runs/demo --fraction 0.2      # two CPU cores: about 10 minutes
     spotlight eval report --selector runs/smollm2                  # one GPU
     spotlight eval report --plan my_plan.yaml --out runs/report
     spotlight eval report --resume --out runs/report               # after an interruption

@@ -178,7 +178,9 @@ def make_overview(parts: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
             names.setdefault(name_row(row), row)
     if not names:
         return None
-    titles, columns = ["method"], []
+    heading, _, rows = max(scores, key=lambda entry: len(entry[2]))  # what is read depends on the lengths: of one part
+    titles = ["method", f"{heading}: MiB read"]
+    columns = [{name_row(row): (_mib(row["bytes_read"]), row["bytes_read"], False) for row in rows}]
     for heading, score, rows in scores:
         best = _find_best(score, rows)
         titles.append(f"{_head(heading, score)} {'↑' if score.is_better_high else '↓'}")
@@ -199,8 +201,13 @@ def _find_best(score: Score, rows: Sequence[Row]) -> list[Row]:
     for row in rows:
         if row["method"] != "dense" and row["keep"] is not None and not row["method"].startswith("oracle"):
             groups.setdefault((row["keep"], row.get("setting")), []).append(row)
-    choose = max if score.is_better_high else min
-    return [choose(group, key=lambda row: row[score.field]) for group in groups.values() if len(group) > 1]
+    found = []
+    for group in groups.values():
+        values = [row[score.field] for row in group]
+        best = max(values) if score.is_better_high else min(values)
+        if min(values) < max(values):
+            found += [row for row in group if row[score.field] == best]
+    return found
 
 
 def draw_charts(parts: Sequence[dict[str, Any]]) -> list[Markup]:

@@ -93,7 +93,7 @@ def test_a_plan_becomes_one_page_that_needs_nothing_else(plan_file, tmp_path, ca
     assert not re.search(r"https?://", text.replace("http://www.w3.org/2000/svg", ""))
     assert "A quick look at 50 %" in text and text.count("<svg") == 3
     overview, table, _ = page.tables
-    assert overview[0] == ["method", "reading: perplexity ↓", "inspect: IoU with the oracle ↑",
+    assert overview[0] == ["method", "reading: MiB read", "reading: perplexity ↓", "inspect: IoU with the oracle ↑",
                            "inspect: attention mass read ↑"]  # fmt: skip
     assert [row[0] for row in overview[1:]] == ["dense", "oracle 30 %", "window 30 %"]
     row = reading["results"][2]
@@ -217,7 +217,7 @@ def test_the_best_rival_of_each_share_is_marked():
         {"method": name, "keep": keep, "ppl": value}
         for name, keep, value in [
             ("dense", 1.0, 1), ("oracle", 0.1, 2), ("lsh", 0.1, 5), ("quest", 0.1, 4), ("lsh", 0.2, 3),
-            ("quest", 0.2, 9), ("magicpig", None, 1),
+            ("quest", 0.2, 9), ("magicpig", None, 1), ("lsh", 0.3, 2), ("quest", 0.3, 2),
         ]
     ]  # fmt: skip
     assert [(row["method"], row["keep"]) for row in report_page._find_best(score, rows)] == [
