@@ -81,8 +81,8 @@ def read_plan(path: Path, given: Mapping[str, Any], fraction: float) -> Plan:
             raise InputError(f"{where}: there is no evaluation '{evaluation}'{nearest(str(evaluation), EVALUATIONS)}")
         module = importlib.import_module(EVALUATIONS[evaluation])
         config_class = typing.get_type_hints(module.main)["cfg"]
-        known = {field.name for field in dataclasses.fields(config_class)}
-        shared = {field: value for field, value in common.items() if field in known}
+        kinds = typing.get_type_hints(config_class)
+        shared = {field: _fitting(value, kinds[field]) for field, value in common.items() if field in kinds}
         used |= shared.keys()
         fields = _without_spotlight(shared | fields)
         parts.append(PlannedPart(str(name), evaluation, _configure(config_class, fields, where, fraction), module.main))
@@ -90,6 +90,11 @@ def read_plan(path: Path, given: Mapping[str, Any], fraction: float) -> Plan:
         known = {field.name for part in parts for field in dataclasses.fields(part.config)} | {"title", "evaluations"}
         raise InputError(f"'{path}': no evaluation has a field '{unused[0]}'{nearest(unused[0], sorted(known))}")
     return Plan(str(plan.get("title", "Evaluation")), tuple(parts))
+
+
+def _fitting(value: Any, kind: Any) -> Any:
+    """A common flag's value for one evaluation: the first of a list where that takes a single one."""
+    return value[0] if isinstance(value, list) and value and typing.get_origin(kind) is not tuple else value
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -155,7 +160,7 @@ def cut_down(cfg: Any, fraction: float) -> Any:
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
-        if field.name in LISTS and value:
+        if field.name in LISTS and isinstance(value, tuple) and value:
             changes[field.name] = value[: max(math.ceil(fraction * len(value)), LEAST.get(field.name, 1))]
         elif field.name in COUNTS and value is not None:
             changes[field.name] = max(1, round(fraction * value))

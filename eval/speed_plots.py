@@ -78,7 +78,9 @@ def plot_decode(path: Path, rows: Sequence[Row], title: str) -> None:
         own = {(row["length"], row["batch"]): row for row in rows if row["method"] == method}
         x = [spot + 0.4 * (place - 0.5) for spot, point in enumerate(points) if point in own]
         bars = axes.bar(x, [row["tokens_per_second"] for row in own.values()], 0.38, color=color, label=method)
-        axes.bar_label(bars, fmt="%.3g", fontsize=8, padding=2)
+        axes.bar_label(
+            bars, fmt=lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.1f}", fontsize=8, padding=2
+        )
         floors = [row["batch"] / row["floor_seconds"] for row in own.values()]
         axes.plot(x, floors, "_", ms=18, color=color, label=f"bandwidth's bound, {method}")
     axes.set_xticks(range(len(points)), [f"{length:,}\nbatch {batch}" for length, batch in points])

@@ -178,6 +178,13 @@ def test_every_evaluation_of_the_table_can_be_planned():
         assert name in report_page.COLUMNS and name in report_page.SCORES and name in report_page._ABOUT
 
 
+def test_a_common_list_gives_its_first_entry_where_one_fits(tmp_path):
+    file = tmp_path / "plan.yaml"
+    file.write_text("keep: [0.05, 0.1]\nevaluations: {speed: {preset: tiny}, harness: {tasks: [x], methods: [dense]}}")
+    speed, harness = report_plan.read_plan(file, {}, 0.5).parts
+    assert speed.config.keep == 0.05 and speed.config.rounds == 4 and harness.config.keep == (0.05,)
+
+
 def test_lists_keep_their_first_entries_and_counts_a_share():
     @dataclasses.dataclass(frozen=True)
     class Toy:
