@@ -4,14 +4,16 @@
     python -m train.ablate --variants paper default --steps 24 --window 2048     # two CPU cores
     python -m train.ablate --out runs/ablation --resume --perplexity runs/ppl    # adds an evaluation's perplexities
 
-Every variant is a run folder of its own, with its selector. Perplexities come from the evaluation, whose command is
-printed at the end; `--perplexity` reads its folder. The last line on stdout is the table as JSON.
+Every variant is a run folder of its own, with its selector. Stopped by Ctrl-C or SIGTERM, it measures what is trained
+so far; --resume begins those anew. Perplexities come from the evaluation, whose command is printed at the end;
+`--perplexity` reads its folder. The last line on stdout is the table as JSON.
 """
 
 import concurrent.futures
 import dataclasses
 import json
 import pathlib
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -33,6 +35,7 @@ from train.plots import plot_ablation
 from train.report import write_results
 from train.session import Session
 
+_ROW = "ablation.json"  # of each variant, in its folder, and of all
 _NEVER = 10**9  # steps between measurements and checkpoints: a variant is measured at its end
 _KEEPS = (0.02, 0.1)  # shares whose perplexities the table has
 
@@ -138,18 +141,28 @@ def main(cfg: AblateConfig) -> dict[str, Any]:
     out = pathlib.Path(cfg.out) if cfg.out else runs.next_free(pathlib.Path("runs"), "ablation")
     if not cfg.resume:
         runs.RunFolder.check_free(out)
-    left = [name for name in names if not (out / name / "ablation.json").is_file()]
-    with Display() as display:
-        _train_together(cfg, {name: variant_config(name, cfg) for name in left}, out, display)
-    rows = [json.loads((out / name / "ablation.json").read_text(encoding="utf-8")) for name in names]
+    left = [name for name in names if not _is_finished(out / name)]
+    with Display() as display, cli.noted_signals(signal.SIGINT, signal.SIGTERM) as stop:
+        _train_together(cfg, {name: variant_config(name, cfg) for name in left}, out, display, stop)
+    files = [out / name / _ROW for name in names]
+    rows = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
     _add_perplexities(rows, cfg.perplexity, out)
     _write_table(rows, out)
     print(json.dumps({"ablation": str(out), "results": rows}))
+    if stop:
+        print(f"stopped; train the rest with --resume --out {out}", file=sys.stderr)
+        raise SystemExit(128 + stop[0])
     return {"results": rows}
 
 
+def _is_finished(folder: pathlib.Path) -> bool:
+    """Whether a variant was trained to its end; one that was stopped has a row too."""
+    file = folder / _ROW
+    return file.is_file() and json.loads(file.read_text(encoding="utf-8"))["is_finished"]
+
+
 def _train_together(
-    cfg: AblateConfig, variants: dict[str, LayerwiseConfig], out: pathlib.Path, display: Display
+    cfg: AblateConfig, variants: dict[str, LayerwiseConfig], out: pathlib.Path, display: Display, stop: list[int]
 ) -> None:
     """Train variants step by step beside each other; what shares windows shares their forward passes."""
     lead: Session | None = None
@@ -166,8 +179,8 @@ def _train_together(
             session.start(_fresh_folder(out / name, variant), lead)
             first, lead = first or session, lead or session
             sessions[name] = session
-        if sessions:
-            _train_on_windows(sessions, out, display)
+        if sessions and not stop:
+            _train_on_windows(sessions, out, display, stop)
 
 
 def _fresh_folder(path: pathlib.Path, variant: LayerwiseConfig) -> runs.RunFolder:
@@ -177,7 +190,8 @@ def _fresh_folder(path: pathlib.Path, variant: LayerwiseConfig) -> runs.RunFolde
     return runs.RunFolder.create(path, variant)
 
 
-def _train_on_windows(sessions: dict[str, Session], out: pathlib.Path, display: Display) -> None:
+def _train_on_windows(sessions: dict[str, Session], out: pathlib.Path, display: Display, stop: list[int]) -> None:
+    """Train until every session has taken its steps; where a signal stops it, measure them as they are."""
     display.say("compiling")
     with concurrent.futures.ThreadPoolExecutor() as pool:  # into the compilation cache
         list(pool.map(Session.compiled_step_bytes, sessions.values()))
@@ -191,8 +205,10 @@ def _train_on_windows(sessions: dict[str, Session], out: pathlib.Path, display: 
             session.seconds = session.seconds + time.monotonic() - started
             session.log(session.step, report)
         display.update("training", step + 1, total, f"{len(waiting)} variants")
-        for name in [name for name, session in waiting.items() if session.step == session.cfg.steps]:
+        for name in [name for name, session in waiting.items() if stop or session.step == session.cfg.steps]:
             _finish(name, waiting.pop(name), out)
+        if stop:
+            return
 
 
 def _finish(name: str, session: Session, out: pathlib.Path) -> None:
@@ -200,14 +216,15 @@ def _finish(name: str, session: Session, out: pathlib.Path) -> None:
     session.measure()
     summary = write_results(session, runs.RunFolder(out / name))
     session.close()
-    row = {"variant": name, "bits": session.cfg.hash.code_bits, "steps": session.cfg.steps}
+    row = {"variant": name, "is_finished": session.step == session.cfg.steps}
+    row |= {"bits": session.cfg.hash.code_bits, "steps": session.step}
     row |= {"window": session.cfg.data.window, "seed": session.cfg.seed, "seconds": round(session.seconds, 1)}
     row |= {"selector": str(out / name / "selector"), "iou_lsh": summary["iou_lsh"], "mass_lsh": summary["mass_lsh"]}
     cfg = session.cfg.measure
     row |= _qualities(session, dataclasses.replace(cfg, per="kv_head", oracle="scores"))
     row |= _qualities(session, dataclasses.replace(cfg, per="kv_head", oracle="probabilities"))
     row |= _qualities(session, dataclasses.replace(cfg, per="query_head", oracle="scores"))
-    (out / name / "ablation.json").write_text(json.dumps(row, indent=2) + "\n", encoding="utf-8")
+    (out / name / _ROW).write_text(json.dumps(row, indent=2) + "\n", encoding="utf-8")
 
 
 def _qualities(session: Session, cfg: MeasureConfig) -> dict[str, float]:
@@ -256,7 +273,7 @@ def _write_table(rows: list[dict[str, Any]], out: pathlib.Path) -> None:
     lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(row) + " |" for row in cells]
     (out / "ablation.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (out / "ablation.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    (out / _ROW).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     plot_ablation(out / "ablation.png", rows)
     console = rich.console.Console() if sys.stdout.isatty() else rich.console.Console(width=200)
     console.print(table(f"{len(rows)} variants, 2 % of the tokens read", list(columns.values()), cells))

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from spotlight_jax.errors import InputError
 from tests.train.conftest import WINDOW
 from train import ablate, layerwise
 from train.config import LayerwiseConfig
+from train.session import Session
 
 SMALL = {
     "hash.code_bits": 32, "hash.hidden": 8, "ranking.queries": 16, "ranking.queries_at_once": 16, "ranking.tops": 8,
@@ -90,3 +93,22 @@ def test_an_evaluation_that_is_not_finished_is_refused(small, tmp_path):
     cfg = ablate.AblateConfig(out=str(tmp_path / "all"), variants=("first",), perplexity=(str(tmp_path),), **small)
     with pytest.raises(InputError, match="no finished evaluation"):
         ablate.main(cfg)
+
+
+def test_a_stopped_ablation_measures_what_is_trained_and_begins_it_anew(small, tmp_path, monkeypatch):
+    out, take_step = tmp_path / "all", Session.take_step
+
+    def interrupted(session, captured):
+        if session.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take_step(session, captured)
+
+    monkeypatch.setattr(Session, "take_step", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        ablate.main(ablate.AblateConfig(out=str(out), variants=("first",), **small))
+    assert stopped.value.code == 128 + signal.SIGTERM
+    row = json.loads((out / "ablation.json").read_text())[0]
+    assert row["steps"] == 2 and not row["is_finished"]
+    monkeypatch.setattr(Session, "take_step", take_step)
+    rows = ablate.main(ablate.AblateConfig(out=str(out), variants=("first",), resume=True, **small))["results"]
+    assert rows[0]["steps"] == 4 and rows[0]["is_finished"]

@@ -34,6 +34,7 @@ def test_the_paper_preset_is_the_published_recipe(parse):
     }
     ranking = {name: got["ranking"][name] for name in got["ranking"] if name != "queries_at_once"}  # memory alone
     assert ranking == {
+        "target": "query_head",
         "top_share": 0.02,
         "min_top": 1,
         "top_rule": "total",
