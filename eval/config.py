@@ -51,8 +51,8 @@ class EvalConfig:
     selector: str | None = None
     """Trained hash functions: a selector folder, or the run folder that holds it."""
     methods: tuple[str, ...] = ("dense", "oracle", "spotlight", "window")
-    """Which methods read: dense, oracle (oracle-query, oracle-kv), spotlight, lsh (lsh-centred, lsh-gaussian,
-    lsh-gaussian-centred), quest, magicpig, window, random, binary; spotlight@FOLDER is another selector."""
+    """Which methods read: dense, oracle (oracle-query, oracle-kv, oracle-mass), spotlight (spotlight@FOLDER: another
+    selector), lsh (lsh-centred, lsh-gaussian, lsh-gaussian-centred), quest, magicpig, window, random, binary."""
     keep: tuple[float, ...] = (0.02,)
     """Shares of a sequence's tokens that a query reads; a number above 1 is that many tokens."""
     settings: tuple[Literal["bare", "sinks"], ...] = ()

@@ -25,6 +25,7 @@ METHODS: dict[str, Callable[[str, Setting], Method]] = {
     "oracle": open_oracle,
     "oracle-query": open_oracle,
     "oracle-kv": open_oracle,
+    "oracle-mass": open_oracle,
     "spotlight": open_spotlight,
     "lsh": open_lsh,
     "lsh-centred": open_lsh,

@@ -4,6 +4,7 @@ import flax.struct
 from jaxtyping import Array, Float, PyTree
 
 from eval.methods.base import Keys, Positions, Queries, ScoreMethod, Setting, rule_of
+from spotlight_jax.metrics import attention_probabilities
 from spotlight_jax.scoring import exact_scores
 
 
@@ -18,8 +19,22 @@ class Oracle(ScoreMethod):
         return exact_scores(queries, keys, self.per_kv_head)
 
 
+@flax.struct.dataclass
+class MassOracle(Oracle):
+    """Attention probabilities, averaged over a group where it reads one set: no set of that size holds more of them."""
+
+    def scores(
+        self, queries: Queries, keys: Keys, index: PyTree, positions: Positions
+    ) -> Float[Array, "batch n heads kv_len"]:
+        """See `metrics.attention_probabilities`."""
+        heads = keys.shape[2] if self.per_kv_head else queries.shape[2]
+        return attention_probabilities(queries, keys, positions, heads)
+
+
 def open_oracle(name: str, setting: Setting) -> Oracle:
-    """`oracle` chooses as the selection says; `oracle-query` and `oracle-kv` per query head and per KV head."""
+    """`oracle` chooses as the selection says; `oracle-query` and `oracle-kv` per query head and per KV head;
+    `oracle-mass` as the selection says, by attention probabilities."""
     forced = {"oracle-query": {"per": "query_head"}, "oracle-kv": {"per": "kv_head"}}
     selection = rule_of(setting.selection, **forced.get(name, {}))
-    return Oracle(name, selection, setting.selection.dense_layers)
+    kind = MassOracle if name == "oracle-mass" else Oracle
+    return kind(name, selection, setting.selection.dense_layers)

@@ -11,7 +11,7 @@ import pytest
 from eval.methods import METHODS, open_method
 from eval.methods.magicpig import MagicPig
 from spotlight_jax import hashing
-from spotlight_jax.checkpoint import Selector
+from spotlight_jax.checkpoint import Selector, save_selector
 from spotlight_jax.errors import InputError
 from spotlight_jax.selection import SelectionConfig
 
@@ -143,6 +143,22 @@ def test_the_oracle_reads_the_highest_dot_products():
 
     check_against_scores("oracle-query", per_query, Q_HEADS)
     check_against_scores("oracle-kv", per_group, KV_HEADS)
+
+
+@pytest.mark.parametrize("per", ["kv_head", "query_head"])
+def test_the_oracle_by_mass_reads_the_highest_probabilities_of_its_heads_together(per):
+    (queries, keys), budgets = draw(), budgets_of(0.3)
+    mask = np.asarray(
+        read(open_layer("oracle-mass", dataclasses.replace(BARE, per=per)), *draw(), POSITIONS, budgets)[0]
+    )
+    together = GROUP if per == "kv_head" else 1
+    for t, head in np.ndindex(N, mask.shape[2]):
+        shares = 0.0
+        for query_head in range(head * together, (head + 1) * together):
+            own = keys[0, : POSITIONS[0, t] + 1, query_head // GROUP].astype(np.float64)
+            exps = np.exp(own @ queries[0, t, query_head] / np.sqrt(HEAD_DIM))
+            shares = shares + exps / exps.sum()
+        assert np.flatnonzero(mask[0, t, head]).tolist() == best(shares, budgets[0, t])
 
 
 @pytest.mark.parametrize("name", ["lsh", "lsh-gaussian", "lsh-centred", "lsh-gaussian-centred"])
@@ -312,7 +328,26 @@ def test_dense_layers_are_the_selections_or_the_papers():
     assert set(found.values()) == {(0,)}
 
 
-@pytest.mark.parametrize(("name", "message"), [("spotligth", "did you mean 'spotlight'"), ("spotlight", "--selector")])
+def test_a_folder_behind_the_name_is_another_selector(tmp_path):
+    save_selector(tmp_path / "other", selector(), "card")
+    own, other = (
+        open_method(name, selector(), BARE, SHAPE) for name in ("spotlight", f"spotlight@{tmp_path / 'other'}")
+    )
+    assert jax.tree.structure(own) == jax.tree.structure(other)  # one compiled layer serves both
+    for one, two in zip(jax.tree.leaves(own), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("spotligth", "did you mean 'spotlight'"),
+        ("spotlight", "--selector"),
+        ("spotlight@", "names a selector's folder"),
+        ("lsh@runs/x", "only spotlight@FOLDER"),
+        ("spotlight@no-such-folder", "no-such-folder"),
+    ],
+)
 def test_a_method_that_cannot_be_opened_is_told(name, message):
     with pytest.raises(InputError, match=message):
         open_method(name, None, BARE, SHAPE)
