@@ -5,6 +5,7 @@ import functools
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int32, PRNGKeyArray, Shaped
@@ -88,15 +89,21 @@ def capture(
     The model is frozen, so windows can be passed forward at the same time on different devices (their number must be a
     multiple of the mesh's size) before their steps are taken one after another: the result is that of one device.
     Layers run one by one, one compiled layer serving all. Where the mesh does not divide the layers, the last one is
-    repeated.
+    repeated. Weights that are NumPy arrays stay with the host, but for the layer that is at work.
     """
     spread = NamedSharding(mesh, P(AXIS))
-    tokens, picks = jax.device_put(tokens, spread), jax.device_put(picks, spread)
-    x = embed_tokens(params, tokens, cfg)
+    table, picks = params["embed"]["table"], jax.device_put(picks, spread)
+    is_on_host = isinstance(table, np.ndarray)
+    if is_on_host:
+        x = jax.device_put(table[np.asarray(tokens)], spread)
+    else:
+        x = embed_tokens(params, jax.device_put(tokens, spread), cfg)
     captured = []
     for layer in range(cfg.layers):
         x, seen = capture_layer(params[f"layer_{layer}"], x, picks, cfg, mesh)
         captured.append(seen)
+        if is_on_host:
+            jax.block_until_ready(x)  # else all layers would be sent ahead
     return stack_layers(captured, mesh)
 
 

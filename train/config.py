@@ -39,6 +39,9 @@ class LayerwiseConfig:
     """Layers whose loss each device works on together: higher is faster on a GPU and uses more memory."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the frozen model; auto: bfloat16 on an accelerator, float32 on a CPU."""
+    weights: Literal["device", "host"] = "device"
+    """Where the frozen model lies: on the device, or in the host's memory with one layer at a time on the device, for
+    models that do not fit: slower, which more --steps-per-window make up for."""
     cache_dir: str | None = None
     """Write the hidden states of all layers here once and train from them, as the paper does; without it, no disk."""
     cache_gib: float = 100.0

@@ -16,7 +16,10 @@ def estimate_memory(cfg: LayerwiseConfig, model: DecoderConfig, dtype: np.dtype,
     """Bytes per device of the large parts of a step; the flags that bound each are its name's suffix."""
     layers = -(-model.layers // devices)
     window, ranking, size = cfg.data.window, cfg.ranking, dtype.itemsize
-    weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(param_shapes(model, dtype))) * size
+    shapes = param_shapes(model, dtype)
+    is_whole = cfg.weights == "device" or jax.default_backend() == "cpu"
+    kept = shapes if is_whole else shapes["layer_0"]
+    weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(kept)) * size
     keys = window * model.kv_heads * model.head_dim * size
     queries = ranking.queries * model.q_heads * model.head_dim * size
     code_heads = model.kv_heads if cfg.hash.code_heads == "kv" else model.q_heads
@@ -37,7 +40,7 @@ def estimate_memory(cfg: LayerwiseConfig, model: DecoderConfig, dtype: np.dtype,
     heads = code_heads + (model.q_heads if cfg.hash.form == "asymmetric" else 0)
     held_out = cfg.data.held_out_windows * (keys + cfg.measure.queries * model.q_heads * model.head_dim * size)
     return {
-        "frozen model": weights,
+        "frozen model" if is_whole else "one layer of the frozen model": weights,
         "queries and keys of a window (--data.window)": layers * devices * (keys + cfg.steps_per_window * queries),
         "held-out windows (--data.held-out-windows)": layers * held_out,
         "loss (--layers-at-once, --ranking.queries-at-once)": loss,

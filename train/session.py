@@ -18,6 +18,7 @@ from spotlight_jax.errors import InputError
 from spotlight_jax.generate import head_shape
 from spotlight_jax.memory import GIB
 from spotlight_jax.metrics import SelectionQuality
+from spotlight_jax.models.decoder import Params
 from spotlight_jax.models.load import load_config, load_weights, open_tokenizer
 from spotlight_jax.models.params import default_dtype
 from train import hidden_cache, plan
@@ -85,8 +86,7 @@ class Session:
         """
         cfg = self.cfg
         if beside is None:
-            _, params = load_weights(cfg.model, self.dtype)
-            self._params = jax.device_put(params, NamedSharding(self.mesh, P()))
+            self._params = self._load_params()
         else:
             self._params = beside._params
         if beside is not None and beside.cfg.data == cfg.data:
@@ -101,6 +101,13 @@ class Session:
             hashes = dataclasses.replace(hashes, stats=hashing.fit_stats(*map(jnp.asarray, first)))
         state = init_state(hashes, make_optimizer(cfg.optimizer, cfg.steps))
         self.state = spread_state(state, self.shape.layers, self.mesh)
+
+    def _load_params(self) -> Params:
+        """The frozen model: device arrays, or NumPy arrays that a compiled layer takes along as it is called."""
+        if self.cfg.weights == "device":
+            return jax.device_put(load_weights(self.cfg.model, self.dtype)[1], NamedSharding(self.mesh, P()))
+        with jax.default_device(jax.devices("cpu")[0]):
+            return jax.tree.map(np.asarray, load_weights(self.cfg.model, self.dtype)[1])
 
     def _open_text(self) -> None:
         cfg = self.cfg

@@ -34,6 +34,15 @@ def test_captured_queries_and_keys_are_those_the_model_attends_with(inputs):
             np.testing.assert_array_equal(got.picks[layer, window], picks[window])
 
 
+def test_weights_in_the_hosts_memory_give_the_same(inputs):
+    cfg, params = load_weights(str(inputs.model), jnp.float32)
+    tokens = np.random.default_rng(1).integers(0, cfg.vocab, (1, 24)).astype(np.int32)
+    args = (jnp.asarray(tokens), jnp.asarray([[1, 7, 23]], jnp.int32), cfg, make_mesh())
+    found, wanted = capture(jax.tree.map(np.asarray, params), *args), capture(params, *args)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_a_layer_that_passes_nothing_on_sees_the_same_and_computes_projections_alone():
     cfg = PRESETS["tiny"]
     params = init_params(jax.random.key(0), cfg)["layer_0"]
