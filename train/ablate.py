@@ -27,6 +27,7 @@ from spotlight_jax import cli, runs
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.data import DataConfig
 from spotlight_jax.errors import InputError
+from spotlight_jax.metrics import SelectionQuality
 from spotlight_jax.models.config import nearest
 from train.config import PRESETS, LayerwiseConfig
 from train.display import Display, table
@@ -89,7 +90,6 @@ _FIXED: Fields = {"optimizer.gamma_start": 64.0, "optimizer.anneal": 0.0}
 _UNIFORM: Fields = {"ranking.weighting": "uniform", "ranking.always_top": 0}
 _PAPER: Fields = {**_SYMMETRIC, **_FIXED, **_UNIFORM, "hash.skip": "none", "hash.code_heads": "query"}
 _PER_HEAD: Fields = {"ranking.target": "query_head"}
-_PER_GROUP: Fields = {"ranking.target": "kv_head"}
 
 VARIANTS: dict[str, Fields] = {
     "paper": _PAPER | _PER_HEAD,
@@ -99,11 +99,10 @@ VARIANTS: dict[str, Fields] = {
     "symmetric": _SYMMETRIC | _PER_HEAD,
     "symmetric-balanced": {"hash.form": "symmetric"} | _PER_HEAD,
     "per-head": _PER_HEAD,
-    "per-group": _PER_GROUP,
     "per-head-wide": _PER_HEAD | {"hash.hidden": 512},
-    "per-group-wide": _PER_GROUP | {"hash.hidden": 512},
-    "per-group-fast": _PER_GROUP | {"optimizer.learning_rate": 3e-3},
     "default": {},
+    "wide": {"hash.hidden": 512},
+    "fast": {"optimizer.learning_rate": 3e-3},
     "default-64": {"hash.code_bits": 64},
     "default-32": {"hash.code_bits": 32},
     "seed-1": {"seed": 1},
@@ -220,20 +219,23 @@ def _finish(name: str, session: Session, out: pathlib.Path) -> None:
     row |= {"bits": session.cfg.hash.code_bits, "steps": session.step}
     row |= {"window": session.cfg.data.window, "seed": session.cfg.seed, "seconds": round(session.seconds, 1)}
     row |= {"selector": str(out / name / "selector"), "iou_lsh": summary["iou_lsh"], "mass_lsh": summary["mass_lsh"]}
-    cfg = session.cfg.measure
-    row |= _qualities(session, dataclasses.replace(cfg, per="kv_head", oracle="scores"))
-    row |= _qualities(session, dataclasses.replace(cfg, per="kv_head", oracle="probabilities"))
-    row |= _qualities(session, dataclasses.replace(cfg, per="query_head", oracle="scores"))
+    cfg = session.cfg.measure  # per KV head, by scores: measured above
+    row |= _means(session.quality["trained"], "", cfg)
+    others: dict[str, MeasureConfig] = {
+        "_probabilities": dataclasses.replace(cfg, oracle="probabilities"),
+        "_query_head": dataclasses.replace(cfg, per="query_head"),
+    }
+    for suffix, other in others.items():
+        row |= _means(session.quality_by(other), suffix, other)
     (out / name / _ROW).write_text(json.dumps(row, indent=2) + "\n", encoding="utf-8")
 
 
-def _qualities(session: Session, cfg: MeasureConfig) -> dict[str, float]:
-    """IoU, mass and the oracle's mass of one way of selecting, named by it."""
-    quality = session.quality_by(cfg)
-    suffix = "_query_head" if cfg.per == "query_head" else "" if cfg.oracle == "scores" else "_probabilities"
+def _means(quality: SelectionQuality, suffix: str, cfg: MeasureConfig) -> dict[str, float]:
+    """IoU, mass and the oracle's mass of one way of selecting, over the layers that select."""
     named = {"iou": quality.iou, "mass": quality.mass, "mass_oracle": quality.oracle_mass}
-    means = {key: mean_over_sparse(np.asarray(value), cfg.dense_layers) for key, value in named.items()}
-    return {key + suffix: round(value, 5) for key, value in means.items()}
+    return {
+        key + suffix: round(mean_over_sparse(np.asarray(value), cfg.dense_layers), 5) for key, value in named.items()
+    }
 
 
 def _add_perplexities(rows: list[dict[str, Any]], folders: Sequence[str], out: pathlib.Path) -> None:

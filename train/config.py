@@ -32,7 +32,7 @@ class LayerwiseConfig:
     """Steps taken on each window of text, each with queries and samples of its own: a forward pass saved."""
     data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(window=8192))
     hash: HashConfig = HashConfig()
-    ranking: RankingConfig = RankingConfig()
+    ranking: RankingConfig = RankingConfig(target="kv_head")
     optimizer: OptimizerConfig = OptimizerConfig()
     measure: MeasureConfig = MeasureConfig()
     layers_at_once: int = 1
@@ -69,7 +69,7 @@ class LayerwiseConfig:
         if self.data.held_out_windows < 1:
             raise InputError("data.held_out_windows is 0; training needs at least 1 window to measure on")
         if self.ranking.target == "kv_head" and self.hash.code_heads != "kv":
-            raise InputError("--ranking.target kv_head sums scores of one key code; give --hash.code-heads kv")
+            raise InputError("--ranking.target kv_head sums scores of one key code; give --ranking.target query_head")
         if self.cache_gib <= 0:
             raise InputError(f"cache_gib is {self.cache_gib}; give the GiB of disk the cache may take")
 
@@ -81,7 +81,7 @@ PRESETS = {
         steps=48,
         steps_per_window=4,
         data=DataConfig(window=2048, held_out_windows=4),
-        ranking=RankingConfig(queries=128),
+        ranking=RankingConfig(target="kv_head", queries=256),
         optimizer=OptimizerConfig(learning_rate=2e-3),
         measure=MeasureConfig(every=24, queries=128),
         save_every=24,
