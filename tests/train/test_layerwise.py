@@ -271,10 +271,18 @@ def test_a_checkpoint_of_another_model_is_refused(inputs, finished, tmp_path, ca
 
 
 def test_codes_per_query_head_train_and_select_per_kv_head(inputs, tmp_path):
-    paper = ["--hash.form", "symmetric", "--hash.skip", "none", "--hash.code-heads", "query", "--measure.per", "kv_head"]
-    assert (
-        layerwise.command(inputs.flags(tmp_path / "run", *paper)) == 2
-    )  # one code is what a group's scores are sums of
-    assert layerwise.command(inputs.flags(tmp_path / "run", *paper, "--ranking.target", "query_head")) == 0
+    paper = [
+        "--hash.form",
+        "symmetric",
+        "--hash.skip",
+        "none",
+        "--hash.code-heads",
+        "query",
+        "--measure.per",
+        "kv_head",
+    ]
+    flags = inputs.flags(tmp_path / "run", *paper)
+    assert layerwise.command(flags) == 2  # a group's scores are sums over one code
+    assert layerwise.command([*flags, "--ranking.target", "query_head"]) == 0
     selector = load_selector(tmp_path / "run")
     assert selector.params.weights.keys.hidden_kernel.shape[1] == selector.shape.q_heads
