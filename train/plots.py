@@ -69,13 +69,14 @@ def plot_ablation(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
         axes.barh(places, [row[metric] for row in rows], color=_LEARNED, height=0.65)
         axes.plot([row[f"{metric}_lsh"] for row in rows], places, "|", ms=14, mew=2, color=_LSH, label="orthogonal LSH")
         for place, row in zip(places, rows, strict=True):
-            axes.annotate(f"{row[metric]:.3f}", (row[metric], place), (3, 0), textcoords="offset points", va="center")
+            axes.annotate(
+                f"{row[metric]:.3f}", (0, place), (4, 0), textcoords="offset points", va="center", color="white"
+            )
         axes.set(xlabel=label)
         axes.grid(axis="x", alpha=0.25)
-        axes.margins(x=0.15)
     right.plot([row["mass_oracle"] for row in rows], places, "|", ms=14, mew=2, color=_ORACLE, label="oracle")
     left.set_yticks(places, names)
     left.invert_yaxis()
-    right.legend(loc="lower right", frameon=True)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
