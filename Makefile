@@ -1,7 +1,7 @@
 # Every command runs in .venv, which `make setup` creates and brings up to date when pyproject.toml changes.
 PYTHON ?= python3
 
-.PHONY: setup demo test lint format parity clean
+.PHONY: setup demo test slow lint format parity clean
 setup: .venv/.installed
 
 demo: setup
@@ -9,6 +9,9 @@ demo: setup
 
 test: setup
 	.venv/bin/python -m pytest -n 2 --dist loadfile --durations 15
+
+slow: setup
+	.venv/bin/python -m pytest -n 2 --dist loadfile -m slow
 
 lint: setup
 	.venv/bin/ruff check .
@@ -19,9 +22,9 @@ format: setup
 	.venv/bin/ruff format .
 	.venv/bin/ruff check --fix .
 
-# The Flax models against Hugging Face's, which need torch; in an environment of its own, so that no other test has it.
+# Against Hugging Face's models and the evaluation harness; in an environment of its own, so that no other test has torch.
 parity: .venv-parity/.installed
-	.venv-parity/bin/python -m pytest tests/parity -m parity
+	.venv-parity/bin/python -m pytest tests/parity tests/eval -m parity
 
 clean:
 	rm -rf .venv .venv-parity build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
@@ -35,5 +38,5 @@ clean:
 
 .venv-parity/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-parity
-	.venv-parity/bin/python -m pip install --quiet torch==2.13.0 'accelerate>=1.0' --editable '.[dev]'
+	.venv-parity/bin/python -m pip install --quiet torch==2.13.0 'accelerate>=1.0' --editable '.[dev,eval]'
 	@touch $@

@@ -7,6 +7,7 @@ import pytest
 from eval import decode
 
 
+@pytest.mark.slow
 def test_it_prints_a_table_and_one_line_of_json(capsys):
     args = ["--preset", "tiny", "--lengths", "60", "40", "--new-tokens", "2", "--rounds", "2"]
     assert decode.command(args) == 0

@@ -1,6 +1,7 @@
 """eval.harness: likelihoods against the plain decoder, greedy texts against the product's, tasks from local files."""
 
 import functools
+import importlib
 import json
 import sys
 
@@ -160,7 +161,7 @@ def task_folder(tmp_path):
 @pytest.fixture
 def asked(subject, monkeypatch, tmp_path, task_folder, capsys):
     """Run the command on the tiny model, with no tasks but these; gives the rows and what was said."""
-    tasks = pytest.importorskip("lm_eval.tasks")
+    tasks = importlib.import_module("lm_eval.tasks")
     manager = functools.partial(tasks.TaskManager, include_defaults=False)
     monkeypatch.setattr(tasks, "TaskManager", manager)
     monkeypatch.setattr(harness, "load_subject", lambda cfg: subject)
@@ -176,6 +177,7 @@ def asked(subject, monkeypatch, tmp_path, task_folder, capsys):
 
 
 @pytest.mark.filterwarnings("ignore")  # of the harness and its imports
+@pytest.mark.parity
 def test_tasks_of_every_kind(asked, subject, tmp_path):
     args = ["--tasks", *TASKS, "--methods", "dense", "window", "--keep", "0.1", "--selection.min-tokens", "4"]
     rows, said = asked(*args, "--batch", "2", "--out", str(tmp_path / "run"))
@@ -206,6 +208,7 @@ def test_tasks_of_every_kind(asked, subject, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parity
 def test_a_question_is_sparse_where_it_is_asked_for(asked, tmp_path):
     args = ["--tasks", "tiny_choice", "--methods", "window", "--keep", "0.1", "--selection.min-tokens", "4"]
     rows, _ = asked(*args, "--question-sparse", "--chat", "--out", str(tmp_path / "run"))
@@ -213,6 +216,7 @@ def test_a_question_is_sparse_where_it_is_asked_for(asked, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parity
 def test_long_requests_lose_their_beginning_and_are_counted(asked, tmp_path):
     args = ["--tasks", "tiny_choice", "tiny_writing", "--methods", "dense", "--max-length", "60"]
     rows, said = asked(*args, "--out", str(tmp_path / "run"))
@@ -220,15 +224,17 @@ def test_long_requests_lose_their_beginning_and_are_counted(asked, tmp_path):
     assert "tiny_choice: 4 of 4 requests were too long" in said
 
 
+@pytest.mark.parity
 def test_the_question_follows_the_last_blank_line():
-    lm = pytest.importorskip("eval.harness_lm")
+    lm = importlib.import_module("eval.harness_lm")
     text = "a\n\nb b\n\nQ: c\nA:"
     assert text[lm.question_start(text) :] == "Q: c\nA:"
     assert lm.question_start("one\ntwo ") == 4 and lm.question_start("one\n\n") == 0
 
 
+@pytest.mark.parity
 def test_settings_of_a_task():
-    lm = pytest.importorskip("eval.harness_lm")
+    lm = importlib.import_module("eval.harness_lm")
     assert lm.read_settings({"until": "x", "max_gen_toks": 7}) == Wanted(7, ("x",))
     assert lm.read_settings({"temperature": 0.7, "do_sample": False, "until": []}) == Wanted(256)
     drawn = lm.read_settings({"temperature": 0.7, "top_p": 0.9, "do_sample": True}, seed=3)
@@ -254,6 +260,7 @@ def test_a_group_without_a_score_has_the_mean_of_its_tasks():
     ],
 )
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parity
 def test_bad_input_is_refused(args, message, asked, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     methods = [] if "--methods" in args else ["--methods", "dense"]

@@ -22,6 +22,7 @@ def held(inputs):
     return speed_ops.draw_held(SHAPE, inputs, 1)[0]
 
 
+@pytest.mark.slow
 def test_every_operation_equals_its_plain_version(inputs, held):
     ops = speed_ops.make_ops(SHAPE, speed_ops.runnable_dense(SHAPE))
     errors = speed_checks.check_ops(SHAPE, ops, inputs, held)
@@ -90,6 +91,7 @@ def test_copies_are_as_many_as_fit(free, copies):
     assert speed_ops.count_copies(SHAPE, "cpu", free, 8) == pytest.approx(copies, abs=4 if free else 0)
 
 
+@pytest.mark.slow
 def test_it_prints_tables_and_one_line_of_json_and_resumes(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(speed, "use_compile_cache", lambda: None)
     monkeypatch.setattr(speed, "copy_bandwidth", lambda: 1e9)

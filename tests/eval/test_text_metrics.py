@@ -8,6 +8,7 @@ import types
 import warnings
 
 import pytest
+from rouge_score import rouge_scorer
 
 from eval import text_metrics
 from spotlight_jax.errors import InputError
@@ -19,7 +20,6 @@ CHINESE = tuple("我来到北京清华大学了，今天天气很好。他们的
 @pytest.fixture(scope="module")
 def published():
     """LongBench's metrics as lm-evaluation-harness keeps them, with what fuzzywuzzy does without python-Levenshtein."""
-    pytest.importorskip("lm_eval")
     fuzz = types.ModuleType("fuzzywuzzy.fuzz")
     fuzz.ratio = lambda one, two: round(100 * difflib.SequenceMatcher(None, one, two).ratio())
     package = types.ModuleType("fuzzywuzzy")
@@ -40,6 +40,7 @@ def _texts(vocabulary: tuple[str, ...], joint: str, seed: int) -> tuple[str, str
 
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize(("ours", "theirs"), [("token_f1", "qa_f1_score"), ("rouge_l", "rouge_score")])
+@pytest.mark.parity
 def test_english_metrics_equal_the_published_ones(published, ours, theirs, seed):
     one, two = _texts(WORDS, " ", seed)
     assert getattr(text_metrics, ours)(one, two) == pytest.approx(getattr(published, theirs)(one, two), abs=1e-12)
@@ -47,6 +48,7 @@ def test_english_metrics_equal_the_published_ones(published, ours, theirs, seed)
 
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize(("ours", "theirs"), [("token_f1_zh", "qa_f1_zh_score"), ("rouge_l_zh", "rouge_zh_score")])
+@pytest.mark.parity
 def test_chinese_metrics_equal_the_published_ones(published, ours, theirs, seed):
     one, two = _texts(CHINESE, "", seed)
     assert getattr(text_metrics, ours)(one, two) == pytest.approx(getattr(published, theirs)(one, two), abs=1e-12)
@@ -56,6 +58,7 @@ def test_chinese_metrics_equal_the_published_ones(published, ours, theirs, seed)
     "prediction",
     ["17", "It is 17, not 18.", "Paragraph 17 (17)", "no number", "", "017", "段落17", "17.5"],
 )
+@pytest.mark.parity
 def test_numbers_are_counted_as_published(published, prediction):
     assert text_metrics.count_score(prediction, "17") == published.count_score(prediction, "17")
     english = text_metrics.retrieval_score(prediction, "Paragraph 17")
@@ -68,6 +71,7 @@ def test_numbers_are_counted_as_published(published, prediction):
 )
 @pytest.mark.parametrize("prediction", ["Human being", "Human", "Date or Human being", "", "none of them"])
 @pytest.mark.parametrize("answer", ["Human being", "Human", "Date"])
+@pytest.mark.parity
 def test_classes_are_scored_as_published(published, classes, prediction, answer):
     expected = published.classification_score(prediction, answer, all_classes=classes)
     assert text_metrics.classification_score(prediction, answer, classes) == expected
@@ -76,6 +80,7 @@ def test_classes_are_scored_as_published(published, classes, prediction, answer)
 @pytest.mark.parametrize(
     "prediction", ["return total", "# a comment\nreturn total + 1", "```python\nreturn x", "// a\n# b", "return a"]
 )
+@pytest.mark.parity
 def test_code_is_compared_as_published(published, prediction):
     expected = published.code_sim_score(prediction, "return total")
     assert text_metrics.code_similarity(prediction, "return total") == expected
@@ -113,7 +118,7 @@ def test_long_sentences_are_scored_too():
 
 
 def test_agreement_is_the_mean_of_both_precisions():
-    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
+    scorer = rouge_scorer.RougeScorer(["rougeL"])
     one, two = "The cat sat on the mat.", "A cat on the red mat"
     forth, back = scorer.score(two, one)["rougeL"], scorer.score(one, two)["rougeL"]
     assert text_metrics.agreement(one, two) == pytest.approx((forth.precision + back.precision) / 2)

@@ -29,6 +29,7 @@ def test_tiny_model_gives_the_logits_that_transformers_gave(case: str) -> None:
     np.testing.assert_allclose(ours[:, list(tiny.KEPT_POSITIONS)], golden.read_tiny(case), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_smollm2_gives_the_logits_that_transformers_gave() -> None:
     model, recorded = load_model("smollm2-135m", jnp.float32), golden.read_smollm2()
     ours = np.asarray(forward(model.params, jnp.asarray(recorded["tokens"])[None], model.cfg))[0]

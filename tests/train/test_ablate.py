@@ -35,6 +35,7 @@ def small(monkeypatch, inputs):
     return {**texts, "held_out_windows": 2, "steps": 4, "window": WINDOW}
 
 
+@pytest.mark.slow
 def test_a_variant_is_the_run_it_would_be_alone(small, tmp_path, capsys):
     cfg = ablate.AblateConfig(out=str(tmp_path / "all"), **small)
     rows = ablate.main(cfg)["results"]

@@ -270,6 +270,7 @@ def test_a_checkpoint_of_another_model_is_refused(inputs, finished, tmp_path, ca
     assert _checkpoints(path) == [10, 12]
 
 
+@pytest.mark.slow
 def test_codes_per_query_head_train_and_select_per_kv_head(inputs, tmp_path):
     paper = [
         "--hash.form",

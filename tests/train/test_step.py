@@ -48,6 +48,7 @@ def _is_adam(part):
     return isinstance(part, optax.ScaleByAdamState)
 
 
+@pytest.mark.slow
 def test_each_layer_is_clipped_by_its_own_norm(captured, cfg):
     small = jax.tree.map(np.asarray, train_step(_state(), jax.random.key(1), jnp.int32(0), captured, cfg))
     # the gain of layer 1's scores multiplies its gradients
@@ -65,6 +66,7 @@ def test_each_layer_is_clipped_by_its_own_norm(captured, cfg):
         jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
+@pytest.mark.slow
 def test_a_layer_steps_as_plain_optax_would(captured, cfg):
     layer, lr = 2, [0.0, OPTIMIZER.learning_rate / 2, OPTIMIZER.learning_rate]  # a warm-up of two steps
     state = _state()
