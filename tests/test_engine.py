@@ -193,6 +193,7 @@ def test_dynamic_scaling_adapts_to_each_sequence_of_a_ragged_batch(chosen):
         assert tokens[row].tolist() == run(engine, [prompt], 10)[0][0].tolist()
 
 
+@pytest.mark.slow
 def test_a_batch_that_straddles_the_crossover_reads_each_sequence_its_own_way():
     prompts = [draw_prompt(length, seed=length) for length in (20, 60)]
     selection = SelectionConfig(keep=0.2, min_tokens=5, min_context=40, dense_layers=(0,))
@@ -262,6 +263,7 @@ def test_decoding_compiles_once_while_the_cache_grows():
     assert sum(key[0] == "decode" for key in engine.programs) == 1
 
 
+@pytest.mark.slow
 def test_block_length_does_not_change_the_tokens():
     prompt = draw_prompt(30)
     sampling = SamplingConfig(temperature=0.8, top_k=50, top_p=0.9, seed=7)

@@ -61,6 +61,7 @@ def test_streamed_pieces_are_the_generated_text(is_sparse):
     assert result.text == TOKENIZER.decode(result.tokens, skip_special_tokens=True)
 
 
+@pytest.mark.slow
 def test_prompts_of_one_batch_do_not_change_each_other():
     cfg = GenerateConfig(max_new_tokens=12, selection=SPARSE)
     prompts = ["short", "a much longer prompt, so that the batch is ragged " * 2]

@@ -50,6 +50,7 @@ def test_selection_equals_sorting_on_adversarial_ranks(ranks, budget):
 
 
 @pytest.mark.parametrize("digit_bits", [1, 2, 4, 8])
+@pytest.mark.slow
 def test_the_cut_does_not_depend_on_how_many_bits_a_pass_finds(digit_bits):
     rng = np.random.default_rng(0)
     ranks = jnp.asarray(rng.integers(0, 2**15, (3, 256), dtype=np.uint32))

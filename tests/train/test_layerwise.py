@@ -259,6 +259,7 @@ def test_resuming_what_cannot_be_resumed_is_refused(inputs, finished, tmp_path, 
     _assert_refused(["--resume", "--out", str(tmp_path / "run")], "no checkpoint to resume from", capsys)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_model_is_refused(inputs, finished, tmp_path, capsys):
     path = tmp_path / "run"
     shutil.copytree(finished.path, path)
