@@ -11,7 +11,7 @@ test: setup
 	.venv/bin/python -m pytest -n 2 --dist loadfile --durations 15
 
 slow: setup
-	.venv/bin/python -m pytest -n 2 --dist loadfile -m slow
+	.venv/bin/python -m pytest -n 2 --dist loadfile -m 'slow and not parity and not gpu'
 
 lint: setup
 	.venv/bin/ruff check .

@@ -176,6 +176,7 @@ def test_a_sequence_alone_equals_the_same_in_a_ragged_batch(chosen):
 
 
 @pytest.mark.parametrize("chosen", [None, "asymmetric"])
+@pytest.mark.slow
 def test_dynamic_scaling_adapts_to_each_sequence_of_a_ragged_batch(chosen):
     """Past the trained length, short of it, and across it while decoding."""
     model = dataclasses.replace(MODEL, rope=RopeConfig("dynamic", factor=4.0, trained_len=24))

@@ -276,6 +276,7 @@ def test_working_in_blocks_changes_neither_loss_nor_gradient(at_once):
         np.testing.assert_allclose(one, other, **close)
 
 
+@pytest.mark.slow
 def test_both_ways_of_scoring_tops_have_the_same_gradient(monkeypatch):
     hash_cfg, (queries, keys) = HASHES["shared code"], draw(9)
     params = random_params(hash_cfg)

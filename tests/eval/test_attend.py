@@ -14,6 +14,8 @@ from spotlight_jax.hashing import HeadShape
 from spotlight_jax.selection import SelectionConfig
 from tests.tolerances import tolerance
 
+pytestmark = pytest.mark.slow  # whole commands and many methods, compiled anew
+
 BATCH, LENGTH, KV_HEADS, GROUP, HEAD_DIM = 2, 37, 2, 3, 8
 Q_HEADS = KV_HEADS * GROUP
 SHAPE = HeadShape(layers=1, q_heads=Q_HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM)

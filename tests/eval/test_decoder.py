@@ -11,6 +11,8 @@ from spotlight_jax.errors import InputError
 from spotlight_jax.selection import SelectionConfig
 from tests.eval.subjects import draw_tokens, subject
 
+pytestmark = pytest.mark.slow  # whole commands and many methods, compiled anew
+
 SPARSE = SelectionConfig(keep=0.2, min_tokens=5, min_context=0, dense_layers=(0,), recent_tokens=2)
 PROMPT = draw_tokens(50, seed=4).tolist()
 NEW = 8

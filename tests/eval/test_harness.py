@@ -23,6 +23,8 @@ from spotlight_jax.sampling import SamplingConfig
 from spotlight_jax.selection import SelectionConfig
 from tests.byte_tokenizer import byte_tokenizer
 
+pytestmark = pytest.mark.slow  # whole commands and many methods, compiled anew
+
 MODEL = PRESETS["tiny"]
 SELECTION = SelectionConfig(keep=0.1, min_tokens=4, min_context=0, dense_layers=(0,))
 FULL = SelectionConfig(keep=1.0, min_context=0, dense_layers=(0,))

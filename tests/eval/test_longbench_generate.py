@@ -20,6 +20,8 @@ from spotlight_jax.models.load import BaseModel
 from tests.byte_tokenizer import byte_tokenizer
 from tests.eval import subjects
 
+pytestmark = pytest.mark.slow  # whole commands and many methods, compiled anew
+
 TOKENIZER = byte_tokenizer()
 MODEL = dataclasses.replace(subjects.MODEL, max_len=1024)
 
@@ -62,7 +64,6 @@ def run(capsys, *args) -> tuple[int, dict, str, str]:
 METHODS = ["--selector", "x", "--methods", "dense", "spotlight", "oracle", "--keep", 0.1]
 
 
-@pytest.mark.slow
 def test_answers_are_written_scored_and_resumed(tiny, data, tmp_path, capsys):
     out = tmp_path / "run"
     args = ["--data", data, *METHODS, "--max-length", 170, "--out", out]

@@ -21,6 +21,8 @@ from spotlight_jax.models.decoder import init_params
 from spotlight_jax.models.presets import PRESETS
 from tests.byte_tokenizer import byte_tokenizer
 
+pytestmark = pytest.mark.slow  # whole commands and many methods, compiled anew
+
 MODEL = PRESETS["tiny"]
 TOKENIZER = byte_tokenizer()
 SELECTION = ReadingConfig(min_tokens=5, sink_tokens=2, recent_tokens=3, dense_layers=(0,)).at(0.2)

@@ -11,6 +11,8 @@ import pytest
 from eval import report, report_charts, report_page, report_plan
 from spotlight_jax.errors import InputError
 
+pytestmark = pytest.mark.slow  # whole commands and many methods, compiled anew
+
 PLAN = """
 title: Tiny <model>
 model: random:tiny

@@ -9,6 +9,8 @@ import pytest
 from eval import speed, speed_checks, speed_ops, timing
 from spotlight_jax.models.presets import PRESETS
 
+pytestmark = pytest.mark.slow  # whole commands and many methods, compiled anew
+
 SHAPE = speed_ops.shape_of(PRESETS["tiny"], 2, 96, "float32", 64, 0.25)
 
 
@@ -22,7 +24,6 @@ def held(inputs):
     return speed_ops.draw_held(SHAPE, inputs, 1)[0]
 
 
-@pytest.mark.slow
 def test_every_operation_equals_its_plain_version(inputs, held):
     ops = speed_ops.make_ops(SHAPE, speed_ops.runnable_dense(SHAPE))
     errors = speed_checks.check_ops(SHAPE, ops, inputs, held)
@@ -91,7 +92,6 @@ def test_copies_are_as_many_as_fit(free, copies):
     assert speed_ops.count_copies(SHAPE, "cpu", free, 8) == pytest.approx(copies, abs=4 if free else 0)
 
 
-@pytest.mark.slow
 def test_it_prints_tables_and_one_line_of_json_and_resumes(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(speed, "use_compile_cache", lambda: None)
     monkeypatch.setattr(speed, "copy_bandwidth", lambda: 1e9)

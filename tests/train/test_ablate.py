@@ -55,6 +55,7 @@ def test_a_variant_is_the_run_it_would_be_alone(small, tmp_path, capsys):
         assert (tmp_path / "all" / file).stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_finished_variants_are_not_trained_again_and_take_perplexities(small, tmp_path, capsys):
     out = tmp_path / "all"
     ablate.main(ablate.AblateConfig(out=str(out), variants=("first",), **small))
@@ -90,12 +91,14 @@ def test_bad_flags_are_named(fields, words):
         ablate.AblateConfig(**fields)
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_is_not_finished_is_refused(small, tmp_path):
     cfg = ablate.AblateConfig(out=str(tmp_path / "all"), variants=("first",), perplexity=(str(tmp_path),), **small)
     with pytest.raises(InputError, match="no finished evaluation"):
         ablate.main(cfg)
 
 
+@pytest.mark.slow
 def test_a_stopped_ablation_measures_what_is_trained_and_begins_it_anew(small, tmp_path, monkeypatch):
     out, take_step = tmp_path / "all", Session.take_step
 

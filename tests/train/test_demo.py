@@ -3,6 +3,7 @@ import json
 from train import demo
 
 
+@pytest.mark.slow
 def test_the_prompt_ends_with_the_opening_of_the_passage_it_starts_with():
     prompt, expected = demo._long_prompt("smollm2-135m", demo.DemoConfig(prompt_tokens=700, new_tokens=20))
     opening = prompt[: prompt.index(expected)]

@@ -112,6 +112,7 @@ def test_gamma_without_annealing_is_the_same_throughout():
     assert [float(gamma_at(jnp.int32(step), cfg, 80)) for step in (0, 40, 79)] == [48, 48, 48]
 
 
+@pytest.mark.slow
 def test_the_loss_falls_on_one_window(captured, cfg):
     state, losses = _state(), []
     key = jax.random.key(2)
