@@ -109,6 +109,7 @@ VARIANTS: dict[str, Fields] = {
     "window-4096": {"data.window": 4096},
     "steps-125": {"steps": 125},
     "steps-2000": {"steps": 2000},
+    "wide-2000": {"steps": 2000, "hash.hidden": 512},
     "steps-2000-64": {"steps": 2000, "hash.code_bits": 64},
 }
 
