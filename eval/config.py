@@ -6,7 +6,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import transformers
 
-from eval.methods import UNBUDGETED, Method, check_names, open_method
+from eval.methods import UNBUDGETED, Method, base_name, check_names, open_method, selector_of
 from spotlight_jax.checkpoint import Selector, load_selector
 from spotlight_jax.errors import InputError
 from spotlight_jax.generate import head_shape
@@ -139,6 +139,11 @@ class Subject:
     tokenizer: transformers.PreTrainedTokenizerBase | None  # None: a random model, whose texts are token ids
     selector: Selector | None
     source: str
+
+    def reading(self, name: str) -> tuple["Subject", str]:
+        """Itself with the selector that a method reads by, and that method's name without the selector's folder."""
+        selector = selector_of(name, self.selector, head_shape(self.cfg))
+        return dataclasses.replace(self, selector=selector), base_name(name)
 
     def open_method(self, name: str, selection: SelectionConfig, seed: int = 0) -> Method:
         """A method for this model; see `eval.methods.open_method`."""

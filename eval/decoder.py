@@ -76,7 +76,7 @@ class Decoder:
         """Compile nothing yet.
 
         Args:
-            subject: the model and its selector.
+            subject: the model and the selector that the method reads by; see `Subject.reading`.
             method: opened for it.
             selection: the budget of each step.
             stop_tokens: a text ends after one of them.
@@ -161,4 +161,5 @@ def open_decoder(
     if stop_tokens is None:
         end = None if subject.tokenizer is None else subject.tokenizer.eos_token_id
         stop_tokens = () if end is None else (int(end),)
+    subject, name = subject.reading(name)
     return Decoder(subject, subject.open_method(name, selection, seed), selection, stop_tokens)

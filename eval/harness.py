@@ -23,7 +23,7 @@ from typing import Any
 
 from eval.config import FREE_FIELDS, EvalConfig, Subject, Trial, list_trials, load_subject
 from eval.harness_scores import Reader, Tally
-from eval.record import Record, Row, make_table
+from eval.record import Record, Row, file_name, make_table
 from spotlight_jax import cli
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.errors import InputError
@@ -134,7 +134,8 @@ def _write_samples(record: Record, trial: Trial, samples: dict[str, list[dict[st
     folder.mkdir(exist_ok=True)
     for task, rows in samples.items():
         keep = "" if trial.keep is None else f"-{trial.keep:g}"
-        file = folder / f"{trial.method}{keep}-{trial.setting.replace(' ', '')}-{task}.jsonl"
+        label = f"{trial.method}{keep}-{trial.setting.replace(' ', '')}-{task}"
+        file = folder / f"{file_name(label)}.jsonl"
         lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
         file.write_text("".join(lines), encoding="utf-8")
 

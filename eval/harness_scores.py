@@ -120,8 +120,9 @@ class Reader:
             batch: sequences passed or continued together where the method allows it.
             seed: of what the method draws at random.
         """
-        self.subject, self.trial, self.batch = subject, trial, batch
-        self.method = subject.open_method(trial.method, trial.selection, seed)
+        self.trial, self.batch = trial, batch
+        self.subject, name = subject.reading(trial.method)
+        self.method = self.subject.open_method(name, trial.selection, seed)
         self.limit = context_limit(subject.cfg)
         self.is_dense = len(set(self.method.dense_layers) & set(range(subject.cfg.layers))) == subject.cfg.layers
         self.seed = seed
@@ -217,7 +218,7 @@ class Reader:
         `dense` and `spotlight` go through the product's engine, in batches; other methods one by one, greedily.
         """
         order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
-        by_engine = self.trial.method in ("dense", "spotlight")
+        by_engine = self.method.name in ("dense", "spotlight")
         if not by_engine and wanted.sampling.temperature > 0:
             raise InputError(f"method '{self.trial.method}' generates greedily; the task asks for a temperature")
         size = self.batch if by_engine else 1
@@ -237,7 +238,7 @@ class Reader:
         cfg = GenerateConfig(
             max_new_tokens=wanted.max_new_tokens, stop=wanted.stop, sampling=wanted.sampling, selection=selection
         )
-        selector = subject.selector if self.trial.method == "spotlight" else None
+        selector = subject.selector if self.method.name == "spotlight" else None
         assert subject.tokenizer is not None, "who gives texts has a tokenizer"
         model = BaseModel(subject.cfg, subject.params, subject.tokenizer, subject.source)
         engine = self._engines.setdefault(wanted.sampling, make_engine(model, cfg, selector))
@@ -253,7 +254,7 @@ class Reader:
 
     def _write_one(self, prompt: Sequence[int], wanted: Wanted) -> list[Text]:
         if self._decoder is None:
-            self._decoder = open_decoder(self.subject, self.trial.method, self.trial.selection, self.seed)
+            self._decoder = open_decoder(self.subject, self.method.name, self.trial.selection, self.seed)
         written = self._decoder.write(list(prompt), wanted.max_new_tokens)
         assert self.subject.tokenizer is not None, "who gives texts has a tokenizer"
         stream = TextStream(self.subject.tokenizer, wanted.stop)

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int32
 from eval.attend import causal_budgets, default_chunk, dense_reads, sparse_reads
 from eval.config import FREE_FIELDS, EvalConfig, Subject, Trial, list_trials, load_subject
 from eval.forward import check_length
-from eval.methods import Method
+from eval.methods import Method, base_name
 from eval.methods.base import rule_of
 from eval.methods.oracle import Oracle
 from eval.pictures import plot_heads
@@ -257,7 +257,7 @@ def _table(title: str, rows: Several[Row]) -> Any:
 
 def _worst_table(rows: Several[Row]) -> Any:
     """The heads that lose most attention against the oracle: spotlight's, or the first method's that is no oracle."""
-    order = sorted(rows, key=lambda row: (row["method"] != "spotlight", row["method"].startswith("oracle")))
+    order = sorted(rows, key=lambda row: (base_name(row["method"]) != "spotlight", row["method"].startswith("oracle")))
     row = order[0]
     values = {name: np.asarray(row["by_head"][name]) for name in MEASURES}
     lost = values["oracle_mass"] - values["mass"]

@@ -17,7 +17,7 @@ from eval.longbench_data import Prompt, Sample, available_tasks, chat_tokens, en
 from eval.longbench_score import score_task
 from eval.longbench_tasks import CATEGORIES, TASKS, TASKS_E, Task, find_task
 from eval.predictions import read_predictions
-from eval.record import Record, Row, make_table
+from eval.record import Record, Row, file_name, make_table
 from eval.text_metrics import open_package
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.errors import InputError
@@ -83,11 +83,12 @@ class Desk:
 
     def file(self, trial: Trial, task: str) -> Path:
         """The predictions of one method for one task."""
-        return self.record.folder.path / "predictions" / label(trial) / f"{self.cfg.file_name(task)}.jsonl"
+        folder = self.record.folder.path / "predictions" / file_name(label(trial))
+        return folder / f"{self.cfg.file_name(task)}.jsonl"
 
 
 def label(trial: Trial) -> str:
-    """A folder's name for a method with its share and setting."""
+    """A short name for a method with its share and setting."""
     if trial.keep is None or trial.method == "dense":
         return trial.method
     always = "" if trial.setting == "bare" else "-" + trial.setting.replace(" + ", "-").replace(" ", "")

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 import time
+import urllib.parse
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -151,6 +152,11 @@ class Record:
         self.say(f"written: {self.folder.path}")
         print(json.dumps(summary), flush=True)
         return summary
+
+
+def file_name(label: str) -> str:
+    """A label as one part of a path; no two labels have the same."""
+    return urllib.parse.quote(label, safe="@+")
 
 
 def make_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], names: int = 1) -> rich.table.Table:

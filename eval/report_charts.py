@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
+from eval.methods import base_name
+
 _WIDTH, _ROW, _BAR = 460, 19, 12  # pixels
 _LABEL, _VALUE = 140, 62  # room for names on the left, numbers on the right
 _TOP = 40
@@ -63,8 +65,9 @@ def draw_bars(title: str, direction: str, bars: Sequence[Bar]) -> Markup:
     ]
     for number, bar in enumerate(bars):
         top, width = _TOP + _ROW * number, max(place(bar.value), 1.0)
+        kind = base_name(bar.method).split("-")[0]
         lines.append(_BAR_SVG.format(
-            bar=bar, kind=bar.method.split("-")[0], top=top, middle=top + _BAR / 2 + 4, left=_LABEL, width=width,
+            bar=bar, kind=kind, top=top, middle=top + _BAR / 2 + 4, left=_LABEL, width=width,
             height=_BAR, end_of_label=_LABEL - 8, start_of_value=_LABEL + width + 5,
         ))  # fmt: skip
     if dense := [bar for bar in bars if bar.method == "dense"]:

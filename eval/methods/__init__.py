@@ -18,7 +18,18 @@ from spotlight_jax.hashing import HeadShape
 from spotlight_jax.models.config import nearest
 from spotlight_jax.selection import SelectionConfig
 
-__all__ = ["METHODS", "UNBUDGETED", "Method", "Reading", "ScoreMethod", "Setting", "check_names", "open_method"]
+__all__ = [
+    "METHODS",
+    "UNBUDGETED",
+    "Method",
+    "Reading",
+    "ScoreMethod",
+    "Setting",
+    "base_name",
+    "check_names",
+    "open_method",
+    "selector_of",
+]
 
 METHODS: dict[str, Callable[[str, Setting], Method]] = {
     "dense": open_dense,
@@ -42,6 +53,11 @@ METHODS: dict[str, Callable[[str, Setting], Method]] = {
 UNBUDGETED = {"dense": "everything", "magicpig": "as published"}
 
 
+def base_name(name: str) -> str:
+    """A method's name without the selector's folder: spotlight of spotlight@FOLDER."""
+    return name.partition("@")[0]
+
+
 def check_names(names: tuple[str, ...]) -> None:
     """Raise InputError for a name that no method has, or for one given twice."""
     for name in names:
@@ -52,6 +68,16 @@ def check_names(names: tuple[str, ...]) -> None:
             raise InputError(f"there is no method '{name}'{nearest(name, METHODS)}")
     if not names or len(set(names)) < len(names):
         raise InputError("give --methods at least one name, each once")
+
+
+def selector_of(name: str, selector: Selector | None, shape: HeadShape) -> Selector | None:
+    """The selector that a method reads by: the one in the folder that it names, else `selector`.
+
+    Raises: InputError for an unknown name (with the nearest), or a folder without a selector for this shape.
+    """
+    check_names((name,))
+    folder = name.partition("@")[2]
+    return load_selector(folder, shape) if folder else selector
 
 
 def open_method(
@@ -68,7 +94,5 @@ def open_method(
 
     Raises: InputError for an unknown name (with the nearest), or a method that misses its selector.
     """
-    check_names((name,))
-    base, _, folder = name.partition("@")  # methods of one base share their compiled programs
-    selector = load_selector(folder, shape) if folder else selector
-    return METHODS[base](base, Setting(selection, shape, selector, seed))
+    selector, base = selector_of(name, selector, shape), base_name(name)
+    return METHODS[base](base, Setting(selection, shape, selector, seed))  # those of one base share compiled programs

@@ -17,10 +17,10 @@ HASH = hashing.HashConfig(code_bits=32, hidden=8)
 
 
 @functools.cache
-def make_selector(per_query_head=False):
+def make_selector(per_query_head=False, seed=1):
     cfg = hashing.HashConfig(form="symmetric", code_bits=32, hidden=8, code_heads="query") if per_query_head else HASH
     shape = head_shape(MODEL)
-    return Selector(cfg, shape, hashing.init_params(jax.random.key(1), cfg, shape), "random:tiny", {})
+    return Selector(cfg, shape, hashing.init_params(jax.random.key(seed), cfg, shape), "random:tiny", {})
 
 
 @functools.cache

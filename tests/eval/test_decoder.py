@@ -7,9 +7,10 @@ import pytest
 
 from eval.decoder import Decoder, open_decoder
 from eval.forward import ForwardConfig, Sequence, pass_sequence
+from spotlight_jax.checkpoint import save_selector
 from spotlight_jax.errors import InputError
 from spotlight_jax.selection import SelectionConfig
-from tests.eval.subjects import draw_tokens, subject
+from tests.eval.subjects import draw_tokens, make_selector, subject
 
 pytestmark = pytest.mark.slow  # whole commands and many methods, compiled anew
 
@@ -39,6 +40,16 @@ def test_the_engine_and_the_slow_reference_write_the_same(name):
     method = subject().open_method(name, SPARSE)
     slow = Decoder(subject(), method.replace(name=f"slow {name}"), SPARSE).write(PROMPT, NEW)
     assert fast.tokens == slow.tokens
+
+
+def test_a_selector_behind_the_name_is_the_one_that_reads(tmp_path):
+    """Beside another one, or alone."""
+    other = make_selector(seed=5)
+    save_selector(tmp_path / "other", other, "card")
+    alone = open_decoder(dataclasses.replace(subject(), selector=other), "spotlight", SPARSE).write(PROMPT, NEW)
+    assert alone.tokens != open_decoder(subject(), "spotlight", SPARSE).write(PROMPT, NEW).tokens
+    for beside in (subject(), dataclasses.replace(subject(), selector=None)):
+        assert open_decoder(beside, f"spotlight@{tmp_path / 'other'}", SPARSE).write(PROMPT, NEW) == alone
 
 
 @pytest.mark.parametrize("name", ["dense", "window"])

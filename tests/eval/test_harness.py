@@ -1,5 +1,6 @@
 """eval.harness: likelihoods against the plain decoder, greedy texts against the product's, tasks from local files."""
 
+import dataclasses
 import functools
 import importlib
 import json
@@ -14,7 +15,7 @@ from eval import harness
 from eval.config import Subject, Trial
 from eval.harness_scores import Reader, Request, Tally, Wanted
 from spotlight_jax import hashing
-from spotlight_jax.checkpoint import Selector
+from spotlight_jax.checkpoint import Selector, save_selector
 from spotlight_jax.generate import GenerateConfig, generate, head_shape
 from spotlight_jax.models.decoder import forward, init_params
 from spotlight_jax.models.load import BaseModel
@@ -118,6 +119,25 @@ def test_texts_are_the_products(subject, method):
     cfg = GenerateConfig(max_new_tokens=8, stop=("zz",), selection=SELECTION)
     assert [text.text for text in texts] == [found.text for found in generate(model, prompts, cfg, selector)]
     assert texts[1].sparse == (7 if method == "spotlight" else 0)
+
+
+def test_a_selector_behind_the_name_is_the_one_that_reads(subject, tmp_path):
+    """Scores and texts are those of this selector alone, whichever other stands beside it."""
+    shape = head_shape(MODEL)
+    cfg = hashing.HashConfig(code_bits=32, hidden=8)
+    other = Selector(cfg, shape, hashing.init_params(jax.random.key(2), cfg, shape), "tiny", {})
+    save_selector(tmp_path / "other", other, "card")
+    requests, prompts = draw_requests(), [list(b"once upon a time there was a "), list(range(60))]
+
+    def ask(subject, method):
+        one = reader(subject, method, batch=2)
+        return one.score(requests), one.write(prompts, Wanted(8))
+
+    alone = ask(dataclasses.replace(subject, selector=other), "spotlight")
+    own = ask(subject, "spotlight")
+    assert own[0] != alone[0] and own[1] != alone[1]
+    for beside in (subject, dataclasses.replace(subject, selector=None)):
+        assert ask(beside, f"spotlight@{tmp_path / 'other'}") == alone
 
 
 TASKS = {

@@ -122,6 +122,13 @@ def test_a_run_writes_rows_heads_and_pictures_and_resumes(tmp_path, capsys, monk
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["results"] == rows
 
 
+def test_the_worst_heads_are_those_of_a_selector_wherever_it_lies(tmp_path, capsys):
+    flags = [*write_inputs(tmp_path), *SIZES, "--out", str(tmp_path / "run")]
+    name = f"spotlight@{tmp_path / 'selector'}"
+    assert inspect.command([*flags, "--methods", "window", name, "--keep", "0.1"]) == 0
+    assert f"{name}: the" in capsys.readouterr().out.replace("\n", "")
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -15,6 +15,7 @@ from eval.fidelity import compare_task
 from eval.longbench_data import Sample, encode_prompt
 from eval.longbench_score import score_folder
 from eval.longbench_tasks import TASKS
+from spotlight_jax.checkpoint import save_selector
 from spotlight_jax.generate import GenerateConfig, generate
 from spotlight_jax.models.load import BaseModel
 from tests.byte_tokenizer import byte_tokenizer
@@ -90,6 +91,19 @@ def test_answers_are_written_scored_and_resumed(tiny, data, tmp_path, capsys):
     code, again, _, err = run(capsys, *args, "--resume")
     assert code == 0 and "8 of 9 parts were finished before" in err
     assert {file: file.read_text() for file in kept} == kept and again["results"] == summary["results"]
+
+
+def test_a_selector_behind_the_name_has_predictions_of_its_own(tiny, data, tmp_path, capsys):
+    save_selector(tmp_path / "other", subjects.make_selector(seed=5), "card")
+    name, out = f"spotlight@{tmp_path / 'other'}", tmp_path / "run"
+    args = ["--selector", "x", "--methods", "spotlight", name, "--keep", 0.1, "--tasks", "hotpotqa", "--out", out]
+    code, summary, _, _ = run(capsys, "--data", data, *args)
+    assert code == 0 and [row["method"] for row in summary["results"]] == ["spotlight"] * 2 + [name] * 2
+    folders = sorted((out / "predictions").iterdir())
+    assert len(folders) == 2 and f"{tmp_path.name}%2Fother-0.1" in folders[1].name
+    assert all((folder / "hotpotqa.jsonl").exists() for folder in folders)
+    texts = [(folder / "hotpotqa.jsonl").read_text() for folder in folders]
+    assert texts[0] != texts[1]
 
 
 def test_the_dense_answer_is_what_generate_gives_for_the_prompt_by_hand(tiny, data, tmp_path, capsys):

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from eval.config import EvalConfig, list_trials
-from eval.record import Record, make_table
+from eval.record import Record, file_name, make_table
 from spotlight_jax.errors import InputError
 
 PARTS = [{"method": "lsh", "keep": keep, "text": "a"} for keep in (0.02, 0.1)]
@@ -34,6 +34,15 @@ def test_a_line_that_was_cut_short_is_measured_again(tmp_path):
     file.write_text(file.read_text()[:-20])
     with Record.open(config(tmp_path, resume=True), "toy") as record:
         assert record.begin(PARTS) == PARTS[1:]
+
+
+def test_labels_are_names_of_files(tmp_path):
+    assert file_name("window-0.1-sinks4+recent64-trec") == "window-0.1-sinks4+recent64-trec"
+    labels = [f"spotlight@{folder}-0.02" for folder in ("runs/a", "/runs/a", "runs-a", "runs__a", "runs%2Fa", "../a")]
+    names = [file_name(label) for label in labels]
+    for name in names:
+        (tmp_path / name).touch()
+    assert len(list(tmp_path.iterdir())) == len(set(names)) == len(labels)
 
 
 def test_other_flags_and_taken_folders_are_refused(tmp_path):
