@@ -177,6 +177,11 @@ def init_params(key: PRNGKeyArray, cfg: HashConfig, shape: HeadShape) -> HashPar
     )
 
 
+def sum_groups(x: Shaped[Array, "*batch q_heads width"], kv_heads: int) -> Shaped[Array, "*batch kv_heads width"]:
+    """Sum over the query heads of each KV head."""
+    return jnp.sum(x.reshape(*x.shape[:-2], kv_heads, -1, x.shape[-1]), axis=-2)
+
+
 def fit_stats(
     keys: Shaped[Array, "*layers batch kv_len kv_heads head_dim"],
     queries: Shaped[Array, "*layers batch q_len q_heads head_dim"],
@@ -189,7 +194,7 @@ def fit_stats(
     Scaled keys have a mean square of 1.
     """
     keys, queries = keys.astype(jnp.float32), queries.astype(jnp.float32)
-    summed = jnp.sum(queries.reshape(*queries.shape[:-2], keys.shape[-2], -1, queries.shape[-1]), axis=-2)
+    summed = sum_groups(queries, keys.shape[-2])
     key_spread = jnp.maximum(jnp.std(keys, axis=(-4, -3)), 1e-6)
     query_spread = jnp.maximum(jnp.sqrt(jnp.mean(jnp.square(summed), axis=(-4, -3))), 1e-6)
     scale = jnp.sqrt(key_spread / query_spread)
@@ -309,12 +314,12 @@ def query_weights(
 
     per_kv_head: sum the weights over each group first, for one selection per KV head; needs one code per KV head.
     """
-    outputs = hash_queries(params, queries, cfg)
+    outputs, kv_heads = hash_queries(params, queries, cfg), params.stats.scale.shape[0]
     if cfg.form == "symmetric":
         weights = jnp.where(outputs > 0, 1, -1).astype(jnp.int32)
-        return _sum_groups(weights, params) if per_kv_head else weights
+        return sum_groups(weights, kv_heads) if per_kv_head else weights
     if per_kv_head:
-        outputs = _sum_groups(outputs, params)
+        outputs = sum_groups(outputs, kv_heads)
     largest = jnp.max(jnp.abs(outputs), axis=-1, keepdims=True)
     return jnp.round(outputs * (WEIGHT_LIMIT / jnp.maximum(largest, 1e-30))).astype(jnp.int32)
 
@@ -324,11 +329,3 @@ def weight_limit(cfg: HashConfig, group: int, per_kv_head: bool) -> int:
     if cfg.form == "asymmetric":
         return WEIGHT_LIMIT
     return group if per_kv_head else 1
-
-
-def _sum_groups(
-    weights: Shaped[Array, "batch q_len q_heads code_bits"], params: HashParams
-) -> Shaped[Array, "batch q_len kv_heads code_bits"]:
-    """Sum over the query heads of each KV head."""
-    kv_heads = params.stats.scale.shape[0]
-    return jnp.sum(weights.reshape(*weights.shape[:2], kv_heads, -1, weights.shape[-1]), axis=3)

@@ -197,10 +197,9 @@ def _query_side(
     outputs = hashing.hash_queries(params, queries, hash_cfg)
     if hash_cfg.form == "symmetric":
         outputs = hashing.soft_sign(outputs, gamma)
-    outputs = jnp.swapaxes(outputs, 0, 1)
-    if cfg.target == "query_head":
-        return outputs
-    return jnp.sum(outputs.reshape(params.stats.scale.shape[0], -1, *outputs.shape[1:]), axis=1)
+    if cfg.target == "kv_head":
+        outputs = hashing.sum_groups(outputs, params.stats.scale.shape[0])
+    return jnp.swapaxes(outputs, 0, 1)
 
 
 def _sampled_scores(

@@ -26,7 +26,7 @@ def hash_scores(
     limit = hashing.weight_limit(cfg, group, sum_weights)
     scores = match_score(codes, weights, weight_bits=1 if limit == 1 else limit.bit_length() + 1)
     if per_kv_head and not sum_weights:
-        scores = jnp.sum(scores.reshape(*scores.shape[:2], kv_heads, -1, scores.shape[-1]), axis=3)
+        scores = hashing.sum_groups(scores, kv_heads)
     return scores
 
 
@@ -43,9 +43,8 @@ def exact_scores(
 ) -> Float[Array, "batch q_len heads kv_len"]:
     """The oracle: true post-RoPE dot products, or their sum over each group."""
     kv_heads = keys.shape[2]
-    grouped = queries.reshape(*queries.shape[:2], kv_heads, -1, queries.shape[-1])
     if per_kv_head:
-        grouped = jnp.sum(grouped.astype(jnp.float32), axis=3, keepdims=True)
-        keys = keys.astype(jnp.float32)
+        queries, keys = hashing.sum_groups(queries.astype(jnp.float32), kv_heads), keys.astype(jnp.float32)
+    grouped = queries.reshape(*queries.shape[:2], kv_heads, -1, queries.shape[-1])
     scores = jnp.einsum("btkgd,bskd->btkgs", grouped, keys, preferred_element_type=jnp.float32)
     return scores.reshape(*scores.shape[:2], -1, scores.shape[-1])
