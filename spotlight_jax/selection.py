@@ -166,17 +166,16 @@ def select_mask(
     positions: Int32[Array, "batch q_len"],
     cfg: SelectionConfig,
     score_range: tuple[int, int] | None = None,
-    total_length: Int32[Array, "batch"] | None = None,
+    budgets: Int32[Array, "batch q_len"] | None = None,
 ) -> Bool[Array, "batch q_len heads kv_len"]:
     """What `select_tokens` gives at each of many steps at once: teacher-forced evaluation.
 
     Args:
-        positions: of the queries; a query reads from positions up to its own, and its budget comes from that prefix.
+        positions: of the queries; a query reads from positions up to its own.
         score_range: least and greatest score, where scores are integers.
-        total_length: if given, every query's budget comes from this length instead (the paper's evaluation, which
-            makes the first queries dense); which positions it may read does not change.
+        budgets: tokens each query reads, all it sees where that is fewer; without them, the budget of those it sees.
     """
     rows = jnp.broadcast_to(positions[:, :, None] + 1, scores.shape[:3])
     ranks, rank_bits = rank_tokens(scores, rows, cfg, score_range)
-    counted = rows if total_length is None else jnp.broadcast_to(total_length[:, None, None], rows.shape)
-    return mask_top(ranks, jnp.minimum(budget_of(counted, cfg), rows), rank_bits)
+    counts = budget_of(positions + 1, cfg) if budgets is None else budgets
+    return mask_top(ranks, jnp.minimum(counts[:, :, None], rows), rank_bits)

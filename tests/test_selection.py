@@ -109,7 +109,8 @@ def test_the_papers_rule_makes_the_first_queries_dense():
     scores = jnp.zeros((1, 100, 1, 100), jnp.int32)
     positions = jnp.arange(100, dtype=jnp.int32)[None]
     cfg = SelectionConfig(keep=0.3, min_tokens=1)
-    total = np.asarray(select_mask(scores, positions, cfg, (0, 0), total_length=jnp.asarray([100])))[0, :, 0]
+    budgets = jnp.broadcast_to(budget_of(100, cfg), positions.shape)
+    total = np.asarray(select_mask(scores, positions, cfg, (0, 0), budgets))[0, :, 0]
     np.testing.assert_array_equal(total.sum(-1), np.minimum(np.arange(1, 101), 30))
     own = np.asarray(select_mask(scores, positions, cfg, (0, 0)))[0, :, 0]
     np.testing.assert_array_equal(own.sum(-1), [n - 7 * n // 10 for n in range(1, 101)])

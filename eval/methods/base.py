@@ -14,8 +14,7 @@ from jaxtyping import Array, Bool, Float, Int32, PyTree, Shaped
 
 from spotlight_jax.checkpoint import Selector
 from spotlight_jax.hashing import HeadShape
-from spotlight_jax.kernels.select_top import mask_top
-from spotlight_jax.selection import SelectionConfig, rank_tokens
+from spotlight_jax.selection import SelectionConfig, select_mask
 
 Queries = Shaped[Array, "batch n q_heads head_dim"]
 Keys = Shaped[Array, "batch kv_len kv_heads head_dim"]
@@ -85,11 +84,8 @@ class ScoreMethod(Method):
     def select(self, queries: Queries, keys: Keys, index: PyTree, positions: Positions, budgets: Budgets) -> Reading:
         """The budget's share of the highest scores, newest first among equals; sinks and recent tokens always."""
         scores = self.scores(queries, keys, index, positions)
-        lengths = jnp.broadcast_to(positions[:, :, None] + 1, scores.shape[:3])
-        ranks, rank_bits = rank_tokens(scores, lengths, self.selection, self.score_range(queries, keys))
-        allowed = jnp.minimum(jnp.broadcast_to(budgets[:, :, None], lengths.shape), lengths)
-        read = (positions + 1) * jnp.float32(self.index_bytes(keys, index))
-        return Reading(mask=mask_top(ranks, allowed, rank_bits), index_bytes=read)
+        mask = select_mask(scores, positions, self.selection, self.score_range(queries, keys), budgets)
+        return Reading(mask=mask, index_bytes=(positions + 1) * jnp.float32(self.index_bytes(keys, index)))
 
     @property
     def per_kv_head(self) -> bool:
