@@ -196,15 +196,14 @@ def _train_on_windows(sessions: dict[str, Session], out: pathlib.Path, display: 
     with concurrent.futures.ThreadPoolExecutor() as pool:  # into the compilation cache
         list(pool.map(Session.compiled_step_bytes, sessions.values()))
     feed = next(iter(sessions.values())).feed
-    waiting, total = dict(sessions), max(session.cfg.steps for session in sessions.values())
-    for step in range(total):
+    waiting = dict(sessions)
+    for step in range(max(session.cfg.steps for session in sessions.values())):
         captured = feed.at(step)
         for session in waiting.values():
             started = time.monotonic()
             report = jax.block_until_ready(session.take_step(captured))
             session.seconds = session.seconds + time.monotonic() - started
             session.log(session.step, report)
-        display.update("training", step + 1, total, f"{len(waiting)} variants")
         for name in [name for name, session in waiting.items() if stop or session.step == session.cfg.steps]:
             _finish(name, waiting.pop(name), out)
         if stop:

@@ -140,7 +140,8 @@ class Session:
         ):
             self.quality["lsh"] = beside.quality["lsh"]
         else:
-            self.quality["lsh"] = self._quality(lsh, lsh_cfg, "measuring LSH")
+            self._display.say("measuring LSH")
+            self.quality["lsh"] = measure(lsh, self._held_out, lsh_cfg, self.cfg.measure, self.cfg.layers_at_once)
         if self.cfg.resume:
             self._resume()
         else:
@@ -157,8 +158,8 @@ class Session:
         self._folder.keep_metrics_before(self.step + 1)
         self._display.say(f"resumed at step {self.step} of {self.cfg.steps}")
         if self.step == self.cfg.steps:  # measured and recorded before it was saved
-            params = gather_state(self.state, self.shape.layers).params
-            self.quality["trained"] = self._quality(params, self.cfg.hash, f"measuring at step {self.step}")
+            self._display.say(f"measuring at step {self.step}")
+            self.quality["trained"] = self.quality_by(self.cfg.measure)
 
     def capture_next(self) -> Captured:
         """What the next step trains on, by a forward pass of its own whatever was captured before."""
@@ -199,9 +200,8 @@ class Session:
 
     def measure(self, name: str = "trained") -> None:
         """Measure the hash functions on the held-out windows and record it."""
-        params = gather_state(self.state, self.shape.layers).params
-        quality = self._quality(params, self.cfg.hash, f"measuring at step {self.step}")
-        self.quality[name] = self.quality["trained"] = quality
+        self._display.say(f"measuring at step {self.step}")
+        self.quality[name] = self.quality["trained"] = self.quality_by(self.cfg.measure)
         row = {"step": self.step, "iou": self.mean("iou"), "recall": self.mean("recall"), "mass": self.mean("mass")}
         row |= {"iou_lsh": self.mean("iou", "lsh"), "mass_lsh": self.mean("mass", "lsh")}
         row["mass_oracle"] = self.mean("oracle_mass")
@@ -209,7 +209,7 @@ class Session:
         self._track(self.step, {name: value for name, value in row.items() if name != "step"})
 
     def quality_by(self, cfg: MeasureConfig) -> SelectionQuality:
-        """Quality of the hash functions as they are, measured another way."""
+        """Quality of the hash functions as they are, on the held-out windows."""
         params = gather_state(self.state, self.shape.layers).params
         return measure(params, self._held_out, self.cfg.hash, cfg, self.cfg.layers_at_once)
 
@@ -252,10 +252,6 @@ class Session:
         lowered = train_step.lower(state, jax.random.key(0), jnp.int32(0), captured, self.step_cfg)
         analysis = lowered.compile().memory_analysis()
         return int(analysis.temp_size_in_bytes) if analysis is not None else 0
-
-    def _quality(self, params: hashing.HashParams, cfg: hashing.HashConfig, what: str) -> SelectionQuality:
-        self._display.say(what)
-        return measure(params, self._held_out, cfg, self.cfg.measure, self.cfg.layers_at_once)
 
     def _capture_held_out(self) -> list[Captured]:
         """Queries and keys of the held-out windows, kept for all measurements."""
