@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any, Literal
 
-import jax.numpy as jnp
 import transformers
 
 from eval.methods import UNBUDGETED, Method, base_name, check_names, open_method, selector_of
@@ -13,6 +12,7 @@ from spotlight_jax.generate import head_shape
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import Params
 from spotlight_jax.models.load import RANDOM, load_weights, open_tokenizer
+from spotlight_jax.models.params import resolve_dtype
 from spotlight_jax.selection import SelectionConfig
 
 # what a resumed run may add to or leave out, because each of its parts names it
@@ -152,8 +152,7 @@ class Subject:
 
 def load_subject(cfg: EvalConfig) -> Subject:
     """Weights, tokenizer and selector; raises InputError where one is missing or does not fit the others."""
-    dtype = None if cfg.dtype == "auto" else jnp.dtype(cfg.dtype)
-    model_cfg, params = load_weights(cfg.model, dtype)
+    model_cfg, params = load_weights(cfg.model, resolve_dtype(cfg.dtype))
     selector = None if cfg.selector is None else load_selector(cfg.selector, head_shape(model_cfg))
     tokenizer = None if cfg.model.startswith(RANDOM) else open_tokenizer(cfg.model)
     return Subject(model_cfg, params, tokenizer, selector, cfg.model)

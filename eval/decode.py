@@ -37,6 +37,7 @@ from spotlight_jax.memory import GIB, MemoryPlan, available_bytes, check_memory,
 from spotlight_jax.models.config import DecoderConfig, nearest
 from spotlight_jax.models.decoder import init_params
 from spotlight_jax.models.load import load_model
+from spotlight_jax.models.params import resolve_dtype
 from spotlight_jax.models.presets import PRESETS
 from spotlight_jax.selection import SelectionConfig
 
@@ -137,12 +138,6 @@ def time_model(cfg: DecodeSpeedConfig, engine: Engine, lengths: Sequence[int]) -
 def _spread(times: list[float]) -> str:
     """Median and range in milliseconds."""
     return f"{statistics.median(times) * 1e3:.3f} ({min(times) * 1e3:.3f} to {max(times) * 1e3:.3f})"
-
-
-def resolve_dtype(name: str) -> jnp.dtype:
-    """The dtype that `--dtype` names."""
-    automatic = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return jnp.dtype(automatic if name == "auto" else name)
 
 
 def measure(cfg: DecodeSpeedConfig, model_cfg: DecoderConfig, params: dict, selector: Selector) -> dict[str, dict]:

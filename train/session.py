@@ -20,7 +20,7 @@ from spotlight_jax.memory import GIB
 from spotlight_jax.metrics import SelectionQuality
 from spotlight_jax.models.decoder import Params
 from spotlight_jax.models.load import load_config, load_weights, open_tokenizer
-from spotlight_jax.models.params import default_dtype
+from spotlight_jax.models.params import resolve_dtype
 from train import hidden_cache, plan
 from train.capture import Captured, capture, make_mesh, padded_layers
 from train.config import LayerwiseConfig
@@ -50,7 +50,7 @@ class Session:
         if cfg.data.window > self.model_cfg.max_len:
             length = self.model_cfg.max_len
             raise InputError(f"--data.window {cfg.data.window} is more than the {length} tokens of '{cfg.model}'")
-        self.dtype = jnp.dtype(default_dtype() if cfg.dtype == "auto" else cfg.dtype)
+        self.dtype = resolve_dtype(cfg.dtype)
         self.shape = head_shape(self.model_cfg)
         check_tracker(cfg.track)
         hashing.check_widths(cfg.hash, self.shape)

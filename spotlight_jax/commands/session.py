@@ -28,7 +28,7 @@ from spotlight_jax.generate import (
 from spotlight_jax.memory import GIB, available_bytes, check_memory, plan_memory
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.load import BaseModel, load_config, load_model
-from spotlight_jax.models.params import default_dtype
+from spotlight_jax.models.params import resolve_dtype
 
 DEFAULT_MODEL = "smollm2-135m"
 MIB = 2**20
@@ -45,10 +45,6 @@ class SessionConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of weights and cache; auto: bfloat16 on an accelerator, float32 on a CPU."""
     generation: OmitArgPrefixes[GenerateConfig] = dataclasses.field(default_factory=GenerateConfig)
-
-    def weights_dtype(self) -> jnp.dtype:
-        """What `auto` means here."""
-        return jnp.dtype(default_dtype() if self.dtype == "auto" else self.dtype)
 
 
 def read_configs(cfg: SessionConfig) -> tuple[str, DecoderConfig, Selector | None]:
@@ -71,7 +67,7 @@ def load_fitting(
     console: Console,
 ) -> tuple[BaseModel, Engine]:
     """Plan the memory, say so, and only then load the weights; raises InputError where they cannot fit."""
-    generation, dtype = cfg.generation, cfg.weights_dtype()
+    generation, dtype = cfg.generation, resolve_dtype(cfg.dtype)
     probe = Engine(model_cfg, {"embed": {"table": jnp.zeros((), dtype)}}, None, make_decode_config(generation))
     longest = max(prompt_lengths)
     plan = plan_memory(

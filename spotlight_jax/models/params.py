@@ -20,6 +20,11 @@ def default_dtype() -> Any:
     return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
 
+def resolve_dtype(name: str) -> jnp.dtype:
+    """The dtype that a `--dtype` flag names; `auto`: `default_dtype()`."""
+    return jnp.dtype(default_dtype() if name == "auto" else name)
+
+
 def fill_params(
     weights: Iterable[tuple[str, np.ndarray]],
     name_of: Callable[[Path], str],
