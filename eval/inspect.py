@@ -117,17 +117,12 @@ def inspect_layer(
     return {name: jnp.mean(values, axis=0) for name, values in quality.items()} | jax.tree.map(jnp.mean, reads)
 
 
-def spread_picks(window: int, count: int) -> Int32[np.ndarray, "one n"]:
-    """Positions spread evenly over a window, the last one included."""
-    return ((np.arange(1, count + 1) * window) // count - 1).astype(np.int32)[None]
-
-
 def inspect_window(
     subject: Subject, tokens: Int32[np.ndarray, " length"], trials: Several[Trial], count: int, seed: int
 ) -> list[Row]:
     """Each trial's `by_head` (lists `[layers][heads]` of every measure) and reads, from one dense pass."""
     cfg, params = subject.cfg, subject.params
-    picks = jnp.asarray(spread_picks(len(tokens), count))
+    picks = jnp.asarray(metrics.spread_positions(len(tokens), count))[None]
     most = default_chunk(cfg.q_heads, len(tokens))
     chunk = next(size for size in range(min(most, count), 0, -1) if count % size == 0)
     methods = [subject.open_method(trial.method, trial.selection, seed) for trial in trials]

@@ -1,8 +1,9 @@
-"""How good a selection is: overlap with the oracle's, and attention mass captured."""
+"""How good a selection is: which queries are looked at, overlap with the oracle's, and attention mass captured."""
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, Shaped
 
 
@@ -14,6 +15,11 @@ class SelectionQuality:
     recall: Float[Array, "*layers heads"]  # share of the oracle's selection that was chosen
     mass: Float[Array, "*layers heads"]  # attention probability of the chosen tokens, mean over the head's group
     oracle_mass: Float[Array, "*layers heads"]  # the same for the oracle's selection
+
+
+def spread_positions(window: int, count: int) -> Int32[np.ndarray, "picks"]:
+    """Positions of the queries to look at, spread evenly over a window, the last one included."""
+    return ((np.arange(1, count + 1) * window) // count - 1).astype(np.int32)
 
 
 def attention_probabilities(

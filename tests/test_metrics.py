@@ -104,3 +104,9 @@ def test_the_oracle_beside_itself_is_perfect():
     np.testing.assert_array_equal(found.iou, np.ones(KV_HEADS))
     np.testing.assert_array_equal(found.recall, np.ones(KV_HEADS))
     np.testing.assert_array_equal(found.mass, found.oracle_mass)
+
+
+def test_positions_are_spread_over_the_window_to_its_end():
+    np.testing.assert_array_equal(metrics.spread_positions(12, 4), [2, 5, 8, 11])
+    np.testing.assert_array_equal(metrics.spread_positions(5, 5), [0, 1, 2, 3, 4])
+    assert metrics.spread_positions(8192, 256)[-1] == 8191 and len(set(metrics.spread_positions(8192, 256))) == 256

@@ -6,7 +6,7 @@ from typing import Literal
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int32
+from jaxtyping import Float
 
 from spotlight_jax import hashing, metrics, scoring
 from spotlight_jax.errors import InputError
@@ -71,11 +71,6 @@ class MeasureConfig:
     def selection(self) -> SelectionConfig:
         """The rule of selection, bare: no sinks, no window of recent tokens."""
         return SelectionConfig(keep=self.keep, per=self.per, dense_layers=self.dense_layers)
-
-
-def spread_positions(window: int, count: int) -> Int32[np.ndarray, "picks"]:
-    """Positions spread evenly over a window, the last one included."""
-    return ((np.arange(1, count + 1) * window) // count - 1).astype(np.int32)
 
 
 def measure(

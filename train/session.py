@@ -17,7 +17,7 @@ from spotlight_jax.data import open_windows
 from spotlight_jax.errors import InputError
 from spotlight_jax.generate import head_shape
 from spotlight_jax.memory import GIB
-from spotlight_jax.metrics import SelectionQuality
+from spotlight_jax.metrics import SelectionQuality, spread_positions
 from spotlight_jax.models.decoder import Params
 from spotlight_jax.models.load import load_config, load_weights, open_tokenizer
 from spotlight_jax.models.params import resolve_dtype
@@ -26,7 +26,7 @@ from train.capture import Captured, capture, make_mesh, padded_layers
 from train.config import LayerwiseConfig
 from train.display import Display
 from train.feed import Feed, FeedConfig
-from train.measure import MeasureConfig, mean_over_sparse, measure, spread_positions
+from train.measure import MeasureConfig, mean_over_sparse, measure
 from train.states import StateStore
 from train.step import (
     StepConfig,

@@ -9,6 +9,7 @@ import pytest
 
 from eval import inspect
 from eval.config import EvalConfig, list_trials
+from spotlight_jax import metrics
 from spotlight_jax.attention import causal_attention
 from spotlight_jax.models.decoder import apply_layer, embed_tokens
 from tests.eval.subjects import MODEL, draw_tokens, subject, write_inputs
@@ -69,7 +70,7 @@ def test_quality_is_that_of_sets_of_positions():
     cfg = EvalConfig(methods=("window", "oracle"), keep=(0.25,))
     (window, oracle) = inspect.inspect_window(subject(), tokens, list_trials(cfg), count=10, seed=0)
     places = [8 * number - 1 for number in range(1, 11)]
-    assert inspect.spread_picks(80, 10)[0].tolist() == places
+    assert metrics.spread_positions(80, 10).tolist() == places
 
     def budget(place):
         return min(max(20, place + 1 - int(0.75 * (place + 1))), place + 1)

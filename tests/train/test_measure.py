@@ -6,7 +6,7 @@ import pytest
 from spotlight_jax import hashing
 from spotlight_jax.errors import InputError
 from train.capture import Captured
-from train.measure import MeasureConfig, mean_over_sparse, measure, spread_positions
+from train.measure import MeasureConfig, mean_over_sparse, measure
 
 LAYERS, KV_LEN, KV_HEADS, GROUP, HEAD_DIM = 2, 60, 2, 3, 8
 
@@ -70,12 +70,6 @@ def test_means_leave_out_dense_layers():
     values = np.asarray([[9.0, 9.0], [1.0, 3.0], [2.0, 4.0]])
     assert mean_over_sparse(values, (0,)) == 2.5
     assert mean_over_sparse(values, (0, 1)) == 3.0
-
-
-def test_positions_are_spread_over_the_window_to_its_end():
-    np.testing.assert_array_equal(spread_positions(12, 4), [2, 5, 8, 11])
-    np.testing.assert_array_equal(spread_positions(5, 5), [0, 1, 2, 3, 4])
-    assert spread_positions(8192, 256)[-1] == 8191 and len(set(spread_positions(8192, 256))) == 256
 
 
 def test_measurements_that_never_happen_are_refused():
