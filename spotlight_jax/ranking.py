@@ -2,10 +2,9 @@
 
 For query i, pairs (a, b) of a top key a and another key b cost softplus(-(beta (s_a - s_b) - alpha)). "Top" are the
 highest true post-RoPE dot products among the keys the query may see, of each query head, or of all query heads of a KV
-head together (`target`). Three samplings keep the pairs few: queries, ranks
-of the top set, ranks of the rest. Queries are worked on in blocks, so memory is bounded by
-`q_heads * queries_at_once * kv_len` scores, never `q_heads * kv_len * kv_len`. No pair tensor is kept for the backward
-pass: their sums are the kernel `kernels/pair_cost`.
+head together, or of both (`target`). Three samplings keep the pairs few: queries, ranks of the top set, ranks of the
+rest. Queries are worked on in blocks, so memory is bounded by `q_heads * queries_at_once * kv_len` scores, never
+`q_heads * kv_len * kv_len`. No pair tensor is kept for the backward pass: sums of pairs are `kernels/pair_cost`.
 """
 
 import dataclasses
@@ -23,14 +22,17 @@ from spotlight_jax.kernels.pair_cost import SLOPES, pair_cost
 from spotlight_jax.kernels.select_top import select_top
 from spotlight_jax.selection import ordered_ranks
 
+Target = Literal["query_head", "kv_head"]
+
 
 @dataclasses.dataclass(frozen=True)
 class RankingConfig:
     """The ranking loss and its sampling."""
 
-    target: Literal["query_head", "kv_head"] = "query_head"
+    target: Literal["query_head", "kv_head", "both"] = "query_head"
     """Rank keys for each query head by its dot products (the paper), or for each KV head, as it selects: summed scores
-    by the attention probabilities of its query heads together."""
+    by the attention probabilities of its query heads together; both: the mean of the two losses, on the same queries
+    and other keys."""
     top_share: float = 0.02
     """Share of a query's visible keys that count as top."""
     min_top: int = 20
@@ -67,6 +69,11 @@ class RankingConfig:
             raise InputError(f"beta is {self.beta}; give a slope above 0")
         if not 0 <= self.always_top <= self.tops:
             raise InputError(f"always_top is {self.always_top}; give 0 to {self.tops}, the number of tops")
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """For which heads keys are ranked: each has a loss of its own."""
+        return ("query_head", "kv_head") if self.target == "both" else (self.target,)
 
 
 @flax.struct.dataclass
@@ -105,16 +112,12 @@ def true_scores(
 
 
 def target_scores(
-    queries: Shaped[Array, "q_len q_heads head_dim"],
-    keys: Shaped[Array, "kv_len kv_heads head_dim"],
-    positions: Int32[Array, "q_len"],
-    cfg: RankingConfig,
+    logits: Float[Array, "q_heads q_len kv_len"], kv_heads: int, target: Target
 ) -> Float[Array, "heads q_len kv_len"]:
     """What keys are ranked by, in logits: the attention's own, or the log of a group's summed probabilities."""
-    logits = true_scores(queries, keys, positions) * queries.shape[-1] ** -0.5
-    if cfg.target == "query_head":
+    if target == "query_head":
         return logits
-    grouped = logits.reshape(keys.shape[1], -1, *logits.shape[1:])
+    grouped = logits.reshape(kv_heads, -1, *logits.shape[1:])
     return jax.nn.logsumexp(jax.nn.log_softmax(grouped, axis=-1), axis=1)
 
 
@@ -143,19 +146,17 @@ def _find_top(
 
 def sample_pairs(
     key: PRNGKeyArray,
-    queries: Shaped[Array, "q_len q_heads head_dim"],
+    scores: Float[Array, "heads q_len kv_len"],
     positions: Int32[Array, "q_len"],
-    keys: Shaped[Array, "kv_len kv_heads head_dim"],
     cfg: RankingConfig,
 ) -> Pairs:
-    """Top and other keys of each query and head.
+    """Top and other keys of each query and head, by `target_scores`.
 
     Other keys are drawn from the whole window, once for all heads and queries given; a query drops those that are top
     or that it does not see, as in the paper: one early in the window so has fewer pairs, and less say.
     """
     top_key, other_key = jax.random.split(key)
-    scores = target_scores(queries, keys, positions, cfg)
-    kv_len, heads_and_queries = keys.shape[0], (scores.shape[0], scores.shape[1])
+    kv_len, heads_and_queries = scores.shape[-1], (scores.shape[0], scores.shape[1])
     counts = top_counts(positions, kv_len, cfg)[None, :, None]
     largest = min(max(kv_len - int((1 - cfg.top_share) * kv_len), cfg.min_top), kv_len)
     top_positions, top_values = _find_top(scores, counts, largest)
@@ -190,16 +191,14 @@ def _query_side(
     queries: Shaped[Array, "q_len q_heads head_dim"],
     gamma: Float[Array, ""],
     hash_cfg: hashing.HashConfig,
-    cfg: RankingConfig,
-) -> Float[Array, "heads q_len code_bits"]:
-    """What soft key codes are multiplied with: soft codes (symmetric) or real weights (asymmetric), a head's or a
-    group's sum of them."""
+) -> dict[Target, Float[Array, "heads q_len code_bits"]]:
+    """What soft key codes are multiplied with: soft codes (symmetric) or real weights (asymmetric), of each head and
+    summed over groups, so that a group's score is the sum of its heads'."""
     outputs = hashing.hash_queries(params, queries, hash_cfg)
     if hash_cfg.form == "symmetric":
         outputs = hashing.soft_sign(outputs, gamma)
-    if cfg.target == "kv_head":
-        outputs = hashing.sum_groups(outputs, params.stats.scale.shape[0])
-    return jnp.swapaxes(outputs, 0, 1)
+    summed = hashing.sum_groups(outputs, params.stats.scale.shape[0])
+    return {"query_head": jnp.swapaxes(outputs, 0, 1), "kv_head": jnp.swapaxes(summed, 0, 1)}
 
 
 def _sampled_scores(
@@ -240,9 +239,10 @@ def ranking_loss(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """One layer's loss on one window, and the share of sampled pairs ranked wrongly.
 
-    The loss is the mean over all pairs of all heads and sampled queries (equation of the paper's section on training).
+    The loss is the mean over all pairs of all heads and sampled queries (equation of the paper's section on training),
+    and the mean of such means where there are several targets.
     """
-    blocks = max(1, queries.shape[0] // cfg.queries_at_once)
+    blocks, targets = max(1, queries.shape[0] // cfg.queries_at_once), cfg.targets
     soft_codes = jnp.swapaxes(hashing.soft_sign(hashing.hash_keys(params, keys, hash_cfg), gamma), 0, 1)
     blocked = (
         jax.random.split(key, blocks),
@@ -251,19 +251,22 @@ def ranking_loss(
     )
 
     @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(SLOPES))
-    def block_cost(params, soft_codes, block_queries, pairs):
-        weights = _query_side(params, block_queries, gamma, hash_cfg, cfg)
-        top, other = _sampled_scores(weights * cfg.beta, soft_codes, pairs)
-        cost, wrong = pair_cost(top, pairs.top_weights, other, pairs.is_other, cfg.alpha)
-        return cost, wrong, _count_pairs(pairs)
+    def block_cost(params, soft_codes, block_queries, samples):
+        weights, sums = _query_side(params, block_queries, gamma, hash_cfg), []
+        for target, pairs in zip(targets, samples, strict=True):
+            top, other = _sampled_scores(weights[target] * cfg.beta, soft_codes, pairs)
+            cost, wrong = pair_cost(top, pairs.top_weights, other, pairs.is_other, cfg.alpha)
+            sums.append(jnp.stack([cost, wrong, _count_pairs(pairs)]))
+        return jnp.stack(sums)
 
     def add_block(totals, block):
         block_key, block_queries, block_positions = block
-        pairs = sample_pairs(block_key, block_queries, block_positions, keys, cfg)
-        sums = block_cost(params, soft_codes, block_queries, pairs)
-        return tuple(total + part for total, part in zip(totals, sums, strict=True)), None
+        logits = true_scores(block_queries, keys, block_positions) * queries.shape[-1] ** -0.5
+        ranked = [target_scores(logits, keys.shape[1], target) for target in targets]
+        samples = [sample_pairs(block_key, scores, block_positions, cfg) for scores in ranked]
+        return totals + block_cost(params, soft_codes, block_queries, samples), None
 
-    zero = jnp.float32(0)
-    (cost, wrong, count), _ = jax.lax.scan(add_block, (zero, zero, zero), blocked)
+    totals, _ = jax.lax.scan(add_block, jnp.zeros((len(targets), 3)), blocked)
+    cost, wrong, count = totals.T
     count = jnp.maximum(count, 1)
-    return cost / count, wrong / count
+    return jnp.mean(cost / count), jnp.mean(wrong / count)

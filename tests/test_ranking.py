@@ -28,8 +28,17 @@ HASHES = {
     "asymmetric": HashConfig(code_bits=32, hidden=24),
 }
 
-sample_pairs = jax.jit(ranking.sample_pairs, static_argnums=4)
 top_counts = jax.jit(ranking.top_counts, static_argnums=(1, 2))
+
+
+def sample_pairs(key, queries, positions, keys, cfg):
+    """Pairs of the only target that the config has."""
+    logits = ranking.true_scores(queries, keys, positions) / HEAD_DIM**0.5
+    scores = ranking.target_scores(logits, KV_HEADS, cfg.target)
+    return ranking.sample_pairs(key, scores, positions, cfg)
+
+
+jitted_pairs = jax.jit(sample_pairs, static_argnums=4)
 
 
 def draw(seed=0, q_len=Q_LEN, kv_len=KV_LEN):
@@ -100,7 +109,7 @@ def traced(request, monkeypatch):
 
 def test_samples_are_what_they_claim(traced):
     queries, keys = draw(1)
-    wanted, sample = top_sets(queries, keys, POSITIONS, CFG), traced(ranking.sample_pairs, CFG)
+    wanted, sample = top_sets(queries, keys, POSITIONS, CFG), traced(sample_pairs, CFG)
     for seed in range(8):
         pairs = sample(jax.random.key(seed), queries, POSITIONS, keys)
         top, weights, is_other = (np.asarray(x) for x in (pairs.top, pairs.top_weights, pairs.is_other))
@@ -118,7 +127,7 @@ def test_samples_are_what_they_claim(traced):
 def test_a_query_with_fewer_keys_than_always_top_drops_the_missing_ranks(traced):
     queries, keys = draw(2)
     cfg = dataclasses.replace(CFG, tops=5, always_top=5)
-    pairs = traced(ranking.sample_pairs, cfg)(jax.random.key(0), queries, POSITIONS, keys)
+    pairs = traced(sample_pairs, cfg)(jax.random.key(0), queries, POSITIONS, keys)
     for head in range(Q_HEADS):
         weights, top = np.asarray(pairs.top_weights[head, 0]), np.asarray(pairs.top[head, 0])
         assert (weights > 0).tolist() == [True, True, True, False, False]  # the query at position 2 sees 3 keys
@@ -131,7 +140,7 @@ def test_as_many_tops_as_the_top_set_holds_are_all_of_it(tops, traced):
     queries, keys = draw(3)
     positions = np.array([9, 30, 45, 59], np.int32)
     cfg = dataclasses.replace(CFG, top_rule="total", tops=tops, always_top=0)
-    pairs = traced(ranking.sample_pairs, cfg)(jax.random.key(0), queries, positions, keys)
+    pairs = traced(sample_pairs, cfg)(jax.random.key(0), queries, positions, keys)
     for (head, t), best in top_sets(queries, keys, positions, cfg).items():
         assert sorted(np.asarray(pairs.top[head, t]).tolist()) == sorted(best)
 
@@ -139,7 +148,7 @@ def test_as_many_tops_as_the_top_set_holds_are_all_of_it(tops, traced):
 def test_a_top_set_smaller_than_always_top_can_be_sampled():
     queries, keys = draw(4)
     cfg = dataclasses.replace(CFG, min_top=3, top_share=0.05, tops=8, always_top=8)
-    pairs = sample_pairs(jax.random.key(0), queries, POSITIONS, keys, cfg)
+    pairs = jitted_pairs(jax.random.key(0), queries, POSITIONS, keys, cfg)
     for (head, t), best in top_sets(queries, keys, POSITIONS, cfg).items():
         assert np.asarray(pairs.top[head, t]).tolist() == best
 
@@ -148,7 +157,7 @@ def test_the_largest_random_number_stays_inside_the_top_set(monkeypatch):
     queries, keys = draw(5)
     monkeypatch.setattr(jax.random, "uniform", lambda key, shape: jnp.full(shape, 1 - 2**-23, jnp.float32))
     cfg = dataclasses.replace(CFG, top_rule="total", always_top=0)
-    pairs = ranking.sample_pairs(jax.random.key(0), *(jnp.asarray(x) for x in (queries, POSITIONS, keys)), cfg)
+    pairs = sample_pairs(jax.random.key(0), *(jnp.asarray(x) for x in (queries, POSITIONS, keys)), cfg)
     assert np.isfinite(pairs.top_weights).all()
     assert (np.asarray(pairs.others) < KV_LEN).all()
     for (head, t), best in top_sets(queries, keys, POSITIONS, cfg).items():
@@ -157,8 +166,8 @@ def test_the_largest_random_number_stays_inside_the_top_set(monkeypatch):
 
 def test_attention_weights_are_half_uniform_half_probability_among_the_sampled():
     queries, keys = draw(6)
-    pairs = sample_pairs(jax.random.key(0), queries, POSITIONS, keys, CFG)
-    uniform = sample_pairs(jax.random.key(0), queries, POSITIONS, keys, dataclasses.replace(CFG, weighting="uniform"))
+    pairs = jitted_pairs(jax.random.key(0), queries, POSITIONS, keys, CFG)
+    uniform = jitted_pairs(jax.random.key(0), queries, POSITIONS, keys, dataclasses.replace(CFG, weighting="uniform"))
     scores = score_loops(queries, keys) / np.sqrt(HEAD_DIM)
     for head, t in np.ndindex(Q_HEADS, Q_LEN):
         seen = np.asarray(uniform.top_weights[head, t])
@@ -181,7 +190,7 @@ def group_shares(queries, keys, positions):
 def test_for_a_kv_head_keys_are_ranked_by_its_query_heads_summed_probabilities(traced):
     queries, keys = draw(11)
     cfg = dataclasses.replace(CFG, target="kv_head")
-    pairs = traced(ranking.sample_pairs, cfg)(jax.random.key(0), queries, POSITIONS, keys)
+    pairs = traced(sample_pairs, cfg)(jax.random.key(0), queries, POSITIONS, keys)
     shares = group_shares(queries, keys, POSITIONS)
     assert pairs.top.shape == (KV_HEADS, Q_LEN, CFG.tops)
     for head, (t, position) in itertools.product(range(KV_HEADS), enumerate(POSITIONS.tolist())):
@@ -215,6 +224,26 @@ def test_for_a_kv_head_the_loss_ranks_the_sum_of_its_query_heads_scores(form, tr
             wrong += learned[top] < learned[other]
             count += 1
     np.testing.assert_allclose(found, (cost / count, wrong / count), rtol=1e-4)
+
+
+def test_both_targets_have_the_mean_of_their_losses_and_gradients():
+    hash_cfg, (queries, keys) = HASHES["asymmetric"], draw(13, q_len=8)
+    positions, params = np.array([2, 5, 10, 17, 30, 40, 50, 59], np.int32), random_params(hash_cfg)
+    cfg = dataclasses.replace(CFG, queries=8, tops=6)  # two blocks; tops at random, each in its sixth of the ranks
+
+    def measure(target):
+        def of_params(params):
+            arrays = *map(jnp.asarray, (queries, positions, keys)), jnp.float32(8)
+            only = dataclasses.replace(cfg, target=target)
+            return ranking.ranking_loss(params, jax.random.key(3), *arrays, hash_cfg, only)
+
+        return jax.jit(jax.value_and_grad(of_params, has_aux=True))(params)
+
+    per_head, per_group, found = (measure(target) for target in ("query_head", "kv_head", "both"))
+    expected = jax.tree.map(lambda one, other: (one + other) / 2, per_head, per_group)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+    assert abs(float(per_head[0][0] / per_group[0][0]) - 1) > 0.05  # neither stands for both
 
 
 EVERY = dataclasses.replace(CFG, top_rule="total", tops=6, others=KV_LEN, always_top=0)  # nothing is left to chance

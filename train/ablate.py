@@ -90,6 +90,10 @@ _FIXED: Fields = {"optimizer.gamma_start": 64.0, "optimizer.anneal": 0.0}
 _UNIFORM: Fields = {"ranking.weighting": "uniform", "ranking.always_top": 0}
 _PAPER: Fields = {**_SYMMETRIC, **_FIXED, **_UNIFORM, "hash.skip": "none", "hash.code_heads": "query"}
 _PER_HEAD: Fields = {"ranking.target": "query_head"}
+_BOTH: Fields = {"ranking.target": "both"}
+_WIDE: Fields = {"hash.hidden": 512}
+_FAST: Fields = {"optimizer.learning_rate": 3e-3}
+_LONG: Fields = {"steps": 2000}
 
 VARIANTS: dict[str, Fields] = {
     "paper": _PAPER | _PER_HEAD,
@@ -99,18 +103,23 @@ VARIANTS: dict[str, Fields] = {
     "symmetric": _SYMMETRIC | _PER_HEAD,
     "symmetric-balanced": {"hash.form": "symmetric"} | _PER_HEAD,
     "per-head": _PER_HEAD,
-    "per-head-wide": _PER_HEAD | {"hash.hidden": 512},
+    "per-head-wide": _PER_HEAD | _WIDE,
+    "both": _BOTH,
+    "wide-both": _BOTH | _WIDE,
     "default": {},
-    "wide": {"hash.hidden": 512},
-    "fast": {"optimizer.learning_rate": 3e-3},
+    "wide": _WIDE,
+    "fast": _FAST,
     "default-64": {"hash.code_bits": 64},
     "default-32": {"hash.code_bits": 32},
     "seed-1": {"seed": 1},
     "window-4096": {"data.window": 4096},
     "steps-125": {"steps": 125},
-    "steps-2000": {"steps": 2000},
-    "wide-2000": {"steps": 2000, "hash.hidden": 512},
-    "steps-2000-64": {"steps": 2000, "hash.code_bits": 64},
+    "steps-2000": _LONG,
+    "wide-2000": _LONG | _WIDE,
+    "wide-fast-2000": _LONG | _WIDE | _FAST,
+    "wide-both-2000": _LONG | _WIDE | _FAST | _BOTH,
+    "wide-64-2000": _LONG | _WIDE | _FAST | {"hash.code_bits": 64},
+    "steps-2000-64": _LONG | {"hash.code_bits": 64},
 }
 
 

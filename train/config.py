@@ -68,8 +68,9 @@ class LayerwiseConfig:
             raise InputError("--resume needs the run's folder: add --out RUN_FOLDER")
         if self.data.held_out_windows < 1:
             raise InputError("data.held_out_windows is 0; training needs at least 1 window to measure on")
-        if self.ranking.target == "kv_head" and self.hash.code_heads != "kv":
-            raise InputError("--ranking.target kv_head sums scores of one key code; give --ranking.target query_head")
+        if "kv_head" in self.ranking.targets and self.hash.code_heads != "kv":
+            given = f"--ranking.target {self.ranking.target}"
+            raise InputError(f"{given} sums scores of one key code; give --ranking.target query_head")
         if self.cache_gib <= 0:
             raise InputError(f"cache_gib is {self.cache_gib}; give the GiB of disk the cache may take")
 

@@ -284,7 +284,8 @@ def test_codes_per_query_head_train_and_select_per_kv_head(inputs, tmp_path):
         "kv_head",
     ]
     flags = inputs.flags(tmp_path / "run", *paper)
-    assert layerwise.command(flags) == 2  # a group's scores are sums over one code
+    for target in ("kv_head", "both"):  # a group's scores are sums over one code
+        assert layerwise.command([*flags, "--ranking.target", target]) == 2
     assert layerwise.command([*flags, "--ranking.target", "query_head"]) == 0
     selector = load_selector(tmp_path / "run")
     assert selector.params.weights.keys.hidden_kernel.shape[1] == selector.shape.q_heads
