@@ -123,6 +123,16 @@ def list_trials(cfg: EvalConfig) -> list[Trial]:
     return trials
 
 
+def describe_keep(keep: float | None) -> str:
+    """How a table calls a share or a number of tokens."""
+    return "-" if keep is None else f"{keep:g}"
+
+
+def describe_part(row: dict[str, Any]) -> list[str]:
+    """How a table's first columns call the trial that a row is about: method, share, what is always read."""
+    return [row["method"], describe_keep(row["keep"]), row["setting"]]
+
+
 def describe_setting(reading: ReadingConfig) -> str:
     """How a table calls what is always read."""
     if reading.sink_tokens == reading.recent_tokens == 0:

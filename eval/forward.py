@@ -14,7 +14,7 @@ from eval.methods.base import Method
 from spotlight_jax.errors import InputError
 from spotlight_jax.generate import context_limit
 from spotlight_jax.models.config import DecoderConfig
-from spotlight_jax.models.decoder import Params, apply_layer, attend_densely, embed_tokens, unembed
+from spotlight_jax.models.decoder import Params, apply_layer, attend_densely, embed_tokens, unembed, unembed_params
 from spotlight_jax.selection import SelectionConfig
 
 _LOGIT_BYTES = 2**27  # float32 logits held at once
@@ -164,8 +164,7 @@ def pass_sequence(
             x = pass_dense_layer(layer_params, x, model_cfg)
         sums = {name: sums[name] + reads[name] for name in sums}
     tokens = tokens if any(is_sparse) else whole["tokens"]
-    ends = {name: params[name] for name in ("embed", "norm", "head") if name in params}
-    log_probs, is_greedy = score_next(ends, x, sequence.tokens, model_cfg)
+    log_probs, is_greedy = score_next(unembed_params(params), x, sequence.tokens, model_cfg)
     targets = [np.asarray(array)[: sequence.length - 1] for array in (log_probs, is_greedy)]
     read = tokens[0], (sums["bytes"] + sums["index_bytes"])[0], sums["index_bytes"][0]
     return Passed(*targets, *(np.asarray(array)[: sequence.length] for array in read))

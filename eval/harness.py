@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.config import FREE_FIELDS, EvalConfig, Subject, Trial, list_trials, load_subject
+from eval.config import FREE_FIELDS, EvalConfig, Subject, Trial, describe_part, list_trials, load_subject
 from eval.harness_scores import Reader, Tally
 from eval.record import Record, Row, file_name, make_table
 from spotlight_jax import cli
@@ -191,10 +191,9 @@ def _table(cfg: HarnessConfig, rows: Sequence[Row]) -> Any:
     columns = ["method", "keep", "always read", "task", "metric", "score", "tokens", "MiB", "by selection"]
     lines = []
     for row in rows:
-        keep = "-" if row["keep"] is None else f"{row['keep']:g}"
         share = f"{100 * row['tokens_by_selection'] / max(row['tokens_scored'], 1):.0f} %"
         moved = f"{row['bytes_read'] / 2**20:.2f}"
-        names = [row["method"], keep, row["setting"], row["task"], row["metric"]]
+        names = [*describe_part(row), row["task"], row["metric"]]
         lines.append([*names, f"{row['score']:.4g}", f"{row['tokens_read']:,.0f}", moved, share])
     note = "tokens, MiB: read for a token, mean; by selection: tokens scored or chosen by a query that left tokens out"
     return make_table(f"lm-evaluation-harness, {cfg.model}\n{note}", columns, lines, names=5)

@@ -19,7 +19,7 @@ from spotlight_jax.engine import Engine
 from spotlight_jax.errors import InputError
 from spotlight_jax.generate import GenerateConfig, context_limit, generate, make_engine
 from spotlight_jax.memory import step_reads
-from spotlight_jax.models.decoder import embed_tokens
+from spotlight_jax.models.decoder import embed_tokens, unembed_params
 from spotlight_jax.models.load import BaseModel
 from spotlight_jax.sampling import SamplingConfig
 from spotlight_jax.text_stream import TextStream
@@ -144,7 +144,7 @@ class Reader:
     def _score_batches(self, requests: Sequence[Request]) -> Iterator[Answer]:
         """Dense passes over several sequences at once, padded on the right, where nothing is read."""
         cfg, params = self.subject.cfg, self.subject.params
-        ends = {name: params[name] for name in ("embed", "norm", "head") if name in params}
+        ends = unembed_params(params)
         for start in range(0, len(requests), self.batch):
             group = requests[start : start + self.batch]
             slots = min(bucket_length(len(group[0].tokens)), self.limit)

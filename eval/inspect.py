@@ -23,13 +23,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from eval.attend import causal_budgets, default_chunk, dense_reads, sparse_reads
-from eval.config import FREE_FIELDS, EvalConfig, Subject, Trial, list_trials, load_subject
+from eval.config import FREE_FIELDS, EvalConfig, Subject, Trial, describe_part, list_trials, load_subject
 from eval.forward import check_length
 from eval.methods import Method, base_name
 from eval.methods.base import rule_of
 from eval.methods.oracle import Oracle
 from eval.pictures import plot_heads
-from eval.record import Part, Record, Row, make_table
+from eval.record import ALL_TEXTS, Part, Record, Row, make_table
 from spotlight_jax import cli, metrics
 from spotlight_jax.attention import causal_attention
 from spotlight_jax.compiled import use_compile_cache
@@ -204,7 +204,7 @@ def _part(trial: Trial, text: str) -> Part:
 
 def _overall(record: Record, trial: Trial, texts: Several[str]) -> Row:
     rows = [row for name in texts if (row := record.row_of(_part(trial, name)))]
-    return _part(trial, "all texts" if len(texts) > 1 else texts[0]) | _average(rows)
+    return _part(trial, ALL_TEXTS if len(texts) > 1 else texts[0]) | _average(rows)
 
 
 def _write_csv(path: Path, rows: Several[Row]) -> None:
@@ -243,9 +243,8 @@ def _draw(folder: Path, rows: Several[Row]) -> None:
 def _table(title: str, rows: Several[Row]) -> Any:
     lines = []
     for row in rows:
-        keep = "-" if row["keep"] is None else f"{row['keep']:g}"
         figures = [f"{row[name]:.3f}" for name in MEASURES]
-        lines.append([row["method"], keep, row["setting"], *figures, f"{row['tokens_read']:,.0f}"])
+        lines.append([*describe_part(row), *figures, f"{row['tokens_read']:,.0f}"])
     columns = ["method", "keep", "always read", "IoU", "recall", "mass read", "oracle's mass", "tokens"]
     return make_table(f"selections, {title}\nmeans over heads and sparse layers", columns, lines, names=3)
 

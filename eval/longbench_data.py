@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -60,7 +59,7 @@ def read_samples(data: str, name: str, limit: int | None = None) -> list[Sample]
     return samples
 
 
-def _read_rows(data: str, name: str) -> Iterator[tuple[Any, str]]:
+def _read_rows(data: str, name: str) -> Iterator[tuple[dict[str, Any], str]]:
     if data.startswith(_HUB):
         source = documents.HubId(data.removeprefix(_HUB), name, "test")
         rows = documents.open_stream(source, "context")
@@ -78,22 +77,10 @@ def _read_rows(data: str, name: str) -> Iterator[tuple[Any, str]]:
             raise InputError(f"'{file}' is not a readable parquet file: {str(error).splitlines()[0]}") from None
         yield from ((row, f"{file}:{number}") for number, row in enumerate(rows, start=1))
         return
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield _load(line, f"{file}:{number}"), f"{file}:{number}"
+    yield from documents.read_json_lines(file)
 
 
-def _load(line: str, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"'{where}' is not JSON ({error.msg}, column {error.colno})") from None
-
-
-def _parse(row: Any, where: str) -> Sample:
-    if not isinstance(row, dict):
-        raise InputError(f"'{where}' is not a JSON object")
+def _parse(row: dict[str, Any], where: str) -> Sample:
     question = row.get("input", row.get("question"))  # the parquet mirror's name for it
     answers, classes, length = row.get("answers"), row.get("all_classes"), row.get("length")
     texts = {"context": row.get("context"), "input": question}

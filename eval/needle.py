@@ -24,7 +24,7 @@ import numpy as np
 import transformers
 from jaxtyping import Int32
 
-from eval.config import EvalConfig, Subject, Trial, list_trials, load_subject
+from eval.config import EvalConfig, Subject, Trial, describe_part, list_trials, load_subject
 from eval.haystack import Haystack, Question, Variant
 from eval.methods import Method
 from eval.needle_plot import Panel, plot_grids
@@ -248,12 +248,9 @@ def _table(cfg: NeedleConfig, results: Sequence[Row], title: str) -> Any:
     columns = ["method", "keep", "always read", *lengths, "all", "right tokens", "ROUGE-L", "tokens read", "MiB read"]
     lines = []
     for row in results:
-        keep = "-" if row["keep"] is None else f"{row['keep']:g}"
         cells = [f"{own[metric]:{form}}" for own in (*row["by_length"].values(), row)]
         reads = [f"{row['tokens_read']:,.0f}", f"{row['bytes_read'] / _MIB:.2f}"]
-        lines.append(
-            [row["method"], keep, row["setting"], *cells, f"{row['accuracy']:.0%}", f"{row['rouge']:.3f}", *reads]
-        )
+        lines.append([*describe_part(row), *cells, f"{row['accuracy']:.0%}", f"{row['rouge']:.3f}", *reads])
     asked = len(cfg.depths) * cfg.samples
     note = f"{_LABELS[cfg.variant]}; questions per length: {asked}; sparse from the {cfg.sparse_from} on"
     return make_table(f"{title}\n{note}", columns, lines, names=3)

@@ -19,17 +19,16 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
-from eval.config import FREE_FIELDS, EvalConfig, Subject, Trial, list_trials, load_subject
+from eval.config import FREE_FIELDS, EvalConfig, Subject, Trial, describe_part, list_trials, load_subject
 from eval.copy_text import CopyConfig, copy_texts
 from eval.forward import ForwardConfig, Passed, Sequence, check_length, pass_sequence
 from eval.pictures import plot_tradeoff
-from eval.record import Record, Row, make_table
+from eval.record import ALL_TEXTS, Record, Row, make_table
 from spotlight_jax import cli
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.data import DataConfig, read_windows
 from spotlight_jax.errors import InputError
 
-ALL = "all texts"
 _MIB = 2**20
 
 
@@ -70,7 +69,6 @@ class PerplexityConfig(ForwardConfig, EvalConfig):
 
 def read_sequences(cfg: PerplexityConfig, subject: Subject, record: Record) -> dict[str, Int32[np.ndarray, "n length"]]:
     """Token ids of each text's documents."""
-    check_length(cfg.length, subject.cfg, "a copy text" if cfg.copy_test else "the window")
     window = cfg.copy.window if cfg.copy_test else cfg.window
     data = DataConfig(
         train=cfg.texts, window=window, held_out_windows=cfg.windows_per_text, text_column=cfg.text_column
@@ -133,7 +131,7 @@ def main(cfg: PerplexityConfig) -> dict[str, Any]:
                 if part in left:
                     record.add(part, measure(_pass_all(cfg, subject, sequences, trial, record), cfg.first_scored))
         results = _collect(record, trials, list(texts))
-        overall = [row for row in results if row["text"] == (ALL if len(texts) > 1 else next(iter(texts)))]
+        overall = [row for row in results if row["text"] == (ALL_TEXTS if len(texts) > 1 else next(iter(texts)))]
         metric = "perplexity of the second copy" if cfg.copy_test else "perplexity"
         title = f"{subject.source}, {cfg.length:,} tokens, {', '.join(texts)}"
         picture = record.folder.path / "perplexity.png"
@@ -159,7 +157,7 @@ def _collect(record: Record, trials: Several[Trial], texts: Several[str]) -> lis
         rows = [row for text in texts if (row := record.row_of(trial.part | {"text": text}))]
         results += rows
         if len(texts) > 1:
-            results.append(trial.part | {"text": ALL} | combine(rows))
+            results.append(trial.part | {"text": ALL_TEXTS} | combine(rows))
     return results
 
 
@@ -169,15 +167,14 @@ def _tables(cfg: PerplexityConfig, results: Several[Row], texts: Several[str], t
     if cfg.dense_prefix:
         rule += f", the first {cfg.dense_prefix} positions dense"
     names = [text.removeprefix("text:") for text in texts]
-    columns = ["method", "keep", "always read", *names, *([ALL, "pooled"] if len(texts) > 1 else ["pooled"])]
+    columns = ["method", "keep", "always read", *names, *([ALL_TEXTS, "pooled"] if len(texts) > 1 else ["pooled"])]
     columns += ["tokens", "MiB", "of it index"]
     lines: dict[tuple, list[str]] = {}
     for row in results:
         key = (row["method"], row["keep"], row["setting"])
-        keep = "-" if row["keep"] is None else f"{row['keep']:g}"
-        line = lines.setdefault(key, [row["method"], keep, row["setting"]])
+        line = lines.setdefault(key, describe_part(row))
         line.append(f"{row['ppl']:.4g}")
-        if row["text"] == ALL or len(texts) == 1:
+        if row["text"] == ALL_TEXTS or len(texts) == 1:
             line += [f"{row['ppl_pooled']:.4g}", f"{row['tokens_read']:,.0f}"]
             line += [f"{row['bytes_read'] / _MIB:.2f}", f"{row['index_bytes'] / _MIB:.2f}"]
     note = "tokens: read per query, mean over heads of sparse layers; MiB: read per token, all layers"

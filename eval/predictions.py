@@ -5,10 +5,10 @@ not read here.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
+from spotlight_jax.documents import read_json_lines
 from spotlight_jax.errors import InputError
 
 
@@ -37,25 +37,13 @@ def find_files(folder: Path) -> dict[str, Path]:
 
 def read_predictions(file: Path) -> list[Prediction]:
     """All lines of a file; raises InputError that names the file and line of what is missing or malformed."""
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise InputError(f"cannot read '{file}': {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"'{file}' is not UTF-8 (byte {error.start})") from None
-    found = [_parse(line, f"{file}:{number}") for number, line in enumerate(lines, start=1) if line.strip()]
+    found = [_parse(row, where) for row, where in read_json_lines(file)]
     if not found:
         raise InputError(f"'{file}' holds no predictions")
     return found
 
 
-def _parse(line: str, where: str) -> Prediction:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"'{where}' is not JSON ({error.msg}, column {error.colno})") from None
-    if not isinstance(row, dict):
-        raise InputError(f"'{where}' is not a JSON object with 'pred', 'answers' and 'all_classes'")
+def _parse(row: dict[str, Any], where: str) -> Prediction:
     if missing := [name for name in ("pred", "answers") if name not in row]:
         raise InputError(f"'{where}' has no '{missing[0]}', only {', '.join(map(repr, row)) or 'nothing'}")
     if not isinstance(row["pred"], str):

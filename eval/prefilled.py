@@ -12,7 +12,7 @@ from eval.attend import attend_with, causal_budgets, default_chunk, dense_reads,
 from eval.methods.base import Method
 from spotlight_jax.attention import causal_attention
 from spotlight_jax.models.config import DecoderConfig
-from spotlight_jax.models.decoder import Params, apply_layer, embed_tokens, unembed
+from spotlight_jax.models.decoder import Params, apply_layer, embed_tokens, unembed, unembed_params
 from spotlight_jax.selection import SelectionConfig
 
 KeysValues = tuple[
@@ -131,8 +131,7 @@ def pass_tail(
         if is_sparse[layer] or not any(is_sparse):
             read = read + reads["tokens"] / (sum(is_sparse) or cfg.layers)
         sums = {name: sums.get(name, 0) + value for name, value in reads.items()}
-    ends = {name: params[name] for name in ("embed", "norm", "head") if name in params}
-    best, log_probs = _score(ends, x, padded, cfg)
+    best, log_probs = _score(unembed_params(params), x, padded, cfg)
     found = best, log_probs, read[0], (sums["bytes"] + sums["index_bytes"])[0], sums["index_bytes"][0]
     cut = [np.asarray(array)[:count] for array in jax.device_get(found)]
     return Tail(cut[0], cut[1][:-1], *cut[2:])

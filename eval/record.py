@@ -21,6 +21,7 @@ from spotlight_jax.errors import InputError
 _PLAIN_EVERY = 10.0  # seconds between plain lines
 _FILE_WIDTH = 180
 
+ALL_TEXTS = "all texts"  # the `text` of a row about several
 Part = dict[str, Any]  # names one measurement: {"method": ..., "keep": ..., "text": ...}
 Row = dict[str, Any]  # a part and what was measured of it
 

@@ -9,6 +9,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from eval.config import describe_keep
+from eval.record import ALL_TEXTS
 from eval.report_charts import Bar, draw_bars
 
 _MIB = 2**20
@@ -54,7 +56,7 @@ def _micro(value: Any) -> str:
     return f"{value * 1e6:,.1f}"
 
 
-_WHO = (Column("method", "method"), Column("keep", "keep", lambda keep: "-" if keep is None else f"{keep:g}"))
+_WHO = (Column("method", "method"), Column("keep", "keep", describe_keep))
 _ALWAYS = (Column("setting", "always read"),)
 _READS = (Column("tokens_read", "tokens read", _number(0)), Column("bytes_read", "MiB read", _mib))
 COLUMNS: dict[str, tuple[Column, ...]] = {
@@ -104,7 +106,7 @@ _FACTS = (
     "limit", "fewshot", "chat", "question_sparse", "preset", "batches", "rounds", "dtype",
 )  # fmt: skip
 # rows that are means over others, where there are several
-_WHOLE = {"perplexity": ("text", "all texts"), "inspect": ("text", "all texts"), "longbench": ("task", "mean")}
+_WHOLE = {"perplexity": ("text", ALL_TEXTS), "inspect": ("text", ALL_TEXTS), "longbench": ("task", "mean")}
 _ABOUT = {
     "inspect": "How far each method's choice agrees with the tokens that attention really reads: overlap with the "
     "oracle's choice (IoU), and the share of attention probability on what is read (mass). Means over sparse layers "

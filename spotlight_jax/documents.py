@@ -155,6 +155,12 @@ def _decode(content: bytes, where: str) -> str:
 
 
 def _read_jsonl(file: Path, column: str) -> Iterator[str]:
+    for row, where in read_json_lines(file):
+        yield _pick(row, column, where)
+
+
+def read_json_lines(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """The objects of a file with one on each line, and where each is; raises InputError that names file and line."""
     with _open(file) as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -165,8 +171,8 @@ def _read_jsonl(file: Path, column: str) -> Iterator[str]:
             except json.JSONDecodeError as error:
                 raise InputError(f"'{where}' is not JSON ({error.msg}, column {error.colno})") from error
             if not isinstance(row, dict):
-                raise InputError(f"'{where}' is not a JSON object; each line must be one, with the text in '{column}'")
-            yield _pick(row, column, where)
+                raise InputError(f"'{where}' is not a JSON object; each line must be one")
+            yield row, where
 
 
 def _pick(row: dict[str, Any], column: str, where: str) -> str:

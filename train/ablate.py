@@ -38,6 +38,7 @@ from train.session import Session
 
 _ROW = "ablation.json"  # of each variant, in its folder, and of all
 _NEVER = 10**9  # steps between measurements and checkpoints: a variant is measured at its end
+_ALL_TEXTS = "all texts"  # what `eval.perplexity` calls all of them together
 _KEEPS = (0.02, 0.1)  # shares whose perplexities the table has
 
 
@@ -257,7 +258,7 @@ def _add_perplexities(rows: list[dict[str, Any]], folders: Sequence[str], out: p
         metric = "copy" if found["eval"] == "copy" else "ppl"
         for result in found["results"]:
             for row in rows:
-                if result["method"] == f"spotlight@{out / row['variant']}" and result["text"] == "all texts":
+                if result["method"] == f"spotlight@{out / row['variant']}" and result["text"] == _ALL_TEXTS:
                     setting = "" if result["setting"] == "bare" else "_sinks"
                     row[f"{metric}{setting}_{result['keep']:g}"] = round(result["ppl"], 4)
 

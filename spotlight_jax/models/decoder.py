@@ -123,6 +123,11 @@ def unembed(params: Params, x: Float[Array, "batch len embed"], cfg: DecoderConf
     return jnp.einsum("btm,mv->btv", normed, params["head"]["kernel"], preferred_element_type=jnp.float32)
 
 
+def unembed_params(params: Params) -> Params:
+    """The part of the tree that `unembed` reads: a compiled caller takes this instead of the weights of all layers."""
+    return {name: params[name] for name in ("embed", "norm", "head") if name in params}
+
+
 def attend_densely(queries: Array, keys: Array, values: Array) -> tuple[Array, None]:
     """The `attend` of a plain forward pass: every query reads all tokens up to its own."""
     return causal_attention(queries, keys, values), None
