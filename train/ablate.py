@@ -110,6 +110,7 @@ VARIANTS: dict[str, Fields] = {
     "default": {},
     "wide": _WIDE,
     "fast": _FAST,
+    "ema": {"optimizer.ema": 0.99},
     "default-64": {"hash.code_bits": 64},
     "default-32": {"hash.code_bits": 32},
     "seed-1": {"seed": 1},

@@ -44,7 +44,7 @@ def estimate_memory(cfg: LayerwiseConfig, model: DecoderConfig, dtype: np.dtype,
         "queries and keys of a window (--data.window)": layers * devices * (keys + cfg.steps_per_window * queries),
         "held-out windows (--data.held-out-windows)": layers * held_out,
         "loss (--layers-at-once, --ranking.queries-at-once)": loss,
-        "hash functions and AdamW's moments": 3 * 4 * layers * heads * networks,
+        "hash functions and AdamW's moments": (4 if cfg.optimizer.ema else 3) * 4 * layers * heads * networks,
     }
 
 

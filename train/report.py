@@ -50,7 +50,7 @@ def write_results(session: Session, folder: runs.RunFolder) -> dict[str, Any]:
     selector = Selector(
         cfg=session.cfg.hash,
         shape=session.shape,
-        params=jax.tree.map(jnp.asarray, jax.device_get(gather_state(session.state, session.shape.layers).params)),
+        params=jax.tree.map(jnp.asarray, jax.device_get(gather_state(session.state, session.shape.layers).selector)),
         base_model=session.cfg.model,
         info={"recipe": runs.to_plain(session.cfg), "metrics": summary},
     )

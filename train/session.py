@@ -34,7 +34,6 @@ from train.step import (
     gamma_at,
     gather_state,
     init_state,
-    make_optimizer,
     spread_state,
     train_step,
 )
@@ -99,7 +98,7 @@ class Session:
             seen = self.feed.first_window()
             first = (jax.device_get(leaf[: self.shape.layers, :1]) for leaf in (seen.keys, seen.queries))
             hashes = dataclasses.replace(hashes, stats=hashing.fit_stats(*map(jnp.asarray, first)))
-        state = init_state(hashes, make_optimizer(cfg.optimizer, cfg.steps))
+        state = init_state(hashes, cfg.optimizer, cfg.steps)
         self.state = spread_state(state, self.shape.layers, self.mesh)
 
     def _load_params(self) -> Params:
@@ -210,7 +209,7 @@ class Session:
 
     def quality_by(self, cfg: MeasureConfig) -> SelectionQuality:
         """Quality of the hash functions as they are, on the held-out windows."""
-        params = gather_state(self.state, self.shape.layers).params
+        params = gather_state(self.state, self.shape.layers).selector
         return measure(params, self._held_out, self.cfg.hash, cfg, self.cfg.layers_at_once)
 
     def save(self) -> None:
@@ -240,7 +239,7 @@ class Session:
         cfg, model = self.cfg, self.model_cfg
         layers = padded_layers(model.layers, self.mesh)
         params = jax.eval_shape(lambda: hashing.init_params(self._init_key, cfg.hash, self.shape))
-        state = jax.eval_shape(lambda p: init_state(p, make_optimizer(cfg.optimizer, cfg.steps)), params)
+        state = jax.eval_shape(lambda p: init_state(p, cfg.optimizer, cfg.steps), params)
         state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((layers, *leaf.shape[1:]), leaf.dtype), state)
         count = cfg.ranking.queries
         spec: Any = jax.ShapeDtypeStruct  # stands for an array where only its shape is read

@@ -11,7 +11,7 @@ from train.step import TrainState
 
 
 class StateStore:
-    """Checkpoints of one run: params, optimiser state, step, position in the text, PRNG key."""
+    """Checkpoints of one run: training state, step, position in the text, PRNG key."""
 
     def __init__(self, folder: pathlib.Path, keep: int) -> None:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import flax.struct
@@ -34,6 +35,8 @@ class OptimizerConfig:
     """Decoupled weight decay."""
     clip: float = 1.0
     """Largest norm of one layer's gradient."""
+    ema: float = 0.0
+    """Decay per step of a moving average of the weights; it is what is measured and exported (0: the weights)."""
     gamma_start: float = 4.0
     """Sharpness of the soft sign at the first step."""
     gamma_end: float = 64.0
@@ -49,14 +52,22 @@ class OptimizerConfig:
         for name in ("warmup", "anneal"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is {getattr(self, name)}; give a share of the steps from 0 to 1")
+        if not 0 <= self.ema < 1:
+            raise InputError(f"ema is {self.ema}; give a decay from 0 to below 1, such as 0.99")
 
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a step changes; leaves of the first two lead with a layer axis."""
+    """All that a step changes; leaves lead with a layer axis."""
 
     params: hashing.HashParams
     opt_state: Any
+    averaged: hashing.HashWeights | None  # the moving average of the weights, where there is one
+
+    @property
+    def selector(self) -> hashing.HashParams:
+        """What is measured and exported."""
+        return self.params if self.averaged is None else dataclasses.replace(self.params, weights=self.averaged)
 
 
 def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
@@ -77,9 +88,16 @@ def gamma_at(step: Int32[Array, ""], cfg: OptimizerConfig, steps: int) -> Float[
     return jnp.float32(cfg.gamma_start) * (cfg.gamma_end / cfg.gamma_start) ** progress
 
 
-def init_state(params: hashing.HashParams, optimizer: optax.GradientTransformation) -> TrainState:
+def ema_share(step: Int32[Array, ""], decay: float) -> Float[Array, ""]:
+    """Share of the newest weights in their average: the first ones alone are all of it, so it needs no correction."""
+    return (1 - decay) / -jnp.expm1((step + 1) * math.log(decay))
+
+
+def init_state(params: hashing.HashParams, cfg: OptimizerConfig, steps: int) -> TrainState:
     """State before the first step."""
-    return TrainState(params=params, opt_state=jax.vmap(optimizer.init)(params.weights))
+    opt_state = jax.vmap(make_optimizer(cfg, steps).init)(params.weights)
+    averaged = jax.tree.map(jnp.copy, params.weights) if cfg.ema else None  # a step donates both
+    return TrainState(params=params, opt_state=opt_state, averaged=averaged)
 
 
 @flax.struct.dataclass
@@ -117,22 +135,24 @@ def train_step(
     gamma = gamma_at(step, cfg.optimizer, cfg.steps)
 
     def step_layer(args):
-        params, opt_state, seen, layer_key = args
+        state, seen, layer_key = args
+        params, averaged = state.params, state.averaged
 
         def loss_of(weights):
             layer = params.replace(weights=weights)
             return ranking_loss(layer, layer_key, seen.queries, seen.picks, seen.keys, gamma, cfg.hash, cfg.ranking)
 
         (loss, wrong), grads = jax.value_and_grad(loss_of, has_aux=True)(params.weights)
-        updates, opt_state = optimizer.update(grads, opt_state, params.weights)
-        params = params.replace(weights=optax.apply_updates(params.weights, updates))
-        return params, opt_state, StepReport(loss=loss, wrong=wrong, grad_norm=optax.tree.norm(grads))
+        updates, opt_state = optimizer.update(grads, state.opt_state, params.weights)
+        weights = optax.apply_updates(params.weights, updates)
+        if averaged is not None:
+            averaged = optax.incremental_update(weights, averaged, ema_share(step, cfg.optimizer.ema))
+        stepped = TrainState(params=params.replace(weights=weights), opt_state=opt_state, averaged=averaged)
+        return stepped, StepReport(loss=loss, wrong=wrong, grad_norm=optax.tree.norm(grads))
 
     def step_own_layers(state, captured, layer_keys):
-        args = (state.params, state.opt_state, captured, layer_keys)
         at_once = min(cfg.layers_at_once, layer_keys.shape[0])
-        params, opt_state, report = jax.lax.map(step_layer, args, batch_size=at_once)
-        return TrainState(params=params, opt_state=opt_state), report
+        return jax.lax.map(step_layer, (state, captured, layer_keys), batch_size=at_once)
 
     layers = captured.picks.shape[0]
     layer_keys = jax.vmap(lambda layer: jax.random.fold_in(key, layer))(jnp.arange(layers))

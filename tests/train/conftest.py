@@ -28,7 +28,7 @@ class Inputs:
         sizes = f"""--data.window {WINDOW} --data.held-out-windows 2 --steps {STEPS} --steps-per-window 2
             --hash.code-bits 32 --hash.hidden 8 --ranking.queries 16 --ranking.tops 8 --ranking.others 16
             --ranking.always-top 2 --measure.every 4 --measure.queries 8 --measure.dense-layers 0
-            --save-every {SAVE_EVERY}""".split()
+            --save-every {SAVE_EVERY} --optimizer.ema 0.8""".split()
         return ["--model", str(self.model), "--data.train", str(self.tokens), *sizes, "--out", str(out), *more]
 
 

@@ -47,7 +47,7 @@ def test_the_paper_preset_is_the_published_recipe(parse):
         "alpha": 3.0,
     }
     optimizer = {"learning_rate": 1e-3, "warmup": 0.01, "b1": 0.9, "b2": 0.98, "weight_decay": 0.1, "clip": 1.0}
-    assert got["optimizer"] == optimizer | {"gamma_start": 64.0, "gamma_end": 64.0, "anneal": 0.0}
+    assert got["optimizer"] == optimizer | {"ema": 0.0, "gamma_start": 64.0, "gamma_end": 64.0, "anneal": 0.0}
     measured = got["measure"]
     assert (measured["per"], measured["keep"], measured["dense_layers"]) == ("query_head", 0.02, [0, 1])
 

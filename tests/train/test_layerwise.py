@@ -216,6 +216,7 @@ BAD = {
     "identities between unequal widths": (["--hash.skip", "layers"], "must be equal; use skip 'none' or 'rotation'"),
     "missing model": (["--model", "nowhere"], "nowhere: no such model"),
     "unknown shape": (["--model", "random:tinny"], "tiny"),
+    "an average that never moves": (["--optimizer.ema", "1"], "ema is 1.0; give a decay from 0 to below 1"),
     "no steps": (["--steps", "0"], "steps is 0; give at least 1"),
     "cache below one window": (["--cache-dir", "cache", "--cache-gib", "1e-9"], "over --cache-gib"),
     "nothing is kept": (["--measure.keep", "0"], "keep is 0"),

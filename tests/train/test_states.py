@@ -6,13 +6,13 @@ import pytest
 from spotlight_jax import hashing
 from spotlight_jax.errors import InputError
 from train.states import StateStore
-from train.step import OptimizerConfig, init_state, make_optimizer
+from train.step import OptimizerConfig, init_state
 
 
 def _state(hidden=3, seed=0):
     cfg, shape = hashing.HashConfig(code_bits=32, hidden=hidden), hashing.HeadShape(2, 4, 2, 6)
     params = hashing.init_params(jax.random.key(seed), cfg, shape)
-    return init_state(params, make_optimizer(OptimizerConfig(), 10))
+    return init_state(params, OptimizerConfig(), 10)
 
 
 def test_the_newest_state_comes_back_whole_and_only_so_many_are_kept(tmp_path):

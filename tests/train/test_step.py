@@ -34,9 +34,8 @@ def cfg():
     return StepConfig(HASH, RANKING, OPTIMIZER, STEPS, 1, make_mesh())
 
 
-def _state():
-    params = hashing.init_params(jax.random.key(0), HASH, SHAPE)
-    return init_state(params, make_optimizer(OPTIMIZER, STEPS))
+def _state(optimizer=OPTIMIZER):
+    return init_state(hashing.init_params(jax.random.key(0), HASH, SHAPE), optimizer, STEPS)
 
 
 def _first_moments(state, layer):
@@ -110,6 +109,25 @@ def test_gamma_grows_geometrically_and_then_stays():
 def test_gamma_without_annealing_is_the_same_throughout():
     cfg = OptimizerConfig(gamma_start=4.0, gamma_end=48.0, anneal=0.0)
     assert [float(gamma_at(jnp.int32(step), cfg, 80)) for step in (0, 40, 79)] == [48, 48, 48]
+
+
+@pytest.mark.slow
+def test_an_average_of_the_weights_forgets_by_its_decay_and_leaves_training_as_it_is(captured, cfg):
+    optimizer = dataclasses.replace(OPTIMIZER, ema=0.7, learning_rate=0.1)
+    cfg = dataclasses.replace(cfg, optimizer=optimizer)
+    without = dataclasses.replace(cfg, optimizer=dataclasses.replace(optimizer, ema=0.0))
+    plain, state, seen = _state(without.optimizer), _state(optimizer), []
+    jax.tree.map(np.testing.assert_array_equal, state.selector, state.params)
+    for step in range(4):
+        plain, _ = train_step(plain, jax.random.key(step), jnp.int32(step), captured, without)
+        state, _ = train_step(state, jax.random.key(step), jnp.int32(step), captured, cfg)
+        jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state), (plain.params, plain.opt_state))
+        jax.tree.map(np.testing.assert_array_equal, plain.selector, plain.params)
+        seen.append(jax.tree.map(np.float64, state.params.weights))
+        shares = 0.7 ** np.arange(step, -1, -1)
+        wanted = jax.tree.map(lambda *all_of: np.average(all_of, axis=0, weights=shares), *seen)  # noqa: B023
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), state.averaged, wanted)
+    jax.tree.map(np.testing.assert_array_equal, state.selector, state.params.replace(weights=state.averaged))
 
 
 @pytest.mark.slow
