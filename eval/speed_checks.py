@@ -94,7 +94,7 @@ class Expected:
         """The named operation's output, and how far one may be from it (0: integers are equal)."""
         weights = self.inputs.signs if name.endswith("Hamming") else self.inputs.weights
         tolerance = TOLERANCE[self.shape.dtype]
-        base = name.removesuffix(", Hamming")
+        base = name.split(", ")[0]
         if base == "score":
             return self.scores(weights), 0.0
         if base in ("select", "lax.top_k", "score + select", "score + lax.top_k"):
@@ -102,7 +102,8 @@ class Expected:
         if base in ("attend", "score + select + attend"):
             return self.attention(self.selection(weights), appends=False), tolerance
         if base == "sparse layer":
-            return self.hashed(self.inputs.hamming if base != name else self.inputs.selector), TOLERANCE_HASHED
+            selector = self.inputs.hamming if name.endswith("Hamming") else self.inputs.selector
+            return self.hashed(selector), TOLERANCE_HASHED
         return self.attention(slice(None), appends=True), tolerance
 
 

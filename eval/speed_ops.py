@@ -22,7 +22,7 @@ from spotlight_jax.kernels.match_score import match_score
 from spotlight_jax.kernels.sparse_attention import sparse_attention
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.scoring import hash_score_range
-from spotlight_jax.selection import SelectionConfig, max_budget, select_tokens
+from spotlight_jax.selection import SelectionConfig, max_budget, select_by_codes, select_tokens
 
 COLD_BYTES = {"cpu": 128 << 20}  # what a step walks over at least, so that no cache of the device helps
 GPU_COLD_BYTES = 256 << 20
@@ -157,7 +157,6 @@ def empty_op(bit: Int32[Array, ""], inputs: OpInputs, held: Held) -> tuple[Array
 def make_ops(shape: OpShape, dense: tuple[AttentionImpl, ...]) -> dict[str, Op]:
     """The operations by name. Each gets a bit of the output before it and mixes that into what it starts from."""
     int8_range = hash_score_range(hashing.HashConfig(code_bits=shape.code_bits), shape.group, per_kv_head=True)
-    sign_range = (-(shape.group + 1) * shape.code_bits, (shape.group + 1) * shape.code_bits)
 
     def score(bit, inputs, held):
         return match_score(held.layer.codes, inputs.weights ^ bit, weight_bits=8)[:, 0]
@@ -177,9 +176,19 @@ def make_ops(shape: OpShape, dense: tuple[AttentionImpl, ...]) -> dict[str, Op]:
     def attend(bit, inputs, held, chosen):
         return sparse_attention(nudged(bit, inputs)[:, 0], held.layer.keys, held.layer.values, *chosen)
 
+    def choose(bit, inputs, held):
+        weights = (inputs.weights ^ bit)[:, 0]
+        return select_by_codes(held.layer.codes, weights, hashing.WEIGHT_LIMIT, inputs.lengths + 1, shape.selection)
+
+    def choose_by_signs(bit, inputs, held):
+        weights = (inputs.signs ^ bit)[:, 0]
+        return select_by_codes(held.layer.codes, weights, shape.group + 1, inputs.lengths + 1, shape.selection)
+
+    def choose_plainly(bit, inputs, held):
+        return select(score(bit, inputs, held), inputs.lengths + 1, int8_range)
+
     def read(bit, inputs, held):
-        chosen = select(score(bit, inputs, held), inputs.lengths + 1, int8_range)
-        return attend(bit, inputs, held, chosen)
+        return attend(bit, inputs, held, choose(bit, inputs, held))
 
     def sparse_layer(selector_of):
         def run(bit, inputs, held):
@@ -205,8 +214,9 @@ def make_ops(shape: OpShape, dense: tuple[AttentionImpl, ...]) -> dict[str, Op]:
         "score, Hamming": reading(score_signs),
         "select": reading(lambda b, i, h: select(h.scores + b, i.lengths + 1, int8_range)),
         "lax.top_k": reading(lambda b, i, h: take_top(h.scores[:, :, : shape.length] + b)),
-        "score + select": reading(lambda b, i, h: select(score(b, i, h), i.lengths + 1, int8_range)),
-        "score + select, Hamming": reading(lambda b, i, h: select(score_signs(b, i, h), i.lengths + 1, sign_range)),
+        "score + select": reading(choose),
+        "score + select, Hamming": reading(choose_by_signs),
+        "score + select, XLA": reading(choose_plainly),
         "score + lax.top_k": reading(lambda b, i, h: take_top(score(b, i, h)[:, :, : shape.length])),
         "attend": reading(lambda b, i, h: attend(b, i, h, (h.indices ^ b, h.is_real))),
         "score + select + attend": reading(read),
@@ -223,7 +233,7 @@ def read_bytes(shape: OpShape, name: str, inputs: OpInputs) -> int:
     selected, everything = shape.bytes_of("selected"), shape.bytes_of("keys and values")
     if name.startswith("dense layer"):
         return everything
-    base = name.removesuffix(", Hamming")
+    base = name.split(", ")[0]
     return {
         "score": codes + scores,
         "select": scores + indices,

@@ -11,14 +11,14 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from spotlight_jax import hashing
 from spotlight_jax.attention import causal_attention
 from spotlight_jax.cache import LayerCache, append
 from spotlight_jax.kernels.sparse_attention import sparse_attention
 from spotlight_jax.scoring import hash_score_range, hash_scores
-from spotlight_jax.selection import SelectionConfig, select_tokens
+from spotlight_jax.selection import SelectionConfig, select_by_codes, select_tokens
 
 AttentionImpl = Literal["auto", "xla", "cudnn"]
 
@@ -199,10 +199,25 @@ def attend_sparsely(
     """
     layer = _remember(layer, keys, values, lengths, selector)
     assert layer.codes is not None, "a layer with a selector keeps codes"
-    per_kv_head = selection.per == "kv_head"
-    scores = hash_scores(selector.params, queries, layer.codes, selector.cfg, per_kv_head)
-    group = queries.shape[2] // keys.shape[2]
-    score_range = hash_score_range(selector.cfg, group, per_kv_head)
-    indices, is_real = select_tokens(scores[:, 0], lengths + 1, selection, score_range)
+    indices, is_real = _select(queries, layer.codes, lengths + 1, selector, selection)
     out = sparse_attention(queries[:, 0].astype(layer.keys.dtype), layer.keys, layer.values, indices, is_real)
     return out[:, None].astype(queries.dtype), layer
+
+
+def _select(
+    queries: Float[Array, "batch one q_heads head_dim"],
+    codes: UInt32[Array, "batch code_heads words max_len"],
+    ends: Int32[Array, "batch"],
+    selector: LayerSelector,
+    selection: SelectionConfig,
+) -> tuple[Int32[Array, "batch heads budget"], Bool[Array, "batch heads budget"]]:
+    """What a step reads: each selecting head's weights are one row, but where codes are per query head and a group
+    selects together; there scores are summed."""
+    kv_heads, per_kv_head = selector.params.stats.scale.shape[0], selection.per == "kv_head"
+    group, sum_weights = queries.shape[2] // kv_heads, per_kv_head and codes.shape[1] == kv_heads
+    if per_kv_head and not sum_weights:
+        scores = hash_scores(selector.params, queries, codes, selector.cfg, per_kv_head)[:, 0]
+        return select_tokens(scores, ends, selection, hash_score_range(selector.cfg, group, per_kv_head))
+    weights = hashing.query_weights(selector.params, queries, selector.cfg, per_kv_head=sum_weights)[:, 0]
+    limit = hashing.weight_limit(selector.cfg, group, sum_weights)
+    return select_by_codes(codes, weights, limit, ends, selection)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Shaped, UInt32
 
 from spotlight_jax import hashing
-from spotlight_jax.kernels.match_score import match_score
+from spotlight_jax.kernels.match_score import match_score, weight_bits_of
 
 
 def hash_scores(
@@ -24,7 +24,7 @@ def hash_scores(
     sum_weights = per_kv_head and codes.shape[1] == kv_heads
     weights = hashing.query_weights(params, queries, cfg, per_kv_head=sum_weights)
     limit = hashing.weight_limit(cfg, group, sum_weights)
-    scores = match_score(codes, weights, weight_bits=1 if limit == 1 else limit.bit_length() + 1)
+    scores = match_score(codes, weights, weight_bits_of(limit))
     if per_kv_head and not sum_weights:
         scores = hashing.sum_groups(scores, kv_heads)
     return scores

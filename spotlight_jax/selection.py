@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int32, UInt32
 
 from spotlight_jax.errors import InputError
+from spotlight_jax.kernels.match_score import match_score, weight_bits_of
+from spotlight_jax.kernels.score_select import is_fused, score_select
 from spotlight_jax.kernels.select_top import mask_top, select_top
 
 SHARE_STEPS = 1_000_000  # `keep` counts in millionths, so that its budget is the same integer everywhere
@@ -159,6 +161,29 @@ def select_tokens(
     rows = jnp.broadcast_to(lengths[:, None], scores.shape[:2])
     ranks, rank_bits = rank_tokens(scores, rows, cfg, score_range)
     return select_top(ranks, budget_of(rows, cfg), max_budget(scores.shape[-1], cfg), rank_bits)
+
+
+def select_by_codes(
+    codes: UInt32[Array, "batch code_heads words max_len"],
+    weights: Int32[Array, "batch heads code_bits"],
+    limit: int,
+    lengths: Int32[Array, "batch"],
+    cfg: SelectionConfig,
+) -> tuple[Int32[Array, "batch heads budget"], Bool[Array, "batch heads budget"]]:
+    """What `select_tokens` gives for the scores sum_b weight_b * bit_b: by fused kernels where they run.
+
+    Args:
+        weights: of the newest token's query, one row per selecting head.
+        limit: no weight is greater in magnitude.
+        lengths: filled slots, the newest token's included.
+    """
+    if is_fused(limit):
+        budgets, most = budget_of(lengths, cfg), max_budget(codes.shape[-1], cfg)
+        always = cfg.sink_tokens, max(cfg.recent_tokens, 1)
+        return score_select(codes, weights, lengths, budgets, most, limit, *always)
+    scores = match_score(codes, weights[:, None], weight_bits_of(limit))[:, 0]
+    bound = limit * weights.shape[-1]
+    return select_tokens(scores, lengths, cfg, (-bound, bound))
 
 
 def select_mask(

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from spotlight_jax.kernels.pair_cost import pair_cost, pair_sums
 from spotlight_jax.kernels.pair_cost.cases import CASES
 from spotlight_jax.kernels.pair_cost.pallas_triton import pair_sums_pallas_triton
+from tests.kernels.cuda import lower_for_cuda
 
 ALPHA = 3.0
 SUMS = {
@@ -108,7 +109,7 @@ def test_the_kernel_lowers_for_cuda_at_every_real_shape(case):
     shapes = [jax.ShapeDtypeStruct((2, *x.shape), x.dtype) for x in draw_case(case)]
     cost = functools.partial(pair_cost, alpha=ALPHA, impl="pallas_triton")
     layers = jax.jit(jax.vmap(jax.value_and_grad(cost, (0, 2), has_aux=True)))  # as a trainer maps over layers
-    assert "pair_sums" in layers.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    assert "pair_sums" in lower_for_cuda(layers, *shapes)
 
 
 @pytest.mark.gpu

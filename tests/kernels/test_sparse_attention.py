@@ -1,5 +1,7 @@
 """sparse_attention: softmax over selected rows only."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,8 @@ import pytest
 from spotlight_jax.errors import InputError
 from spotlight_jax.kernels.sparse_attention import sparse_attention
 from spotlight_jax.kernels.sparse_attention.cases import CASES
+from spotlight_jax.kernels.sparse_attention.pallas_triton import sparse_attention_pallas_triton
+from tests.kernels.cuda import lower_for_cuda
 
 BATCH, MAX_LEN, KV_HEADS, GROUP, HEAD_DIM, BUDGET = 2, 48, 3, 2, 8, 5
 Q_HEADS = KV_HEADS * GROUP
@@ -36,11 +40,20 @@ def attend_by_numpy(queries, keys, values, indices, is_real):
     return out
 
 
-@pytest.mark.parametrize("impl", ["reference", "gather"])
-@pytest.mark.parametrize("heads", [KV_HEADS, Q_HEADS])
-def test_every_implementation_equals_numpy(impl, heads):
-    inputs = draw_inputs(np.random.default_rng(0), heads)
-    out = sparse_attention(*map(jnp.asarray, inputs), impl=impl)
+IMPLEMENTATIONS = {
+    "reference": functools.partial(sparse_attention, impl="reference"),
+    "gather": functools.partial(sparse_attention, impl="gather"),
+    "pallas_triton": functools.partial(sparse_attention_pallas_triton, interpret=True),
+}
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("group, per_head", [(2, False), (2, True), (5, False), (5, True)])
+@pytest.mark.parametrize("shape", [{}, {"max_len": 300, "n": 150, "head_dim": 80}], ids=["small", "large"])
+def test_every_implementation_equals_numpy(impl, group, per_head, shape):
+    heads = KV_HEADS * group if per_head else KV_HEADS
+    inputs = draw_inputs(np.random.default_rng(0), heads, group=group, **shape)
+    out = IMPLEMENTATIONS[impl](*map(jnp.asarray, inputs))
     np.testing.assert_allclose(out, attend_by_numpy(*inputs), rtol=1e-5, atol=1e-5)
 
 
@@ -53,16 +66,16 @@ def test_a_budget_of_one_returns_the_planted_value():
         np.testing.assert_allclose(out[sequence, head], planted, rtol=1e-6)
 
 
-@pytest.mark.parametrize("impl", ["reference", "gather"])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_rows_that_were_not_selected_never_reach_the_output(impl):
     queries, keys, values, indices, is_real = draw_inputs(np.random.default_rng(2), KV_HEADS)
     is_read = np.zeros((BATCH, MAX_LEN, KV_HEADS), bool)
     for sequence, head in np.ndindex(BATCH, KV_HEADS):
         is_read[sequence, indices[sequence, head][is_real[sequence, head]], head] = True
         indices[sequence, head][~is_real[sequence, head]] = indices[sequence, head, 0]
-    clean = sparse_attention(*map(jnp.asarray, (queries, keys, values, indices, is_real)), impl=impl)
+    clean = IMPLEMENTATIONS[impl](*map(jnp.asarray, (queries, keys, values, indices, is_real)))
     keys[~is_read], values[~is_read] = np.nan, np.nan
-    poisoned = sparse_attention(*map(jnp.asarray, (queries, keys, values, indices, is_real)), impl=impl)
+    poisoned = IMPLEMENTATIONS[impl](*map(jnp.asarray, (queries, keys, values, indices, is_real)))
     np.testing.assert_array_equal(clean, poisoned)
 
 
@@ -83,7 +96,19 @@ def test_every_case_lowers_for_cuda(case):
     cache = jax.ShapeDtypeStruct((case.batch, case.kv_len, case.kv_heads, case.head_dim), case.dtype)
     indices = jax.ShapeDtypeStruct((case.batch, case.heads, case.budget), jnp.int32)
     is_real = jax.ShapeDtypeStruct(indices.shape, bool)
-    jax.jit(sparse_attention).trace(queries, cache, cache, indices, is_real).lower(lowering_platforms=("cuda",))
+    run = functools.partial(sparse_attention, impl="pallas_triton")
+    assert "read_chosen" in lower_for_cuda(run, queries, cache, cache, indices, is_real)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_kernels_equal_the_reference_on_a_gpu(case):
+    group = case.q_heads // case.kv_heads
+    shape = (case.heads, case.batch, case.kv_len, case.kv_heads, group, case.head_dim, case.budget)
+    inputs = [jnp.asarray(x) for x in draw_inputs(np.random.default_rng(3), *shape)]
+    inputs = [x.astype(case.dtype) for x in inputs[:3]] + inputs[3:]
+    found, expected = (sparse_attention(*inputs, impl=impl) for impl in ("pallas_triton", "reference"))
+    np.testing.assert_allclose(found.astype(jnp.float32), expected.astype(jnp.float32), atol=5e-3)
 
 
 def test_a_selection_of_another_number_of_heads_is_refused():

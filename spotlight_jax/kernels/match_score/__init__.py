@@ -11,7 +11,7 @@ from spotlight_jax.kernels.match_score.bit_planes import match_score_bit_planes
 from spotlight_jax.kernels.match_score.matmul import match_score_matmul
 from spotlight_jax.kernels.match_score.reference import match_score_reference
 
-__all__ = ["MatchScoreImpl", "choose_impl", "match_score", "score_range"]
+__all__ = ["MatchScoreImpl", "choose_impl", "match_score", "weight_bits_of"]
 
 MatchScoreImpl = Literal["auto", "reference", "bit_planes", "matmul"]
 
@@ -23,10 +23,9 @@ def choose_impl(q_len: int) -> MatchScoreImpl:
     return "matmul" if q_len >= MATMUL_QUERIES else "bit_planes"
 
 
-def score_range(code_bits: int, weight_bits: int) -> tuple[int, int]:
-    """Least and greatest score of a code of `code_bits` bits: static bounds that shorten the search for the cut."""
-    least, greatest = (-1, 1) if weight_bits == 1 else (-(2 ** (weight_bits - 1)), 2 ** (weight_bits - 1) - 1)
-    return least * code_bits, greatest * code_bits
+def weight_bits_of(limit: int) -> int:
+    """Two's complement bits that hold every weight of at most `limit` in magnitude; 1 where all are +1 or -1."""
+    return 1 if limit == 1 else limit.bit_length() + 1
 
 
 def match_score(

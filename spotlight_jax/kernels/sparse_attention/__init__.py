@@ -1,16 +1,24 @@
 """Attention of one new token over selected cache rows."""
 
+from collections.abc import Callable
 from typing import Literal
 
+import jax
 from jaxtyping import Array, Bool, Float, Int32
 
 from spotlight_jax.errors import InputError
 from spotlight_jax.kernels.sparse_attention.gather import sparse_attention_gather
+from spotlight_jax.kernels.sparse_attention.pallas_triton import sparse_attention_pallas_triton
 from spotlight_jax.kernels.sparse_attention.reference import sparse_attention_reference
 
-__all__ = ["SparseAttentionImpl", "sparse_attention"]
+__all__ = ["SparseAttentionImpl", "choose_impl", "sparse_attention"]
 
-SparseAttentionImpl = Literal["auto", "reference", "gather"]
+SparseAttentionImpl = Literal["auto", "reference", "gather", "pallas_triton"]
+
+
+def choose_impl() -> SparseAttentionImpl:
+    """The implementation `auto` takes: kernels that split each row on a GPU, gathered rows elsewhere."""
+    return "pallas_triton" if jax.default_backend() == "gpu" else "gather"
 
 
 def sparse_attention(
@@ -35,6 +43,9 @@ def sparse_attention(
             f"indices {indices.shape} need one row per KV head ({kv_heads}) or per query head ({q_heads}), "
             "and q_heads must be a multiple of kv_heads"
         )
-    backends = {"auto": sparse_attention_gather, "gather": sparse_attention_gather}
-    backends["reference"] = sparse_attention_reference
-    return backends[impl](queries, keys, values, indices, is_real)
+    backends: dict[str, Callable[..., Array]] = {
+        "reference": sparse_attention_reference,
+        "gather": sparse_attention_gather,
+        "pallas_triton": sparse_attention_pallas_triton,
+    }
+    return backends[choose_impl() if impl == "auto" else impl](queries, keys, values, indices, is_real)

@@ -1,0 +1,61 @@
+"""From packed codes and query weights to the positions a decoding step reads: scoring, cut and compaction as one op."""
+
+from typing import Literal
+
+import jax
+from jaxtyping import Array, Bool, Int32, UInt32
+
+from spotlight_jax.errors import InputError
+from spotlight_jax.kernels.score_select.pallas_triton import score_select_pallas_triton
+from spotlight_jax.kernels.score_select.reference import score_select_reference
+
+__all__ = ["INT8_LIMIT", "ScoreSelectImpl", "is_fused", "score_select"]
+
+ScoreSelectImpl = Literal["reference", "pallas_triton"]
+
+INT8_LIMIT = 127  # greatest weight of the fused kernels
+
+
+def is_fused(limit: int) -> bool:
+    """Whether the fused kernels run here: on a GPU, with weights that fit int8."""
+    return jax.default_backend() == "gpu" and limit <= INT8_LIMIT
+
+
+def score_select(
+    codes: UInt32[Array, "batch code_heads words kv_len"],
+    weights: Int32[Array, "batch heads code_bits"],
+    ends: Int32[Array, "batch"],
+    budgets: Int32[Array, "batch"],
+    max_budget: int,
+    limit: int,
+    sink_tokens: int = 0,
+    recent_tokens: int = 1,
+    impl: ScoreSelectImpl = "pallas_triton",
+) -> tuple[Int32[Array, "batch heads max_budget"], Bool[Array, "batch heads max_budget"]]:
+    """Positions of the tokens with the highest sum_b weight_b * bit_b, newest first among equals.
+
+    Args:
+        codes: word-major packed codes; bit c of a code is bit c % 32 of word c // 32.
+        weights: one row per selecting head; head h reads the codes of code head h // (heads // code_heads).
+        ends: filled slots of each sequence, at least 1.
+        budgets: tokens each head of a sequence reads, 1 to max_budget.
+        max_budget: static width of the result.
+        limit: no weight is greater in magnitude.
+        sink_tokens: first positions that are always chosen.
+        recent_tokens: newest positions that are always chosen.
+
+    Returns: positions in ascending order, real ones first, and which are real; the others are 0.
+
+    Raises: InputError where heads is no multiple of code_heads, the code widths differ, or the kernels cannot hold
+        the weights.
+    """
+    batch, code_heads, words, _ = codes.shape
+    if weights.shape[0] != batch or weights.shape[1] % code_heads or weights.shape[2] != 32 * words:
+        raise InputError(
+            f"codes {codes.shape} and weights {weights.shape} do not fit: batch must be equal, heads a multiple of "
+            f"code_heads ({code_heads}) and code_bits 32 x words ({32 * words})"
+        )
+    if impl == "pallas_triton" and limit > INT8_LIMIT:
+        raise InputError(f"weights up to {limit} do not fit int8 (at most {INT8_LIMIT})")
+    run = {"reference": score_select_reference, "pallas_triton": score_select_pallas_triton}[impl]
+    return run(codes, weights, ends, budgets, max_budget, limit, sink_tokens, recent_tokens)
