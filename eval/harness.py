@@ -23,9 +23,10 @@ from typing import Any
 
 from eval.config import FREE_FIELDS, EvalConfig, Subject, Trial, describe_part, list_trials, load_subject
 from eval.harness_scores import Reader, Tally
-from eval.record import Record, Row, file_name, make_table
+from eval.record import Record, Row, file_name
 from spotlight_jax import cli
 from spotlight_jax.compiled import use_compile_cache
+from spotlight_jax.display import make_table
 from spotlight_jax.errors import InputError
 from spotlight_jax.generate import context_limit
 

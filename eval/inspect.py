@@ -29,11 +29,12 @@ from eval.methods import Method, base_name
 from eval.methods.base import rule_of
 from eval.methods.oracle import Oracle
 from eval.pictures import plot_heads
-from eval.record import ALL_TEXTS, Part, Record, Row, make_table
+from eval.record import ALL_TEXTS, Part, Record, Row
 from spotlight_jax import cli, metrics
 from spotlight_jax.attention import causal_attention
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.data import DataConfig, read_windows
+from spotlight_jax.display import make_table
 from spotlight_jax.errors import InputError
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import Params, apply_layer, embed_tokens
@@ -176,7 +177,7 @@ def main(cfg: InspectConfig) -> dict[str, Any]:
         data = DataConfig(
             train=cfg.texts, window=cfg.window, held_out_windows=cfg.windows_per_text, text_column=cfg.text_column
         )
-        texts = read_windows(data, subject.tokenizer, subject.cfg.vocab, record.progress)
+        texts = read_windows(data, subject.tokenizer, subject.cfg.vocab, record.display.update)
         left = record.begin([_part(trial, name) for name in texts for trial in trials])
         for name, windows in texts.items():
             missing = [trial for trial in trials if _part(trial, name) in left]

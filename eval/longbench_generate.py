@@ -17,9 +17,10 @@ from eval.longbench_data import Prompt, Sample, available_tasks, chat_tokens, en
 from eval.longbench_score import score_task
 from eval.longbench_tasks import CATEGORIES, TASKS, TASKS_E, Task, find_task
 from eval.predictions import read_predictions
-from eval.record import Record, Row, file_name, make_table
+from eval.record import Record, Row, file_name
 from eval.text_metrics import open_package
 from spotlight_jax.compiled import use_compile_cache
+from spotlight_jax.display import make_table
 from spotlight_jax.errors import InputError
 from spotlight_jax.generate import context_limit
 

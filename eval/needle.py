@@ -29,10 +29,11 @@ from eval.haystack import Haystack, Question, Variant
 from eval.methods import Method
 from eval.needle_plot import Panel, plot_grids
 from eval.prefilled import Prefilled, Tail, pass_tail, prefill
-from eval.record import Record, Row, make_table
+from eval.record import Record, Row
 from eval.text_metrics import lcs_rouge
 from spotlight_jax import cli
 from spotlight_jax.compiled import use_compile_cache
+from spotlight_jax.display import make_table
 from spotlight_jax.errors import InputError
 from spotlight_jax.generate import context_limit
 

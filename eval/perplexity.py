@@ -23,10 +23,11 @@ from eval.config import FREE_FIELDS, EvalConfig, Subject, Trial, describe_part, 
 from eval.copy_text import CopyConfig, copy_texts
 from eval.forward import ForwardConfig, Passed, Sequence, check_length, pass_sequence
 from eval.pictures import plot_tradeoff
-from eval.record import ALL_TEXTS, Record, Row, make_table
+from eval.record import ALL_TEXTS, Record, Row
 from spotlight_jax import cli
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.data import DataConfig, read_windows
+from spotlight_jax.display import make_table
 from spotlight_jax.errors import InputError
 
 _MIB = 2**20
@@ -73,7 +74,7 @@ def read_sequences(cfg: PerplexityConfig, subject: Subject, record: Record) -> d
     data = DataConfig(
         train=cfg.texts, window=window, held_out_windows=cfg.windows_per_text, text_column=cfg.text_column
     )
-    windows = read_windows(data, subject.tokenizer, subject.cfg.vocab, record.progress)
+    windows = read_windows(data, subject.tokenizer, subject.cfg.vocab, record.display.update)
     return copy_texts(windows, cfg.copy) if cfg.copy_test else windows
 
 

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import sys
-import time
 import urllib.parse
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,14 +9,13 @@ from types import TracebackType
 from typing import Any
 
 import rich.console
-import rich.progress
 import rich.table
 
 from eval.config import FREE_FIELDS
 from spotlight_jax import runs
+from spotlight_jax.display import Display
 from spotlight_jax.errors import InputError
 
-_PLAIN_EVERY = 10.0  # seconds between plain lines
 _FILE_WIDTH = 180
 
 ALL_TEXTS = "all texts"  # the `text` of a row about several
@@ -35,11 +32,8 @@ class Record:
     def __init__(self, folder: runs.RunFolder, name: str) -> None:
         self.folder, self.name = folder, name
         self.rows: list[Row] = folder.metrics()
-        self.console = rich.console.Console(stderr=True, highlight=False)
-        self._live: rich.progress.Progress | None = None
-        self._task: rich.progress.TaskID | None = None
-        self._started = self._last_line = time.monotonic()
-        self._done = self._skipped = self._total = 0
+        self.display = Display()
+        self._done = self._total = 0
 
     @classmethod
     def open(cls, cfg: Any, name: str, free_fields: Sequence[str] = FREE_FIELDS) -> "Record":
@@ -66,32 +60,19 @@ class Record:
         return cls(folder, name)
 
     def __enter__(self) -> "Record":
-        if self.console.is_terminal:
-            columns = [
-                rich.progress.TextColumn("{task.description}"),
-                rich.progress.BarColumn(bar_width=24),
-                rich.progress.MofNCompleteColumn(),
-                rich.progress.TimeElapsedColumn(),
-                rich.progress.TimeRemainingColumn(),
-                rich.progress.TextColumn("{task.fields[note]}"),
-            ]
-            self._live = rich.progress.Progress(*columns, console=self.console)
-            self._live.start()
+        self.display.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._live is not None:
-            self._live.stop()
+        self.display.stop()
 
     def begin(self, parts: Sequence[Part]) -> list[Part]:
         """Say how much there is to do; returns the parts that are not finished."""
         left = [part for part in parts if self.row_of(part) is None]
-        self._started = self._last_line = time.monotonic()
-        self._total, self._done, self._skipped = len(parts), len(parts) - len(left), len(parts) - len(left)
-        if self._skipped:
-            self.say(f"{self.name}: {self._skipped} of {len(parts)} parts were finished before")
-        if self._live is not None:
-            self._task = self._live.add_task(self.name, total=self._total, completed=self._done, note="")
+        self._total, self._done = len(parts), len(parts) - len(left)
+        if self._done:
+            self.say(f"{self.name}: {self._done} of {self._total} parts were finished before")
+        self.display.begin(self.name, self._done, self._total)
         return left
 
     def row_of(self, part: Part) -> Row | None:
@@ -112,29 +93,11 @@ class Record:
 
     def note(self, text: str) -> None:
         """Show how far the evaluation is, and what is being done."""
-        if self._live is not None and self._task is not None:
-            self._live.update(self._task, completed=self._done, note=text)
-            return
-        now = time.monotonic()
-        if self._done == self._total or now - self._last_line >= _PLAIN_EVERY:
-            self._last_line = now
-            own = self._done - self._skipped
-            left = (now - self._started) / own * (self._total - self._done) if own else 0.0
-            rest = f", {left:.0f} s left" if left else ""
-            print(f"{self.name}: {self._done}/{self._total}{rest}; {text}", file=sys.stderr, flush=True)
+        self.display.update(self.name, self._done, self._total, text)
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        if self._live is not None:
-            self._live.console.print(text, markup=False)
-        else:
-            print(text, file=sys.stderr, flush=True)
-
-    def progress(self, what: str, done: int, total: int) -> None:
-        """For those who read texts: what they do."""
-        if self._live is None and done < total:
-            return
-        self.note(f"{what}: {done}/{total}")
+        self.display.say(text)
 
     def finish(self, results: Sequence[Row], tables: Sequence[rich.table.Table] = ()) -> dict[str, Any]:
         """Write `summary.json`; print the tables, where everything lies, and the line of JSON that comes last.
@@ -143,8 +106,7 @@ class Record:
         """
         summary = {"eval": self.name, "out": str(self.folder.path), "results": list(results)}
         self.folder.write_summary(summary)
-        if self._live is not None:
-            self._live.stop()
+        self.display.stop()
         console = rich.console.Console(highlight=False)
         if not console.is_terminal:  # a file takes lines of any length
             console = rich.console.Console(highlight=False, width=_FILE_WIDTH)
@@ -158,13 +120,3 @@ class Record:
 def file_name(label: str) -> str:
     """A label as one part of a path; no two labels have the same."""
     return urllib.parse.quote(label, safe="@+")
-
-
-def make_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], names: int = 1) -> rich.table.Table:
-    """A table whose first `names` columns are names and whose others are numbers."""
-    table = rich.table.Table(title=title, title_justify="left")
-    for place, column in enumerate(columns):
-        table.add_column(column, justify="left" if place < names else "right", no_wrap=place < names)
-    for row in rows:
-        table.add_row(*row)
-    return table

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from rich.table import Table
 
 from eval import decode, speed_plots
-from eval.record import Part, Record, Row, make_table
+from eval.record import Part, Record, Row
 from eval.speed_checks import check_ops
 from eval.speed_ops import (
     count_copies,
@@ -38,6 +38,7 @@ from eval.speed_ops import (
 from eval.timing import Op, copy_bandwidth, time_ops
 from spotlight_jax import cli
 from spotlight_jax.compiled import use_compile_cache
+from spotlight_jax.display import make_table
 from spotlight_jax.errors import InputError
 from spotlight_jax.memory import available_bytes
 from spotlight_jax.models.config import DecoderConfig, nearest

@@ -89,6 +89,13 @@ def test_methods_import_nothing_else_of_eval():
         assert all(module.startswith("eval.methods") for module in modules), file
 
 
+def test_progress_of_long_commands_is_shown_in_one_way():
+    """`train/` and `eval/` tell it to the display of `spotlight_jax/display.py`."""
+    for file in (file for top in ("train", "eval") for file in (ROOT / top).rglob("*.py")):
+        text = file.read_text(encoding="utf-8")
+        assert "rich.progress.Progress" not in text and "rich.progress import" not in text, file
+
+
 def test_no_file_is_called_utils():
     assert not [file for file in FILES if file.stem in ("utils", "util", "helpers", "common", "misc")]
 

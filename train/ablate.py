@@ -26,11 +26,11 @@ import rich.console
 from spotlight_jax import cli, runs
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.data import DataConfig
+from spotlight_jax.display import Display, make_table
 from spotlight_jax.errors import InputError
 from spotlight_jax.metrics import SelectionQuality
 from spotlight_jax.models.config import nearest
 from train.config import PRESETS, LayerwiseConfig
-from train.display import Display, table
 from train.measure import MeasureConfig, mean_over_sparse
 from train.plots import plot_ablation
 from train.report import write_results
@@ -289,7 +289,7 @@ def _write_table(rows: list[dict[str, Any]], out: pathlib.Path) -> None:
     (out / _ROW).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     plot_ablation(out / "ablation.png", rows)
     console = rich.console.Console() if sys.stdout.isatty() else rich.console.Console(width=200)
-    console.print(table(f"{len(rows)} variants, 2 % of the tokens read", list(columns.values()), cells))
+    console.print(make_table(f"{len(rows)} variants, 2 % of the tokens read", list(columns.values()), cells))
     methods = " ".join(f"spotlight@{out / row['variant']}" for row in rows)
     keeps = " ".join(f"{keep:g}" for keep in _KEEPS)
     print(

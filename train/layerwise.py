@@ -28,11 +28,11 @@ import rich.console
 
 from spotlight_jax import cli, runs
 from spotlight_jax.compiled import use_compile_cache
+from spotlight_jax.display import Display
 from spotlight_jax.errors import InputError
 from spotlight_jax.memory import GIB
 from train import plan
 from train.config import PRESETS, LayerwiseConfig
-from train.display import Display
 from train.report import print_results, write_results
 from train.session import Session, check_finite
 

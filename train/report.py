@@ -9,8 +9,8 @@ import rich.console
 
 from spotlight_jax import runs
 from spotlight_jax.checkpoint import Selector, save_selector
+from spotlight_jax.display import make_table
 from spotlight_jax.memory import GIB
-from train.display import table
 from train.plots import plot_curves, plot_layers
 from train.session import Session
 from train.step import gather_state
@@ -76,7 +76,7 @@ def print_results(
         start = ["before training", _cell(session.mean("iou", "start")), _cell(session.mean("mass", "start"))]
         rows.insert(1, start)
     title = f"held-out text, {100 * summary['keep']:g} % of the cached tokens read, {summary['window']} tokens"
-    console.print(table(title, ["selection", "IoU with oracle", "attention mass read"], rows))
+    console.print(make_table(title, ["selection", "IoU with oracle", "attention mass read"], rows))
     speed = f"{summary['steps']} steps in {summary['seconds']:.0f} s, {summary['tokens_per_second']:.0f} tokens/s"
     console.print(
         f"{speed}; pictures: {folder.path}/curves.png, {folder.path}/layers.png", markup=False, soft_wrap=True

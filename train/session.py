@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from spotlight_jax import hashing, runs
 from spotlight_jax.data import open_windows
+from spotlight_jax.display import Display
 from spotlight_jax.errors import InputError
 from spotlight_jax.generate import head_shape
 from spotlight_jax.memory import GIB
@@ -24,7 +25,6 @@ from spotlight_jax.models.params import resolve_dtype
 from train import hidden_cache, plan
 from train.capture import Captured, capture, make_mesh, padded_layers
 from train.config import LayerwiseConfig
-from train.display import Display
 from train.feed import Feed, FeedConfig
 from train.measure import MeasureConfig, mean_over_sparse, measure
 from train.states import StateStore

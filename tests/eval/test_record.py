@@ -6,7 +6,8 @@ import json
 import pytest
 
 from eval.config import EvalConfig, list_trials
-from eval.record import Record, file_name, make_table
+from eval.record import Record, file_name
+from spotlight_jax.display import make_table
 from spotlight_jax.errors import InputError
 
 PARTS = [{"method": "lsh", "keep": keep, "text": "a"} for keep in (0.02, 0.1)]

@@ -1,0 +1,94 @@
+"""What a person sees: progress on stderr, live in a terminal and in plain lines elsewhere, and tables of results."""
+
+import sys
+import time
+from collections.abc import Sequence
+from types import TracebackType
+
+import rich.console
+import rich.progress
+import rich.table
+
+_PLAIN_EVERY = 10.0  # seconds between plain lines
+
+
+class Display:
+    """Progress of one task at a time, with a note beside it.
+
+    Use it as a context: leaving it takes the live line off the terminal.
+    """
+
+    def __init__(self) -> None:
+        self.console = rich.console.Console(stderr=True, highlight=False)
+        self._live: rich.progress.Progress | None = None
+        if self.console.is_terminal:
+            self._live = rich.progress.Progress(
+                rich.progress.TextColumn("{task.description}"),
+                rich.progress.BarColumn(bar_width=24),
+                rich.progress.MofNCompleteColumn(),
+                rich.progress.TimeElapsedColumn(),
+                rich.progress.TimeRemainingColumn(),
+                rich.progress.TextColumn("{task.fields[note]}"),
+                console=self.console,
+            )
+        self._task = rich.progress.TaskID(0)  # of the live line
+        self._what = ""
+        self._before = 0  # done when the task began
+        self._started = self._last_line = 0.0
+
+    def __enter__(self) -> "Display":
+        self.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Show the live line, where there is a terminal."""
+        if self._live is not None:
+            self._live.start()
+
+    def stop(self) -> None:
+        """Take the live line off the terminal."""
+        if self._live is not None:
+            self._live.stop()
+
+    def begin(self, what: str, done: int, total: int) -> None:
+        """Begin a task of which `done` is there already: only what comes after tells how long the rest will take."""
+        self._what, self._before = what, done
+        self._started = self._last_line = time.monotonic()
+        if self._live is not None:
+            self._task = self._live.add_task(what, completed=done, total=total, note="")
+
+    def update(self, what: str, done: int, total: int, note: str = "") -> None:
+        """Show how far a task is; a new name begins a new one."""
+        is_new = what != self._what
+        if is_new:
+            self.begin(what, done, total)
+        if self._live is not None:
+            self._live.update(self._task, completed=done, total=total, note=note)
+            return
+        now = time.monotonic()
+        if is_new or done == total or now - self._last_line >= _PLAIN_EVERY:
+            self._last_line = now
+            own = done - self._before
+            left = (now - self._started) / own * (total - done) if own > 0 else 0.0
+            rest = f", {left:.0f} s left" if left else ""
+            print(f"{what}: {done}/{total}{rest}{'; ' + note if note else ''}", file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if self._live is not None:
+            self._live.console.print(text, markup=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+
+def make_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], names: int = 1) -> rich.table.Table:
+    """A table whose first `names` columns are names and whose others are numbers."""
+    table = rich.table.Table(title=title, title_justify="left")
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="left" if place < names else "right", no_wrap=place < names)
+    for row in rows:
+        table.add_row(*row)
+    return table

@@ -1,0 +1,77 @@
+"""What a person sees: plain lines without a terminal, a live line in one, and how long the rest takes."""
+
+import re
+
+import pytest
+import rich.console
+
+from spotlight_jax import display
+from spotlight_jax.display import Display, make_table
+
+
+class Clock:
+    """Time that passes when a test says so."""
+
+    now = 1000.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(display, "time", clock)
+    return clock
+
+
+def test_plain_lines_come_at_the_start_every_ten_seconds_and_at_the_end(clock, capsys):
+    with Display() as shown:
+        for done in range(1, 31):
+            shown.update("work", done, 30, f"part {done}")
+            clock.now += 4.0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "work: 1/30; part 1" and lines[-1] == "work: 30/30; part 30"
+    # each third part passes ten seconds; 4 s a part
+    assert lines[1:-1] == [f"work: {done}/30, {4 * (30 - done)} s left; part {done}" for done in range(4, 30, 3)]
+
+
+def test_the_time_left_counts_what_was_done_in_this_run(clock, capsys):
+    with Display() as shown:
+        shown.begin("work", 90, 100)
+        shown.update("work", 90, 100)
+        clock.now += 20.0
+        shown.update("work", 92, 100)
+    assert capsys.readouterr().err == "work: 92/100, 80 s left\n"
+
+
+def test_a_new_name_begins_a_new_task(clock, capsys):
+    with Display() as shown:
+        shown.update("one", 1, 2)
+        clock.now += 100.0
+        shown.update("two", 1, 4)
+        clock.now += 10.0
+        shown.update("two", 3, 4)
+        shown.say("said")
+    assert capsys.readouterr().err.splitlines() == ["one: 1/2", "two: 1/4", "two: 3/4, 5 s left", "said"]
+
+
+def test_a_terminal_has_a_live_line_and_what_is_said_stays(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    with Display() as shown:
+        shown.begin("work", 1, 3)
+        shown.say("[said]")
+        shown.update("work", 2, 3, "a note")
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)
+    assert "[said]\n" in text.replace("\r", "") and "2/3" in text and "a note" in text
+
+
+def test_a_table_aligns_names_left_and_numbers_right(capsys):
+    console = rich.console.Console(width=60)
+    console.print(
+        make_table("title", ["method", "keep", "score"], [["lsh", "0.02", "3"], ["dense", "1", "12.5"]], names=2)
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].strip() == "title"
+    assert lines[4] == "│ lsh    │ 0.02 │     3 │" and lines[5] == "│ dense  │ 1    │  12.5 │"
