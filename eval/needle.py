@@ -1,8 +1,8 @@
 """Needle in a haystack: does a method still find what lies far back, by length and depth, beside the dense model?
 
-    spotlight eval needle --selector runs/demo --variant passkey --lengths 512 1024        # two CPU cores: 4 minutes
+    spotlight eval needle --selector runs/demo --variant passkey --lengths 512 1024        # two CPU cores
     spotlight eval needle --selector runs/smollm2 --samples 5 --keep 0.02 0.05 \\
-        --methods dense oracle spotlight lsh quest magicpig window random                  # one GPU: 2 minutes
+        --methods dense oracle spotlight lsh quest magicpig window random                  # for a GPU
 
 Variants: `needle` hides a sentence in a text and asks for it, `passkey` five digits; `copy` hides nothing but comes
 back to a passage of the text and scores how well the model goes on with it. The haystack is read densely (prefill);

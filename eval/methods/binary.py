@@ -1,4 +1,7 @@
-"""Binary: a real query against binary keys, untrained: what our selectors start from."""
+"""Binary: a real query against binary keys, untrained: how far the form alone goes.
+
+Selectors start better than this: they balance the spreads of both sides of the dot product (`hashing.fit_stats`).
+"""
 
 import jax
 
