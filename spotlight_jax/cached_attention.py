@@ -17,7 +17,7 @@ from spotlight_jax import hashing
 from spotlight_jax.attention import causal_attention
 from spotlight_jax.cache import LayerCache, append
 from spotlight_jax.kernels.sparse_attention import sparse_attention
-from spotlight_jax.scoring import hash_score_range, hash_scores
+from spotlight_jax.scoring import hash_score_range, output_scores
 from spotlight_jax.selection import SelectionConfig, select_by_codes, select_tokens
 
 AttentionImpl = Literal["auto", "xla", "cudnn"]
@@ -197,27 +197,29 @@ def attend_sparsely(
     Args:
         lengths: tokens each sequence has cached before this one.
     """
-    layer = _remember(layer, keys, values, lengths, selector)
+    outputs, codes = hashing.hash_step(selector.params, queries, keys, selector.cfg)
+    layer = append(layer, keys, values, codes, lengths)
     assert layer.codes is not None, "a layer with a selector keeps codes"
-    indices, is_real = _select(queries, layer.codes, lengths + 1, selector, selection)
+    kv_heads = keys.shape[2]
+    indices, is_real = _select(outputs, layer.codes, lengths + 1, kv_heads, selector.cfg, selection)
     out = sparse_attention(queries[:, 0].astype(layer.keys.dtype), layer.keys, layer.values, indices, is_real)
     return out[:, None].astype(queries.dtype), layer
 
 
 def _select(
-    queries: Float[Array, "batch one q_heads head_dim"],
+    outputs: Float[Array, "batch one q_heads code_bits"],
     codes: UInt32[Array, "batch code_heads words max_len"],
     ends: Int32[Array, "batch"],
-    selector: LayerSelector,
+    kv_heads: int,
+    cfg: hashing.HashConfig,
     selection: SelectionConfig,
 ) -> tuple[Int32[Array, "batch heads budget"], Bool[Array, "batch heads budget"]]:
-    """What a step reads: each selecting head's weights are one row, but where codes are per query head and a group
-    selects together; there scores are summed."""
-    kv_heads, per_kv_head = selector.params.stats.scale.shape[0], selection.per == "kv_head"
-    group, sum_weights = queries.shape[2] // kv_heads, per_kv_head and codes.shape[1] == kv_heads
+    """What a step reads. Each selecting head's weights are one row, except where a group selects together but has a
+    code per query head: there scores are summed."""
+    per_kv_head, group = selection.per == "kv_head", outputs.shape[2] // kv_heads
+    sum_weights = per_kv_head and codes.shape[1] == kv_heads
     if per_kv_head and not sum_weights:
-        scores = hash_scores(selector.params, queries, codes, selector.cfg, per_kv_head)[:, 0]
-        return select_tokens(scores, ends, selection, hash_score_range(selector.cfg, group, per_kv_head))
-    weights = hashing.query_weights(selector.params, queries, selector.cfg, per_kv_head=sum_weights)[:, 0]
-    limit = hashing.weight_limit(selector.cfg, group, sum_weights)
-    return select_by_codes(codes, weights, limit, ends, selection)
+        scores = output_scores(outputs, codes, kv_heads, cfg, per_kv_head)[:, 0]
+        return select_tokens(scores, ends, selection, hash_score_range(cfg, group, per_kv_head))
+    weights = hashing.integer_weights(outputs, kv_heads, cfg, sum_weights)[:, 0]
+    return select_by_codes(codes, weights, hashing.weight_limit(cfg, group, sum_weights), ends, selection)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray, Shaped, UInt32
 
 from spotlight_jax.errors import InputError
+from spotlight_jax.kernels.hash_networks import Networks, hash_networks, is_fused
 
 WORD_BITS = 32
 WEIGHT_LIMIT = 127  # query weights at inference are int8: -127 ... 127
@@ -310,11 +311,17 @@ def query_weights(
     cfg: HashConfig,
     per_kv_head: bool = False,
 ) -> Int32[Array, "batch q_len heads code_bits"]:
-    """One layer's integer bit weights: +-1 for the symmetric form, int8 for the asymmetric.
+    """One layer's integer bit weights; see `integer_weights`."""
+    return integer_weights(hash_queries(params, queries, cfg), params.stats.scale.shape[0], cfg, per_kv_head)
+
+
+def integer_weights(
+    outputs: Float[Array, "batch q_len q_heads code_bits"], kv_heads: int, cfg: HashConfig, per_kv_head: bool
+) -> Int32[Array, "batch q_len heads code_bits"]:
+    """Bit weights from `hash_queries`: +-1 for the symmetric form, int8 for the asymmetric.
 
     per_kv_head: sum the weights over each group first, for one selection per KV head; needs one code per KV head.
     """
-    outputs, kv_heads = hash_queries(params, queries, cfg), params.stats.scale.shape[0]
     if cfg.form == "symmetric":
         weights = jnp.where(outputs > 0, 1, -1).astype(jnp.int32)
         return sum_groups(weights, kv_heads) if per_kv_head else weights
@@ -322,6 +329,23 @@ def query_weights(
         outputs = sum_groups(outputs, kv_heads)
     largest = jnp.max(jnp.abs(outputs), axis=-1, keepdims=True)
     return jnp.round(outputs * (WEIGHT_LIMIT / jnp.maximum(largest, 1e-30))).astype(jnp.int32)
+
+
+def hash_step(
+    params: HashParams,
+    queries: Shaped[Array, "batch one q_heads head_dim"],
+    keys: Shaped[Array, "batch one kv_heads head_dim"],
+    cfg: HashConfig,
+) -> tuple[Float[Array, "batch one q_heads code_bits"], UInt32[Array, "batch code_heads words one"]]:
+    """`hash_queries` and `key_codes` of one decoding step: the default form by one kernel where it runs."""
+    weights = params.weights
+    is_default = cfg.form == "asymmetric" and cfg.skip == "rotation" and cfg.centre
+    if not (is_default and is_fused()) or weights.queries is None or weights.log_gain is None:
+        return hash_queries(params, queries, cfg), key_codes(params, keys, cfg)
+    of_queries, of_keys = (Networks(**vars(net)) for net in (weights.queries, weights.keys))
+    stats, gain = params.stats, jnp.exp(weights.log_gain)
+    outputs, codes = hash_networks(queries[:, 0], keys[:, 0], of_queries, of_keys, stats.mean, stats.scale, gain)
+    return outputs[:, None], codes[..., None]
 
 
 def weight_limit(cfg: HashConfig, group: int, per_kv_head: bool) -> int:

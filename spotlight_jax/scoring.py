@@ -19,11 +19,22 @@ def hash_scores(
     per_kv_head: bool,
 ) -> Int32[Array, "batch q_len heads kv_len"]:
     """Learned scores of one layer: sum_b weight_b * bit_b, exact integers (any form of hash function)."""
-    kv_heads = params.stats.scale.shape[0]
-    group = queries.shape[2] // kv_heads
+    return output_scores(
+        hashing.hash_queries(params, queries, cfg), codes, params.stats.scale.shape[0], cfg, per_kv_head
+    )
+
+
+def output_scores(
+    outputs: Float[Array, "batch q_len q_heads code_bits"],
+    codes: UInt32[Array, "batch code_heads words kv_len"],
+    kv_heads: int,
+    cfg: hashing.HashConfig,
+    per_kv_head: bool,
+) -> Int32[Array, "batch q_len heads kv_len"]:
+    """`hash_scores` from what `hash_queries` gave."""
     sum_weights = per_kv_head and codes.shape[1] == kv_heads
-    weights = hashing.query_weights(params, queries, cfg, per_kv_head=sum_weights)
-    limit = hashing.weight_limit(cfg, group, sum_weights)
+    weights = hashing.integer_weights(outputs, kv_heads, cfg, sum_weights)
+    limit = hashing.weight_limit(cfg, outputs.shape[2] // kv_heads, sum_weights)
     scores = match_score(codes, weights, weight_bits_of(limit))
     if per_kv_head and not sum_weights:
         scores = hashing.sum_groups(scores, kv_heads)
