@@ -45,14 +45,16 @@ def implementations() -> list[tuple[str, str, str]]:
     """Op, what `auto` uses for it here, and why."""
     is_cpu = jax.default_backend() == "cpu"
     fused = ("XLA, block by block", "cuDNN needs an NVIDIA GPU") if is_cpu else ("cuDNN", "16-bit floats on a GPU")
-    passes = ("1 bit a pass, in a loop", "a pass costs no launch") if is_cpu else ("2 bits a pass", "fewer launches")
+    kernels = ("XLA", "kernels need an NVIDIA GPU") if is_cpu else ("Pallas-Triton", "fewer launches, fewer bytes")
+    counted = "codes counted by bits, cut found 1 bit a pass" if is_cpu else "int8 weights; wider ones by XLA"
     return [
         ("prefill attention", *fused),
         ("dense decoding", "XLA" if is_cpu else "cuDNN", fused[1]),
-        ("match_score, decoding", f"XLA, {choose_impl(1)}", "few queries: bits are counted without unpacking"),
-        ("match_score, many queries", f"XLA, {choose_impl(64)}", "many queries: codes are unpacked once"),
-        ("select_top", f"XLA, counting, {passes[0]}", passes[1]),
-        ("sparse_attention", "XLA, gather", "the only one there is"),
+        ("hash_networks", *kernels),
+        ("score_select", kernels[0], counted),
+        ("sparse_attention", *kernels),
+        ("match_score", f"XLA, {choose_impl(64)}", "many queries: codes are unpacked once"),
+        ("pair_cost", *kernels),
     ]
 
 
@@ -74,9 +76,9 @@ def main(cfg: DoctorConfig) -> None:
         console.print(f"a small product {works}", markup=False)
     console.rule("what each op uses")
     for op, used, why in implementations():
-        console.print(f"{op:26} {used} ({why})", markup=False)
+        console.print(f"{op:20} {used} ({why})", markup=False)
     tokens = CROSSOVER.get(jax.default_backend(), CROSSOVER["gpu"])
-    console.print(f"{'sparse reading':26} from {tokens:,} tokens x batch (--min-context auto)", markup=False)
+    console.print(f"{'sparse reading':20} from {tokens:,} tokens x batch (--min-context auto)", markup=False)
     console.rule("folders")
     console.print(f"compiled programs    {folder}", markup=False, soft_wrap=True)
     console.print(f"texts and models     {folder.parent}", markup=False, soft_wrap=True)

@@ -371,5 +371,5 @@ def test_doctor_names_versions_device_ops_and_folders(capsys, own_cache, monkeyp
     monkeypatch.setattr(doctor, "use_compile_cache", lambda: own_cache / "compiled")
     assert doctor.command([]) == 0
     out = capsys.readouterr().out
-    for word in ("jaxlib", "cpu 0", "GiB free", "match_score", "select_top", "sparse_attention", "compiled"):
+    for word in ("jaxlib", "cpu 0", "GiB free", "match_score", "score_select", "sparse_attention", "compiled"):
         assert word in out
