@@ -15,6 +15,7 @@ from rich.console import Console
 
 from spotlight_jax import cli
 from spotlight_jax.compiled import use_compile_cache
+from spotlight_jax.kernels import hash_networks, pair_cost, score_select, sparse_attention
 from spotlight_jax.kernels.match_score import choose_impl
 from spotlight_jax.memory import GIB, available_bytes
 from spotlight_jax.selection import CROSSOVER
@@ -45,16 +46,20 @@ def implementations() -> list[tuple[str, str, str]]:
     """Op, what `auto` uses for it here, and why."""
     is_cpu = jax.default_backend() == "cpu"
     fused = ("XLA, block by block", "cuDNN needs an NVIDIA GPU") if is_cpu else ("cuDNN", "16-bit floats on a GPU")
-    kernels = ("XLA", "kernels need an NVIDIA GPU") if is_cpu else ("Pallas-Triton", "fewer launches, fewer bytes")
-    counted = "codes counted by bits, cut found 1 bit a pass" if is_cpu else "int8 weights; wider ones by XLA"
+
+    def kernel(is_used: bool) -> tuple[str, str]:
+        if is_used:
+            return "Pallas-Triton", "tried here: gives what its reference gives"
+        return "XLA", "kernels need an NVIDIA GPU" if is_cpu else "the kernel failed its check here, see the warning"
+
     return [
         ("prefill attention", *fused),
         ("dense decoding", "XLA" if is_cpu else "cuDNN", fused[1]),
-        ("hash_networks", *kernels),
-        ("score_select", kernels[0], counted),
-        ("sparse_attention", *kernels),
+        ("hash_networks", *kernel(hash_networks.is_fused())),
+        ("score_select", *kernel(score_select.is_fused(score_select.INT8_LIMIT))),
+        ("sparse_attention", *kernel(sparse_attention.choose_impl() == "pallas_triton")),
         ("match_score", f"XLA, {choose_impl(64)}", "many queries: codes are unpacked once"),
-        ("pair_cost", *kernels),
+        ("pair_cost", *kernel(pair_cost.choose_impl() == "pallas_triton")),
     ]
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 from spotlight_jax.kernels.pair_cost.pallas_triton import pair_sums_pallas_triton
 from spotlight_jax.kernels.pair_cost.reference import PairSums, pair_sums_reference
 from spotlight_jax.kernels.pair_cost.xla import pair_sums_xla
+from spotlight_jax.kernels.trust import is_trusted
 
 __all__ = ["SLOPES", "PairCostImpl", "PairSums", "choose_impl", "pair_cost", "pair_sums"]
 
@@ -21,8 +22,21 @@ SLOPES = "pair_slopes"  # what a checkpoint policy may save, so that pairs are n
 
 
 def choose_impl() -> PairCostImpl:
-    """The implementation `auto` takes: one kernel on a GPU, fused sums elsewhere."""
-    return "pallas_triton" if jax.default_backend() == "gpu" else "xla"
+    """The implementation `auto` takes: one kernel on a GPU that passes its check, fused sums elsewhere."""
+    return "pallas_triton" if is_trusted("pair_cost", _agree) else "xla"
+
+
+def _agree() -> bool:
+    """Kernel and reference on a few rows."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    top, other = (3 * jax.random.normal(key, (4, count)) for key, count in zip(keys[:2], (10, 40), strict=True))
+    weights, is_other = jax.random.uniform(keys[2], top.shape), jax.random.bernoulli(keys[3], 0.8, other.shape)
+    found, expected = (
+        jax.jit(functools.partial(pair_sums, alpha=3.0, impl=impl))(top, weights, other, is_other)
+        for impl in ("pallas_triton", "reference")
+    )
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    return all(bool(jnp.allclose(one, two, rtol=1e-3, atol=1e-3)) for one, two in pairs)
 
 
 def pair_sums(

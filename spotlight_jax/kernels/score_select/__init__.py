@@ -1,13 +1,16 @@
 """From packed codes and query weights to the positions a decoding step reads: scoring, cut and compaction as one op."""
 
+import functools
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32, UInt32
 
 from spotlight_jax.errors import InputError
 from spotlight_jax.kernels.score_select.pallas_triton import score_select_pallas_triton
 from spotlight_jax.kernels.score_select.reference import score_select_reference
+from spotlight_jax.kernels.trust import is_trusted
 
 __all__ = ["INT8_LIMIT", "ScoreSelectImpl", "is_fused", "score_select"]
 
@@ -17,8 +20,19 @@ INT8_LIMIT = 127  # greatest weight of the fused kernels
 
 
 def is_fused(limit: int) -> bool:
-    """Whether the fused kernels run here: on a GPU, with weights that fit int8."""
-    return jax.default_backend() == "gpu" and limit <= INT8_LIMIT
+    """Whether the fused kernels run here: on a GPU that passes their check, with weights that fit int8."""
+    return limit <= INT8_LIMIT and is_trusted("score_select", _agree)
+
+
+def _agree() -> bool:
+    """Kernels and reference on two ragged rows of several chunks, with ties and forced tokens."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    codes = jax.random.bits(keys[0], (2, 1, 2, 3000), jnp.uint32)
+    weights = jax.random.randint(keys[1], (2, 2, 64), -9, 10, jnp.int32)
+    call = codes, weights, jnp.asarray([2900, 700], jnp.int32), jnp.asarray([100, 64], jnp.int32)
+    run = functools.partial(score_select, max_budget=100, limit=9, sink_tokens=2, recent_tokens=8)
+    found, expected = (jax.jit(functools.partial(run, impl=impl))(*call) for impl in ("pallas_triton", "reference"))
+    return all(bool(jnp.array_equal(*pair)) for pair in zip(found, expected, strict=True))
 
 
 def score_select(

@@ -1,15 +1,18 @@
 """Attention of one new token over selected cache rows."""
 
+import functools
 from collections.abc import Callable
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from spotlight_jax.errors import InputError
 from spotlight_jax.kernels.sparse_attention.gather import sparse_attention_gather
 from spotlight_jax.kernels.sparse_attention.pallas_triton import sparse_attention_pallas_triton
 from spotlight_jax.kernels.sparse_attention.reference import sparse_attention_reference
+from spotlight_jax.kernels.trust import is_trusted
 
 __all__ = ["SparseAttentionImpl", "choose_impl", "sparse_attention"]
 
@@ -17,8 +20,22 @@ SparseAttentionImpl = Literal["auto", "reference", "gather", "pallas_triton"]
 
 
 def choose_impl() -> SparseAttentionImpl:
-    """The implementation `auto` takes: kernels that split each row on a GPU, gathered rows elsewhere."""
-    return "pallas_triton" if jax.default_backend() == "gpu" else "gather"
+    """What `auto` takes: kernels that split each row, on a GPU that passes their check; else gathered rows."""
+    return "pallas_triton" if is_trusted("sparse_attention", _agree) else "gather"
+
+
+def _agree() -> bool:
+    """Kernels and reference on two sequences, a budget of several tiles, and slots that are not real."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    queries = jax.random.normal(keys[0], (2, 6, 64), jnp.float32)
+    cache = [jax.random.normal(key, (2, 500, 2, 64), jnp.float32) for key in keys[1:3]]
+    indices = jnp.argsort(jax.random.uniform(keys[3], (2, 2, 500)), axis=-1)[..., :200].astype(jnp.int32)
+    is_real = jnp.broadcast_to(jnp.arange(200)[None, None, :] < 150, indices.shape)
+    found, expected = (
+        jax.jit(functools.partial(sparse_attention, impl=impl))(queries, *cache, indices, is_real)
+        for impl in ("pallas_triton", "reference")
+    )
+    return bool(jnp.allclose(found, expected, atol=1e-2))
 
 
 def sparse_attention(
