@@ -86,30 +86,28 @@ class AblateConfig:
 
 Fields = dict[str, Any]  # what differs from the default recipe, by dotted name
 
-_SYMMETRIC: Fields = {"hash.form": "symmetric", "hash.centre": False}
+_PER_HEAD: Fields = {"ranking.target": "query_head"}
+_SYMMETRIC: Fields = _PER_HEAD | {"hash.form": "symmetric", "hash.centre": False}
 _FIXED: Fields = {"optimizer.gamma_start": 64.0, "optimizer.anneal": 0.0}
 _UNIFORM: Fields = {"ranking.weighting": "uniform", "ranking.always_top": 0}
-_PAPER: Fields = {**_SYMMETRIC, **_FIXED, **_UNIFORM, "hash.skip": "none", "hash.code_heads": "query"}
-_PER_HEAD: Fields = {"ranking.target": "query_head"}
-_BOTH: Fields = {"ranking.target": "both"}
+_SLOW: Fields = {"optimizer.learning_rate": 1e-3}
+_PAPER: Fields = _SYMMETRIC | _FIXED | _UNIFORM | _SLOW | {"hash.skip": "none", "hash.code_heads": "query"}
+_GROUP: Fields = {"ranking.target": "kv_head"}
 _WIDE: Fields = {"hash.hidden": 512}
-_FAST: Fields = {"optimizer.learning_rate": 3e-3}
 _LONG: Fields = {"steps": 2000}
 
 VARIANTS: dict[str, Fields] = {
-    "paper": _PAPER | _PER_HEAD,
-    "paper-64": _PAPER | _PER_HEAD | {"hash.code_bits": 64},
-    "lsh-start": _SYMMETRIC | _FIXED | _UNIFORM | _PER_HEAD,
-    "annealed": _SYMMETRIC | _UNIFORM | _PER_HEAD,
-    "symmetric": _SYMMETRIC | _PER_HEAD,
-    "symmetric-balanced": {"hash.form": "symmetric"} | _PER_HEAD,
+    "paper": _PAPER,
+    "paper-64": _PAPER | {"hash.code_bits": 64},
+    "lsh-start": _SYMMETRIC | _FIXED | _UNIFORM,
+    "annealed": _SYMMETRIC | _UNIFORM,
+    "symmetric": _SYMMETRIC,
+    "symmetric-balanced": _PER_HEAD | {"hash.form": "symmetric"},
     "per-head": _PER_HEAD,
-    "per-head-wide": _PER_HEAD | _WIDE,
-    "both": _BOTH,
-    "wide-both": _BOTH | _WIDE,
+    "group": _GROUP,
     "default": {},
+    "slow": _SLOW,
     "wide": _WIDE,
-    "fast": _FAST,
     "ema": {"optimizer.ema": 0.99},
     "default-64": {"hash.code_bits": 64},
     "default-32": {"hash.code_bits": 32},
@@ -117,11 +115,10 @@ VARIANTS: dict[str, Fields] = {
     "window-4096": {"data.window": 4096},
     "steps-125": {"steps": 125},
     "steps-2000": _LONG,
-    "wide-2000": _LONG | _WIDE,
-    "wide-fast-2000": _LONG | _WIDE | _FAST,
-    "wide-both-2000": _LONG | _WIDE | _FAST | _BOTH,
-    "wide-64-2000": _LONG | _WIDE | _FAST | {"hash.code_bits": 64},
     "steps-2000-64": _LONG | {"hash.code_bits": 64},
+    "group-2000": _LONG | _GROUP,
+    "wide-2000": _LONG | _WIDE,
+    "wide-2000-64": _LONG | _WIDE | {"hash.code_bits": 64},
 }
 
 

@@ -32,8 +32,8 @@ class LayerwiseConfig:
     """Steps taken on each window of text, each with queries and samples of its own: a forward pass saved."""
     data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(window=8192))
     hash: HashConfig = HashConfig()
-    ranking: RankingConfig = RankingConfig(target="kv_head")
-    optimizer: OptimizerConfig = OptimizerConfig()
+    ranking: RankingConfig = RankingConfig(target="both")
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-3)
     measure: MeasureConfig = MeasureConfig()
     layers_at_once: int = 1
     """Layers whose loss each device works on together: higher is faster on a GPU and uses more memory."""
