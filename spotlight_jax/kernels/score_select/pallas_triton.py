@@ -144,6 +144,7 @@ def _in_filled_chunk(is_filled, counts_ref, count) -> None:
 def _score_kernel(meta_ref, codes_ref, ranks_ref, counts_ref, *, plan: Plan) -> None:
     start, end = pl.program_id(1) * plan.chunk, meta_ref[0]
     width = min(STEP, plan.chunk)
+    packed = [meta_ref[2 + place] for place in range(plan.words * BYTE)]
 
     def score_step(step, fields):
         positions = _positions(start, step, width)
@@ -155,7 +156,7 @@ def _score_kernel(meta_ref, codes_ref, ranks_ref, counts_ref, *, plan: Plan) -> 
             total = jnp.zeros((width,), jnp.int32)
             mask = jnp.uint32(0x01010101 << place)
             for word, bits in enumerate(words):
-                total = _dot_bytes(bits & mask, meta_ref[2 + word * BYTE + place], total, plan.interpret)
+                total = _dot_bytes(bits & mask, packed[word * BYTE + place], total, plan.interpret)
             scores = scores + (total >> place)
         is_always_read = (positions < plan.sink_tokens) | (positions >= end - plan.recent_tokens)
         ranks = jnp.where(is_always_read, plan.always, scores + plan.offset)
