@@ -1,6 +1,7 @@
 """The flags that every evaluation of methods has, and what they open."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import transformers
@@ -128,9 +129,13 @@ def describe_keep(keep: float | None) -> str:
     return "-" if keep is None else f"{keep:g}"
 
 
-def describe_part(row: dict[str, Any]) -> list[str]:
-    """How a table's first columns call the trial that a row is about: method, share, what is always read."""
-    return [row["method"], describe_keep(row["keep"]), row["setting"]]
+def describe_part(row: dict[str, Any], names: Mapping[str, str]) -> list[str]:
+    """How a table's first columns call the trial that a row is about: method, share, what is always read.
+
+    Args:
+        names: of `eval.labels.name_methods`.
+    """
+    return [names[row["method"]], describe_keep(row["keep"]), row["setting"]]
 
 
 def describe_setting(reading: ReadingConfig) -> str:

@@ -23,6 +23,7 @@ from typing import Any
 
 from eval.config import FREE_FIELDS, EvalConfig, Subject, Trial, describe_part, list_trials, load_subject
 from eval.harness_scores import Reader, Tally
+from eval.labels import name_methods
 from eval.record import Record, Row, file_name
 from spotlight_jax import cli
 from spotlight_jax.compiled import use_compile_cache
@@ -190,11 +191,11 @@ def describe_use(rows: Sequence[Row]) -> list[str]:
 
 def _table(cfg: HarnessConfig, rows: Sequence[Row]) -> Any:
     columns = ["method", "keep", "always read", "task", "metric", "score", "tokens", "MiB", "by selection"]
-    lines = []
+    lines, shown = [], name_methods(row["method"] for row in rows)
     for row in rows:
         share = f"{100 * row['tokens_by_selection'] / max(row['tokens_scored'], 1):.0f} %"
         moved = f"{row['bytes_read'] / 2**20:.2f}"
-        names = [*describe_part(row), row["task"], row["metric"]]
+        names = [*describe_part(row, shown), row["task"], row["metric"]]
         lines.append([*names, f"{row['score']:.4g}", f"{row['tokens_read']:,.0f}", moved, share])
     note = "tokens, MiB: read for a token, mean; by selection: tokens scored or chosen by a query that left tokens out"
     return make_table(f"lm-evaluation-harness, {cfg.model}\n{note}", columns, lines, names=5)

@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int32
 from eval.attend import causal_budgets, default_chunk, dense_reads, sparse_reads
 from eval.config import FREE_FIELDS, EvalConfig, Subject, Trial, describe_part, list_trials, load_subject
 from eval.forward import check_length
+from eval.labels import name_methods
 from eval.methods import Method, base_name
 from eval.methods.base import rule_of
 from eval.methods.oracle import Oracle
@@ -192,7 +193,8 @@ def main(cfg: InspectConfig) -> dict[str, Any]:
         overall = [_overall(record, trial, list(texts)) for trial in trials]
         _write_csv(record.folder.path / "heads.csv", overall)
         _draw(record.folder.path, overall)
-        title = f"{subject.source}, {cfg.window:,} tokens, {cfg.queries} queries a window, {', '.join(texts)}"
+        told = ", ".join(text.removeprefix("text:") for text in texts)
+        title = f"{subject.source}, {cfg.window:,} tokens, {cfg.queries} queries a window, {told}"
         results = [record.row_of(_part(trial, name)) or {} for name in texts for trial in trials]
         results += overall if len(texts) > 1 else []
         plain = [{name: row[name] for name in row if name not in ("by_head", "sparse_layers")} for row in results]
@@ -224,7 +226,8 @@ def _write_csv(path: Path, rows: Several[Row]) -> None:
 def _draw(folder: Path, rows: Several[Row]) -> None:
     """`iou.png` and `mass.png`: a panel a method with its first share, per KV head and per query head apart."""
     first = {row["method"]: row for row in reversed(rows)}
-    shown = [first[method] for method in dict.fromkeys(row["method"] for row in rows)]
+    names = name_methods(row["method"] for row in rows)
+    shown = [first[method] for method in names]
     named = next((row for row in shown if row["keep"] is not None), shown[0])
     where = "" if named["keep"] is None else f"keep {named['keep']:g}, {named['setting']}; "
     labels = {"iou": "IoU with the oracle's choice", "mass": "attention probability read"}
@@ -234,18 +237,18 @@ def _draw(folder: Path, rows: Several[Row]) -> None:
         for row in itertools.compress(shown, is_told) if any(is_told) else shown:
             values = np.full(np.shape(row["by_head"][measure]), np.nan)
             values[row["sparse_layers"]] = np.asarray(row["by_head"][measure])[row["sparse_layers"]]
-            panels.setdefault(values.shape[1], []).append((row["method"], values))
+            panels.setdefault(values.shape[1], []).append((names[row["method"]], values))
         for place, (heads, own) in enumerate(panels.items()):
-            name = f"{measure}.png" if place == 0 else f"{measure}-{heads}-heads.png"
+            file = f"{measure}.png" if place == 0 else f"{measure}-{heads}-heads.png"
             title = f"{where}{named['text']}; grey: read densely"
-            plot_heads(folder / name, own, label, f"selecting head (of {heads})", title)
+            plot_heads(folder / file, own, label, f"selecting head (of {heads})", title)
 
 
 def _table(title: str, rows: Several[Row]) -> Any:
-    lines = []
+    lines, names = [], name_methods(row["method"] for row in rows)
     for row in rows:
         figures = [f"{row[name]:.3f}" for name in MEASURES]
-        lines.append([*describe_part(row), *figures, f"{row['tokens_read']:,.0f}"])
+        lines.append([*describe_part(row, names), *figures, f"{row['tokens_read']:,.0f}"])
     columns = ["method", "keep", "always read", "IoU", "recall", "mass read", "oracle's mass", "tokens"]
     return make_table(f"selections, {title}\nmeans over heads and sparse layers", columns, lines, names=3)
 
@@ -268,7 +271,8 @@ def _worst_table(rows: Several[Row]) -> Any:
         for layer, head in places[:WORST]
     ]
     columns = ["", "mass lost", "IoU", "recall", "mass read", "oracle's mass"]
-    return make_table(f"{row['method']}: the {len(lines)} worst heads, by mass lost against the oracle", columns, lines)
+    method = name_methods(row["method"] for row in rows)[row["method"]]
+    return make_table(f"{method}: the {len(lines)} worst heads, by mass lost against the oracle", columns, lines)
 
 
 def command(args: Several[str] | None = None) -> int:

@@ -13,6 +13,7 @@ import transformers
 from eval.config import EvalConfig, Subject, Trial, list_trials, load_subject
 from eval.decoder import Decoder, open_decoder
 from eval.fidelity import compare_task
+from eval.labels import name_methods
 from eval.longbench_data import Prompt, Sample, available_tasks, chat_tokens, encode_prompt, read_samples
 from eval.longbench_score import score_task
 from eval.longbench_tasks import CATEGORIES, TASKS, TASKS_E, Task, find_task
@@ -232,4 +233,6 @@ def _table(desk: Desk, results: Sequence[Row], trials: Sequence[Trial], names: S
     first = [rows[labels[0], name] for name in names]
     cut, count = sum(row["cut"] for row in first), sum(row["count"] for row in first)
     note = f"scores of 100; {cut} of {count} prompts lost their middle"
-    return make_table(f"LongBench{'-E' if desk.cfg.e else ''}, {desk.subject.source}\n{note}", ["task", *labels], lines)
+    shown = name_methods(trial.method for trial in trials)
+    titles = [label(dataclasses.replace(trial, method=shown[trial.method])) for trial in trials]
+    return make_table(f"LongBench{'-E' if desk.cfg.e else ''}, {desk.subject.source}\n{note}", ["task", *titles], lines)

@@ -26,6 +26,7 @@ from jaxtyping import Int32
 
 from eval.config import EvalConfig, Subject, Trial, describe_part, list_trials, load_subject
 from eval.haystack import Haystack, Question, Variant
+from eval.labels import name_methods
 from eval.methods import Method
 from eval.needle_plot import Panel, plot_grids
 from eval.prefilled import Prefilled, Tail, pass_tail, prefill
@@ -205,9 +206,10 @@ def main(cfg: NeedleConfig) -> dict[str, Any]:
                 ask_cell(desk, cell, unanswered, record)
         results = [_result(cfg, record, trial) for trial in trials]
         metric = "ppl" if cfg.variant == "copy" else "score"
+        names = name_methods(trial.method for trial in trials)
         panels = [
             Panel(
-                _name(trial),
+                names[trial.method] + _remark(trial),
                 np.array([[_cell(cfg, record, trial, x, y)[metric] for x in cfg.lengths] for y in cfg.depths]),
             )
             for trial in trials
@@ -237,9 +239,9 @@ def _result(cfg: NeedleConfig, record: Record, trial: Trial) -> Row:
     return trial.part | {"task": cfg.variant} | whole | {"by_length": by_length}
 
 
-def _name(trial: Trial) -> str:
-    """How a panel is called."""
-    return trial.method if trial.keep in (None, 1) else f"{trial.method}, keep {trial.keep:g}, {trial.setting}"
+def _remark(trial: Trial) -> str:
+    """The second line of a panel's title."""
+    return "" if trial.keep in (None, 1) else f"\nkeep {trial.keep:g}, {trial.setting}"
 
 
 def _table(cfg: NeedleConfig, results: Sequence[Row], title: str) -> Any:
@@ -247,11 +249,11 @@ def _table(cfg: NeedleConfig, results: Sequence[Row], title: str) -> Any:
     metric, form = ("ppl", ".2f") if cfg.variant == "copy" else ("score", ".0%")
     lengths = [f"{length:,}" for length in cfg.lengths]
     columns = ["method", "keep", "always read", *lengths, "all", "right tokens", "ROUGE-L", "tokens read", "MiB read"]
-    lines = []
+    lines, names = [], name_methods(row["method"] for row in results)
     for row in results:
         cells = [f"{own[metric]:{form}}" for own in (*row["by_length"].values(), row)]
         reads = [f"{row['tokens_read']:,.0f}", f"{row['bytes_read'] / _MIB:.2f}"]
-        lines.append([*describe_part(row), *cells, f"{row['accuracy']:.0%}", f"{row['rouge']:.3f}", *reads])
+        lines.append([*describe_part(row, names), *cells, f"{row['accuracy']:.0%}", f"{row['rouge']:.3f}", *reads])
     asked = len(cfg.depths) * cfg.samples
     note = f"{_LABELS[cfg.variant]}; questions per length: {asked}; sparse from the {cfg.sparse_from} on"
     return make_table(f"{title}\n{note}", columns, lines, names=3)

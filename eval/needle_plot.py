@@ -8,6 +8,8 @@ import matplotlib
 import numpy as np
 from jaxtyping import Float
 
+from eval.pictures import set_title, wrap
+
 matplotlib.use("Agg")
 import matplotlib.colors
 import matplotlib.pyplot as plt
@@ -48,7 +50,7 @@ def plot_grids(
         axis.axis("off")
     for axis, panel in zip(axes.flat, panels, strict=False):
         image = axis.imshow(panel.values, norm=norm, cmap=colours, aspect="auto", interpolation="nearest")
-        axis.set_title(panel.name, fontsize=9)
+        axis.set_title("\n".join(wrap(line, width, 9.0) for line in panel.name.split("\n")), fontsize=9)
         for (row, column), value in np.ndenumerate(panel.values):
             text = f"{value:.0%}" if is_share else f"{value:.3g}"
             is_dark = np.mean(colours(norm(value))[:3]) < 0.55
@@ -57,7 +59,7 @@ def plot_grids(
         axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=8)
     figure.supxlabel("length of the whole (tokens)", fontsize=9)
     figure.supylabel("depth in the haystack", fontsize=9)
-    figure.suptitle(title)
+    set_title(figure, title)
     figure.colorbar(image, ax=axes, label=label)
     figure.savefig(path, dpi=130)
     plt.close(figure)

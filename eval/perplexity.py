@@ -22,6 +22,7 @@ from jaxtyping import Int32
 from eval.config import FREE_FIELDS, EvalConfig, Subject, Trial, describe_part, list_trials, load_subject
 from eval.copy_text import CopyConfig, copy_texts
 from eval.forward import ForwardConfig, Passed, Sequence, check_length, pass_sequence
+from eval.labels import name_methods
 from eval.pictures import plot_tradeoff
 from eval.record import ALL_TEXTS, Record, Row
 from spotlight_jax import cli
@@ -134,7 +135,8 @@ def main(cfg: PerplexityConfig) -> dict[str, Any]:
         results = _collect(record, trials, list(texts))
         overall = [row for row in results if row["text"] == (ALL_TEXTS if len(texts) > 1 else next(iter(texts)))]
         metric = "perplexity of the second copy" if cfg.copy_test else "perplexity"
-        title = f"{subject.source}, {cfg.length:,} tokens, {', '.join(texts)}"
+        told = ", ".join(text.removeprefix("text:") for text in texts)
+        title = f"{subject.source}, {cfg.length:,} tokens, {told}"
         picture = record.folder.path / "perplexity.png"
         plot_tradeoff(picture, overall, "ppl_pooled", f"{metric}, all tokens together", title)
         return record.finish(results, _tables(cfg, results, list(texts), title))
@@ -171,9 +173,10 @@ def _tables(cfg: PerplexityConfig, results: Several[Row], texts: Several[str], t
     columns = ["method", "keep", "always read", *names, *([ALL_TEXTS, "pooled"] if len(texts) > 1 else ["pooled"])]
     columns += ["tokens", "MiB", "of it index"]
     lines: dict[tuple, list[str]] = {}
+    shown = name_methods(row["method"] for row in results)
     for row in results:
         key = (row["method"], row["keep"], row["setting"])
-        line = lines.setdefault(key, describe_part(row))
+        line = lines.setdefault(key, describe_part(row, shown))
         line.append(f"{row['ppl']:.4g}")
         if row["text"] == ALL_TEXTS or len(texts) == 1:
             line += [f"{row['ppl_pooled']:.4g}", f"{row['tokens_read']:,.0f}"]

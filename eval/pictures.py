@@ -1,5 +1,7 @@
 """Pictures of evaluations: quality against bytes read, and quality by layer and head."""
 
+import statistics
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,65 +11,96 @@ import matplotlib.axis
 import numpy as np
 from jaxtyping import Float
 
+from eval.labels import name_methods, style_methods
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import matplotlib.ticker
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 _MIB = 2**20
 _PANELS = 5  # heat maps in a row
-# a method looks the same in every picture
-STYLES: dict[str, dict[str, Any]] = {
-    "dense": {"color": "#444444", "linestyle": "--"},
-    "oracle": {"color": "#444444", "linestyle": ":", "marker": "*"},
-    "oracle-kv": {"color": "#777777", "linestyle": ":", "marker": "*"},
-    "oracle-query": {"color": "#999999", "linestyle": ":", "marker": "P"},
-    "spotlight": {"color": "#1f6f8b", "marker": "o", "linewidth": 2.4},
-    "lsh": {"color": "#b5651d", "marker": "s"},
-    "lsh-centred": {"color": "#d08c4a", "marker": "s", "linestyle": "--"},
-    "lsh-gaussian": {"color": "#8c4a10", "marker": "D"},
-    "lsh-gaussian-centred": {"color": "#c9a27a", "marker": "D", "linestyle": "--"},
-    "quest": {"color": "#7a9e3a", "marker": "^"},
-    "magicpig": {"color": "#a63d6d", "marker": "X", "linestyle": "none", "markersize": 9},
-    "window": {"color": "#6f5fa3", "marker": "v"},
-    "random": {"color": "#b0b0b0", "marker": "x"},
-    "binary": {"color": "#3aa394", "marker": "h"},
-}
+_FAR = 4.0  # times the median of a metric: what lies further is off the axis
+_TITLE, _SMALL = 12.0, 9.0  # font sizes
 
 
 def plot_tradeoff(path: Path, rows: Sequence[dict[str, Any]], metric: str, label: str, title: str) -> None:
-    """A metric against the bytes that a token reads: a panel a setting, a line a method through its shares."""
+    """A metric that is better low against the bytes that a token reads: a panel a setting, a line a method.
+
+    Where a method is so far off that others could not be told apart, the axis ends before it and the legend says so.
+    """
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    names, styles = name_methods(methods), style_methods(methods)
     settings = list(dict.fromkeys(row["setting"] for row in rows if row["method"] in _budgeted(rows)))
     settings = settings or [rows[0]["setting"]]
+    size = 4.4 + 5.4 * len(settings), max(4.8, 1.2 + 0.23 * len(methods))
     figure, axes = plt.subplots(
-        1,
-        len(settings),
-        figsize=(1.8 + 5.4 * len(settings), 4.6),
-        layout="constrained",
-        sharex=True,
-        sharey=True,
-        squeeze=False,
+        1, len(settings), figsize=size, layout="constrained", sharex=True, sharey=True, squeeze=False
     )
+    end = find_end([row[metric] for row in rows if row["method"] != "dense"] or [row[metric] for row in rows])
     for axis, setting in zip(axes[0], settings, strict=True):
-        for method in dict.fromkeys(row["method"] for row in rows):
+        for method in methods:
             own = [row for row in rows if row["method"] == method]
+            told = names[method] + describe_outside([row[metric] for row in own], end)
             own = [row for row in own if row["setting"] == setting or method not in _budgeted(rows)]
             own.sort(key=lambda row: row["bytes_read"])
-            style = STYLES.get(method, {"marker": "."})
             if method == "dense":
-                axis.axhline(own[0][metric], label=_name_dense(own[0]), **style)
+                axis.axhline(own[0][metric], label=_name_dense(own[0]), **styles[method])
                 continue
-            axis.plot([row["bytes_read"] / _MIB for row in own], [row[metric] for row in own], label=method, **style)
+            x, y = [row["bytes_read"] / _MIB for row in own], [row[metric] for row in own]
+            axis.plot(x, y, label=told, **styles[method])
         axis.set(title=setting, xlabel="keys, values and index read per token, all layers (MiB)", xscale="log")
         axis.set_yscale("log")
         axis.grid(alpha=0.25)
+    _end_axis(axes[0][0], [row[metric] for row in rows], end)
     for axis in axes[0]:
         _tick_logarithms(axis.xaxis)
         _tick_logarithms(axis.yaxis)
     axes[0][0].set_ylabel(label)
-    figure.suptitle(title)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    set_title(figure, title)
+    # of the last panel, so that the layout keeps it apart from the title
+    axes[0][-1].legend(loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0, frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def find_end(values: Sequence[float]) -> float:
+    """Where an axis of values that are better low ends, at most: some times the (lower) median."""
+    return _FAR * statistics.median_low(values)
+
+
+def describe_outside(values: Sequence[float], end: float) -> str:
+    """What a legend adds to the name of a method with values beyond the axis' end."""
+    least, greatest = (f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in (min(values), max(values)))
+    if max(values) <= end:
+        return ""
+    if min(values) <= end:
+        return f" (up to {greatest})"
+    return f" (off: {least})" if least == greatest else f" (off: {least} to {greatest})"
+
+
+def _end_axis(axis: Axes, values: Sequence[float], end: float) -> None:
+    """End a logarithmic axis just above the greatest value that is not beyond `end`."""
+    inside = [value for value in values if value <= end]
+    room = max(max(inside) / min(inside), 1.01) ** 0.05
+    axis.set_ylim(min(inside) / room, max(inside) * room)
+
+
+def set_title(figure: Figure, title: str) -> None:
+    """Above all panels, in as many lines as it needs."""
+    figure.suptitle(wrap(title, figure.get_figwidth(), _TITLE), fontsize=_TITLE)
+
+
+def wrap(text: str, width: float, size: float) -> str:
+    """Lines that fit.
+
+    Args:
+        width: inches.
+        size: of the font, points.
+    """
+    characters = int(72 * width / (0.6 * size))
+    return textwrap.fill(text, max(8, characters))
 
 
 def _tick_logarithms(side: matplotlib.axis.Axis) -> None:
@@ -112,7 +145,7 @@ def plot_heads(
     for axis, (name, values) in zip(axes.flat, panels, strict=False):
         image = axis.imshow(values, vmin=0, vmax=highest, aspect="auto", cmap="viridis", interpolation="nearest")
         axis.set_facecolor("#d0d0d0")
-        axis.set_title(f"{name}\nmean {np.nanmean(values):.3f}")
+        axis.set_title(f"{wrap(name, width, _SMALL)}\nmean {np.nanmean(values):.3f}", fontsize=_SMALL)
         axis.set_xticks(range(0, heads, max(1, heads // 8)))
         axis.set_yticks(range(0, layers, max(1, layers // 10)))
     for axis in axes[:, 0]:
@@ -120,6 +153,6 @@ def plot_heads(
     for axis in axes[-1]:
         axis.set_xlabel(head)
     figure.colorbar(image, ax=axes, label=label)
-    figure.suptitle(title)
+    set_title(figure, title)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -1,4 +1,4 @@
-"""Bar charts as SVG that follows the page's colours."""
+"""Bar charts as SVG; the page lifts their colours where it is dark."""
 
 import dataclasses
 import math
@@ -6,16 +6,15 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from eval.methods import base_name
-
-_WIDTH, _ROW, _BAR = 460, 19, 12  # pixels
-_LABEL, _VALUE = 140, 62  # room for names on the left, numbers on the right
+_ROOM, _ROW, _BAR = 258, 19, 12  # pixels
+_LABEL, _LETTER = 140, 6.4  # room for names on the left: at least, and that of a letter
+_VALUE = 62  # room for numbers on the right
 _TOP = 40
 
 
 _BAR_SVG = Markup(
     '<text class="label" x="{end_of_label}" y="{middle}">{bar.label}</text>'
-    '<rect class="m-{kind}" x="{left}" y="{top}" width="{width:.1f}" height="{height}" rx="2">'
+    '<rect style="--bar: {bar.color}" x="{left}" y="{top}" width="{width:.1f}" height="{height}" rx="2">'
     "<title>{bar.label}: {bar.shown}</title></rect>"
     '<text class="value" x="{start_of_value:.1f}" y="{middle}">{bar.shown}</text>'
 )
@@ -26,9 +25,10 @@ class Bar:
     """One bar."""
 
     label: str
-    method: str  # chooses the colour
     value: float
     shown: str
+    color: str
+    is_dense: bool = False
 
 
 def nice_ceiling(value: float) -> float:
@@ -47,31 +47,31 @@ def draw_bars(title: str, direction: str, bars: Sequence[Bar]) -> Markup:
     values = [bar.value for bar in bars if bar.value > 0 and math.isfinite(bar.value)]
     is_log = bool(values) and max(values) > 20 * min(values) and min(bar.value for bar in bars) > 0
     low, high = (min(values) / 2, max(values)) if is_log else (0.0, nice_ceiling(max(values, default=1.0)))
-    room = _WIDTH - _LABEL - _VALUE
+    left = max([_LABEL, *(math.ceil(_LETTER * len(bar.label)) + 12 for bar in bars)])
 
     def place(value: float) -> float:
         if not math.isfinite(value):
-            return room
+            return _ROOM
         if is_log:
-            return room * math.log(max(value, low) / low) / math.log(high / low)
-        return room * value / high
+            return _ROOM * math.log(max(value, low) / low) / math.log(high / low)
+        return _ROOM * value / high
 
     height = _TOP + _ROW * len(bars) + 8
     note = f"{direction}{', logarithmic' if is_log else ''}"
+    frame = Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">')
     lines = [
-        Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(_WIDTH, height, title),
+        frame.format(left + _ROOM + _VALUE, height, title),
         Markup('<text class="title" x="0" y="14">{}</text>').format(title),
         Markup('<text class="note" x="0" y="30">{}</text>').format(note),
     ]
     for number, bar in enumerate(bars):
         top, width = _TOP + _ROW * number, max(place(bar.value), 1.0)
-        kind = base_name(bar.method).split("-")[0]
         lines.append(_BAR_SVG.format(
-            bar=bar, kind=kind, top=top, middle=top + _BAR / 2 + 4, left=_LABEL, width=width,
-            height=_BAR, end_of_label=_LABEL - 8, start_of_value=_LABEL + width + 5,
+            bar=bar, top=top, middle=top + _BAR / 2 + 4, left=left, width=width,
+            height=_BAR, end_of_label=left - 8, start_of_value=left + width + 5,
         ))  # fmt: skip
-    if dense := [bar for bar in bars if bar.method == "dense"]:
-        x = _LABEL + place(dense[0].value)
+    if dense := [bar for bar in bars if bar.is_dense]:
+        x = left + place(dense[0].value)
         lines.append(
             Markup('<line class="dense" x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}"/>').format(x, _TOP - 4, height - 6)
         )

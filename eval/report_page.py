@@ -2,7 +2,7 @@
 
 import base64
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import jinja2
 from markupsafe import Markup
 
 from eval.config import describe_keep
+from eval.labels import explain_names, name_methods, style_methods
 from eval.record import ALL_TEXTS
 from eval.report_charts import Bar, draw_bars
 
@@ -121,9 +122,18 @@ _ABOUT = {
 }
 
 
-def name_row(row: Row) -> str:
-    """A method with its share and what it always reads, in short."""
-    parts = [str(row["method"])]
+def list_methods(parts: Sequence[dict[str, Any]]) -> list[str]:
+    """Full names of all methods, each once."""
+    return list(dict.fromkeys(row["method"] for part in parts for row in part["results"]))
+
+
+def name_row(row: Row, names: Mapping[str, str]) -> str:
+    """A method with its share and what it always reads, in short.
+
+    Args:
+        names: of `eval.labels.name_methods`.
+    """
+    parts = [names[row["method"]]]
     if row.get("keep") is not None and row["method"] != "dense":
         parts.append(f"{100 * row['keep']:g} %" if row["keep"] <= 1 else f"{row['keep']:g} tokens")
     if str(row.get("setting", "")).startswith("sinks"):
@@ -155,8 +165,9 @@ def list_scores(part: dict[str, Any]) -> list[tuple[str, Score, list[Row]]]:
     return found
 
 
-def make_table(columns: Sequence[Column], rows: Sequence[Row]) -> dict[str, Any]:
+def make_table(columns: Sequence[Column], rows: Sequence[Row], names: Mapping[str, str]) -> dict[str, Any]:
     """What the template draws: titles, whether a column holds numbers, and cells as (shown, sorted by)."""
+    rows = [row | {"method": names[row["method"]]} for row in rows]
     used = [column for column in columns if any(row.get(column.field) is not None for row in rows)]
     cells = []
     for row in rows:
@@ -174,20 +185,19 @@ def make_table(columns: Sequence[Column], rows: Sequence[Row]) -> dict[str, Any]
 def make_overview(parts: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """One line a method and share, one column a score; at each share, the best that is no oracle is marked."""
     scores = [entry for part in parts for entry in list_scores(part)]
-    names: dict[str, Row] = {}
-    for _, _, rows in scores:
-        for row in rows:
-            names.setdefault(name_row(row), row)
-    if not names:
+    names = name_methods(list_methods(parts))
+    found = dict.fromkeys(name_row(row, names) for _, _, rows in scores for row in rows)
+    if not found:
         return None
     heading, _, rows = max(scores, key=lambda entry: len(entry[2]))  # what is read depends on the lengths: of one part
     titles = ["method", f"{heading}: MiB read"]
-    columns = [{name_row(row): (_mib(row["bytes_read"]), row["bytes_read"], False) for row in rows}]
+    columns = [{name_row(row, names): (_mib(row["bytes_read"]), row["bytes_read"], False) for row in rows}]
     for heading, score, rows in scores:
         best = _find_best(score, rows)
         titles.append(f"{_head(heading, score)} {'↑' if score.is_better_high else '↓'}")
-        columns.append({name_row(row): (score.show(row[score.field]), row[score.field], row in best) for row in rows})
-    ordered = sorted(names, key=lambda name: name != "dense")  # dense first, the others as they came
+        cells = [(score.show(row[score.field]), row[score.field], row in best) for row in rows]
+        columns.append(dict(zip((name_row(row, names) for row in rows), cells, strict=True)))
+    ordered = sorted(found, key=lambda name: name != "dense")  # dense first, the others as they came
     lines = [[(name, name, False), *(column.get(name, ("-", "", False)) for column in columns)] for name in ordered]
     return {"titles": titles, "rows": lines}
 
@@ -214,13 +224,15 @@ def _find_best(score: Score, rows: Sequence[Row]) -> list[Row]:
 
 def draw_charts(parts: Sequence[dict[str, Any]]) -> list[Markup]:
     """A bar chart (SVG) of each score."""
-    charts = []
+    charts, methods = [], list_methods(parts)
+    names, styles = name_methods(methods), style_methods(methods)
     for part in parts:
         for heading, score, rows in list_scores(part):
-            bars = [
-                Bar(name_row(row), str(row["method"]), float(row[score.field]), score.show(row[score.field]))
-                for row in rows
-            ]
+            bars = []
+            for row in rows:
+                value, color = row[score.field], styles[row["method"]]["color"]
+                name = name_row(row, names)
+                bars.append(Bar(name, float(value), score.show(value), color, row["method"] == "dense"))
             direction = "higher is better" if score.is_better_high else "lower is better"
             charts.append(draw_bars(_head(heading, score), direction, bars))
     return charts
@@ -235,13 +247,14 @@ def write_page(folder: Path, whole: dict[str, Any], missing: Sequence[str], plan
         missing: names of parts that have not run yet.
         plan: the YAML text.
     """
-    sections = []
+    sections, methods = [], list_methods(whole["parts"])
+    names = name_methods(methods)
     for part in whole["parts"]:
         pictures = [
             (file.stem, base64.b64encode(file.read_bytes()).decode("ascii"))
             for file in sorted((folder / part["name"]).glob("*.png"), key=lambda file: file.stem)
         ]
-        table = make_table(COLUMNS[part["eval"]], part["results"])
+        table = make_table(COLUMNS[part["eval"]], part["results"], names)
         about = _ABOUT[part["eval"]]
         sections.append({**part, "about": about, "pictures": pictures, "table": table, "facts": _facts(part)})
     environment = jinja2.Environment(
@@ -254,6 +267,7 @@ def write_page(folder: Path, whole: dict[str, Any], missing: Sequence[str], plan
         plan=plan,
         overview=make_overview(whole["parts"]),
         charts=draw_charts(whole["parts"]),
+        folders=explain_names(methods),
         model=next((part["config"]["model"] for part in whole["parts"] if "model" in part["config"]), None),
         selector=next((found for part in whole["parts"] if (found := part["config"].get("selector"))), None),
     )

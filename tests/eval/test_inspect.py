@@ -127,7 +127,10 @@ def test_the_worst_heads_are_those_of_a_selector_wherever_it_lies(tmp_path, caps
     flags = [*write_inputs(tmp_path), *SIZES, "--out", str(tmp_path / "run")]
     name = f"spotlight@{tmp_path / 'selector'}"
     assert inspect.command([*flags, "--methods", "window", name, "--keep", "0.1"]) == 0
-    assert f"{name}: the" in capsys.readouterr().out.replace("\n", "")
+    *shown, last = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("spotlight: the") for line in shown)  # people read a short name, and whose it is
+    assert f"spotlight: {tmp_path / 'selector'}" in shown and sum(name in line for line in shown) == 0
+    assert {row["method"] for row in json.loads(last)["results"]} == {"window", name}
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,15 @@ def test_a_line_that_was_cut_short_is_measured_again(tmp_path):
         assert record.begin(PARTS) == PARTS[1:]
 
 
+def test_the_last_line_has_full_names_and_the_lines_above_say_what_short_ones_mean(tmp_path, capsys):
+    rows = [{"method": name, "ppl": 3.5} for name in ("lsh", "spotlight@runs/a/selector", "spotlight@runs/[b]")]
+    with Record.open(config(tmp_path), "toy") as record:
+        assert record.finish(rows)["results"] == rows
+    *shown, last = capsys.readouterr().out.splitlines()
+    assert shown == ["spotlight a: runs/a/selector", "spotlight [b]: runs/[b]"]
+    assert json.loads(last)["results"] == rows
+
+
 def test_labels_are_names_of_files(tmp_path):
     assert file_name("window-0.1-sinks4+recent64-trec") == "window-0.1-sinks4+recent64-trec"
     labels = [f"spotlight@{folder}-0.02" for folder in ("runs/a", "/runs/a", "runs-a", "runs__a", "runs%2Fa", "../a")]

@@ -202,15 +202,41 @@ def test_lists_keep_their_first_entries_and_counts_a_share():
 
 
 def test_bars_are_as_long_as_their_values():
-    bars = [report_charts.Bar(name, name, value, str(value)) for name, value in (("dense", 5.0), ("window", 10.0))]
+    bars = [report_charts.Bar("dense", 5.0, "5", "#444444", True), report_charts.Bar("window", 10.0, "10", "#6f5fa3")]
     chart = report_charts.draw_bars("x", "higher is better", bars)
     widths = [float(found) for found in re.findall(r'width="([\d.]+)" height="12"', chart)]
     assert widths[1] == pytest.approx(2 * widths[0]) and 'class="dense"' in chart
-    far = [*bars, report_charts.Bar("random", "random", 1000.0, "1000"), report_charts.Bar("<b>", "x", 10.0, "&")]
+    far = [*bars, report_charts.Bar("random", 1000.0, "1000", "red"), report_charts.Bar("<b>", 10.0, "&", "blue")]
     chart = report_charts.draw_bars("x", "lower is better", far)
     assert "logarithmic" in chart and "&lt;b&gt;" in chart and "<b>" not in chart
     widths = [float(found) for found in re.findall(r'width="([\d.]+)" height="12"', chart)]
     assert widths[1] == widths[3] and widths[2] / widths[1] == pytest.approx(np.log(400) / np.log(4), rel=1e-2)
+
+
+def test_a_chart_has_room_for_its_longest_name():
+    for letters in (5, 30, 60):
+        chart = report_charts.draw_bars("x", "", [report_charts.Bar("m" * letters, 1.0, "1", "red")])
+        left = int(re.search(r'<rect [^>]* x="(\d+)"', chart)[1])
+        wide = int(re.search(r'viewBox="0 0 (\d+)', chart)[1])
+        assert left > 6 * letters and wide - left == 320
+
+
+def test_several_selectors_have_short_names_and_colours_of_their_own_on_the_page():
+    rows = [
+        {"method": name, "keep": keep, "setting": setting, "ppl_pooled": ppl, "bytes_read": 2**20, "text": "all texts"}
+        for name, keep, setting, ppl in [
+            ("dense", 1.0, "everything", 2.0), ("spotlight@/tmp/ab/wide/selector", 0.02, "bare", 3.0),
+            ("spotlight@/tmp/ab/paper/selector", 0.02, "sinks 4 + recent 64", 4.0),
+        ]
+    ]  # fmt: skip
+    kept = [dict(row) for row in rows]
+    parts = [{"name": "reading", "eval": "perplexity", "config": {}, "results": rows}]
+    shown = ["dense", "spotlight wide 2 %", "spotlight paper 2 % + sinks"]
+    assert [row[0][0] for row in report_page.make_overview(parts)["rows"]] == shown
+    (chart,) = report_page.draw_charts(parts)
+    assert re.findall(r'class="label"[^>]*>([^<]+)<', chart) == shown
+    assert len(set(re.findall(r"--bar: (#\w+)", chart))) == 3 and "/tmp" not in chart
+    assert rows == kept
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,112 @@
+"""What methods are called and how they look: the same in tables, in pictures and on the page of a report."""
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+from eval.methods import base_name
+
+Style = dict[str, Any]  # keyword arguments of matplotlib's `plot`; "color" alone for bars
+
+_SHORT = 20  # characters of a folder's part in a name; a longer one loses its middle
+# the families of spotlight and of unknown methods have no line here: see `style_methods`
+STYLES: dict[str, Style] = {
+    "dense": {"color": "#444444", "linestyle": "--"},
+    "oracle": {"color": "#5c5c5c", "linestyle": ":", "marker": "*"},
+    "oracle-kv": {"color": "#777777", "linestyle": ":", "marker": "p"},
+    "oracle-query": {"color": "#999999", "linestyle": ":", "marker": "P"},
+    "oracle-mass": {"color": "#868c98", "linestyle": ":", "marker": "d"},
+    "lsh": {"color": "#b5651d", "marker": "s"},
+    "lsh-centred": {"color": "#d08c4a", "marker": "s", "linestyle": "--"},
+    "lsh-gaussian": {"color": "#8c4a10", "marker": "D"},
+    "lsh-gaussian-centred": {"color": "#c9a27a", "marker": "D", "linestyle": "--"},
+    "quest": {"color": "#7a9e3a", "marker": "^"},
+    "magicpig": {"color": "#a63d6d", "marker": "X", "linestyle": "none", "markersize": 9},
+    "window": {"color": "#6f5fa3", "marker": "v"},
+    "random": {"color": "#b0b0b0", "marker": "x"},
+    "binary": {"color": "#3aa394", "marker": "h"},
+}
+_BLUES = ("#1f6f8b", "#56a9d6", "#1c3f7c", "#8fb8de", "#3b6fd4")
+_BLUE_MARKERS = ("o", "D", "s", "^", "p", "v")
+_OTHERS = ("#c0504d", "#93801f", "#2f7d4f", "#c27ba0", "#7f5a3c", "#6b3fa0", "#d9902f")
+_OTHER_MARKERS = ("<", ">", "8", "H")
+
+
+def name_methods(methods: Iterable[str]) -> dict[str, str]:
+    """Each method's name for people, in the order given: the shortest that tells it from the others.
+
+    A selector's folder is left out where it is the only one, else as little of its path stands for it as no other has.
+    Rows and files keep full names.
+    """
+    found = tuple(dict.fromkeys(methods))
+    counts = Counter(base_name(name) for name in found)
+    folders = [name.partition("@")[2] for name in found if "@" in name]
+
+    def name_all(show: Callable[[str], str]) -> dict[str, str]:
+        names = {}
+        for name in found:
+            base, at, folder = name.partition("@")
+            is_alone = not at or counts[base] == 1
+            names[name] = base if is_alone else f"{base} {show(_tell_apart(folder, folders))}"
+        return names
+
+    for show in (_shorten, str):
+        names = name_all(show)
+        if len(set(names.values())) == len(names):
+            return names
+    return {name: name for name in found}
+
+
+def explain_names(methods: Iterable[str]) -> list[tuple[str, str]]:
+    """Each name for people that stands for a selector's folder, and the folder."""
+    return [(shown, name.partition("@")[2]) for name, shown in name_methods(methods).items() if shown != name]
+
+
+def _tell_apart(folder: str, folders: Sequence[str]) -> str:
+    """The fewest neighbouring parts of a path that no other path has, the last of these; all of it where none do."""
+    own = _parts(folder)
+    others = {run for other in folders if other != folder for run in _runs(_parts(other))}
+    runs = (run for run in _runs(own) if run not in others)
+    return "/".join(next(runs, ())) or folder
+
+
+def _parts(folder: str) -> tuple[str, ...]:
+    """A path's folders; `selector`, which every run has, says nothing."""
+    path = PurePosixPath(folder)
+    parts = path.parts[1:] if path.is_absolute() else path.parts
+    return parts[:-1] if len(parts) > 1 and parts[-1] == "selector" else parts
+
+
+def _runs(parts: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """All neighbouring parts: the fewest first, and of these the last first."""
+    sizes = range(1, len(parts) + 1)
+    return [parts[start : start + size] for size in sizes for start in range(len(parts) - size, -1, -1)]
+
+
+def _shorten(text: str) -> str:
+    """A long text without its middle."""
+    half = (_SHORT - 1) // 2
+    return text if len(text) <= _SHORT else f"{text[:half]}…{text[half + 1 - _SHORT :]}"
+
+
+def style_methods(methods: Iterable[str]) -> dict[str, Style]:
+    """How each method is drawn: selectors in blues, other known methods always alike, unknown ones by a fixed cycle.
+
+    Takes full names and those of `name_methods`, which may carry a remark ("spotlight, 64 bits").
+    """
+    found = tuple(dict.fromkeys(methods))
+    selectors = [name for name in found if _family(name) == "spotlight"]
+    unknown = [name for name in found if _family(name) != "spotlight" and name not in STYLES]
+    blues = zip(selectors, itertools.cycle(_BLUES), itertools.cycle(_BLUE_MARKERS), strict=False)
+    others = zip(unknown, itertools.cycle(_OTHERS), itertools.cycle(_OTHER_MARKERS), strict=False)
+    drawn = {name: {"color": color, "marker": marker, "linewidth": 2.2, "zorder": 3} for name, color, marker in blues}
+    drawn |= {name: {"color": color, "marker": marker} for name, color, marker in others}
+    return {name: drawn.get(name) or STYLES[name] for name in found}
+
+
+def _family(name: str) -> str:
+    """A method without its selector's folder and without a remark."""
+    return re.split("[@ ,]", name, maxsplit=1)[0]
