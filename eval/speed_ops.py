@@ -18,7 +18,7 @@ from eval.timing import Op
 from spotlight_jax import hashing
 from spotlight_jax.cache import LayerCache
 from spotlight_jax.cached_attention import AttentionImpl, LayerSelector, attend_densely, attend_sparsely
-from spotlight_jax.kernels.match_score import match_score
+from spotlight_jax.kernels.match_score import match_score, weight_bits_of
 from spotlight_jax.kernels.sparse_attention import sparse_attention
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.scoring import hash_score_range
@@ -46,6 +46,11 @@ class OpShape:
     def group(self) -> int:
         """Query heads that share a KV head."""
         return self.q_heads // self.kv_heads
+
+    @property
+    def limit(self) -> int:
+        """Greatest weight of a bit."""
+        return hashing.weight_limit(hashing.HashConfig(code_bits=self.code_bits), self.group, per_kv_head=True)
 
     @property
     def slots(self) -> int:
@@ -92,7 +97,7 @@ class OpInputs:
     keys: Float[Array, "batch one kv_heads head_dim"]
     values: Float[Array, "batch one kv_heads head_dim"]
     lengths: Int32[Array, "batch"]  # filled slots, before the new token
-    weights: Int32[Array, "batch one kv_heads code_bits"]  # int8
+    weights: Int32[Array, "batch one kv_heads code_bits"]  # of as many bits as the selector's
     signs: Int32[Array, "batch one kv_heads code_bits"]  # sums of the group's signs
     selector: LayerSelector
     hamming: LayerSelector  # the paper's form, its group summed
@@ -124,7 +129,7 @@ def draw_inputs(shape: OpShape) -> OpInputs:
         keys=jax.random.normal(keys[1], (*per_kv, shape.head_dim), dtype),
         values=jax.random.normal(keys[2], (*per_kv, shape.head_dim), dtype),
         lengths=jnp.full((shape.batch,), shape.length - 1, jnp.int32),
-        weights=jax.random.randint(keys[3], (*per_kv, shape.code_bits), -127, 128, jnp.int32),
+        weights=jax.random.randint(keys[3], (*per_kv, shape.code_bits), -shape.limit, shape.limit + 1, jnp.int32),
         signs=jnp.sum(2 * signs.astype(jnp.int32) - 1, axis=3),
         selector=selector(hashing.HashConfig(code_bits=shape.code_bits)),
         hamming=selector(hashing.HashConfig("symmetric", "none", shape.code_bits, centre=False)),
@@ -144,9 +149,9 @@ def draw_layer(key: Array, shape: OpShape) -> LayerCache:
     )
 
 
-def _sign_bits(shape: OpShape) -> int:
-    """Two's complement bits of a sum of the group's signs."""
-    return 1 if shape.group == 1 else shape.group.bit_length() + 1
+def _mixed(weights: Int32[Array, "*shape"], bit: Int32[Array, ""], limit: int) -> Int32[Array, "*shape"]:
+    """Weights that wait for a bit of the output before, and stay in their range."""
+    return jnp.clip(weights ^ bit, -limit, limit)
 
 
 def empty_op(bit: Int32[Array, ""], inputs: OpInputs, held: Held) -> tuple[Array, Held]:
@@ -156,13 +161,15 @@ def empty_op(bit: Int32[Array, ""], inputs: OpInputs, held: Held) -> tuple[Array
 
 def make_ops(shape: OpShape, dense: tuple[AttentionImpl, ...]) -> dict[str, Op]:
     """The operations by name. Each gets a bit of the output before it and mixes that into what it starts from."""
-    int8_range = hash_score_range(hashing.HashConfig(code_bits=shape.code_bits), shape.group, per_kv_head=True)
+    score_range = hash_score_range(hashing.HashConfig(code_bits=shape.code_bits), shape.group, per_kv_head=True)
 
     def score(bit, inputs, held):
-        return match_score(held.layer.codes, inputs.weights ^ bit, weight_bits=8)[:, 0]
+        return match_score(held.layer.codes, _mixed(inputs.weights, bit, shape.limit), weight_bits_of(shape.limit))[
+            :, 0
+        ]
 
     def score_signs(bit, inputs, held):
-        return match_score(held.layer.codes, inputs.signs ^ bit, weight_bits=_sign_bits(shape))[:, 0]
+        return match_score(held.layer.codes, _mixed(inputs.signs, bit, shape.group), weight_bits_of(shape.group))[:, 0]
 
     def select(scores, lengths, score_range):
         return select_tokens(scores, lengths, shape.selection, score_range)
@@ -177,15 +184,15 @@ def make_ops(shape: OpShape, dense: tuple[AttentionImpl, ...]) -> dict[str, Op]:
         return sparse_attention(nudged(bit, inputs)[:, 0], held.layer.keys, held.layer.values, *chosen)
 
     def choose(bit, inputs, held):
-        weights = (inputs.weights ^ bit)[:, 0]
-        return select_by_codes(held.layer.codes, weights, hashing.WEIGHT_LIMIT, inputs.lengths + 1, shape.selection)
+        weights = _mixed(inputs.weights, bit, shape.limit)[:, 0]
+        return select_by_codes(held.layer.codes, weights, shape.limit, inputs.lengths + 1, shape.selection)
 
     def choose_by_signs(bit, inputs, held):
-        weights = (inputs.signs ^ bit)[:, 0]
-        return select_by_codes(held.layer.codes, weights, shape.group + 1, inputs.lengths + 1, shape.selection)
+        weights = _mixed(inputs.signs, bit, shape.group)[:, 0]
+        return select_by_codes(held.layer.codes, weights, shape.group, inputs.lengths + 1, shape.selection)
 
     def choose_plainly(bit, inputs, held):
-        return select(score(bit, inputs, held), inputs.lengths + 1, int8_range)
+        return select(score(bit, inputs, held), inputs.lengths + 1, score_range)
 
     def read(bit, inputs, held):
         return attend(bit, inputs, held, choose(bit, inputs, held))
@@ -212,7 +219,7 @@ def make_ops(shape: OpShape, dense: tuple[AttentionImpl, ...]) -> dict[str, Op]:
     return {
         "score": reading(score),
         "score, Hamming": reading(score_signs),
-        "select": reading(lambda b, i, h: select(h.scores + b, i.lengths + 1, int8_range)),
+        "select": reading(lambda b, i, h: select(h.scores + b, i.lengths + 1, score_range)),
         "lax.top_k": reading(lambda b, i, h: take_top(h.scores[:, :, : shape.length] + b)),
         "score + select": reading(choose),
         "score + select, Hamming": reading(choose_by_signs),
@@ -250,9 +257,9 @@ def read_bytes(shape: OpShape, name: str, inputs: OpInputs) -> int:
 def _hold(layer: LayerCache, inputs: OpInputs, shape: OpShape) -> Held:
     """A cache with its scores and what they select."""
     assert layer.codes is not None
-    scores = match_score(layer.codes, inputs.weights, weight_bits=8)[:, 0]
-    int8_range = hash_score_range(hashing.HashConfig(code_bits=shape.code_bits), shape.group, per_kv_head=True)
-    indices, is_real = select_tokens(scores, inputs.lengths + 1, shape.selection, int8_range)
+    scores = match_score(layer.codes, inputs.weights, weight_bits_of(shape.limit))[:, 0]
+    score_range = hash_score_range(hashing.HashConfig(code_bits=shape.code_bits), shape.group, per_kv_head=True)
+    indices, is_real = select_tokens(scores, inputs.lengths + 1, shape.selection, score_range)
     return Held(layer, scores, indices, is_real)
 
 

@@ -250,9 +250,12 @@ def test_a_code_matches_itself_in_all_bits_and_its_complement_in_none(bits):
     assert (matches(~bits) == 0).all()
 
 
+LARGEST = 7  # of weights of four bits
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("per_kv_head", [False, True])
-def test_query_weights_are_signs_or_int8_of_the_query_side(form, per_kv_head):
+def test_query_weights_are_signs_or_few_bits_of_the_query_side(form, per_kv_head):
     cfg = FORMS[form]
     if per_kv_head and cfg.code_heads == "query":
         return  # needs one code per KV head
@@ -263,26 +266,26 @@ def test_query_weights_are_signs_or_int8_of_the_query_side(form, per_kv_head):
     if per_kv_head:  # sums come before rounding
         outputs = outputs.reshape(BATCH, LEN, KV_HEADS, GROUP, -1).sum(3)
     if cfg.form == "asymmetric":
-        outputs = outputs * 127 / np.abs(outputs).max(-1, keepdims=True)
+        outputs = outputs * LARGEST / np.abs(outputs).max(-1, keepdims=True)
     weights = np.asarray(query_weights(params, queries, cfg, per_kv_head))
     assert weights.dtype == np.int32
     limit = hashing.weight_limit(cfg, GROUP, per_kv_head)
-    assert limit == (127 if cfg.form == "asymmetric" else GROUP if per_kv_head else 1)
+    assert limit == (LARGEST if cfg.form == "asymmetric" else GROUP if per_kv_head else 1)
     assert np.abs(weights).max() <= limit
     if cfg.form == "asymmetric":
-        assert (np.abs(weights).max(-1) == 127).all()
+        assert (np.abs(weights).max(-1) == LARGEST).all()
         assert np.abs(weights - outputs).max() < 0.51
     else:
         np.testing.assert_array_equal(weights, outputs)
 
 
 @given(st.integers(0, 2**16))
-def test_rounding_weights_to_int8_moves_a_score_by_at_most_half_a_unit_per_bit(seed):
+def test_rounding_weights_moves_a_score_by_at_most_half_a_unit_per_bit(seed):
     cfg = FORMS["asymmetric"]
     params, queries = random_params(cfg), draw_queries(cfg, seed=seed)
     real = np.asarray(hash_queries(params, queries, cfg), np.float64)
     weights = np.asarray(query_weights(params, queries, cfg), np.float64)
-    unit = np.abs(real).max(-1, keepdims=True) / 127
+    unit = np.abs(real).max(-1, keepdims=True) / LARGEST
     codes = np.random.default_rng(seed).integers(0, 2, (cfg.code_bits, 40))
     error = np.abs(real @ codes - unit * weights @ codes)
     assert (error <= 0.5001 * unit * codes.sum(0)).all()

@@ -48,7 +48,6 @@ class Plan:
     words: int
     kv_len: int
     chunk: int
-    offset: int  # added to a score: the least rank of a visible token is 1
     rank_bits: int
     sink_tokens: int
     recent_tokens: int
@@ -141,10 +140,21 @@ def _in_filled_chunk(is_filled, counts_ref, count) -> None:
     pl.when(jnp.logical_not(is_filled))(clear)
 
 
+def _least_score(meta_ref, plan: Plan) -> Int32[Array, ""]:
+    """Sum of a row's negative weights."""
+    places = jnp.arange(1 << (plan.words * BYTE - 1).bit_length(), dtype=jnp.int32)
+    packed = plgpu.load(meta_ref.at[2 + places], mask=places < plan.words * BYTE, other=0)
+    total = jnp.zeros(places.shape, jnp.int32)
+    for place in range(0, WORD_BITS, BYTE):
+        total = total + jnp.minimum((packed << (WORD_BITS - BYTE - place)) >> (WORD_BITS - BYTE), 0)
+    return jnp.sum(total)
+
+
 def _score_kernel(meta_ref, codes_ref, ranks_ref, counts_ref, *, plan: Plan) -> None:
     start, end = pl.program_id(1) * plan.chunk, meta_ref[0]
     width = min(STEP, plan.chunk)
     packed = [meta_ref[2 + place] for place in range(plan.words * BYTE)]
+    offset = 1 - _least_score(meta_ref, plan)  # the least rank of a visible token is 1
 
     def score_step(step, fields):
         positions = _positions(start, step, width)
@@ -159,7 +169,7 @@ def _score_kernel(meta_ref, codes_ref, ranks_ref, counts_ref, *, plan: Plan) -> 
                 total = _dot_bytes(bits & mask, packed[word * BYTE + place], total, plan.interpret)
             scores = scores + (total >> place)
         is_always_read = (positions < plan.sink_tokens) | (positions >= end - plan.recent_tokens)
-        ranks = jnp.where(is_always_read, plan.always, scores + plan.offset)
+        ranks = jnp.where(is_always_read, plan.always, scores + offset)
         ranks = jnp.where(positions < end, ranks, 0)
         plgpu.store(ranks_ref.at[at], ranks.astype(plan.dtype), mask=is_there)
         return _add_digits(ranks, plan.shifts[0], fields)
@@ -282,12 +292,12 @@ def score_select_pallas_triton(
 ) -> tuple[Int32[Array, "batch heads max_budget"], Bool[Array, "batch heads max_budget"]]:
     """As the reference."""
     batch, code_heads, words, kv_len = codes.shape
-    heads, bound = weights.shape[1], limit * WORD_BITS * words
+    heads, bound = weights.shape[1], limit * WORD_BITS * words  # a row's scores spread over sum(abs(weights))
     rows = batch * heads
     plan = Plan(
         rows=rows, heads=heads, code_heads=code_heads, words=words, kv_len=kv_len, chunk=choose_chunk(rows, kv_len),
-        offset=bound + 1, rank_bits=(2 * bound + 2).bit_length(), sink_tokens=sink_tokens, recent_tokens=recent_tokens,
-        max_budget=max_budget, interpret=interpret,
+        rank_bits=(bound + 2).bit_length(), sink_tokens=sink_tokens, recent_tokens=recent_tokens, max_budget=max_budget,
+        interpret=interpret,
     )  # fmt: skip
     budgets = jnp.minimum(budgets, ends)
     scalars = jnp.stack([jnp.repeat(ends, heads), jnp.repeat(budgets, heads)], axis=1)
