@@ -30,6 +30,7 @@ def test_the_paper_preset_is_the_published_recipe(parse):
         "code_bits": 128,
         "hidden": 128,
         "code_heads": "query",
+        "weight_bits": 4,
         "centre": False,
     }
     ranking = {name: got["ranking"][name] for name in got["ranking"] if name != "queries_at_once"}  # memory alone
