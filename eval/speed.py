@@ -273,7 +273,8 @@ def _ops_tables(cfg: SpeedConfig, rows: Sequence[Row]) -> list[Table]:
         for row in own:
             times = [f"{row[name] * 1e6:,.1f}" for name in ("seconds", "least", "greatest", "floor_seconds")]
             is_layer = "layer" in row["op"] and any(other["method"].startswith("dense") for other in own)
-            ratio = f"{fastest_dense(own, row)['seconds'] / row['seconds']:.2f} x" if is_layer else ""
+            is_measured = is_layer and row["seconds"] > 0  # 0: no longer than the empty loop, on a noisy machine
+            ratio = f"{fastest_dense(own, row)['seconds'] / row['seconds']:.2f} x" if is_measured else ""
             lines.append([row["op"], times[0], f"{times[1]} to {times[2]}", times[3], ratio])
         title = f"{cfg.preset}, {cfg.dtype}, {batch} x {length:,} tokens, {100 * cfg.keep:g} % read: one layer"
         tables.append(make_table(title, ["operation", "µs", "range", "floor", "speed"], lines))
