@@ -1,10 +1,16 @@
 """Kernels are tried before they are used, also in the middle of a trace."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from spotlight_jax.kernels import hash_networks, pair_cost, score_select, sparse_attention
+from spotlight_jax.kernels.hash_networks.pallas_triton import hash_networks_pallas_triton
+from spotlight_jax.kernels.pair_cost.pallas_triton import pair_sums_pallas_triton
+from spotlight_jax.kernels.score_select.pallas_triton import score_select_pallas_triton
+from spotlight_jax.kernels.sparse_attention.pallas_triton import sparse_attention_pallas_triton
 from spotlight_jax.kernels.trust import is_trusted
 
 
@@ -46,6 +52,25 @@ def test_a_device_that_cannot_run_the_kernels_takes_xla(gpu):
     with pytest.warns(RuntimeWarning, match="does not run here"):
         assert not score_select.is_fused(127) and not hash_networks.is_fused()
         assert sparse_attention.choose_impl() == "gather" and pair_cost.choose_impl() == "xla"
+
+
+KERNELS = [
+    (score_select, score_select_pallas_triton, lambda: score_select.is_fused(127)),
+    (sparse_attention, sparse_attention_pallas_triton, lambda: sparse_attention.choose_impl() == "pallas_triton"),
+    (hash_networks, hash_networks_pallas_triton, lambda: hash_networks.is_fused()),
+    (pair_cost, pair_sums_pallas_triton, lambda: pair_cost.choose_impl() == "pallas_triton"),
+]
+
+
+@pytest.mark.parametrize("op, kernel, is_taken", KERNELS, ids=[kernel.__name__ for _, kernel, _ in KERNELS])
+def test_every_kernel_passes_its_check_while_a_program_is_traced(gpu, monkeypatch, op, kernel, is_taken):
+    """On the interpreter."""
+    monkeypatch.setattr(op, kernel.__name__, functools.partial(kernel, interpret=True))
+
+    def program(x):
+        return x + 1 if is_taken() else x
+
+    assert float(jax.jit(program)(1.0)) == 2
 
 
 @pytest.mark.gpu
