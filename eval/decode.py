@@ -113,10 +113,15 @@ def random_cache(engine: Engine, lengths: Sequence[int], max_len: int) -> Cache:
     return Cache(layers=layers, lengths=jnp.asarray(lengths, jnp.int32))
 
 
+def decoded(new_tokens: int, rounds: int) -> int:
+    """Tokens that each sequence gets beside its prompt: a round more than is timed, which compiles and warms up."""
+    return new_tokens * (rounds + 1) + 2
+
+
 def time_model(cfg: DecodeSpeedConfig, engine: Engine, lengths: Sequence[int]) -> Iterator[float]:
     """Prefill, then an endless decode: yields prefill seconds first, then seconds per step of each round."""
     vocab = engine.model_cfg.vocab
-    total = cfg.new_tokens * (cfg.rounds + 1) + 2
+    total = decoded(cfg.new_tokens, cfg.rounds)
     rng = np.random.default_rng(0)
     compiled, start = engine.compile_seconds, time.perf_counter()
     if cfg.skip_prefill:
@@ -167,7 +172,7 @@ def measure(cfg: DecodeSpeedConfig, model_cfg: DecoderConfig, params: dict, sele
 
 def plan(cfg: DecodeSpeedConfig, model_cfg: DecoderConfig, code_bits: int) -> MemoryPlan:
     """What `measure` needs: both methods' caches where both are timed."""
-    batch, room = len(cfg.lengths), max(cfg.lengths) + cfg.new_tokens * (cfg.rounds + 1) + 2
+    batch, room = len(cfg.lengths), max(cfg.lengths) + decoded(cfg.new_tokens, cfg.rounds)
     hash_cfg = hashing.HashConfig(code_bits=code_bits) if "sparse" in cfg.methods else None
     chunk = 1 if cfg.skip_prefill else cfg.prefill_chunk or 2048
     selection = SelectionConfig(keep=cfg.keep, min_context=0)

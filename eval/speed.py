@@ -77,7 +77,7 @@ class SpeedConfig:
     batches: tuple[int, ...] = (1,)
     """Sequences that operations are timed with, every length with every batch."""
     model_lengths: tuple[int, ...] = ()
-    """Cached tokens of each sequence that whole models are timed at."""
+    """Cached tokens of each sequence that whole models are timed at, those that are decoded included."""
     model_batches: tuple[int, ...] = ()
     """Sequences that whole models decode together, every length with every batch that fits."""
     ops: tuple[str, ...] = ()
@@ -118,6 +118,9 @@ class SpeedConfig:
         given = {name: getattr(self, name) or value for name, value in defaults.items()}
         given["dtype"] = decode.resolve_dtype(self.dtype).name
         return dataclasses.replace(self, **given)
+
+
+_MORE_MEMORY = " (JAX takes 75 % of a GPU; XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 lets it take more)"
 
 
 def _spread(seconds: Sequence[float]) -> Row:
@@ -170,8 +173,9 @@ def time_decoding(
     cfg: SpeedConfig, batch: int, length: int, loaded: tuple, bandwidth: float, record: Record
 ) -> list[Row]:
     """Rows of dense and sparse decoding, timed in turn where both caches fit, else apart; none where neither fits."""
+    prompt = max(length - decode.decoded(cfg.new_tokens, cfg.rounds), 1)
     point = decode.DecodeSpeedConfig(
-        preset=cfg.preset or "", lengths=(length,) * batch, new_tokens=cfg.new_tokens, rounds=cfg.rounds,
+        preset=cfg.preset or "", lengths=(prompt,) * batch, new_tokens=cfg.new_tokens, rounds=cfg.rounds,
         keep=cfg.keep, code_bits=cfg.code_bits, dtype=cfg.dtype, skip_prefill=True,
     )  # fmt: skip
     model_cfg, params, _ = loaded
@@ -186,7 +190,7 @@ def time_decoding(
     else:
         apart = [dataclasses.replace(point, methods=(name,)) for name in point.methods]
         if not all(map(fits, apart)):
-            record.say(f"speed: {batch} x {length} tokens do not fit beside the weights and are left out")
+            record.say(f"speed: {batch} x {length} tokens do not fit beside the weights and are left out{_MORE_MEMORY}")
             return []
         results, how = {}, "apart"
         for alone in apart:
