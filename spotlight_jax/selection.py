@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32, UInt32
 
 from spotlight_jax.errors import InputError
 from spotlight_jax.kernels.match_score import match_score, weight_bits_of
-from spotlight_jax.kernels.score_select import is_fused, score_select
+from spotlight_jax.kernels.score_select import is_fused, pack_weights, score_select
 from spotlight_jax.kernels.select_top import mask_top, select_top
 
 SHARE_STEPS = 1_000_000  # `keep` counts in millionths, so that its budget is the same integer everywhere
@@ -180,7 +180,7 @@ def select_by_codes(
     if is_fused(limit):
         budgets, most = budget_of(lengths, cfg), max_budget(codes.shape[-1], cfg)
         always = cfg.sink_tokens, max(cfg.recent_tokens, 1)
-        return score_select(codes, weights, lengths, budgets, most, limit, *always)
+        return score_select(codes, pack_weights(weights), lengths, budgets, most, limit, *always)
     scores = match_score(codes, weights[:, None], weight_bits_of(limit))[:, 0]
     bound = limit * weights.shape[-1]
     return select_tokens(scores, lengths, cfg, (-bound, bound))

@@ -10,14 +10,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spotlight_jax.errors import InputError
-from spotlight_jax.kernels.score_select import score_select
+from spotlight_jax.kernels.score_select import pack_weights, score_select
 from spotlight_jax.kernels.score_select.cases import CASES
-from spotlight_jax.kernels.score_select.pallas_triton import choose_chunk, score_select_pallas_triton
+from spotlight_jax.kernels.score_select.packing import unpack_weights
+from spotlight_jax.kernels.score_select.pallas_triton import STEP, choose_chunk, score_select_pallas_triton
 from tests.kernels.cuda import lower_for_cuda
 
 STATIC = ("max_budget", "limit", "sink_tokens", "recent_tokens")
-interpreted = jax.jit(functools.partial(score_select_pallas_triton, interpret=True), static_argnames=STATIC)
-reference = jax.jit(functools.partial(score_select, impl="reference"), static_argnames=STATIC)
+
+
+def packing(run):
+    """The call with plain weights."""
+    packed = jax.jit(run, static_argnames=STATIC)
+    return lambda codes, weights, *args, **static: packed(codes, pack_weights(jnp.asarray(weights)), *args, **static)
+
+
+interpreted = packing(functools.partial(score_select_pallas_triton, interpret=True))
+reference = packing(functools.partial(score_select, impl="reference"))
 
 
 def choose_by_numpy(codes, weights, end, budget, sinks, recent):
@@ -81,13 +90,13 @@ def test_the_kernels_equal_the_reference_whatever_is_cached(data):
 @pytest.mark.parametrize("rows, kv_len", [(1, 100), (4, 131072), (4, 524288), (32, 131072), (3, 2**21)])
 def test_a_row_has_few_chunks_and_a_chunk_fits_16_bit_counts(rows, kv_len):
     chunk = choose_chunk(rows, kv_len)
-    assert chunk & (chunk - 1) == 0 and chunk < 2**15
+    assert chunk == STEP or (chunk % (2 * STEP) == 0 and chunk <= 15 * STEP)
     assert -(-kv_len // chunk) <= 256
 
 
 def shapes_of(case):
     codes = jax.ShapeDtypeStruct((case.batch, case.code_heads, case.code_bits // 32, case.kv_len), jnp.uint32)
-    weights = jax.ShapeDtypeStruct((case.batch, case.heads, case.code_bits), jnp.int32)
+    weights = jax.ShapeDtypeStruct((case.batch, case.heads, case.code_bits // 4), jnp.int32)
     return codes, weights, *(jax.ShapeDtypeStruct((case.batch,), jnp.int32),) * 2
 
 
@@ -105,10 +114,10 @@ def test_the_kernels_equal_the_reference_on_a_gpu(case):
     codes, weights, rng = draw_call(3, *call)
     ends = rng.integers(case.budget, case.kv_len, case.batch, endpoint=True).astype(np.int32)
     budgets = rng.integers(1, case.budget, case.batch, endpoint=True).astype(np.int32)
-    run = jax.jit(functools.partial(score_select), static_argnames=(*STATIC, "impl"))
     static = {"max_budget": case.budget, "limit": case.limit}
     found, expected = (
-        run(codes, weights, ends, budgets, **static, impl=impl) for impl in ("pallas_triton", "reference")
+        packing(functools.partial(score_select, impl=impl))(codes, weights, ends, budgets, **static)
+        for impl in ("pallas_triton", "reference")
     )
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_array_equal(one, other)
@@ -118,6 +127,16 @@ def test_shapes_that_do_not_fit_are_refused():
     codes, weights = map(jnp.asarray, draw_call(0, 1, 2, 3, 64, 40, 7, False)[:2])
     one = jnp.ones((1,), jnp.int32)
     with pytest.raises(InputError, match="multiple of code_heads"):
-        score_select(codes, weights, one, one, 4, 7)
+        score_select(codes, pack_weights(weights), one, one, 4, 7)
     with pytest.raises(InputError, match="do not fit int8"):
-        score_select(codes, weights[:, :2], one, one, 4, 128)
+        score_select(codes, pack_weights(weights[:, :2]), one, one, 4, 128)
+    with pytest.raises(InputError, match="do not fit: batch"):
+        score_select(codes, weights[:, :2], one, one, 4, 7)
+
+
+def test_packed_weights_by_hand():
+    weights = jnp.arange(-32, 32, dtype=jnp.int32)[None]
+    packed = np.asarray(pack_weights(weights))
+    assert packed.shape == (1, 16) and packed[0, 3].tobytes() == np.array([-29, -21, -13, -5], np.int8).tobytes()
+    assert packed[0, 8].tobytes() == np.array([0, 8, 16, 24], np.int8).tobytes()
+    np.testing.assert_array_equal(unpack_weights(jnp.asarray(packed)), weights)

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32, UInt32
 
 from spotlight_jax.errors import InputError
+from spotlight_jax.kernels.score_select.packing import pack_weights
 from spotlight_jax.kernels.score_select.pallas_triton import score_select_pallas_triton
 from spotlight_jax.kernels.score_select.reference import score_select_reference
 from spotlight_jax.kernels.trust import is_trusted
 
-__all__ = ["INT8_LIMIT", "ScoreSelectImpl", "is_fused", "score_select"]
+__all__ = ["INT8_LIMIT", "ScoreSelectImpl", "is_fused", "pack_weights", "score_select"]
 
 ScoreSelectImpl = Literal["reference", "pallas_triton"]
 
@@ -29,7 +30,7 @@ def _agree() -> bool:
     keys = jax.random.split(jax.random.key(0), 2)
     codes = jax.random.bits(keys[0], (2, 1, 2, 3000), jnp.uint32)
     weights = jax.random.randint(keys[1], (2, 2, 64), -9, 10, jnp.int32)
-    call = codes, weights, jnp.asarray([2900, 700], jnp.int32), jnp.asarray([100, 64], jnp.int32)
+    call = codes, pack_weights(weights), jnp.asarray([2900, 700], jnp.int32), jnp.asarray([100, 64], jnp.int32)
     run = functools.partial(score_select, max_budget=100, limit=9, sink_tokens=2, recent_tokens=8)
     found, expected = (jax.jit(functools.partial(run, impl=impl))(*call) for impl in ("pallas_triton", "reference"))
     return all(bool(jnp.array_equal(*pair)) for pair in zip(found, expected, strict=True))
@@ -37,7 +38,7 @@ def _agree() -> bool:
 
 def score_select(
     codes: UInt32[Array, "batch code_heads words kv_len"],
-    weights: Int32[Array, "batch heads code_bits"],
+    weights: Int32[Array, "batch heads packed"],
     ends: Int32[Array, "batch"],
     budgets: Int32[Array, "batch"],
     max_budget: int,
@@ -50,7 +51,8 @@ def score_select(
 
     Args:
         codes: word-major packed codes; bit c of a code is bit c % 32 of word c // 32.
-        weights: one row per selecting head; head h reads the codes of code head h // (heads // code_heads).
+        weights: one row per selecting head, packed by `pack_weights`; head h reads the codes of code head
+            h // (heads // code_heads).
         ends: filled slots of each sequence, at least 1.
         budgets: tokens each head of a sequence reads, 1 to max_budget.
         max_budget: static width of the result.
@@ -64,12 +66,12 @@ def score_select(
         the weights.
     """
     batch, code_heads, words, _ = codes.shape
-    if weights.shape[0] != batch or weights.shape[1] % code_heads or weights.shape[2] != 32 * words:
+    if weights.shape[0] != batch or weights.shape[1] % code_heads or weights.shape[2] != 8 * words:
         raise InputError(
-            f"codes {codes.shape} and weights {weights.shape} do not fit: batch must be equal, heads a multiple of "
-            f"code_heads ({code_heads}) and code_bits 32 x words ({32 * words})"
+            f"codes {codes.shape} and packed weights {weights.shape} do not fit: batch must be equal, heads a multiple "
+            f"of code_heads ({code_heads}) and packed numbers 8 x words ({8 * words})"
         )
-    if impl == "pallas_triton" and limit > INT8_LIMIT:
+    if limit > INT8_LIMIT:
         raise InputError(f"weights up to {limit} do not fit int8 (at most {INT8_LIMIT})")
     run = {"reference": score_select_reference, "pallas_triton": score_select_pallas_triton}[impl]
     return run(codes, weights, ends, budgets, max_budget, limit, sink_tokens, recent_tokens)

@@ -22,20 +22,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Int32, UInt32
 
-WORD_BITS = 32
-BYTE = 8
+from spotlight_jax.kernels.score_select.packing import BYTE, WORD_BITS
+
 DIGIT_BITS = 5
 BINS = 1 << DIGIT_BITS
 FIELD_BITS = 4
 FIELDS = 8  # of a number
-ABOVE = BINS  # place of the count of ranks above all bins, of the last round
+ABOVE = BINS  # place of the count of ranks above all bins
 COUNTS = 64  # places of a chunk: bins, and the ranks above; a power of two
 
-PROGRAMS = 256  # at least, where there is work for so many: about two for each processor of a GPU
+PROGRAMS = 384  # at most, where chunks are long enough: three for each processor of an H100, all at work at once
 WARPS = 8
 STEP = 1024  # tokens that a program scores together
-WIDE_STEP = 2048  # ranks that it counts or compacts together
-SHORTEST_CHUNK, LONGEST_CHUNK = 512, 8192  # at most 15 steps: fields of four bits do not overflow
+WIDE_STEP = 2048  # ranks that it counts or compacts together; a chunk is one step or some wide ones
+LONGEST_CHUNK = 14 * STEP  # fields of four bits do not overflow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Plan:
     kv_len: int
     chunk: int
     rank_bits: int
+    span: int  # places of a byte whose weights fit one power of two
     sink_tokens: int
     recent_tokens: int
     max_budget: int
@@ -63,6 +64,11 @@ class Plan:
     def lanes(self) -> int:
         """Width of vectors over chunks: a power of two."""
         return 1 << (self.chunks - 1).bit_length()
+
+    @property
+    def width(self) -> int:
+        """Ranks that are counted or compacted together."""
+        return min(WIDE_STEP, self.chunk)
 
     @property
     def always(self) -> int:
@@ -81,45 +87,66 @@ class Plan:
 
 
 def choose_chunk(rows: int, kv_len: int) -> int:
-    """Tokens of a program: few enough that a GPU is full, many enough that histograms are small beside ranks."""
-    wanted = 1 << max(rows * kv_len // PROGRAMS, 1).bit_length() - 1
-    return min(max(wanted, SHORTEST_CHUNK), LONGEST_CHUNK)
+    """Tokens of a program: few enough that a GPU is full, many enough that all programs run at once."""
+    chunk = WIDE_STEP * -(-rows * kv_len // (PROGRAMS * WIDE_STEP))
+    return STEP if rows * kv_len <= PROGRAMS * STEP else min(chunk, LONGEST_CHUNK)
+
+
+def _elementwise(operation: str, *args: Array) -> Int32[Array, "step"]:
+    """One PTX instruction for every token."""
+    [result] = plgpu.elementwise_inline_asm(
+        f"{operation} $0, {', '.join(f'${place}' for place in range(1, len(args) + 1))};",
+        args=args,
+        constraints=",".join(["=r"] + ["r"] * len(args)),
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(args[-1].shape, jnp.int32)],
+    )
+    return result
+
+
+def _byte_of(packed: Int32[Array, "*shape"], place: int) -> Int32[Array, "*shape"]:
+    """The signed byte that begins at a bit."""
+    return (packed << (WORD_BITS - BYTE - place)) >> (WORD_BITS - BYTE)
+
+
+def _raise_bytes(packed: Int32[Array, ""], power: int) -> Int32[Array, ""]:
+    """Each signed byte times 2^power, where that is a signed byte too."""
+    kept = ((255 << power) & 255) * 0x01010101 - (1 << WORD_BITS)  # a negative int32
+    return (packed << power) & kept
 
 
 def _dot_bytes(
     bytes_: UInt32[Array, "step"], weights: Int32[Array, ""], total: Int32[Array, "step"], interpret: bool
 ) -> Int32[Array, "step"]:
     """total + the dot product of four unsigned bytes with four signed ones."""
-    if interpret:
-        for place in range(0, WORD_BITS, BYTE):
-            byte = ((bytes_ >> place) & 255).astype(jnp.int32)
-            total = total + byte * ((weights << (WORD_BITS - BYTE - place)) >> (WORD_BITS - BYTE))
-        return total
-    [total] = plgpu.elementwise_inline_asm(
-        "dp4a.u32.s32 $0, $1, $2, $3;",
-        args=[bytes_, jnp.broadcast_to(weights, bytes_.shape), total],
-        constraints="=r,r,r,r",
-        pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(total.shape, jnp.int32)],
-    )
+    if not interpret:
+        return _elementwise("dp4a.u32.s32", bytes_, jnp.broadcast_to(weights, bytes_.shape), total)
+    for place in range(0, WORD_BITS, BYTE):
+        byte = ((bytes_ >> place) & 255).astype(jnp.int32)
+        total = total + byte * _byte_of(weights, place)
     return total
 
 
-def _add_digits(relative: Int32[Array, "step"], shift: int, fields: tuple) -> tuple:
+def _add_digits(relative: Int32[Array, "step"], shift: int, fields: tuple, interpret: bool) -> tuple:
     """Count the digit at `shift` of every rank relative to the cut's lower end; what lies outside the bins is not."""
-    digits = lax.shift_right_logical(relative, shift)
-    one = jnp.int32(1) << ((digits & (FIELDS - 1)) * FIELD_BITS)
-    number = lax.shift_right_logical(digits, 3)
-    return tuple(field + jnp.where(number == place, one, 0) for place, field in enumerate(fields))
+    amounts = lax.shift_right_logical(relative, shift) * FIELD_BITS
+
+    def one_at(amounts):  # 0 where an amount is negative or past a number's end
+        if interpret:
+            return lax.shift_left(jnp.ones_like(amounts), amounts)
+        return _elementwise("shl.b32", jnp.ones_like(amounts), amounts)
+
+    return tuple(field + one_at(amounts - WORD_BITS * place) for place, field in enumerate(fields))
 
 
 def _store_digits(fields: tuple, counts_ref) -> None:
-    """Add up over the program's threads: two fields, sixteen bits apart, in one sum."""
+    """Add up over the program's threads, two fields, sixteen bits apart, in one sum; the highest bin goes first."""
+    lows = jnp.arange(FIELDS // 2, dtype=jnp.int32)
     for place, field in enumerate(fields):
-        for low in range(FIELDS // 2):
-            both = jnp.sum(lax.shift_right_logical(field, FIELD_BITS * low) & 0x000F000F)
-            counts_ref[FIELDS * place + low] = both & 0xFFFF
-            counts_ref[FIELDS * place + low + FIELDS // 2] = lax.shift_right_logical(both, 16)
+        both = jnp.sum(lax.shift_right_logical(field[None, :], FIELD_BITS * lows[:, None]) & 0x000F000F, axis=1)
+        highest = BINS - 1 - FIELDS * place
+        plgpu.store(counts_ref.at[highest - lows], both & 0xFFFF)
+        plgpu.store(counts_ref.at[highest - FIELDS // 2 - lows], lax.shift_right_logical(both, 16))
 
 
 def _no_fields(step: int) -> tuple:
@@ -140,148 +167,151 @@ def _in_filled_chunk(is_filled, counts_ref, count) -> None:
     pl.when(jnp.logical_not(is_filled))(clear)
 
 
-def _least_score(meta_ref, plan: Plan) -> Int32[Array, ""]:
+def _least_score(weights_ref, plan: Plan) -> Int32[Array, ""]:
     """Sum of a row's negative weights."""
     places = jnp.arange(1 << (plan.words * BYTE - 1).bit_length(), dtype=jnp.int32)
-    packed = plgpu.load(meta_ref.at[2 + places], mask=places < plan.words * BYTE, other=0)
+    packed = plgpu.load(weights_ref.at[places], mask=places < plan.words * BYTE, other=0)
     total = jnp.zeros(places.shape, jnp.int32)
     for place in range(0, WORD_BITS, BYTE):
-        total = total + jnp.minimum((packed << (WORD_BITS - BYTE - place)) >> (WORD_BITS - BYTE), 0)
+        total = total + jnp.minimum(_byte_of(packed, place), 0)
     return jnp.sum(total)
 
 
-def _score_kernel(meta_ref, codes_ref, ranks_ref, counts_ref, *, plan: Plan) -> None:
-    start, end = pl.program_id(1) * plan.chunk, meta_ref[0]
-    width = min(STEP, plan.chunk)
-    packed = [meta_ref[2 + place] for place in range(plan.words * BYTE)]
-    offset = 1 - _least_score(meta_ref, plan)  # the least rank of a visible token is 1
-
-    def score_step(step, fields):
-        positions = _positions(start, step, width)
-        at = pl.ds(step * width, width)
-        is_there = positions < plan.kv_len
-        words = [plgpu.load(codes_ref.at[jnp.int32(word), at], mask=is_there, other=0) for word in range(plan.words)]
-        scores = jnp.zeros((width,), jnp.int32)
-        for place in range(BYTE):
-            total = jnp.zeros((width,), jnp.int32)
+def _score_words(words: list[Array], packed: list[Array], plan: Plan) -> Int32[Array, "step"]:
+    """Scores of codes. Places of a byte whose weights can be brought to one power of two are added up together."""
+    scores = jnp.zeros(words[0].shape, jnp.int32)
+    for first in range(0, BYTE, plan.span):
+        last = min(first + plan.span, BYTE) - 1
+        total = jnp.zeros(words[0].shape, jnp.int32)
+        for place in range(first, last + 1):
             mask = jnp.uint32(0x01010101 << place)
             for word, bits in enumerate(words):
-                total = _dot_bytes(bits & mask, packed[word * BYTE + place], total, plan.interpret)
-            scores = scores + (total >> place)
-        is_always_read = (positions < plan.sink_tokens) | (positions >= end - plan.recent_tokens)
-        ranks = jnp.where(is_always_read, plan.always, scores + offset)
-        ranks = jnp.where(positions < end, ranks, 0)
+                weights = _raise_bytes(packed[word * BYTE + place], last - place)
+                total = _dot_bytes(bits & mask, weights, total, plan.interpret)
+        scores = scores + (total >> last)
+    return scores
+
+
+def _score_kernel(bounds_ref, weights_ref, codes_ref, ranks_ref, counts_ref, *, plan: Plan) -> None:
+    start, end = pl.program_id(1) * plan.chunk, bounds_ref[0]
+    packed = [weights_ref[place] for place in range(plan.words * BYTE)]
+    offset = 1 - _least_score(weights_ref, plan)  # the least rank of a visible token is 1
+
+    def score_step(step, fields):
+        positions = _positions(start, step, STEP)
+        at = pl.ds(step * STEP, STEP)
+        is_there = positions < plan.kv_len
+        words = [plgpu.load(codes_ref.at[jnp.int32(word), at], mask=is_there, other=0) for word in range(plan.words)]
+        ranks = _score_words(words, packed, plan) + offset
+
+        def force(ranks):
+            is_always_read = (positions < plan.sink_tokens) | (positions >= end - plan.recent_tokens)
+            return jnp.where(positions < end, jnp.where(is_always_read, plan.always, ranks), 0)
+
+        first = start + step * STEP
+        is_plain = (first >= plan.sink_tokens) & (first + STEP <= end - plan.recent_tokens)
+        ranks = lax.cond(is_plain, lambda ranks: ranks, force, ranks)
         plgpu.store(ranks_ref.at[at], ranks.astype(plan.dtype), mask=is_there)
-        return _add_digits(ranks, plan.shifts[0], fields)
+        return _add_digits(ranks, plan.shifts[0], fields, plan.interpret)
 
     def count():
-        _store_digits(lax.fori_loop(0, plan.chunk // width, score_step, _no_fields(width)), counts_ref)
+        _store_digits(lax.fori_loop(0, plan.chunk // STEP, score_step, _no_fields(STEP)), counts_ref)
+        counts_ref[ABOVE] = jnp.int32(0)
 
     _in_filled_chunk(start < end, counts_ref, count)
 
 
-def _load_counts(counts_ref, plan: Plan) -> Int32[Array, "counts lanes"]:
-    """Histograms of a row's chunks."""
-    chunks = jnp.arange(plan.lanes, dtype=jnp.int32)
-    places = jnp.arange(COUNTS, dtype=jnp.int32)
-    is_there = (places <= ABOVE)[:, None] & (chunks < plan.chunks)[None, :]
+def _load_ranks(ranks_ref, step, filled, plan: Plan) -> Int32[Array, "width"]:
+    """Some of a chunk's ranks; 0 behind those that there are."""
+    at = pl.ds(step * plan.width, plan.width)
+    is_there = _positions(0, step, plan.width) < filled
+    return plgpu.load(ranks_ref.at[at], mask=is_there, other=0).astype(jnp.int32)
+
+
+def _load_bins(counts_ref, plan: Plan) -> Int32[Array, "bins lanes"]:
+    """Histograms of a row's chunks, the highest bin first."""
+    chunks, places = jnp.arange(plan.lanes, dtype=jnp.int32), jnp.arange(BINS, dtype=jnp.int32)
+    is_there = jnp.broadcast_to((chunks < plan.chunks)[None, :], (BINS, plan.lanes))
     return plgpu.load(counts_ref.at[places[:, None], chunks[None, :]], mask=is_there, other=0)
 
 
-def _find_digit(counts: Int32[Array, "counts lanes"], wanted: Int32[Array, ""]) -> tuple:
-    """The greatest digit that `wanted` ranks of the row's bins reach, and how many lie above it."""
-    totals = jnp.sum(counts, axis=1)
-    places = jnp.arange(COUNTS, dtype=jnp.int32)
-    totals = jnp.where(places < BINS, totals, 0)
-    reached = jnp.sum(totals) - jnp.cumsum(totals) + totals
-    digit = jnp.sum(jnp.where((reached >= wanted) & (places < BINS), 1, 0)) - 1
-    return digit, jnp.sum(jnp.where(places > digit, totals, 0))
+def _find_bin(bins: Int32[Array, "bins lanes"], wanted: Int32[Array, ""]) -> tuple:
+    """Which bin holds the last of `wanted` ranks, and how many ranks lie in those before it."""
+    reached = jnp.cumsum(jnp.sum(bins, axis=1))
+    places = jnp.arange(1, BINS + 1, dtype=jnp.int32)
+    most = jnp.max(jnp.where(reached < wanted, reached * BINS + places, 0))  # of the last bin before: neither falls
+    return most & (BINS - 1), lax.shift_right_logical(most, DIGIT_BITS)
 
 
-def _refine_kernel(meta_ref, cut_ref, before_ref, ranks_ref, new_cut_ref, counts_ref, *, plan: Plan, done: int):
-    start, end = pl.program_id(1) * plan.chunk, meta_ref[0]
-    digit, above = _find_digit(_load_counts(before_ref, plan), meta_ref[1] - cut_ref[1])
-    base = cut_ref[0] + (digit << plan.shifts[done - 1])
+def _refine_kernel(bounds_ref, cut_ref, before_ref, ranks_ref, new_cut_ref, counts_ref, *, plan: Plan, done: int):
+    chunk = pl.program_id(1)
+    found, above = _find_bin(_load_bins(before_ref, plan), bounds_ref[1] - cut_ref[1])
+    base = cut_ref[0] + ((BINS - 1 - found) << plan.shifts[done - 1])
     new_cut_ref[0] = base
     new_cut_ref[1] = cut_ref[1] + above
-    width, shift = min(WIDE_STEP, plan.chunk), plan.shifts[done]
+    shift = plan.shifts[done]
 
-    def count_step(step, carry):
-        fields, above = carry
-        at = pl.ds(step * width, width)
-        ranks = plgpu.load(ranks_ref.at[at], mask=_positions(start, step, width) < plan.kv_len, other=0)
-        relative = ranks.astype(jnp.int32) - base
-        return _add_digits(relative, shift, fields), above + jnp.where(relative >= BINS, 1, 0)
+    def count_step(step, fields):
+        ranks = _load_ranks(ranks_ref, step, plan.kv_len - chunk * plan.chunk, plan)
+        return _add_digits(ranks - base, shift, fields, plan.interpret)
 
     def count():
-        zero = _no_fields(width), jnp.zeros((width,), jnp.int32)
-        fields, above = lax.fori_loop(0, plan.chunk // width, count_step, zero)
-        _store_digits(fields, counts_ref)
-        if shift == 0:
-            counts_ref[ABOVE] = jnp.sum(above)
+        _store_digits(lax.fori_loop(0, plan.chunk // plan.width, count_step, _no_fields(plan.width)), counts_ref)
+        places = jnp.arange(BINS, dtype=jnp.int32)
+        own = plgpu.load(before_ref.at[places, chunk])
+        counts_ref[ABOVE] = before_ref[ABOVE, chunk] + jnp.sum(jnp.where(places < found, own, 0))
 
-    _in_filled_chunk(start < end, counts_ref, count)
+    _in_filled_chunk(chunk * plan.chunk < bounds_ref[0], counts_ref, count)
 
 
-def _compact_kernel(meta_ref, cut_ref, before_ref, ranks_ref, places_ref, *, plan: Plan) -> None:
-    budget = meta_ref[1]
-    counts = _load_counts(before_ref, plan)
-    digit, _ = _find_digit(counts, budget - cut_ref[1])
-    cut = cut_ref[0] + digit
-    rows = jnp.arange(COUNTS, dtype=jnp.int32)[:, None]
-    ties = jnp.sum(jnp.where(rows == digit, counts, 0), axis=0)
-    above = jnp.sum(jnp.where(rows > digit, counts, 0), axis=0)
-    newer_ties = jnp.sum(ties) - jnp.cumsum(ties)
-    taken = jnp.clip(budget - jnp.sum(above) - newer_ties, 0, ties)
-    chunk = pl.program_id(1)
-    start = chunk * plan.chunk
+def _compact_kernel(bounds_ref, cut_ref, before_ref, ranks_ref, places_ref, *, plan: Plan) -> None:
+    budget = bounds_ref[1]
+    bins = _load_bins(before_ref, plan)
+    found, above_cut = _find_bin(bins, budget - cut_ref[1])
+    cut = cut_ref[0] + BINS - 1 - found
     chunks = jnp.arange(plan.lanes, dtype=jnp.int32)
+    rows = jnp.arange(BINS, dtype=jnp.int32)[:, None]
+    both = jnp.sum(jnp.where(rows < found, bins, 0) + jnp.where(rows == found, bins << 16, 0), axis=0)
+    ties = lax.shift_right_logical(both, 16)  # of each chunk
+    above = (both & 0xFFFF) + plgpu.load(before_ref.at[ABOVE, chunks], mask=chunks < plan.chunks, other=0)
+    newer_ties = jnp.sum(ties) - jnp.cumsum(ties)
+    taken = jnp.clip(budget - cut_ref[1] - above_cut - newer_ties, 0, ties)
+    chunk = pl.program_id(1)
     first = jnp.sum(jnp.where(chunks < chunk, above + taken, 0))
-    dropped = jnp.sum(jnp.where(chunks == chunk, ties - taken, 0))
-    chosen = jnp.sum(jnp.where(chunks == chunk, above + taken, 0))
-    width = min(WIDE_STEP, plan.chunk)
+    own = jnp.sum(jnp.where(chunks == chunk, ((above + taken) << 16) + ties - taken, 0))
+    chosen, dropped = lax.shift_right_logical(own, 16), own & 0xFFFF
+    start = chunk * plan.chunk
 
     def compact_step(step, carry):
         above_before, ties_before = carry
-        at = pl.ds(step * width, width)
-        positions = _positions(start, step, width)
-        ranks = plgpu.load(ranks_ref.at[at], mask=positions < plan.kv_len, other=0).astype(jnp.int32)
+        ranks = _load_ranks(ranks_ref, step, plan.kv_len - start, plan)
         both = jnp.cumsum(jnp.where(ranks > cut, 1, 0) + jnp.where(ranks == cut, 1 << 16, 0))
         above = above_before + (both & 0xFFFF)
         ties = ties_before + lax.shift_right_logical(both, 16)
         is_chosen = (ranks > cut) | ((ranks == cut) & (ties > dropped))
         slots = jnp.where(is_chosen, first + above + jnp.maximum(ties - dropped, 0) - 1, plan.max_budget)
-        plgpu.store(places_ref.at[slots], positions, mask=is_chosen)
-        return jnp.max(above), jnp.max(ties)
+        plgpu.store(places_ref.at[slots], _positions(start, step, plan.width), mask=is_chosen)
+        last = jnp.max(both)  # neither half ever falls
+        return above_before + (last & 0xFFFF), ties_before + lax.shift_right_logical(last, 16)
 
     def compact():
-        lax.fori_loop(0, plan.chunk // width, compact_step, (jnp.int32(0), jnp.int32(0)))
+        lax.fori_loop(0, plan.chunk // plan.width, compact_step, (jnp.int32(0), jnp.int32(0)))
 
     def clear_step(step, _):
-        slots = step * width + jnp.arange(width, dtype=jnp.int32)
+        slots = _positions(0, step, WIDE_STEP)
         is_free = (slots >= budget) & (slots < plan.max_budget)
         plgpu.store(places_ref.at[slots], jnp.zeros_like(slots), mask=is_free)
 
     def clear():  # slots that a smaller budget leaves
-        lax.fori_loop(budget // width, -(-plan.max_budget // width), clear_step, None)
+        lax.fori_loop(budget // WIDE_STEP, -(-plan.max_budget // WIDE_STEP), clear_step, None)
 
     pl.when(chosen > 0)(compact)
     pl.when(chunk == plan.chunks - 1)(clear)
 
 
-def _pack_weights(weights: Int32[Array, "batch heads code_bits"]) -> Int32[Array, "rows packed"]:
-    """Four int8 weights to a number: those of bits j, j + 8, j + 16 and j + 24 of a word go to its number j."""
-    rows = weights.shape[0] * weights.shape[1]
-    bytes_ = (weights & 255).reshape(rows, -1, WORD_BITS // BYTE, BYTE)
-    packed = bytes_[:, :, 0]
-    for place in range(1, WORD_BITS // BYTE):
-        packed = packed | (bytes_[:, :, place] << (BYTE * place))
-    return packed.reshape(rows, -1)
-
-
 def score_select_pallas_triton(
     codes: UInt32[Array, "batch code_heads words kv_len"],
-    weights: Int32[Array, "batch heads code_bits"],
+    weights: Int32[Array, "batch heads packed"],
     ends: Int32[Array, "batch"],
     budgets: Int32[Array, "batch"],
     max_budget: int,
@@ -296,12 +326,11 @@ def score_select_pallas_triton(
     rows = batch * heads
     plan = Plan(
         rows=rows, heads=heads, code_heads=code_heads, words=words, kv_len=kv_len, chunk=choose_chunk(rows, kv_len),
-        rank_bits=(bound + 2).bit_length(), sink_tokens=sink_tokens, recent_tokens=recent_tokens, max_budget=max_budget,
-        interpret=interpret,
+        rank_bits=(bound + 2).bit_length(), span=BYTE - limit.bit_length(), sink_tokens=sink_tokens,
+        recent_tokens=recent_tokens, max_budget=max_budget, interpret=interpret,
     )  # fmt: skip
     budgets = jnp.minimum(budgets, ends)
-    scalars = jnp.stack([jnp.repeat(ends, heads), jnp.repeat(budgets, heads)], axis=1)
-    meta = jnp.concatenate([scalars, _pack_weights(weights)], axis=1)
+    bounds = jnp.stack([ends, budgets], axis=1)
 
     def row_and_chunk(*shape):
         return pl.BlockSpec(shape, lambda row, chunk: (row,) + (0,) * (len(shape) - 2) + (chunk,))
@@ -313,7 +342,8 @@ def score_select_pallas_triton(
     codes_of = pl.BlockSpec(
         (None, None, words, plan.chunk), lambda row, chunk: (row // heads, row % heads // group, 0, chunk)
     )
-    of_meta, of_ranks, of_counts = row_of(meta.shape[1]), row_and_chunk(None, plan.chunk), row_of(COUNTS, plan.chunks)
+    of_bounds = pl.BlockSpec((None, 2), lambda row, chunk: (row // heads, 0))
+    of_ranks, of_counts = row_and_chunk(None, plan.chunk), row_of(COUNTS, plan.chunks)
     own_counts = row_and_chunk(None, COUNTS, None)
     counts_shape = jax.ShapeDtypeStruct((rows, COUNTS, plan.chunks), jnp.int32)
     ranks_shape = jax.ShapeDtypeStruct((rows, kv_len), plan.dtype)
@@ -325,20 +355,21 @@ def score_select_pallas_triton(
     )
     ranks, counts = call(
         functools.partial(_score_kernel, plan=plan), name="score_ranks",
-        in_specs=[of_meta, codes_of], out_specs=[of_ranks, own_counts], out_shape=[ranks_shape, counts_shape],
-    )(meta, codes)  # fmt: skip
+        in_specs=[of_bounds, row_of(weights.shape[2]), codes_of], out_specs=[of_ranks, own_counts],
+        out_shape=[ranks_shape, counts_shape],
+    )(bounds, weights.reshape(rows, -1), codes)  # fmt: skip
     cut = jnp.zeros((rows, 2), jnp.int32)  # the cut's digits so far, and how many ranks lie above them
     for done in range(1, len(plan.shifts)):
         cut, counts = call(
             functools.partial(_refine_kernel, plan=plan, done=done), name="refine_cut",
-            in_specs=[of_meta, row_of(2), of_counts, of_ranks], out_specs=[row_of(2), own_counts],
+            in_specs=[of_bounds, row_of(2), of_counts, of_ranks], out_specs=[row_of(2), own_counts],
             out_shape=[jax.ShapeDtypeStruct(cut.shape, jnp.int32), counts_shape],
-        )(meta, cut, counts, ranks)  # fmt: skip
+        )(bounds, cut, counts, ranks)  # fmt: skip
     places = call(
         functools.partial(_compact_kernel, plan=plan), name="compact_chosen",
-        in_specs=[of_meta, row_of(2), of_counts, of_ranks], out_specs=row_of(max_budget),
+        in_specs=[of_bounds, row_of(2), of_counts, of_ranks], out_specs=row_of(max_budget),
         out_shape=jax.ShapeDtypeStruct((rows, max_budget), jnp.int32),
-    )(meta, cut, counts, ranks)  # fmt: skip
+    )(bounds, cut, counts, ranks)  # fmt: skip
     is_real = jnp.arange(max_budget, dtype=jnp.int32)[None, None, :] < budgets[:, None, None]
     shape = (batch, heads, max_budget)
     return places.reshape(shape), jnp.broadcast_to(is_real, shape)

@@ -4,12 +4,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32, UInt32
 
 from spotlight_jax.kernels.match_score.reference import match_score_reference
+from spotlight_jax.kernels.score_select.packing import unpack_weights
 from spotlight_jax.kernels.select_top.reference import select_top_reference
 
 
 def score_select_reference(
     codes: UInt32[Array, "batch code_heads words kv_len"],
-    weights: Int32[Array, "batch heads code_bits"],
+    weights: Int32[Array, "batch heads packed"],
     ends: Int32[Array, "batch"],
     budgets: Int32[Array, "batch"],
     max_budget: int,
@@ -18,8 +19,9 @@ def score_select_reference(
     recent_tokens: int = 1,
 ) -> tuple[Int32[Array, "batch heads max_budget"], Bool[Array, "batch heads max_budget"]]:
     """`score_select` by sorting."""
-    scores = match_score_reference(codes, weights[:, None])[:, 0]
-    bound = limit * weights.shape[-1]
+    bit_weights = unpack_weights(weights)
+    scores = match_score_reference(codes, bit_weights[:, None])[:, 0]
+    bound = limit * bit_weights.shape[-1]
     positions = jnp.arange(codes.shape[-1], dtype=jnp.int32)[None, None, :]
     ends = ends[:, None, None]
     is_always_read = (positions < sink_tokens) | (positions >= ends - recent_tokens)
