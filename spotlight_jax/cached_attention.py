@@ -16,9 +16,11 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 from spotlight_jax import hashing
 from spotlight_jax.attention import causal_attention
 from spotlight_jax.cache import LayerCache, append
+from spotlight_jax.kernels import hash_append, score_select
+from spotlight_jax.kernels.hash_append import Networks
 from spotlight_jax.kernels.sparse_attention import sparse_attention
 from spotlight_jax.scoring import hash_score_range, output_scores
-from spotlight_jax.selection import SelectionConfig, select_by_codes, select_tokens
+from spotlight_jax.selection import SelectionConfig, select_by_codes, select_by_packed, select_tokens
 
 AttentionImpl = Literal["auto", "xla", "cudnn"]
 
@@ -197,13 +199,37 @@ def attend_sparsely(
     Args:
         lengths: tokens each sequence has cached before this one.
     """
-    outputs, codes = hashing.hash_step(selector.params, queries, keys, selector.cfg)
-    layer = append(layer, keys, values, codes, lengths)
-    assert layer.codes is not None, "a layer with a selector keeps codes"
-    kv_heads = keys.shape[2]
-    indices, is_real = _select(outputs, layer.codes, lengths + 1, kv_heads, selector.cfg, selection)
+    layer, indices, is_real = _append_and_select(queries, keys, values, layer, lengths, selector, selection)
     out = sparse_attention(queries[:, 0].astype(layer.keys.dtype), layer.keys, layer.values, indices, is_real)
     return out[:, None].astype(queries.dtype), layer
+
+
+def _append_and_select(
+    queries: Float[Array, "batch one q_heads head_dim"],
+    keys: Float[Array, "batch one kv_heads head_dim"],
+    values: Float[Array, "batch one kv_heads head_dim"],
+    layer: LayerCache,
+    lengths: Int32[Array, "batch"],
+    selector: LayerSelector,
+    selection: SelectionConfig,
+) -> tuple[LayerCache, Int32[Array, "batch heads budget"], Bool[Array, "batch heads budget"]]:
+    """The layer with the new token, and what a step reads of it: the default form by fused kernels where they run."""
+    assert layer.codes is not None, "a layer with a selector keeps codes"
+    params, cfg, kv_heads, ends = selector.params, selector.cfg, keys.shape[2], lengths + 1
+    per_kv_head = selection.per == "kv_head"
+    limit = hashing.weight_limit(cfg, queries.shape[2] // kv_heads, per_kv_head)
+    if not (cfg.is_default_form and hash_append.is_fused() and score_select.is_fused(limit)):
+        layer = _remember(layer, keys, values, lengths, selector)
+        outputs = hashing.hash_queries(params, queries, cfg)
+        return layer, *_select(outputs, layer.codes, ends, kv_heads, cfg, selection)
+    of_queries, of_keys = (Networks(**vars(net)) for net in (params.weights.queries, params.weights.keys))
+    fitted = of_queries, of_keys, params.stats.mean, params.stats.scale, params.weights.log_gain
+    cached = layer.keys, layer.values, layer.codes
+    weights, *cached = hash_append.hash_append(
+        queries[:, 0], keys[:, 0], values[:, 0], *fitted, *cached, lengths, limit, per_kv_head
+    )
+    layer = LayerCache(*cached)
+    return layer, *select_by_packed(layer.codes, weights, limit, ends, selection)
 
 
 def _select(

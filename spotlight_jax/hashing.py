@@ -20,7 +20,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray, Shaped, UInt32
 
 from spotlight_jax.errors import InputError
-from spotlight_jax.kernels.hash_networks import Networks, hash_networks, is_fused
 
 WORD_BITS = 32
 RANDOM_START = 0.001  # standard deviation of the paper's initial weights
@@ -58,6 +57,11 @@ class HashConfig:
             raise InputError(f"hidden is {self.hidden}; give a width of at least 1")
         if self.form == "asymmetric" and self.code_heads == "query":
             raise InputError("the asymmetric form keeps one code per KV head; give --hash.code-heads kv")
+
+    @property
+    def is_default_form(self) -> bool:
+        """Whether it is the form that kernels are written for: real query weights, rotations, centred keys."""
+        return self.form == "asymmetric" and self.skip == "rotation" and self.centre
 
     @property
     def words(self) -> int:
@@ -333,23 +337,6 @@ def integer_weights(
         outputs = sum_groups(outputs, kv_heads)
     largest = jnp.max(jnp.abs(outputs), axis=-1, keepdims=True)
     return jnp.round(outputs * (_largest_weight(cfg) / jnp.maximum(largest, 1e-30))).astype(jnp.int32)
-
-
-def hash_step(
-    params: HashParams,
-    queries: Shaped[Array, "batch one q_heads head_dim"],
-    keys: Shaped[Array, "batch one kv_heads head_dim"],
-    cfg: HashConfig,
-) -> tuple[Float[Array, "batch one q_heads code_bits"], UInt32[Array, "batch code_heads words one"]]:
-    """`hash_queries` and `key_codes` of one decoding step: the default form by one kernel where it runs."""
-    weights = params.weights
-    is_default = cfg.form == "asymmetric" and cfg.skip == "rotation" and cfg.centre
-    if not (is_default and is_fused()) or weights.queries is None or weights.log_gain is None:
-        return hash_queries(params, queries, cfg), key_codes(params, keys, cfg)
-    of_queries, of_keys = (Networks(**vars(net)) for net in (weights.queries, weights.keys))
-    stats, gain = params.stats, jnp.exp(weights.log_gain)
-    outputs, codes = hash_networks(queries[:, 0], keys[:, 0], of_queries, of_keys, stats.mean, stats.scale, gain)
-    return outputs[:, None], codes[..., None]
 
 
 def _largest_weight(cfg: HashConfig) -> int:

@@ -178,12 +178,22 @@ def select_by_codes(
         lengths: filled slots, the newest token's included.
     """
     if is_fused(limit):
-        budgets, most = budget_of(lengths, cfg), max_budget(codes.shape[-1], cfg)
-        always = cfg.sink_tokens, max(cfg.recent_tokens, 1)
-        return score_select(codes, pack_weights(weights), lengths, budgets, most, limit, *always)
+        return select_by_packed(codes, pack_weights(weights), limit, lengths, cfg)
     scores = match_score(codes, weights[:, None], weight_bits_of(limit))[:, 0]
     bound = limit * weights.shape[-1]
     return select_tokens(scores, lengths, cfg, (-bound, bound))
+
+
+def select_by_packed(
+    codes: UInt32[Array, "batch code_heads words max_len"],
+    weights: Int32[Array, "batch heads packed"],
+    limit: int,
+    lengths: Int32[Array, "batch"],
+    cfg: SelectionConfig,
+) -> tuple[Int32[Array, "batch heads budget"], Bool[Array, "batch heads budget"]]:
+    """`select_by_codes` where the fused kernels run and the weights are packed already."""
+    budgets, most = budget_of(lengths, cfg), max_budget(codes.shape[-1], cfg)
+    return score_select(codes, weights, lengths, budgets, most, limit, cfg.sink_tokens, max(cfg.recent_tokens, 1))
 
 
 def select_mask(

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from spotlight_jax.kernels import hash_networks, pair_cost, score_select, sparse_attention
-from spotlight_jax.kernels.hash_networks.pallas_triton import hash_networks_pallas_triton
+from spotlight_jax.kernels import hash_append, pair_cost, score_select, sparse_attention
+from spotlight_jax.kernels.hash_append.pallas_triton import hash_append_pallas_triton
 from spotlight_jax.kernels.pair_cost.pallas_triton import pair_sums_pallas_triton
 from spotlight_jax.kernels.score_select.pallas_triton import score_select_pallas_triton
 from spotlight_jax.kernels.sparse_attention.pallas_triton import sparse_attention_pallas_triton
@@ -50,14 +50,14 @@ def test_a_kernel_that_fails_is_not_used_and_said(gpu, check, words):
 def test_a_device_that_cannot_run_the_kernels_takes_xla(gpu):
     """This CPU calls itself a GPU and cannot run any of them."""
     with pytest.warns(RuntimeWarning, match="does not run here"):
-        assert not score_select.is_fused(127) and not hash_networks.is_fused()
+        assert not score_select.is_fused(127) and not hash_append.is_fused()
         assert sparse_attention.choose_impl() == "gather" and pair_cost.choose_impl() == "xla"
 
 
 KERNELS = [
     (score_select, score_select_pallas_triton, lambda: score_select.is_fused(127)),
     (sparse_attention, sparse_attention_pallas_triton, lambda: sparse_attention.choose_impl() == "pallas_triton"),
-    (hash_networks, hash_networks_pallas_triton, lambda: hash_networks.is_fused()),
+    (hash_append, hash_append_pallas_triton, lambda: hash_append.is_fused()),
     (pair_cost, pair_sums_pallas_triton, lambda: pair_cost.choose_impl() == "pallas_triton"),
 ]
 
@@ -75,5 +75,5 @@ def test_every_kernel_passes_its_check_while_a_program_is_traced(gpu, monkeypatc
 
 @pytest.mark.gpu
 def test_every_kernel_passes_its_check_on_a_gpu():
-    assert score_select.is_fused(127) and hash_networks.is_fused()
+    assert score_select.is_fused(127) and hash_append.is_fused()
     assert sparse_attention.choose_impl() == pair_cost.choose_impl() == "pallas_triton"

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 TILE = 64  # tokens gathered at once
 LEAST_ROWS = 16  # of a product on tensor cores
-PROGRAMS = 512
+PROGRAMS = 1024  # about, where there are tiles for so many: several for each processor of a GPU
 MOST_SPLITS = 64
 MASKED = -1e30
 
@@ -32,6 +32,11 @@ class Plan:
     budget: int
     tiles: int  # of one program
     splits: int
+
+    @property
+    def lanes(self) -> int:
+        """Width of vectors over splits: a power of two."""
+        return _power_of_two(self.splits)
 
     @property
     def rows(self) -> int:
@@ -59,17 +64,16 @@ def _read_kernel(queries_ref, keys_ref, values_ref, indices_ref, is_real_ref, su
         slots = (split * plan.tiles + tile) * TILE + jnp.arange(TILE)
         is_slot = slots < plan.budget
         is_real = plgpu.load(is_real_ref.at[slots], mask=is_slot, other=0) != 0
-        is_real = is_real & is_slot
-        places = plgpu.load(indices_ref.at[slots], mask=is_real, other=0)
+        places = plgpu.load(indices_ref.at[slots], mask=is_slot, other=0)
         at = (sequence, places[:, None], kv_head, lanes[None, :])
         is_there = is_real[:, None] & is_dim[None, :]
         keys = plgpu.load(keys_ref.at[at], mask=is_there, other=0.0)
+        values = plgpu.load(values_ref.at[at], mask=is_there, other=0.0)  # asked for before the keys are there
         scores = plgpu.dot(queries, keys, trans_b=True, precision=precision) * plan.head_dim**-0.5
         scores = jnp.where(is_real[None, :], scores, MASKED)
         raised = jnp.maximum(most, jnp.max(scores, axis=1))
         shares = jnp.where(is_real[None, :], jnp.exp(scores - raised[:, None]), 0.0)
         fade = jnp.exp(most - raised)
-        values = plgpu.load(values_ref.at[at], mask=is_there, other=0.0)
         read = plgpu.dot(shares.astype(values.dtype), values, precision=precision)
         return raised, total * fade + jnp.sum(shares, axis=1), sums * fade[:, None] + read
 
@@ -79,25 +83,30 @@ def _read_kernel(queries_ref, keys_ref, values_ref, indices_ref, is_real_ref, su
         jnp.zeros((plan.rows, plan.width), jnp.float32),
     )
     most, total, sums = lax.fori_loop(0, plan.tiles, read_tile, start)
-    sums_ref[...] = sums
-    most_ref[...] = most
-    totals_ref[...] = total
+    is_head = of_group < plan.group
+    plgpu.store(sums_ref.at[of_group[:, None], lanes[None, :]], sums, mask=is_query)
+    plgpu.store(most_ref.at[of_group], most, mask=is_head)
+    plgpu.store(totals_ref.at[of_group], total, mask=is_head)
 
 
 def _join_kernel(sums_ref, most_ref, totals_ref, out_ref, *, plan):
-    most = most_ref[...]
+    splits, lanes = jnp.arange(plan.lanes), jnp.arange(plan.width)
+    is_split, is_dim = splits < plan.splits, lanes < plan.head_dim
+    is_there = is_split[:, None] & is_dim[None, :]
+    sums = plgpu.load(sums_ref.at[splits[:, None], lanes[None, :]], mask=is_there, other=0.0)
+    most = plgpu.load(most_ref.at[splits], mask=is_split, other=MASKED)
+    totals = plgpu.load(totals_ref.at[splits], mask=is_split, other=0.0)
     shares = jnp.exp(most - jnp.max(most, axis=0))
-    out = jnp.sum(sums_ref[...] * shares[:, None], axis=0) / jnp.sum(totals_ref[...] * shares, axis=0)
-    lanes = jnp.arange(plan.width)
-    plgpu.store(out_ref.at[lanes], out.astype(out_ref.dtype), mask=lanes < plan.head_dim)
+    out = jnp.sum(sums * shares[:, None], axis=0) / jnp.sum(totals * shares, axis=0)
+    plgpu.store(out_ref.at[lanes], out.astype(out_ref.dtype), mask=is_dim)
 
 
 def make_plan(batch: int, q_heads: int, kv_heads: int, heads: int, head_dim: int, budget: int) -> Plan:
     """How a call is cut: as many programs as keep a GPU busy, each with whole tiles."""
     tiles = -(-budget // TILE)
-    splits = min(_power_of_two(tiles), MOST_SPLITS, _power_of_two(max(PROGRAMS // (batch * heads), 1)))
+    tiles_of_split = -(-tiles // min(tiles, MOST_SPLITS, -(-PROGRAMS // (batch * heads))))
     width = max(_power_of_two(head_dim), LEAST_ROWS)
-    return Plan(heads, kv_heads, q_heads // heads, head_dim, width, budget, -(-tiles // splits), splits)
+    return Plan(heads, kv_heads, q_heads // heads, head_dim, width, budget, tiles_of_split, -(-tiles // tiles_of_split))
 
 
 def sparse_attention_pallas_triton(
@@ -130,8 +139,8 @@ def sparse_attention_pallas_triton(
         functools.partial(_read_kernel, plan=plan),
         grid=(rows, plan.splits),
         in_specs=[of_row(plan.group, head_dim), whole(keys), whole(values), of_row(budget), of_row(budget)],
-        out_specs=[of_split(plan.rows, plan.width), of_split(plan.rows), of_split(plan.rows)],
-        out_shape=[shape_of(plan.rows, plan.width), shape_of(plan.rows), shape_of(plan.rows)],
+        out_specs=[of_split(plan.group, head_dim), of_split(plan.group), of_split(plan.group)],
+        out_shape=[shape_of(plan.group, head_dim), shape_of(plan.group), shape_of(plan.group)],
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
         name="read_chosen",
@@ -147,7 +156,7 @@ def sparse_attention_pallas_triton(
     out = pl.pallas_call(
         functools.partial(_join_kernel, plan=plan),
         grid=(rows, plan.group),
-        in_specs=[of_query(plan.width), of_query(), of_query()],
+        in_specs=[of_query(head_dim), of_query(), of_query()],
         out_specs=pl.BlockSpec((None, None, head_dim), lambda row, query: (row, query, 0)),
         out_shape=jax.ShapeDtypeStruct((rows, plan.group, head_dim), queries.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
