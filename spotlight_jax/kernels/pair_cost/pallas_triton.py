@@ -16,26 +16,44 @@ _TOPS_AT_ONCE = 4  # tops times others is what a program's threads hold at once
 _LEAST = 16
 
 
-def _kernel(tops_ref, weights_ref, others_ref, cost_ref, wrong_ref, top_slopes_ref, other_slopes_ref, *, lost):
+def _approximate(operation: str, x: Float[Array, "tops others"], interpret: bool) -> Float[Array, "tops others"]:
+    """One PTX instruction a pair, right to about 1e-7: exact logarithms and divisions would be most of the work."""
+    if interpret:
+        return {"lg2": jnp.log2, "rcp": jnp.reciprocal}[operation](x)
+    [result] = plgpu.elementwise_inline_asm(
+        f"{operation}.approx.ftz.f32 $0, $1;",
+        args=[x],
+        constraints="=f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
+    )
+    return result
+
+
+def _kernel(
+    tops_ref, weights_ref, others_ref, cost_ref, wrong_ref, top_slopes_ref, other_slopes_ref, *, lost, interpret
+) -> None:
     others = others_ref[0, :][None, :]
 
     def add_tops(step, sums):
         cost, wrong, slopes = sums
         at = pl.ds(step * _TOPS_AT_ONCE, _TOPS_AT_ONCE)
-        tops, weights = tops_ref[0, at][:, None], weights_ref[0, at][:, None]
-        ratio = tops * others
-        share = 1.0 / (1.0 + ratio)
-        top_slopes_ref[0, at] = -jnp.sum(weights * tops * others * share, axis=1)
-        is_wrong = (ratio > lost) & (weights > 0)
+        tops, weights = tops_ref[0, at], weights_ref[0, at]
+        least = jnp.where(weights > 0, lost, jnp.inf)[:, None]  # ratio of a pair that is ranked wrongly
+        ratio = tops[:, None] * others
+        sum_ = 1.0 + ratio
+        share = _approximate("rcp", sum_, interpret)
+        weighted = weights * tops
+        top_slopes_ref[0, at] = -weighted * jnp.sum(others * share, axis=1)
         return (
-            cost + jnp.sum(weights * jnp.log(1.0 + ratio), axis=0),
-            wrong + jnp.sum(jnp.where(is_wrong, 1.0, 0.0), axis=0),
-            slopes + jnp.sum(weights * tops * share, axis=0),
+            cost + jnp.sum(weights[:, None] * _approximate("lg2", sum_, interpret), axis=0),
+            wrong + jnp.sum(jnp.where(ratio > least, 1.0, 0.0), axis=0),
+            slopes + jnp.sum(weighted[:, None] * share, axis=0),
         )
 
     zeros = jnp.zeros(others_ref.shape[1:], jnp.float32)
     cost, wrong, slopes = jax.lax.fori_loop(0, tops_ref.shape[1] // _TOPS_AT_ONCE, add_tops, (zeros, zeros, zeros))
-    cost_ref[0] = jnp.sum(cost)
+    cost_ref[0] = jnp.sum(cost) * math.log(2)
     wrong_ref[0] = jnp.sum(wrong)
     other_slopes_ref[0, :] = others_ref[0, :] * slopes
 
@@ -64,7 +82,7 @@ def pair_sums_pallas_triton(
 
     one = pl.BlockSpec((1,), lambda row: (row,))
     cost, wrong, top_slopes, other_slopes = pl.pallas_call(
-        functools.partial(_kernel, lost=math.exp(alpha)),
+        functools.partial(_kernel, lost=math.exp(alpha), interpret=interpret),
         grid=(rows,),
         in_specs=[row_of(tops.shape[1]), row_of(tops.shape[1]), row_of(others.shape[1])],
         out_specs=[one, one, row_of(tops.shape[1]), row_of(others.shape[1])],
