@@ -218,18 +218,20 @@ def _append_and_select(
     params, cfg, kv_heads, ends = selector.params, selector.cfg, keys.shape[2], lengths + 1
     per_kv_head = selection.per == "kv_head"
     limit = hashing.weight_limit(cfg, queries.shape[2] // kv_heads, per_kv_head)
-    if not (cfg.is_default_form and hash_append.is_fused() and score_select.is_fused(limit)):
-        layer = _remember(layer, keys, values, lengths, selector)
-        outputs = hashing.hash_queries(params, queries, cfg)
-        return layer, *_select(outputs, layer.codes, ends, kv_heads, cfg, selection)
-    of_queries, of_keys = (Networks(**vars(net)) for net in (params.weights.queries, params.weights.keys))
-    fitted = of_queries, of_keys, params.stats.mean, params.stats.scale, params.weights.log_gain
-    cached = layer.keys, layer.values, layer.codes
-    weights, *cached = hash_append.hash_append(
-        queries[:, 0], keys[:, 0], values[:, 0], *fitted, *cached, lengths, limit, per_kv_head
-    )
-    layer = LayerCache(*cached)
-    return layer, *select_by_packed(layer.codes, weights, limit, ends, selection)
+    log_gain = params.weights.log_gain
+    if cfg.is_default_form and log_gain is not None and hash_append.is_fused() and score_select.is_fused(limit):
+        of_queries, of_keys = (Networks(**vars(net)) for net in (params.weights.queries, params.weights.keys))
+        fitted = of_queries, of_keys, params.stats.mean, params.stats.scale, log_gain
+        weights, cached_keys, cached_values, codes = hash_append.hash_append(
+            queries[:, 0], keys[:, 0], values[:, 0], *fitted,
+            layer.keys, layer.values, layer.codes, lengths, limit, per_kv_head,
+        )  # fmt: skip
+        layer = LayerCache(cached_keys, cached_values, codes)
+        return layer, *select_by_packed(codes, weights, limit, ends, selection)
+    layer = _remember(layer, keys, values, lengths, selector)
+    assert layer.codes is not None
+    outputs = hashing.hash_queries(params, queries, cfg)
+    return layer, *_select(outputs, layer.codes, ends, kv_heads, cfg, selection)
 
 
 def _select(
