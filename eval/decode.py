@@ -62,6 +62,8 @@ class DecodeSpeedConfig:
     """Share of the tokens that a query reads."""
     code_bits: int = 128
     """Of the random hash functions."""
+    dense_layers: tuple[int, ...] = SelectionConfig().dense_layers
+    """Layers that sparse decoding reads densely; none with nothing after the flag."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of weights and cache; auto: bfloat16 on an accelerator, float32 on a CPU."""
     prefill_chunk: int | None = None
@@ -72,6 +74,11 @@ class DecodeSpeedConfig:
     """Fill the cache with random numbers instead: the same decoding times, sooner."""
     methods: tuple[Literal["dense", "sparse"], ...] = ("dense", "sparse")
     """What to time; one alone gives its own peak memory."""
+
+    @property
+    def selection(self) -> SelectionConfig:
+        """Of sparse decoding, at every length."""
+        return SelectionConfig(keep=self.keep, min_context=0, dense_layers=self.dense_layers)
 
     def __post_init__(self) -> None:
         """Refuse what cannot be timed."""
@@ -147,9 +154,8 @@ def _spread(times: list[float]) -> str:
 
 def measure(cfg: DecodeSpeedConfig, model_cfg: DecoderConfig, params: dict, selector: Selector) -> dict[str, dict]:
     """Times of `cfg.methods` for one batch of prompts, timed in turn; what each step reads."""
-    selection = SelectionConfig(keep=cfg.keep, min_context=0)
     decode = DecodeConfig(
-        selection=selection, prefill_chunk=cfg.prefill_chunk, attention=cfg.attention, block=cfg.new_tokens
+        selection=cfg.selection, prefill_chunk=cfg.prefill_chunk, attention=cfg.attention, block=cfg.new_tokens
     )
     engines = {name: Engine(model_cfg, params, selector if name == "sparse" else None, decode) for name in cfg.methods}
     clocks = {name: time_model(cfg, engine, cfg.lengths) for name, engine in engines.items()}
@@ -165,7 +171,7 @@ def measure(cfg: DecodeSpeedConfig, model_cfg: DecoderConfig, params: dict, sele
             "peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
         }
         read_by = selector.cfg if name == "sparse" else None
-        reads = step_reads(model_cfg, engine.dtype, list(cfg.lengths), read_by, selection, 0)
+        reads = step_reads(model_cfg, engine.dtype, list(cfg.lengths), read_by, cfg.selection, 0)
         results[name]["reads"] = dataclasses.asdict(reads)
     return results
 
@@ -175,8 +181,9 @@ def plan(cfg: DecodeSpeedConfig, model_cfg: DecoderConfig, code_bits: int) -> Me
     batch, room = len(cfg.lengths), max(cfg.lengths) + decoded(cfg.new_tokens, cfg.rounds)
     hash_cfg = hashing.HashConfig(code_bits=code_bits) if "sparse" in cfg.methods else None
     chunk = 1 if cfg.skip_prefill else cfg.prefill_chunk or 2048
-    selection = SelectionConfig(keep=cfg.keep, min_context=0)
-    needed = plan_memory(model_cfg, resolve_dtype(cfg.dtype), batch, bucket_length(room), chunk, hash_cfg, selection)
+    needed = plan_memory(
+        model_cfg, resolve_dtype(cfg.dtype), batch, bucket_length(room), chunk, hash_cfg, cfg.selection
+    )
     return dataclasses.replace(needed, cache=needed.cache * len(cfg.methods))
 
 

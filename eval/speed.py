@@ -86,6 +86,8 @@ class SpeedConfig:
     """Share of the tokens that a query reads."""
     code_bits: int = 128
     """Bits of a token's code."""
+    dense_layers: tuple[int, ...] = SelectionConfig().dense_layers
+    """Layers of whole models that sparse decoding reads densely; none with nothing after the flag."""
     rounds: int = 9
     """Rounds, everything once in each; medians are reported."""
     caches: int = 8
@@ -176,7 +178,7 @@ def time_decoding(
     prompt = max(length - decode.decoded(cfg.new_tokens, cfg.rounds), 1)
     point = decode.DecodeSpeedConfig(
         preset=cfg.preset or "", lengths=(prompt,) * batch, new_tokens=cfg.new_tokens, rounds=cfg.rounds,
-        keep=cfg.keep, code_bits=cfg.code_bits, dtype=cfg.dtype, skip_prefill=True,
+        keep=cfg.keep, code_bits=cfg.code_bits, dense_layers=cfg.dense_layers, dtype=cfg.dtype, skip_prefill=True,
     )  # fmt: skip
     model_cfg, params, _ = loaded
     weights = _bytes_of_weights(model_cfg, params)
