@@ -62,8 +62,8 @@ class Plan:
 
     @property
     def dims(self) -> int:
-        """head_dim, up to a power of two."""
-        return _power_of_two(self.head_dim)
+        """head_dim, up to a power of two that a product on tensor cores can have."""
+        return max(_power_of_two(self.head_dim), TILE)
 
     @property
     def bits(self) -> int:
@@ -76,35 +76,54 @@ def _power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def _load_row(ref, head, columns, count: int, other: float = 0.0) -> Float[Array, "1 columns"]:
-    """Some of one head's vector, as a row; `other` outside of it."""
-    return plgpu.load(ref.at[head, columns], mask=columns < count, other=other)[None, :]
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """A block that was asked for, and where it is part of the array.
+
+    A product's operands go through shared memory. Triton moves there at once what is loaded and multiplied as it is,
+    and waits for it before it asks for the next. What `get` gives is not as it was loaded, so that all that was asked
+    for before is on its way together.
+    """
+
+    values: Array
+    is_there: Array
+
+    def get(self) -> Array:
+        """The block in float32, zeros outside of the array."""
+        return jnp.where(self.is_there, self.values.astype(jnp.float32), 0.0)
 
 
-def _load_block(ref, head, rows, columns, row_count: int, column_count: int) -> Float[Array, "rows columns"]:
-    """Some of one head's matrix; zeros outside of it."""
+def _ask_row(ref, head, columns, count: int) -> _Asked:
+    """Some of one head's vector."""
+    is_there = (columns < count)[None, :]
+    return _Asked(plgpu.load(ref.at[head, columns[None, :]], mask=is_there), is_there)
+
+
+def _ask_block(ref, head, rows, columns, row_count: int, column_count: int) -> _Asked:
+    """Some of one head's matrix."""
     is_there = (rows < row_count)[:, None] & (columns < column_count)[None, :]
-    return plgpu.load(ref.at[head, rows[:, None], columns[None, :]], mask=is_there, other=0.0)
+    return _Asked(plgpu.load(ref.at[head, rows[:, None], columns[None, :]], mask=is_there), is_there)
 
 
-def _apply_part(refs: Networks, head, part, prepare: Callable[[], Callable], plan: Plan) -> Float[Array, "tile bits"]:
+def _apply_part(
+    refs: Networks, head, part, ask_inputs: Callable[..., Callable[[], list[Array]]], plan: Plan
+) -> Float[Array, "tile bits"]:
     """What a part adds to its head's output.
 
     Args:
-        prepare: gives the function from dimensions to inputs; called when all weights are on their way.
+        ask_inputs: asks for a head's inputs in each of the given dimensions; what it returns gives them.
     """
-    own, bits = part * SHARE + jnp.arange(SHARE), jnp.arange(plan.bits)
-    shares = [start + jnp.arange(SHARE) for start in range(0, plan.head_dim, SHARE)]
-    kernels = [_load_block(refs.hidden_kernel, head, dims, own, plan.head_dim, plan.hidden) for dims in shares]
-    out_kernel = _load_block(refs.out_kernel, head, own, bits, plan.hidden, plan.code_bits)
-    rotation = _load_block(refs.rotation, head, own, bits, plan.head_dim, plan.code_bits)
-    hidden_bias = _load_row(refs.hidden_bias, head, own, plan.hidden)
-    out_bias = jnp.where(part == 0, _load_row(refs.out_bias, head, bits, plan.code_bits), 0.0)
-    inputs = prepare()
-    rotated = plgpu.dot(inputs(own), rotation) + out_bias
-    hidden = sum(plgpu.dot(inputs(dims), kernel) for dims, kernel in zip(shares, kernels, strict=True))
-    hidden = hidden + hidden_bias
-    return rotated + plgpu.dot(hidden / (1.0 + jnp.exp(-hidden)), out_kernel)
+    dims, bits = jnp.arange(plan.dims), jnp.arange(plan.bits)
+    own = part * SHARE + jnp.arange(SHARE)
+    hidden_kernel = _ask_block(refs.hidden_kernel, head, dims, own, plan.head_dim, plan.hidden)
+    hidden_bias = _ask_row(refs.hidden_bias, head, own, plan.hidden)
+    out_kernel = _ask_block(refs.out_kernel, head, own, bits, plan.hidden, plan.code_bits)
+    out_bias = _ask_row(refs.out_bias, head, bits, plan.code_bits)
+    rotation = _ask_block(refs.rotation, head, own, bits, plan.head_dim, plan.code_bits)
+    x, own_x = ask_inputs(dims, own)()
+    out = plgpu.dot(own_x, rotation.get()) + jnp.where(part == 0, out_bias.get(), 0.0)
+    hidden = plgpu.dot(x, hidden_kernel.get()) + hidden_bias.get()
+    return out + plgpu.dot(hidden / (1.0 + jnp.exp(-hidden)), out_kernel.get())
 
 
 def _networks_kernel(
@@ -113,40 +132,52 @@ def _networks_kernel(
 ) -> None:  # fmt: skip
     part, head = pl.program_id(0), pl.program_id(1)
     rows = pl.program_id(2) * plan.tile + jnp.arange(plan.tile)
+    is_row = (rows < plan.batch)[:, None]
 
-    def load_rows(ref, head, dims):
-        is_there = (rows < plan.batch)[:, None] & (dims < plan.head_dim)[None, :]
-        return plgpu.load(ref.at[rows[:, None], head, dims[None, :]], mask=is_there, other=0.0).astype(jnp.float32)
-
-    def load_scale(kv_head, dims):
-        return _load_row(scale_ref, kv_head, dims, plan.head_dim, other=1.0)
+    def ask_rows(ref, head, dims):
+        is_there = is_row & (dims < plan.head_dim)[None, :]
+        return _Asked(plgpu.load(ref.at[rows[:, None], head, dims[None, :]], mask=is_there), is_there)
 
     def store(out):
         bits = jnp.arange(plan.bits)
-        is_there = (rows < plan.batch)[:, None] & (bits < plan.code_bits)[None, :]
+        is_there = is_row & (bits < plan.code_bits)[None, :]
         plgpu.store(sums_ref.at[part, rows[:, None], head, bits[None, :]], out, mask=is_there)
 
     def hash_query():
-        kv_head = head // plan.group
+        kv_head, gain = head // plan.group, jnp.exp(log_gain_ref[head])
 
-        def normalise():
-            dims = jnp.arange(plan.dims)
-            group = [load_rows(queries_ref, kv_head * plan.group + place, dims) for place in range(plan.group)]
-            scale = load_scale(kv_head, dims)
-            squares = jnp.sum(sum(jnp.square(x * scale) for x in group), axis=1)
-            norm = lax.rsqrt(squares / (plan.group * plan.head_dim) + 1e-12)[:, None]
-            return lambda dims: load_rows(queries_ref, head, dims) * load_scale(kv_head, dims) * norm
+        def ask_inputs(*ranges):
+            x = [ask_rows(queries_ref, head, dims) for dims in ranges]
+            scales = [_ask_row(scale_ref, kv_head, dims, plan.head_dim) for dims in ranges]
+            group = [ask_rows(queries_ref, kv_head * plan.group + place, ranges[0]) for place in range(plan.group)]
 
-        store(_apply_part(of_queries, head, part, normalise, plan) * jnp.exp(log_gain_ref[head]))
+            def normalise():
+                squares = sum(jnp.square(row.get() * scales[0].get()) for row in group)
+                mean_square = jnp.sum(squares, axis=1)[:, None] / (plan.group * plan.head_dim)
+                norm = lax.rsqrt(mean_square + 1e-12)
+                return [row.get() * scale.get() * norm for row, scale in zip(x, scales, strict=True)]
+
+            return normalise
+
+        store(_apply_part(of_queries, head, part, ask_inputs, plan) * gain)
 
     def hash_key():
         kv_head = head - plan.q_heads
 
-        def centre(dims):
-            mean = _load_row(mean_ref, kv_head, dims, plan.head_dim)
-            return (load_rows(keys_ref, kv_head, dims) - mean) / load_scale(kv_head, dims)
+        def ask_inputs(*ranges):
+            x = [ask_rows(keys_ref, kv_head, dims) for dims in ranges]
+            means = [_ask_row(mean_ref, kv_head, dims, plan.head_dim) for dims in ranges]
+            scales = [_ask_row(scale_ref, kv_head, dims, plan.head_dim) for dims in ranges]
 
-        store(_apply_part(of_keys, kv_head, part, lambda: centre, plan))
+            def centre():
+                return [
+                    jnp.where(row.is_there, (row.get() - mean.get()) / scale.get(), 0.0)
+                    for row, mean, scale in zip(x, means, scales, strict=True)
+                ]
+
+            return centre
+
+        store(_apply_part(of_keys, kv_head, part, ask_inputs, plan))
 
     pl.when(head < plan.q_heads)(hash_query)
     pl.when(head >= plan.q_heads)(hash_key)
