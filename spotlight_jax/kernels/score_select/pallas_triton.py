@@ -32,7 +32,8 @@ ABOVE = BINS  # place of the count of ranks above all bins
 COUNTS = 64  # places of a chunk: bins, and the ranks above; a power of two
 
 PROGRAMS = 384  # at most, where chunks are long enough: three for each processor of an H100, all at work at once
-WARPS = 8
+SCORE_WARPS = 4  # few, each with many codes on their way: what scoring waits for is memory
+WARPS = 8  # of the kernels after it
 STEP = 1024  # tokens that a program scores together
 WIDE_STEP = 2048  # ranks that it counts or compacts together; a chunk is one step or some wide ones
 LONGEST_CHUNK = 14 * STEP  # fields of four bits do not overflow
@@ -157,6 +158,17 @@ def _positions(start, step, width: int) -> Int32[Array, "width"]:
     return start + step * width + jnp.arange(width, dtype=jnp.int32)
 
 
+def _walk(steps: int, load, work, start):
+    """`work` on each step's `load`, the next one's asked for before: memory is read while there is work."""
+
+    def take_step(step, carry):
+        loaded, done = carry
+        ahead = load(step + 1)
+        return ahead, work(step, loaded, done)
+
+    return lax.fori_loop(0, steps, take_step, (load(0), start))[1]
+
+
 def _in_filled_chunk(is_filled, counts_ref, count) -> None:
     """Count in a chunk that holds tokens; nothing is counted in others."""
 
@@ -197,11 +209,14 @@ def _score_kernel(bounds_ref, weights_ref, codes_ref, ranks_ref, counts_ref, *, 
     packed = [weights_ref[place] for place in range(plan.words * BYTE)]
     offset = 1 - _least_score(weights_ref, plan)  # the least rank of a visible token is 1
 
-    def score_step(step, fields):
+    filled = jnp.minimum(plan.chunk, plan.kv_len - start)
+
+    def load_words(step):
+        at, is_there = pl.ds(step * STEP, STEP), _positions(0, step, STEP) < filled
+        return [plgpu.load(codes_ref.at[jnp.int32(word), at], mask=is_there, other=0) for word in range(plan.words)]
+
+    def score_step(step, words, fields):
         positions = _positions(start, step, STEP)
-        at = pl.ds(step * STEP, STEP)
-        is_there = positions < plan.kv_len
-        words = [plgpu.load(codes_ref.at[jnp.int32(word), at], mask=is_there, other=0) for word in range(plan.words)]
         ranks = _score_words(words, packed, plan) + offset
 
         def force(ranks):
@@ -211,21 +226,26 @@ def _score_kernel(bounds_ref, weights_ref, codes_ref, ranks_ref, counts_ref, *, 
         first = start + step * STEP
         is_plain = (first >= plan.sink_tokens) & (first + STEP <= end - plan.recent_tokens)
         ranks = lax.cond(is_plain, lambda ranks: ranks, force, ranks)
+        at, is_there = pl.ds(step * STEP, STEP), positions < plan.kv_len
         plgpu.store(ranks_ref.at[at], ranks.astype(plan.dtype), mask=is_there)
         return _add_digits(ranks, plan.shifts[0], fields, plan.interpret)
 
     def count():
-        _store_digits(lax.fori_loop(0, plan.chunk // STEP, score_step, _no_fields(STEP)), counts_ref)
+        _store_digits(_walk(plan.chunk // STEP, load_words, score_step, _no_fields(STEP)), counts_ref)
         counts_ref[ABOVE] = jnp.int32(0)
 
     _in_filled_chunk(start < end, counts_ref, count)
 
 
-def _load_ranks(ranks_ref, step, filled, plan: Plan) -> Int32[Array, "width"]:
-    """Some of a chunk's ranks; 0 behind those that there are."""
-    at = pl.ds(step * plan.width, plan.width)
-    is_there = _positions(0, step, plan.width) < filled
-    return plgpu.load(ranks_ref.at[at], mask=is_there, other=0).astype(jnp.int32)
+def _walk_ranks(ranks_ref, chunk, plan: Plan, work, start):
+    """`work` on a chunk's ranks, some at a time; 0 behind those that there are."""
+    filled = jnp.minimum(plan.chunk, plan.kv_len - chunk * plan.chunk)
+
+    def load_ranks(step):
+        at, is_there = pl.ds(step * plan.width, plan.width), _positions(0, step, plan.width) < filled
+        return plgpu.load(ranks_ref.at[at], mask=is_there, other=0)
+
+    return _walk(plan.chunk // plan.width, load_ranks, work, start)
 
 
 def _load_bins(counts_ref, plan: Plan) -> Int32[Array, "bins lanes"]:
@@ -251,12 +271,11 @@ def _refine_kernel(bounds_ref, cut_ref, before_ref, ranks_ref, new_cut_ref, coun
     new_cut_ref[1] = cut_ref[1] + above
     shift = plan.shifts[done]
 
-    def count_step(step, fields):
-        ranks = _load_ranks(ranks_ref, step, plan.kv_len - chunk * plan.chunk, plan)
-        return _add_digits(ranks - base, shift, fields, plan.interpret)
+    def count_step(_, ranks, fields):
+        return _add_digits(ranks.astype(jnp.int32) - base, shift, fields, plan.interpret)
 
     def count():
-        _store_digits(lax.fori_loop(0, plan.chunk // plan.width, count_step, _no_fields(plan.width)), counts_ref)
+        _store_digits(_walk_ranks(ranks_ref, chunk, plan, count_step, _no_fields(plan.width)), counts_ref)
         places = jnp.arange(BINS, dtype=jnp.int32)
         own = plgpu.load(before_ref.at[places, chunk])
         counts_ref[ABOVE] = before_ref[ABOVE, chunk] + jnp.sum(jnp.where(places < found, own, 0))
@@ -282,9 +301,9 @@ def _compact_kernel(bounds_ref, cut_ref, before_ref, ranks_ref, places_ref, *, p
     chosen, dropped = lax.shift_right_logical(own, 16), own & 0xFFFF
     start = chunk * plan.chunk
 
-    def compact_step(step, carry):
-        above_before, ties_before = carry
-        ranks = _load_ranks(ranks_ref, step, plan.kv_len - start, plan)
+    def compact_step(step, ranks, before):
+        above_before, ties_before = before
+        ranks = ranks.astype(jnp.int32)
         both = jnp.cumsum(jnp.where(ranks > cut, 1, 0) + jnp.where(ranks == cut, 1 << 16, 0))
         above = above_before + (both & 0xFFFF)
         ties = ties_before + lax.shift_right_logical(both, 16)
@@ -295,7 +314,7 @@ def _compact_kernel(bounds_ref, cut_ref, before_ref, ranks_ref, places_ref, *, p
         return above_before + (last & 0xFFFF), ties_before + lax.shift_right_logical(last, 16)
 
     def compact():
-        lax.fori_loop(0, plan.chunk // plan.width, compact_step, (jnp.int32(0), jnp.int32(0)))
+        _walk_ranks(ranks_ref, chunk, plan, compact_step, (jnp.int32(0), jnp.int32(0)))
 
     def clear_step(step, _):
         slots = _positions(0, step, WIDE_STEP)
@@ -350,23 +369,23 @@ def score_select_pallas_triton(
     call = functools.partial(
         pl.pallas_call,
         grid=(rows, plan.chunks),
-        compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=1),
         interpret=interpret,
     )
+    score_params, params = (plgpu.CompilerParams(num_warps=warps, num_stages=1) for warps in (SCORE_WARPS, WARPS))
     ranks, counts = call(
-        functools.partial(_score_kernel, plan=plan), name="score_ranks",
+        functools.partial(_score_kernel, plan=plan), name="score_ranks", compiler_params=score_params,
         in_specs=[of_bounds, row_of(weights.shape[2]), codes_of], out_specs=[of_ranks, own_counts],
         out_shape=[ranks_shape, counts_shape],
     )(bounds, weights.reshape(rows, -1), codes)  # fmt: skip
     cut = jnp.zeros((rows, 2), jnp.int32)  # the cut's digits so far, and how many ranks lie above them
     for done in range(1, len(plan.shifts)):
         cut, counts = call(
-            functools.partial(_refine_kernel, plan=plan, done=done), name="refine_cut",
+            functools.partial(_refine_kernel, plan=plan, done=done), name="refine_cut", compiler_params=params,
             in_specs=[of_bounds, row_of(2), of_counts, of_ranks], out_specs=[row_of(2), own_counts],
             out_shape=[jax.ShapeDtypeStruct(cut.shape, jnp.int32), counts_shape],
         )(bounds, cut, counts, ranks)  # fmt: skip
     places = call(
-        functools.partial(_compact_kernel, plan=plan), name="compact_chosen",
+        functools.partial(_compact_kernel, plan=plan), name="compact_chosen", compiler_params=params,
         in_specs=[of_bounds, row_of(2), of_counts, of_ranks], out_specs=row_of(max_budget),
         out_shape=jax.ShapeDtypeStruct((rows, max_budget), jnp.int32),
     )(bounds, cut, counts, ranks)  # fmt: skip
