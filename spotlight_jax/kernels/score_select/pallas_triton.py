@@ -158,7 +158,7 @@ def _positions(start, step, width: int) -> Int32[Array, "width"]:
     return start + step * width + jnp.arange(width, dtype=jnp.int32)
 
 
-def _walk(steps: int, load, work, start):
+def _walk(steps, load, work, start):
     """`work` on each step's `load`, the next one's asked for before: memory is read while there is work."""
 
     def take_step(step, carry):
@@ -237,7 +237,7 @@ def _score_kernel(bounds_ref, weights_ref, codes_ref, ranks_ref, counts_ref, *, 
     _in_filled_chunk(start < end, counts_ref, count)
 
 
-def _walk_ranks(ranks_ref, chunk, plan: Plan, work, start):
+def _walk_ranks(ranks_ref, chunk, plan: Plan, work, start, steps):
     """`work` on a chunk's ranks, some at a time; 0 behind those that there are."""
     filled = jnp.minimum(plan.chunk, plan.kv_len - chunk * plan.chunk)
 
@@ -245,7 +245,7 @@ def _walk_ranks(ranks_ref, chunk, plan: Plan, work, start):
         at, is_there = pl.ds(step * plan.width, plan.width), _positions(0, step, plan.width) < filled
         return plgpu.load(ranks_ref.at[at], mask=is_there, other=0)
 
-    return _walk(plan.chunk // plan.width, load_ranks, work, start)
+    return _walk(steps, load_ranks, work, start)
 
 
 def _load_bins(counts_ref, plan: Plan) -> Int32[Array, "bins lanes"]:
@@ -275,7 +275,8 @@ def _refine_kernel(bounds_ref, cut_ref, before_ref, ranks_ref, new_cut_ref, coun
         return _add_digits(ranks.astype(jnp.int32) - base, shift, fields, plan.interpret)
 
     def count():
-        _store_digits(_walk_ranks(ranks_ref, chunk, plan, count_step, _no_fields(plan.width)), counts_ref)
+        fields = _walk_ranks(ranks_ref, chunk, plan, count_step, _no_fields(plan.width), plan.chunk // plan.width)
+        _store_digits(fields, counts_ref)
         places = jnp.arange(BINS, dtype=jnp.int32)
         own = plgpu.load(before_ref.at[places, chunk])
         counts_ref[ABOVE] = before_ref[ABOVE, chunk] + jnp.sum(jnp.where(places < found, own, 0))
@@ -299,22 +300,29 @@ def _compact_kernel(bounds_ref, cut_ref, before_ref, ranks_ref, places_ref, *, p
     first = jnp.sum(jnp.where(chunks < chunk, above + taken, 0))
     own = jnp.sum(jnp.where(chunks == chunk, ((above + taken) << 16) + ties - taken, 0))
     chosen, dropped = lax.shift_right_logical(own, 16), own & 0xFFFF
-    start = chunk * plan.chunk
+    is_tie_dropped = jnp.minimum(dropped, 1)
+    is_split = is_tie_dropped * jnp.minimum(jnp.sum(jnp.where(chunks == chunk, taken, 0)), 1)  # at most one of a row
+
+    def count_older(_, ranks, before):
+        """Places before the first tie that is chosen, and ties."""
+        places, ties = before
+        reached = ties + jnp.cumsum(jnp.where(ranks.astype(jnp.int32) == cut, 1, 0))
+        return places + jnp.sum(jnp.where(reached <= dropped, 1, 0)), jnp.max(reached)
+
+    steps, none = plan.chunk // plan.width, (jnp.int32(0), jnp.int32(0))
+    older, _ = _walk_ranks(ranks_ref, chunk, plan, count_older, none, is_split * steps)
+    first_tie = older + (is_tie_dropped - is_split) * plan.chunk  # of those that are chosen
 
     def compact_step(step, ranks, before):
-        above_before, ties_before = before
-        ranks = ranks.astype(jnp.int32)
-        both = jnp.cumsum(jnp.where(ranks > cut, 1, 0) + jnp.where(ranks == cut, 1 << 16, 0))
-        above = above_before + (both & 0xFFFF)
-        ties = ties_before + lax.shift_right_logical(both, 16)
-        is_chosen = (ranks > cut) | ((ranks == cut) & (ties > dropped))
-        slots = jnp.where(is_chosen, first + above + jnp.maximum(ties - dropped, 0) - 1, plan.max_budget)
-        plgpu.store(places_ref.at[slots], _positions(start, step, plan.width), mask=is_chosen)
-        last = jnp.max(both)  # neither half ever falls
-        return above_before + (last & 0xFFFF), ties_before + lax.shift_right_logical(last, 16)
+        places = _positions(0, step, plan.width)
+        is_chosen = ranks.astype(jnp.int32) > jnp.where(places >= first_tie, cut - 1, cut)
+        filled = before + jnp.cumsum(jnp.where(is_chosen, 1, 0))
+        slots = jnp.where(is_chosen, filled - 1, plan.max_budget)
+        plgpu.store(places_ref.at[slots], chunk * plan.chunk + places, mask=is_chosen)
+        return jnp.max(filled)
 
     def compact():
-        _walk_ranks(ranks_ref, chunk, plan, compact_step, (jnp.int32(0), jnp.int32(0)))
+        _walk_ranks(ranks_ref, chunk, plan, compact_step, first, steps)
 
     def clear_step(step, _):
         slots = _positions(0, step, WIDE_STEP)

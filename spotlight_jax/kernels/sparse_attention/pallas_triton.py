@@ -13,10 +13,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int32
 
-TILE = 64  # tokens gathered at once
+TILE = 32  # tokens gathered at once
 LEAST_ROWS = 16  # of a product on tensor cores
 PROGRAMS = 1024  # about, where there are tiles for so many: several for each processor of a GPU
-MOST_SPLITS = 64
+MOST_SPLITS = 128
 MASKED = -1e30
 
 
