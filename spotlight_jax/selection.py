@@ -20,7 +20,7 @@ SHARE_STEPS = 1_000_000  # `keep` counts in millionths, so that its budget is th
 THOUSAND = 1_000
 LONGEST = 2_000_000  # tokens; above it the budget's integers would pass 32 bits
 # Shortest cache, in tokens times batch, that a sparse step reads faster than a dense one; measured, docs/performance.md
-CROSSOVER = {"cpu": 2_048, "gpu": 65_536}
+CROSSOVER = {"cpu": 2_048, "gpu": 32_768}
 
 
 @dataclasses.dataclass(frozen=True)
