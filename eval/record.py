@@ -27,7 +27,8 @@ Row = dict[str, Any]  # a part and what was measured of it
 class Record:
     """The rows of one evaluation, on disk as soon as they are measured, and its progress on stderr.
 
-    Use it as a context: leaving it takes the live line off the terminal.
+    Use it as a context: leaving it takes the live line off the terminal, and a folder with nothing in it off the disk
+    where the input was refused.
     """
 
     def __init__(self, folder: runs.RunFolder, name: str) -> None:
@@ -66,6 +67,8 @@ class Record:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.display.stop()
+        if isinstance(error, InputError):
+            self.folder.discard_if_unused()
 
     def begin(self, parts: Sequence[Part]) -> list[Part]:
         """Say how much there is to do; returns the parts that are not finished."""

@@ -70,6 +70,14 @@ class RunFolder:
                 continue
         return rows
 
+    def discard_if_unused(self) -> None:
+        """Remove the folder where it holds nothing but what `create` wrote: a run that was refused keeps no name."""
+        files = list(self.path.iterdir())
+        if {file.name for file in files} <= {"config.yaml", "env.json"}:
+            for file in files:
+                file.unlink()
+            self.path.rmdir()
+
     def keep_metrics_before(self, step: int) -> None:
         """Drop rows from `step` on, which a resumed run will write again."""
         rows = [row for row in self.metrics() if row.get("step", 0) < step]

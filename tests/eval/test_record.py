@@ -55,6 +55,20 @@ def test_labels_are_names_of_files(tmp_path):
     assert len(list(tmp_path.iterdir())) == len(set(names)) == len(labels)
 
 
+def test_a_refused_evaluation_leaves_no_folder_unless_something_was_measured(tmp_path):
+    with pytest.raises(InputError), Record.open(config(tmp_path), "toy"):
+        raise InputError("no such text")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(InputError), Record.open(config(tmp_path), "toy") as record:
+        record.begin(PARTS)
+        record.add(PARTS[0], {"ppl": 3.5})
+        raise InputError("no such text")
+    with pytest.raises(InputError), Record.open(config(tmp_path, resume=True), "toy") as record:
+        assert record.begin(PARTS) == PARTS[1:]
+        raise InputError("again")
+    assert (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_other_flags_and_taken_folders_are_refused(tmp_path):
     with Record.open(config(tmp_path), "toy"):
         pass
