@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from spotlight_jax.errors import InputError
 from spotlight_jax.kernels.score_select import pack_weights, score_select
 from spotlight_jax.kernels.score_select.cases import CASES
+from spotlight_jax.kernels.score_select.chunk_programs import STEP, choose_chunk
 from spotlight_jax.kernels.score_select.packing import unpack_weights
-from spotlight_jax.kernels.score_select.pallas_triton import STEP, choose_chunk, score_select_pallas_triton
+from spotlight_jax.kernels.score_select.pallas_triton import score_select_pallas_triton
+from spotlight_jax.kernels.score_select.row_programs import has_program_a_row
 from tests.kernels.cuda import lower_for_cuda
 
 STATIC = ("max_budget", "limit", "sink_tokens", "recent_tokens")
@@ -25,7 +27,10 @@ def packing(run):
     return lambda codes, weights, *args, **static: packed(codes, pack_weights(jnp.asarray(weights)), *args, **static)
 
 
-interpreted = packing(functools.partial(score_select_pallas_triton, interpret=True))
+chunks, rows = (
+    packing(functools.partial(score_select_pallas_triton, interpret=True, has_rows=has_rows))
+    for has_rows in (False, True)
+)
 reference = packing(functools.partial(score_select, impl="reference"))
 
 
@@ -55,7 +60,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("run", [interpreted, reference], ids=["kernels", "reference"])
+@pytest.mark.parametrize("run", [chunks, rows, reference], ids=["chunks", "rows", "reference"])
 def test_both_choose_as_sorting_does(name, run):
     batch, code_heads, heads, bits, kv_len, limit, is_tied, most, sinks, recent = CALLS[name]
     codes, weights, rng = draw_call(1, batch, code_heads, heads, bits, kv_len, limit, is_tied)
@@ -81,9 +86,7 @@ def test_the_kernels_equal_the_reference_whatever_is_cached(data):
     if data.draw(st.booleans()):
         weights[:] = data.draw(st.sampled_from([-127, 0, 127]))
     call = jnp.asarray(codes), jnp.asarray(weights), jnp.asarray([end]), jnp.asarray([data.draw(st.integers(1, 200))])
-    for found, expected in zip(
-        *(run(*call, max_budget=200, limit=127) for run in (interpreted, reference)), strict=True
-    ):
+    for found, expected in zip(*(run(*call, max_budget=200, limit=127) for run in (chunks, rows)), strict=True):
         np.testing.assert_array_equal(found, expected)
 
 
@@ -104,7 +107,9 @@ def shapes_of(case):
 def test_the_kernels_lower_for_cuda_at_every_real_shape(case):
     run = functools.partial(score_select, max_budget=case.budget, limit=case.limit)
     text = lower_for_cuda(run, *shapes_of(case))
-    assert "score_ranks" in text and "compact_chosen" in text and "stablehlo.sort" not in text
+    is_one = has_program_a_row(case.batch * case.heads, case.kv_len)
+    kernels = ["select_rows"] if is_one else ["score_ranks", "refine_cut", "compact_chosen"]
+    assert all(name in text for name in kernels) and "stablehlo.sort" not in text
 
 
 @pytest.mark.gpu

@@ -26,13 +26,21 @@ def is_fused(limit: int) -> bool:
 
 
 def _agree() -> bool:
-    """Kernels and reference on two ragged rows of several chunks, with ties and forced tokens."""
-    keys = jax.random.split(jax.random.key(0), 2)
-    codes = jax.random.bits(keys[0], (2, 1, 2, 3000), jnp.uint32)
-    weights = jax.random.randint(keys[1], (2, 2, 64), -9, 10, jnp.int32)
-    call = codes, pack_weights(weights), jnp.asarray([2900, 700], jnp.int32), jnp.asarray([100, 64], jnp.int32)
+    """Kernels and reference on few ragged rows of several chunks and on many short ones, with ties and forced tokens."""
+    return all(_agree_on(*shape) for shape in ((2, 2, 3000), (16, 4, 300)))
+
+
+def _agree_on(batch: int, heads: int, kv_len: int) -> bool:
+    keys = jax.random.split(jax.random.key(0), 4)
+    codes = jax.random.bits(keys[0], (batch, 1, 2, kv_len), jnp.uint32)
+    weights = jax.random.randint(keys[1], (batch, heads, 64), -9, 10, jnp.int32)
+    ends = jax.random.randint(keys[2], (batch,), kv_len // 2, kv_len + 1, jnp.int32)
+    budgets = jax.random.randint(keys[3], (batch,), 10, 101, jnp.int32)
     run = functools.partial(score_select, max_budget=100, limit=9, sink_tokens=2, recent_tokens=8)
-    found, expected = (jax.jit(functools.partial(run, impl=impl))(*call) for impl in ("pallas_triton", "reference"))
+    found, expected = (
+        jax.jit(functools.partial(run, impl=impl))(codes, pack_weights(weights), ends, budgets)
+        for impl in ("pallas_triton", "reference")
+    )
     return all(bool(jnp.array_equal(*pair)) for pair in zip(found, expected, strict=True))
 
 

@@ -22,6 +22,8 @@ CASES = (
     ScoreSelectCase("smollm2-135m per query head, 64 bits, 8K", 1, 3, 9, 64, 8192, 164),
     ScoreSelectCase("llama3-8b, 256 bits, int8 weights, 2 x 8K", 2, 8, 8, 256, 8192, 164, 127),
     ScoreSelectCase("qwen2.5-7b, ragged 4 x 32K", 4, 4, 4, 128, 32768, 656),
+    ScoreSelectCase("qwen2.5-7b, 24 x 32K", 24, 4, 4, 128, 32768, 656),
+    ScoreSelectCase("qwen2.5-7b, 32 x 32K", 32, 4, 4, 128, 32768, 656),
     ScoreSelectCase("qwen2.5-7b, 128K", 1, 4, 4, 128, 131072, 2622),
     ScoreSelectCase("qwen2.5-7b, int8 weights, 128K", 1, 4, 4, 128, 131072, 2622, 127),
     ScoreSelectCase("qwen2.5-7b, 8 x 128K", 8, 4, 4, 128, 131072, 2622),

@@ -1,0 +1,208 @@
+"""Three kernels whose programs own chunks of rows: a GPU is full however few rows there are.
+
+score     codes -> ranks, and a histogram of the ranks' first digit
+refine    adds up the histograms of all chunks: one digit of the cut; a histogram of the next digit below it
+compact   the last digit; a chunk knows from all histograms where its choice goes, ties to the newest chunks first
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Int32, UInt32
+
+from spotlight_jax.kernels.score_select.counting import BINS, MOST_STEPS, add_digits, find_bin, no_digits, store_digits
+from spotlight_jax.kernels.score_select.plan import Plan, clear_free_slots, positions_of, walk
+from spotlight_jax.kernels.score_select.scoring import ranker_of
+
+ABOVE = BINS  # place of the count of ranks above all bins
+COUNTS = 64  # places of a chunk: bins, and the ranks above; a power of two
+
+PROGRAMS = 384  # at most, where chunks are long enough: three for each processor of an H100, all at work at once
+SCORE_WARPS = 4  # few, each with many codes on their way: what scoring waits for is memory
+WARPS = 8  # of the kernels after it
+STEP = 1024  # tokens that a program scores together
+WIDE_STEP = 2048  # ranks that it counts or compacts together; a chunk is one step or some wide ones
+LONGEST_CHUNK = MOST_STEPS * STEP
+
+
+def choose_chunk(rows: int, kv_len: int) -> int:
+    """Tokens of a program: few enough that a GPU is full, many enough that all programs run at once."""
+    chunk = WIDE_STEP * -(-rows * kv_len // (PROGRAMS * WIDE_STEP))
+    return STEP if rows * kv_len <= PROGRAMS * STEP else min(chunk, LONGEST_CHUNK)
+
+
+def _in_filled_chunk(is_filled, counts_ref, count) -> None:
+    """Count in a chunk that holds tokens; nothing is counted in others."""
+
+    def clear():
+        counts_ref[...] = jnp.zeros((COUNTS,), jnp.int32)
+
+    pl.when(is_filled)(count)
+    pl.when(jnp.logical_not(is_filled))(clear)
+
+
+def _score_kernel(bounds_ref, weights_ref, codes_ref, ranks_ref, counts_ref, *, plan: Plan, chunk: int) -> None:
+    start, end = pl.program_id(1) * chunk, bounds_ref[0]
+    rank = ranker_of(weights_ref, end, STEP, plan)
+    filled = jnp.minimum(chunk, plan.kv_len - start)
+
+    def load_words(step):
+        at, is_there = pl.ds(step * STEP, STEP), positions_of(0, step, STEP) < filled
+        return [plgpu.load(codes_ref.at[jnp.int32(word), at], mask=is_there, other=0) for word in range(plan.words)]
+
+    def score_step(step, words, fields):
+        ranks = rank(words, start + step * STEP)
+        at, is_there = pl.ds(step * STEP, STEP), positions_of(start, step, STEP) < plan.kv_len
+        plgpu.store(ranks_ref.at[at], ranks.astype(ranks_ref.dtype), mask=is_there)
+        return add_digits(ranks, plan.shifts[0], fields, plan.interpret)
+
+    def count():
+        store_digits(walk(chunk // STEP, load_words, score_step, no_digits(STEP)), counts_ref)
+        counts_ref[ABOVE] = jnp.int32(0)
+
+    _in_filled_chunk(start < end, counts_ref, count)
+
+
+def _walk_ranks(ranks_ref, start_of_chunk, chunk: int, plan: Plan, work, start, is_walked=1):
+    """`work` on a chunk's ranks, some at a time; 0 behind those that there are."""
+    width = min(WIDE_STEP, chunk)
+    filled = jnp.minimum(chunk, plan.kv_len - start_of_chunk)
+
+    def load_ranks(step):
+        at, is_there = pl.ds(step * width, width), positions_of(0, step, width) < filled
+        return plgpu.load(ranks_ref.at[at], mask=is_there, other=0)
+
+    return walk(is_walked * (chunk // width), load_ranks, work, start)
+
+
+def _load_bins(counts_ref) -> Int32[Array, "bins lanes"]:
+    """Histograms of a row's chunks, the highest bin first; lanes are a power of two."""
+    chunks = counts_ref.shape[1]
+    lanes = 1 << (chunks - 1).bit_length()
+    of_chunk, places = jnp.arange(lanes, dtype=jnp.int32), jnp.arange(BINS, dtype=jnp.int32)
+    is_there = jnp.broadcast_to((of_chunk < chunks)[None, :], (BINS, lanes))
+    return plgpu.load(counts_ref.at[places[:, None], of_chunk[None, :]], mask=is_there, other=0)
+
+
+def _refine_kernel(
+    bounds_ref, cut_ref, before_ref, ranks_ref, new_cut_ref, counts_ref, *, plan: Plan, chunk: int, done: int
+):
+    own = pl.program_id(1)
+    found, above = find_bin(jnp.sum(_load_bins(before_ref), axis=1), bounds_ref[1] - cut_ref[1])
+    base = cut_ref[0] + ((BINS - 1 - found) << plan.shifts[done - 1])
+    new_cut_ref[0] = base
+    new_cut_ref[1] = cut_ref[1] + above
+    shift, width = plan.shifts[done], min(WIDE_STEP, chunk)
+
+    def count_step(_, ranks, fields):
+        return add_digits(ranks.astype(jnp.int32) - base, shift, fields, plan.interpret)
+
+    def count():
+        store_digits(_walk_ranks(ranks_ref, own * chunk, chunk, plan, count_step, no_digits(width)), counts_ref)
+        places = jnp.arange(BINS, dtype=jnp.int32)
+        bins = plgpu.load(before_ref.at[places, own])
+        counts_ref[ABOVE] = before_ref[ABOVE, own] + jnp.sum(jnp.where(places < found, bins, 0))
+
+    _in_filled_chunk(own * chunk < bounds_ref[0], counts_ref, count)
+
+
+def _compact_kernel(bounds_ref, cut_ref, before_ref, ranks_ref, places_ref, *, plan: Plan, chunk: int) -> None:
+    budget = bounds_ref[1]
+    bins = _load_bins(before_ref)
+    found, above_cut = find_bin(jnp.sum(bins, axis=1), budget - cut_ref[1])
+    cut = cut_ref[0] + BINS - 1 - found
+    chunks = jnp.arange(bins.shape[1], dtype=jnp.int32)
+    rows = jnp.arange(BINS, dtype=jnp.int32)[:, None]
+    both = jnp.sum(jnp.where(rows < found, bins, 0) + jnp.where(rows == found, bins << 16, 0), axis=0)
+    ties = lax.shift_right_logical(both, 16)  # of each chunk
+    above = plgpu.load(before_ref.at[ABOVE, chunks], mask=chunks < before_ref.shape[1], other=0) + (both & 0xFFFF)
+    newer_ties = jnp.sum(ties) - jnp.cumsum(ties)
+    taken = jnp.clip(budget - cut_ref[1] - above_cut - newer_ties, 0, ties)
+    own, start = pl.program_id(1), pl.program_id(1) * chunk
+    first = jnp.sum(jnp.where(chunks < own, above + taken, 0))
+    counts = jnp.sum(jnp.where(chunks == own, ((above + taken) << 16) + ties - taken, 0))
+    chosen, dropped = lax.shift_right_logical(counts, 16), counts & 0xFFFF
+    is_tie_dropped = jnp.minimum(dropped, 1)
+    is_split = is_tie_dropped * jnp.minimum(jnp.sum(jnp.where(chunks == own, taken, 0)), 1)  # at most one of a row
+
+    def count_older(_, ranks, before):
+        """Places before the first tie that is chosen, and ties."""
+        places, ties = before
+        reached = ties + jnp.cumsum(jnp.where(ranks.astype(jnp.int32) == cut, 1, 0))
+        return places + jnp.sum(jnp.where(reached <= dropped, 1, 0)), jnp.max(reached)
+
+    older, _ = _walk_ranks(ranks_ref, start, chunk, plan, count_older, (jnp.int32(0), jnp.int32(0)), is_split)
+    first_tie = older + (is_tie_dropped - is_split) * chunk  # of those that are chosen
+
+    def compact_step(step, ranks, before):
+        places = positions_of(0, step, ranks.size)
+        is_chosen = ranks.astype(jnp.int32) > jnp.where(places >= first_tie, cut - 1, cut)
+        filled = before + jnp.cumsum(jnp.where(is_chosen, 1, 0))
+        slots = jnp.where(is_chosen, filled - 1, plan.max_budget)
+        plgpu.store(places_ref.at[slots], start + places, mask=is_chosen)
+        return jnp.max(filled)
+
+    @pl.when(chosen > 0)
+    def compact():
+        _walk_ranks(ranks_ref, start, chunk, plan, compact_step, first)
+
+    @pl.when(own == before_ref.shape[1] - 1)
+    def clear():
+        clear_free_slots(places_ref, budget, plan, WIDE_STEP)
+
+
+def select_by_chunks(
+    codes: UInt32[Array, "batch code_heads words kv_len"],
+    weights: Int32[Array, "rows packed"],
+    bounds: Int32[Array, "batch 2"],
+    plan: Plan,
+) -> Int32[Array, "rows max_budget"]:
+    """Chosen positions of every row; bounds are a sequence's end and budget."""
+    rows, heads, group, chunk = (
+        plan.rows,
+        plan.heads,
+        plan.heads // plan.code_heads,
+        choose_chunk(plan.rows, plan.kv_len),
+    )
+    chunks = -(-plan.kv_len // chunk)
+
+    def row_and_chunk(*shape):
+        return pl.BlockSpec(shape, lambda row, chunk: (row,) + (0,) * (len(shape) - 2) + (chunk,))
+
+    def row_of(*shape):
+        return pl.BlockSpec((None, *shape), lambda row, chunk: (row,) + (0,) * len(shape))
+
+    of_codes = pl.BlockSpec(
+        (None, None, plan.words, chunk), lambda row, chunk: (row // heads, row % heads // group, 0, chunk)
+    )
+    of_bounds = pl.BlockSpec((None, 2), lambda row, chunk: (row // heads, 0))
+    of_ranks, of_counts = row_and_chunk(None, chunk), row_of(COUNTS, chunks)
+    own_counts = row_and_chunk(None, COUNTS, None)
+    counts_shape = jax.ShapeDtypeStruct((rows, COUNTS, chunks), jnp.int32)
+
+    def call(kernel, name, warps, **specs):
+        kernel = functools.partial(kernel, plan=plan, chunk=chunk)
+        params = plgpu.CompilerParams(num_warps=warps, num_stages=1)
+        return pl.pallas_call(
+            kernel, name=name, grid=(rows, chunks), interpret=plan.interpret, compiler_params=params, **specs
+        )
+
+    ranks, counts = call(
+        _score_kernel, "score_ranks", SCORE_WARPS, in_specs=[of_bounds, row_of(weights.shape[1]), of_codes],
+        out_specs=[of_ranks, own_counts], out_shape=[plan.ranks_shape, counts_shape],
+    )(bounds, weights, codes)  # fmt: skip
+    cut = jnp.zeros((rows, 2), jnp.int32)  # the cut's digits so far, and how many ranks lie above them
+    before = [of_bounds, row_of(2), of_counts, of_ranks]
+    for done in range(1, len(plan.shifts)):
+        cut, counts = call(
+            functools.partial(_refine_kernel, done=done), "refine_cut", WARPS, in_specs=before,
+            out_specs=[row_of(2), own_counts], out_shape=[jax.ShapeDtypeStruct(cut.shape, jnp.int32), counts_shape],
+        )(bounds, cut, counts, ranks)  # fmt: skip
+    return call(
+        _compact_kernel, "compact_chosen", WARPS, in_specs=before, out_specs=row_of(plan.max_budget),
+        out_shape=jax.ShapeDtypeStruct((rows, plan.max_budget), jnp.int32),
+    )(bounds, cut, counts, ranks)  # fmt: skip

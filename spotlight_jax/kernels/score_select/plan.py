@@ -1,0 +1,87 @@
+"""What the fused kernels share: what is static of a call, the walk over tokens, single instructions."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Int32
+
+DIGIT_BITS = 5  # of a rank, found in one round
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is static of a call."""
+
+    batch: int
+    heads: int
+    code_heads: int
+    words: int
+    kv_len: int
+    rank_bits: int
+    span: int  # places of a byte whose weights fit one power of two
+    sink_tokens: int
+    recent_tokens: int
+    max_budget: int
+    interpret: bool
+
+    @property
+    def rows(self) -> int:
+        """Selecting heads of all sequences."""
+        return self.batch * self.heads
+
+    @property
+    def always(self) -> int:
+        """Rank of tokens that are read whatever their score."""
+        return (1 << self.rank_bits) - 1
+
+    @property
+    def ranks_shape(self) -> jax.ShapeDtypeStruct:
+        """How ranks are kept between walks."""
+        return jax.ShapeDtypeStruct((self.rows, self.kv_len), jnp.int16 if self.rank_bits <= 15 else jnp.int32)
+
+    @property
+    def shifts(self) -> tuple[int, ...]:
+        """Of each round's digit; the last one is 0."""
+        return tuple(range(DIGIT_BITS * ((self.rank_bits - 1) // DIGIT_BITS), -1, -DIGIT_BITS))
+
+
+def positions_of(start, step, width: int) -> Int32[Array, "width"]:
+    """Of a step's tokens, from a start on."""
+    return start + step * width + jnp.arange(width, dtype=jnp.int32)
+
+
+def walk(steps, load, work, start):
+    """`work` on each step's `load`, the next one's asked for before: memory is read while there is work."""
+
+    def take_step(step, carry):
+        loaded, done = carry
+        ahead = load(step + 1)
+        return ahead, work(step, loaded, done)
+
+    return lax.fori_loop(0, steps, take_step, (load(0), start))[1]
+
+
+def clear_free_slots(places_ref, budget, plan: Plan, width: int) -> None:
+    """Zeros where a budget is smaller than the greatest."""
+
+    def clear_step(step, _):
+        slots = positions_of(0, step, width)
+        is_free = (slots >= budget) & (slots < plan.max_budget)
+        plgpu.store(places_ref.at[slots], jnp.zeros_like(slots), mask=is_free)
+
+    lax.fori_loop(budget // width, -(-plan.max_budget // width), clear_step, None)
+
+
+def run_instruction(operation: str, *args: Array) -> Int32[Array, "step"]:
+    """One PTX instruction for every token."""
+    [result] = plgpu.elementwise_inline_asm(
+        f"{operation} $0, {', '.join(f'${place}' for place in range(1, len(args) + 1))};",
+        args=args,
+        constraints=",".join(["=r"] + ["r"] * len(args)),
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(args[-1].shape, jnp.int32)],
+    )
+    return result
