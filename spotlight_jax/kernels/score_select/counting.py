@@ -5,12 +5,14 @@ from jax import lax
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Int32
 
-from spotlight_jax.kernels.score_select.packing import WORD_BITS
+from spotlight_jax.kernels.score_select.packing import BYTE, WORD_BITS
 from spotlight_jax.kernels.score_select.plan import DIGIT_BITS, run_instruction
 
 BINS = 1 << DIGIT_BITS
 FIELD_BITS = 4
 FIELDS = 8  # of a number
+BYTES = WORD_BITS // BYTE
+TOKENS = 8  # of a thread
 MOST_STEPS = 14  # that fields hold; one more would do, too
 
 
@@ -31,14 +33,25 @@ def add_digits(relative: Int32[Array, "step"], shift: int, fields: tuple, interp
     return tuple(field + one_at(amounts - WORD_BITS * place) for place, field in enumerate(fields))
 
 
-def store_digits(fields: tuple, counts_ref, first: int = 0) -> None:
-    """Add up over the program's threads, two fields, sixteen bits apart, in one sum; the highest bin goes first."""
-    lows = jnp.arange(FIELDS // 2, dtype=jnp.int32)
+def add_up_digits(fields: tuple) -> Int32[Array, "pairs"]:
+    """Counts of the whole program, the highest bin first: two bins, sixteen bits apart, in a number."""
+    pairs = jnp.arange(BINS // 2, dtype=jnp.int32)[:, None]
+    first = second = jnp.zeros((1, 1), jnp.int32)
     for place, field in enumerate(fields):
-        both = jnp.sum(lax.shift_right_logical(field[None, :], FIELD_BITS * lows[:, None]) & 0x000F000F, axis=1)
-        highest = first + BINS - 1 - FIELDS * place
-        plgpu.store(counts_ref.at[highest - lows], both & 0xFFFF)
-        plgpu.store(counts_ref.at[highest - FIELDS // 2 - lows], lax.shift_right_logical(both, 16))
+        of_thread = field.reshape(-1, TOKENS)  # fields of eight bits hold its sums
+        is_own = pairs // BYTES == len(fields) - 1 - place
+        odd, even = (jnp.sum((of_thread >> shift) & 0x0F0F0F0F, axis=1)[None, :] for shift in (FIELD_BITS, 0))
+        first, second = jnp.where(is_own, odd, first), jnp.where(is_own, even, second)
+    shifts = BYTE * (BYTES - 1 - pairs % BYTES)
+    first, second = (lax.shift_right_logical(of_bin, shifts) & 255 for of_bin in (first, second))
+    return jnp.sum(first | (second << 16), axis=1)
+
+
+def store_digits(fields: tuple, counts_ref, start: int = 0) -> None:
+    """The counts of all bins, the highest first."""
+    counts, bins = add_up_digits(fields), start + 2 * jnp.arange(BINS // 2, dtype=jnp.int32)
+    plgpu.store(counts_ref.at[bins], counts & 0xFFFF)
+    plgpu.store(counts_ref.at[bins + 1], lax.shift_right_logical(counts, 16))
 
 
 def find_bin(bins: Int32[Array, "bins"], wanted: Int32[Array, ""]) -> tuple:

@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Int32, UInt32
 
-from spotlight_jax.kernels.score_select.counting import BINS, MOST_STEPS, add_digits, find_bin, no_digits, store_digits
+from spotlight_jax.kernels.score_select.counting import BINS, TOKENS, MOST_STEPS, add_digits, find_bin, no_digits, store_digits
 from spotlight_jax.kernels.score_select.plan import Plan, clear_free_slots, positions_of, walk
 from spotlight_jax.kernels.score_select.scoring import ranker_of
 
@@ -78,7 +78,8 @@ def _select_kernel(bounds_ref, weights_ref, codes_ref, ranks_ref, counts_ref, pl
         kept_ties = jnp.maximum(lax.shift_right_logical(reached, 16) - dropped, 0)
         is_chosen = ranks > cut - jnp.minimum(kept_ties, 1)
         slots = jnp.where(is_chosen, (reached & 0xFFFF) + kept_ties - 1, plan.max_budget)
-        plgpu.store(places_ref.at[slots], positions_of(0, step, STEP), mask=is_chosen)
+        slots, places = (x.reshape(-1, TOKENS).T for x in (slots, positions_of(0, step, STEP)))
+        plgpu.store(places_ref.at[slots], places, mask=slots < plan.max_budget)
         return before + jnp.sum(steps_up)
 
     walk(steps, load_ranks, compact_step, jnp.int32(0))
