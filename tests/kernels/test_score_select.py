@@ -54,20 +54,26 @@ def draw_call(seed, batch, code_heads, heads, bits, kv_len, limit, is_tied):
 CALLS = {
     "int8, two heads a code": (2, 2, 4, 64, 1300, 127, False, 60, 0, 1),
     "signs of a group, ties, sinks": (1, 2, 2, 128, 1100, 7, True, 600, 4, 64),
-    "256 bits": (3, 1, 2, 256, 700, 127, False, 40, 2, 5),
+    "256 bits": (3, 1, 2, 256, 2500, 127, False, 40, 2, 5),
     "one sign, all ties": (1, 1, 1, 32, 2100, 1, True, 100, 0, 1),
+    "int8, several steps": (3, 1, 2, 64, 9100, 127, False, 700, 3, 30),
+    "ties over several steps": (3, 1, 2, 96, 12288, 7, True, 5000, 0, 1),
+}
+RUNS = {
+    "chunks": (chunks, ["int8, two heads a code", "signs of a group, ties, sinks", "one sign, all ties"]),
+    "rows": (rows, ["256 bits", "int8, several steps", "ties over several steps"]),
+    "reference": (reference, list(CALLS)),
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("run", [chunks, rows, reference], ids=["chunks", "rows", "reference"])
-def test_both_choose_as_sorting_does(name, run):
+@pytest.mark.parametrize("run, name", [(run, name) for run, (_, names) in RUNS.items() for name in names])
+def test_all_choose_as_sorting_does(run, name):
     batch, code_heads, heads, bits, kv_len, limit, is_tied, most, sinks, recent = CALLS[name]
     codes, weights, rng = draw_call(1, batch, code_heads, heads, bits, kv_len, limit, is_tied)
     ends = rng.integers(kv_len // 3, kv_len, batch, endpoint=True).astype(np.int32)
     budgets = rng.integers(min(sinks + recent, most), most, batch, endpoint=True).astype(np.int32)
     always = {"sink_tokens": sinks, "recent_tokens": recent}
-    places, is_real = run(codes, weights, ends, budgets, max_budget=most, limit=limit, **always)
+    places, is_real = RUNS[run][0](codes, weights, ends, budgets, max_budget=most, limit=limit, **always)
     for row in np.ndindex(batch, heads):
         sequence, code_head = row[0], row[1] // (heads // code_heads)
         call = codes[sequence, code_head], weights[row], ends[sequence], budgets[sequence], sinks, recent
@@ -107,7 +113,7 @@ def shapes_of(case):
 def test_the_kernels_lower_for_cuda_at_every_real_shape(case):
     run = functools.partial(score_select, max_budget=case.budget, limit=case.limit)
     text = lower_for_cuda(run, *shapes_of(case))
-    is_one = has_program_a_row(case.batch * case.heads, case.kv_len)
+    is_one = has_program_a_row(case.batch * case.heads, case.kv_len, case.code_bits // 32)
     kernels = ["select_rows"] if is_one else ["score_ranks", "refine_cut", "compact_chosen"]
     assert all(name in text for name in kernels) and "stablehlo.sort" not in text
 

@@ -26,7 +26,7 @@ def is_fused(limit: int) -> bool:
 
 
 def _agree() -> bool:
-    """Kernels and reference on few rows of several chunks and on many short ones, ragged, with ties and forced tokens."""
+    """Kernels and reference on few long rows and on many short ones, all ragged, with ties and forced tokens."""
     return all(_agree_on(*shape) for shape in ((2, 2, 3000), (16, 4, 300)))
 
 

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Int32, UInt32
 
-from spotlight_jax.kernels.score_select.counting import BINS, MOST_STEPS, add_digits, find_bin, no_digits, store_digits
+from spotlight_jax.kernels.score_select.counting import BINS, MOST_STEPS, add_digits, add_up_digits, find_bin, no_digits
 from spotlight_jax.kernels.score_select.plan import Plan, clear_free_slots, positions_of, walk
 from spotlight_jax.kernels.score_select.scoring import ranker_of
 
@@ -45,6 +45,13 @@ def _in_filled_chunk(is_filled, counts_ref, count) -> None:
     pl.when(jnp.logical_not(is_filled))(clear)
 
 
+def _store_counts(fields: tuple, counts_ref) -> None:
+    """The program's histogram, the highest bin first."""
+    dealt = add_up_digits(fields)
+    for turn, counts in enumerate(dealt):
+        plgpu.store(counts_ref.at[len(dealt) * jnp.arange(counts.size, dtype=jnp.int32) + turn], counts)
+
+
 def _score_kernel(bounds_ref, weights_ref, codes_ref, ranks_ref, counts_ref, *, plan: Plan, chunk: int) -> None:
     start, end = pl.program_id(1) * chunk, bounds_ref[0]
     rank = ranker_of(weights_ref, end, STEP, plan)
@@ -61,7 +68,7 @@ def _score_kernel(bounds_ref, weights_ref, codes_ref, ranks_ref, counts_ref, *, 
         return add_digits(ranks, plan.shifts[0], fields, plan.interpret)
 
     def count():
-        store_digits(walk(chunk // STEP, load_words, score_step, no_digits(STEP)), counts_ref)
+        _store_counts(walk(chunk // STEP, load_words, score_step, no_digits(STEP)), counts_ref)
         counts_ref[ABOVE] = jnp.int32(0)
 
     _in_filled_chunk(start < end, counts_ref, count)
@@ -92,7 +99,7 @@ def _refine_kernel(
     bounds_ref, cut_ref, before_ref, ranks_ref, new_cut_ref, counts_ref, *, plan: Plan, chunk: int, done: int
 ):
     own = pl.program_id(1)
-    found, above = find_bin(jnp.sum(_load_bins(before_ref), axis=1), bounds_ref[1] - cut_ref[1])
+    found, above, _ = find_bin((jnp.sum(_load_bins(before_ref), axis=1),), bounds_ref[1] - cut_ref[1])
     base = cut_ref[0] + ((BINS - 1 - found) << plan.shifts[done - 1])
     new_cut_ref[0] = base
     new_cut_ref[1] = cut_ref[1] + above
@@ -102,7 +109,7 @@ def _refine_kernel(
         return add_digits(ranks.astype(jnp.int32) - base, shift, fields, plan.interpret)
 
     def count():
-        store_digits(_walk_ranks(ranks_ref, own * chunk, chunk, plan, count_step, no_digits(width)), counts_ref)
+        _store_counts(_walk_ranks(ranks_ref, own * chunk, chunk, plan, count_step, no_digits(width)), counts_ref)
         places = jnp.arange(BINS, dtype=jnp.int32)
         bins = plgpu.load(before_ref.at[places, own])
         counts_ref[ABOVE] = before_ref[ABOVE, own] + jnp.sum(jnp.where(places < found, bins, 0))
@@ -113,7 +120,7 @@ def _refine_kernel(
 def _compact_kernel(bounds_ref, cut_ref, before_ref, ranks_ref, places_ref, *, plan: Plan, chunk: int) -> None:
     budget = bounds_ref[1]
     bins = _load_bins(before_ref)
-    found, above_cut = find_bin(jnp.sum(bins, axis=1), budget - cut_ref[1])
+    found, above_cut, _ = find_bin((jnp.sum(bins, axis=1),), budget - cut_ref[1])
     cut = cut_ref[0] + BINS - 1 - found
     chunks = jnp.arange(bins.shape[1], dtype=jnp.int32)
     rows = jnp.arange(BINS, dtype=jnp.int32)[:, None]

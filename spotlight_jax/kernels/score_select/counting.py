@@ -2,7 +2,6 @@
 
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Int32
 
 from spotlight_jax.kernels.score_select.packing import BYTE, WORD_BITS
@@ -12,8 +11,9 @@ BINS = 1 << DIGIT_BITS
 FIELD_BITS = 4
 FIELDS = 8  # of a number
 BYTES = WORD_BITS // BYTE
-TOKENS = 8  # of a thread
-MOST_STEPS = 14  # that fields hold; one more would do, too
+TOKENS = 8  # of a thread; where it has fewer, sums are as right
+MOST_STEPS = 14  # that fields hold
+MANY = (1 << 31) - 1
 
 
 def no_digits(step: int) -> tuple:
@@ -33,30 +33,32 @@ def add_digits(relative: Int32[Array, "step"], shift: int, fields: tuple, interp
     return tuple(field + one_at(amounts - WORD_BITS * place) for place, field in enumerate(fields))
 
 
-def add_up_digits(fields: tuple) -> Int32[Array, "pairs"]:
-    """Counts of the whole program, the highest bin first: two bins, sixteen bits apart, in a number."""
+def add_up_digits(fields: tuple) -> tuple:
+    """Counts of the whole program, the highest bin first: of every second bin, and of those that follow them."""
     pairs = jnp.arange(BINS // 2, dtype=jnp.int32)[:, None]
-    first = second = jnp.zeros((1, 1), jnp.int32)
+    odd = even = jnp.zeros((1, 1), jnp.int32)
     for place, field in enumerate(fields):
         of_thread = field.reshape(-1, TOKENS)  # fields of eight bits hold its sums
         is_own = pairs // BYTES == len(fields) - 1 - place
-        odd, even = (jnp.sum((of_thread >> shift) & 0x0F0F0F0F, axis=1)[None, :] for shift in (FIELD_BITS, 0))
-        first, second = jnp.where(is_own, odd, first), jnp.where(is_own, even, second)
+        sums = (jnp.sum((of_thread >> shift) & 0x0F0F0F0F, axis=1)[None, :] for shift in (FIELD_BITS, 0))
+        odd, even = (jnp.where(is_own, own, other) for own, other in zip(sums, (odd, even), strict=True))
     shifts = BYTE * (BYTES - 1 - pairs % BYTES)
-    first, second = (lax.shift_right_logical(of_bin, shifts) & 255 for of_bin in (first, second))
-    return jnp.sum(first | (second << 16), axis=1)
+    first, second = (lax.shift_right_logical(sums, shifts) & 255 for sums in (odd, even))
+    both = jnp.sum(first | (second << 16), axis=1)
+    return both & 0xFFFF, lax.shift_right_logical(both, 16)
 
 
-def store_digits(fields: tuple, counts_ref, start: int = 0) -> None:
-    """The counts of all bins, the highest first."""
-    counts, bins = add_up_digits(fields), start + 2 * jnp.arange(BINS // 2, dtype=jnp.int32)
-    plgpu.store(counts_ref.at[bins], counts & 0xFFFF)
-    plgpu.store(counts_ref.at[bins + 1], lax.shift_right_logical(counts, 16))
+def find_bin(dealt: tuple, wanted: Int32[Array, ""]) -> tuple:
+    """Which bin holds the last of `wanted` ranks, and how many ranks lie before it and up to its end.
 
-
-def find_bin(bins: Int32[Array, "bins"], wanted: Int32[Array, ""]) -> tuple:
-    """Which bin, the highest first, holds the last of `wanted` ranks, and how many ranks lie in those before it."""
-    reached = jnp.cumsum(bins)
-    places = jnp.arange(1, BINS + 1, dtype=jnp.int32)
-    most = jnp.max(jnp.where(reached < wanted, reached * BINS + places, 0))  # of the last bin before: neither falls
-    return most & (BINS - 1), lax.shift_right_logical(most, DIGIT_BITS)
+    Bins, the highest first, are dealt to vectors in turn.
+    """
+    reached = jnp.cumsum(sum(dealt[1:], dealt[0]))
+    rounds = len(dealt) * jnp.arange(reached.size, dtype=jnp.int32)
+    most, up_to = jnp.int32(0), jnp.int32(MANY)
+    for place in reversed(range(len(dealt))):
+        is_before = reached < wanted
+        most = jnp.maximum(most, jnp.max(jnp.where(is_before, reached * BINS + rounds + place + 1, 0)))
+        up_to = jnp.minimum(up_to, jnp.min(jnp.where(is_before, MANY, reached)))
+        reached = reached - dealt[place]
+    return most & (BINS - 1), lax.shift_right_logical(most, DIGIT_BITS), up_to  # of the last bin before: neither falls

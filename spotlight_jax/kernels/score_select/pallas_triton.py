@@ -40,7 +40,7 @@ def score_select_pallas_triton(
     )  # fmt: skip
     budgets = jnp.minimum(budgets, ends)
     if has_rows is None:
-        has_rows = has_program_a_row(plan.rows, kv_len)
+        has_rows = has_program_a_row(plan.rows, kv_len, words)
     select = select_by_rows if has_rows else select_by_chunks
     places = select(codes, weights.reshape(plan.rows, -1), jnp.stack([ends, budgets], axis=1), plan)
     is_real = jnp.arange(max_budget, dtype=jnp.int32)[None, None, :] < budgets[:, None, None]

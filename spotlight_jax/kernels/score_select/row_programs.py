@@ -9,81 +9,93 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Int32, UInt32
 
-from spotlight_jax.kernels.score_select.counting import BINS, TOKENS, MOST_STEPS, add_digits, find_bin, no_digits, store_digits
+from spotlight_jax.kernels.score_select.counting import BINS, MOST_STEPS, add_digits, add_up_digits, find_bin, no_digits
 from spotlight_jax.kernels.score_select.plan import Plan, clear_free_slots, positions_of, walk
 from spotlight_jax.kernels.score_select.scoring import ranker_of
 
 WARPS = 16  # all that a processor holds with 128 registers a thread
-STEP = 4096  # tokens that a program works on together: eight a thread
-LONGEST_ROW = MOST_STEPS * STEP
+THREADS = 32 * WARPS
+STEP = 4096  # tokens that a program works on together, of codes up to 128 bits: eight a thread
 FEWEST_ROWS = 64
 
 
-def has_program_a_row(rows: int, kv_len: int) -> bool:
-    """Whether programs own whole rows. A processor runs one at a time: from 64 rows on, about half of an H100's 132
-    or of an A100's 108 processors, or more, are at work, in the last round too where rows are more than processors."""
-    return rows >= FEWEST_ROWS and kv_len <= LONGEST_ROW
+def choose_step(words: int) -> int:
+    """Tokens that a program works on together: registers hold the codes of two steps."""
+    return STEP >> max((words - 1).bit_length() - 2, 0)
 
 
-def _await_program(plan: Plan) -> None:
-    """Until every thread sees what the others have stored."""
-    if not plan.interpret:
-        plgpu.debug_barrier()
+def has_program_a_row(rows: int, kv_len: int, words: int) -> bool:
+    """Whether programs own whole rows, of a length that a thread's fields hold.
+
+    A processor runs one at a time: from 64 rows on, at least about half of an H100's 132 or an A100's 108 processors are
+    at work, averaged over the rounds that more rows than processors take.
+    """
+    return rows >= FEWEST_ROWS and kv_len <= MOST_STEPS * choose_step(words)
 
 
-def _select_kernel(bounds_ref, weights_ref, codes_ref, ranks_ref, counts_ref, places_ref, *, plan: Plan) -> None:
+def _find_cut(walk_ranks, fields: tuple, budget, width: int, plan: Plan) -> tuple:
+    """The last chosen rank, and how many of its ties are dropped. `fields` have counted the first digit."""
+    cut, wanted = jnp.int32(0), budget
+    for done, shift in enumerate(plan.shifts, start=1):
+        found, above, up_to = find_bin(add_up_digits(fields), wanted)
+        cut, dropped, wanted = cut + ((BINS - 1 - found) << shift), up_to - wanted, wanted - above
+        if done < len(plan.shifts):
+            count = functools.partial(_count_digits, base=cut, shift=plan.shifts[done], plan=plan)
+            fields = walk_ranks(count, no_digits(width))
+    return cut, dropped
+
+
+def _count_digits(_, ranks, fields: tuple, *, base, shift: int, plan: Plan) -> tuple:
+    return add_digits(ranks - base, shift, fields, plan.interpret)
+
+
+def _store_chosen(step, ranks, before, *, cut, dropped, places_ref, plan: Plan):
+    """A step's part of the result. `before` counts ranks above the cut and, sixteen bits higher, ties."""
+    counted = jnp.where(ranks > cut, 1, jnp.where(ranks == cut, 1 << 16, 0))
+    reached = before + jnp.cumsum(counted)
+    kept_ties = jnp.maximum(lax.shift_right_logical(reached, 16) - dropped, 0)  # the newest
+    is_chosen = ranks + jnp.minimum(kept_ties, 1) > cut
+    slots = jnp.where(is_chosen, (reached & 0xFFFF) + kept_ties - 1, plan.max_budget)
+    call = slots, positions_of(0, step, ranks.size), is_chosen
+    # a column holds the tokens of a thread, so that none are sent to others for the sake of slots side by side
+    slots, places, is_chosen = (of_tokens.reshape(THREADS, -1).T for of_tokens in call)
+    plgpu.store(places_ref.at[slots], places, mask=is_chosen)
+    return before + jnp.sum(counted)
+
+
+def _select_kernel(bounds_ref, weights_ref, codes_ref, ranks_ref, places_ref, *, plan: Plan) -> None:
     end, budget = bounds_ref[0], bounds_ref[1]
-    steps = (end + STEP - 1) // STEP
-    rank = ranker_of(weights_ref, end, STEP, plan)
+    width = choose_step(plan.words)
+    steps = (end + width - 1) // width
+    rank = ranker_of(weights_ref, end, width, plan)
 
     def at_step(step):
-        return pl.ds(step * STEP, STEP), positions_of(0, step, STEP) < jnp.minimum(steps * STEP, plan.kv_len)
+        return pl.ds(step * width, width), positions_of(0, step, width) < jnp.minimum(steps * width, plan.kv_len)
 
     def load_words(step):
         at, is_there = at_step(step)
         return [plgpu.load(codes_ref.at[jnp.int32(word), at], mask=is_there, other=0) for word in range(plan.words)]
 
-    def load_ranks(step):
-        at, is_there = at_step(step)
-        return plgpu.load(ranks_ref.at[at], mask=is_there, other=0)
-
     def score_step(step, words, fields):
-        ranks = rank(words, step * STEP)
+        ranks = rank(words, step * width)
         at, is_there = at_step(step)
         plgpu.store(ranks_ref.at[at], ranks.astype(ranks_ref.dtype), mask=is_there)
         return add_digits(ranks, plan.shifts[0], fields, plan.interpret)
 
-    fields = walk(steps, load_words, score_step, no_digits(STEP))
-    cut, wanted = jnp.int32(0), budget
-    places = jnp.arange(BINS, dtype=jnp.int32)
-    for done, shift in enumerate(plan.shifts, start=1):
-        store_digits(fields, counts_ref, done * BINS - BINS)
-        _await_program(plan)
-        bins = plgpu.load(counts_ref.at[done * BINS - BINS + places])
-        found, above = find_bin(bins, wanted)
-        cut, wanted = cut + ((BINS - 1 - found) << shift), wanted - above
-        if done < len(plan.shifts):
-            next_shift = plan.shifts[done]
+    def load_ranks(step):
+        at, is_there = at_step(step)
+        return plgpu.load(ranks_ref.at[at], mask=is_there, other=0)
 
-            def count_step(_, ranks, fields, cut=cut, next_shift=next_shift):
-                return add_digits(ranks.astype(jnp.int32) - cut, next_shift, fields, plan.interpret)
+    def walk_ranks(work, start):
+        return walk(steps, load_ranks, lambda step, ranks, done: work(step, ranks.astype(jnp.int32), done), start)
 
-            fields = walk(steps, load_ranks, count_step, no_digits(STEP))
-    dropped = jnp.sum(jnp.where(places == found, bins, 0)) - wanted  # ties, the oldest ones
-
-    def compact_step(step, ranks, before):
-        ranks = ranks.astype(jnp.int32)
-        steps_up = jnp.where(ranks > cut, 1, jnp.where(ranks == cut, 1 << 16, 0))
-        reached = before + jnp.cumsum(steps_up)  # ranks above the cut; sixteen bits higher, ties
-        kept_ties = jnp.maximum(lax.shift_right_logical(reached, 16) - dropped, 0)
-        is_chosen = ranks > cut - jnp.minimum(kept_ties, 1)
-        slots = jnp.where(is_chosen, (reached & 0xFFFF) + kept_ties - 1, plan.max_budget)
-        slots, places = (x.reshape(-1, TOKENS).T for x in (slots, positions_of(0, step, STEP)))
-        plgpu.store(places_ref.at[slots], places, mask=slots < plan.max_budget)
-        return before + jnp.sum(steps_up)
-
-    walk(steps, load_ranks, compact_step, jnp.int32(0))
-    clear_free_slots(places_ref, budget, plan, STEP)
+    fields = walk(steps, load_words, score_step, no_digits(width))
+    if not plan.interpret:
+        plgpu.debug_barrier()  # every thread sees what the others have stored
+    cut, dropped = _find_cut(walk_ranks, fields, budget, width, plan)
+    store = functools.partial(_store_chosen, cut=cut, dropped=dropped, places_ref=places_ref, plan=plan)
+    walk_ranks(store, jnp.int32(0))
+    clear_free_slots(places_ref, budget, plan, width)
 
 
 def select_by_rows(
@@ -101,18 +113,16 @@ def select_by_rows(
     of_codes = pl.BlockSpec(
         (None, None, plan.words, plan.kv_len), lambda row: (row // heads, row % heads // group, 0, 0)
     )
-    counts = len(plan.shifts) * BINS
-    _, _, places = pl.pallas_call(
+    _, places = pl.pallas_call(
         functools.partial(_select_kernel, plan=plan),
         name="select_rows",
         grid=(plan.rows,),
         interpret=plan.interpret,
         compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=1),
         in_specs=[pl.BlockSpec((None, 2), lambda row: (row // heads, 0)), row_of(weights.shape[1]), of_codes],
-        out_specs=[row_of(plan.kv_len), row_of(counts), row_of(plan.max_budget)],
+        out_specs=[row_of(plan.kv_len), row_of(plan.max_budget)],
         out_shape=[
             plan.ranks_shape,
-            jax.ShapeDtypeStruct((plan.rows, counts), jnp.int32),
             jax.ShapeDtypeStruct((plan.rows, plan.max_budget), jnp.int32),
         ],
     )(bounds, weights, codes)
