@@ -15,7 +15,7 @@ from spotlight_jax.kernels.score_select.cases import CASES
 from spotlight_jax.kernels.score_select.chunk_programs import STEP, choose_chunk
 from spotlight_jax.kernels.score_select.packing import unpack_weights
 from spotlight_jax.kernels.score_select.pallas_triton import score_select_pallas_triton
-from spotlight_jax.kernels.score_select.row_programs import has_program_a_row
+from spotlight_jax.kernels.score_select.row_programs import choose_step, has_program_a_row
 from tests.kernels.cuda import lower_for_cuda
 
 STATIC = ("max_budget", "limit", "sink_tokens", "recent_tokens")
@@ -101,6 +101,15 @@ def test_a_row_has_few_chunks_and_a_chunk_fits_16_bit_counts(rows, kv_len):
     chunk = choose_chunk(rows, kv_len)
     assert chunk == STEP or (chunk % (2 * STEP) == 0 and chunk <= 15 * STEP)
     assert -(-kv_len // chunk) <= 256
+
+
+@pytest.mark.parametrize(
+    "rows, kv_len, words, is_one",
+    [(96, 32768, 4, True), (64, 57344, 4, True), (63, 32768, 4, False), (96, 57345, 4, False), (96, 57344, 8, False)],
+)
+def test_a_program_owns_a_row_where_rows_are_many_and_fields_hold_their_steps(rows, kv_len, words, is_one):
+    assert has_program_a_row(rows, kv_len, words) is is_one
+    assert not is_one or -(-kv_len // choose_step(words)) <= 15
 
 
 def shapes_of(case):

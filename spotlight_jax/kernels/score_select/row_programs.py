@@ -27,8 +27,8 @@ def choose_step(words: int) -> int:
 def has_program_a_row(rows: int, kv_len: int, words: int) -> bool:
     """Whether programs own whole rows, of a length that a thread's fields hold.
 
-    A processor runs one at a time: from 64 rows on, at least about half of an H100's 132 or an A100's 108 processors are
-    at work, averaged over the rounds that more rows than processors take.
+    A processor runs one at a time: from 64 rows on, about half of an H100's 132 or an A100's 108 processors or more are
+    at work, on average over the rounds that more rows than processors take.
     """
     return rows >= FEWEST_ROWS and kv_len <= MOST_STEPS * choose_step(words)
 
