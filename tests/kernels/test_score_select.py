@@ -112,6 +112,13 @@ def test_a_program_owns_a_row_where_rows_are_many_and_fields_hold_their_steps(ro
     assert not is_one or -(-kv_len // choose_step(words)) <= 15
 
 
+def test_the_longest_row_of_a_program_counts_ties_of_every_token():
+    """Fields of four bits reach 14, counts of ties pass 2^15."""
+    codes, weights = jnp.zeros((1, 1, 1, 57344), jnp.uint32), jnp.ones((1, 1, 32), jnp.int32)
+    places, _ = rows(codes, weights, jnp.asarray([57344]), jnp.asarray([12000]), max_budget=12000, limit=1)
+    np.testing.assert_array_equal(places[0, 0], np.arange(57344 - 12000, 57344))
+
+
 def shapes_of(case):
     codes = jax.ShapeDtypeStruct((case.batch, case.code_heads, case.code_bits // 32, case.kv_len), jnp.uint32)
     weights = jax.ShapeDtypeStruct((case.batch, case.heads, case.code_bits // 4), jnp.int32)
