@@ -36,6 +36,9 @@ class DataConfig:
     """Share of the windows for each training text, in the same order; without it, by size."""
     text_column: str = "text"
     """Key or column that holds the text in .jsonl, .parquet and hub data sets."""
+    copies: float = 0.0
+    """Share of the training windows in which a passage comes a second time, in place of what was there: what a model
+    copies, it must find far back, and few windows of plain text ask for that."""
     seed: int = 0
     """Seed of the training order; the held-out windows do not depend on it."""
 
@@ -48,6 +51,8 @@ class DataConfig:
             raise InputError(f"held_out_windows must not be negative, not {self.held_out_windows}")
         if self.weights and len(self.weights) != len(self.train):
             raise InputError(f"weights has {len(self.weights)} numbers for {len(self.train)} training texts")
+        if not 0 <= self.copies <= 1:
+            raise InputError(f"copies is {self.copies}; give a share of the windows from 0 to 1")
         if any(not 0 < weight < float("inf") for weight in self.weights):
             raise InputError(f"weights must be positive, not {self.weights}")
 
@@ -179,18 +184,24 @@ class Windows:
             SourceSummary(pool.name, weight / total, pool.tokens, pool.train_windows)
             for pool, weight in zip(pools, weights, strict=True)
         )
-        identity = [[pool.identity for pool in pools], list(weights), cfg.window, cfg.seed, held_out.shape[0]]
+        self._copies, self._seed, self._drawn = cfg.copies, cfg.seed, 0
+        order = [cfg.window, cfg.seed, cfg.copies]
+        identity = [[pool.identity for pool in pools], list(weights), held_out.shape[0], *order]
         self._fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
     def next(self) -> Int32[np.ndarray, " window"]:
         """The next training window."""
-        return self._pools[self._turns.take()].take()
+        window = self._pools[self._turns.take()].take()
+        rng = np.random.default_rng((self._seed, self._drawn))
+        self._drawn += 1
+        return _copy_passage(window, rng) if rng.random() < self._copies else window
 
     def state(self) -> dict[str, Any]:
         """The position, as JSON; `restore` continues from it with the very windows that would have come."""
         return {
             "fingerprint": self._fingerprint,
             "turns": list(self._turns.credits),
+            "drawn": self._drawn,
             "sources": [pool.state() for pool in self._pools],
         }
 
@@ -201,8 +212,19 @@ class Windows:
                 "the saved position belongs to other text, weights, window or seed; resume with those of the first run"
             )
         self._turns.credits = list(state["turns"])
+        self._drawn = int(state["drawn"])
         for pool, position in zip(self._pools, state["sources"], strict=True):
             pool.restore(position)
+
+
+def _copy_passage(window: Int32[np.ndarray, " window"], rng: np.random.Generator) -> Int32[np.ndarray, " window"]:
+    """The window with a passage of 1/16 to 1/3 of it written a second time, anywhere behind the first."""
+    length = int(rng.integers(max(1, len(window) // 16), max(2, len(window) // 3)))
+    source = int(rng.integers(0, len(window) - 2 * length + 1))
+    target = int(rng.integers(source + length, len(window) - length + 1))
+    copied = window.copy()
+    copied[target : target + length] = window[source : source + length]
+    return copied
 
 
 class _Turns:

@@ -227,6 +227,24 @@ def test_copies_of_a_file_in_a_folder_count_once(tmp_path):
     assert _open([str(tmp_path)]).sources[0].tokens == 32
 
 
+@given(window=st.integers(2, 200), seed=st.integers(0, 3))
+def test_a_copied_passage_stands_behind_the_one_it_repeats(tmp_path_factory, window, seed):
+    train = [_ids(tmp_path_factory.mktemp("ids"), 10 * window)]  # every id once
+    plain, copied = (_open(train, window, seed=seed, copies=copies) for copies in (0.0, 1.0))
+    for before, after in zip(np.array(_take(plain, 8)), np.array(_take(copied, 8)), strict=True):
+        changed = np.flatnonzero(before != after)
+        assert (np.diff(changed) == 1).all() and window // 16 <= len(changed) <= max(1, window / 3)
+        distances = before[changed] - after[changed]
+        assert (distances == distances[0]).all() and len(changed) <= distances[0] <= changed[0]
+    assert (plain.held_out == copied.held_out).all()
+
+
+def test_as_many_windows_hold_a_copy_as_asked_for(tmp_path):
+    train = [_ids(tmp_path, 32 * 1000)]
+    plain, copied = (_take(_open(train, 32, 0, copies=copies), 1000) for copies in (0.0, 0.25))
+    assert 200 < sum(one != other for one, other in zip(plain, copied, strict=True)) < 300
+
+
 # Resuming
 
 
@@ -234,16 +252,16 @@ def test_copies_of_a_file_in_a_folder_count_once(tmp_path):
 def test_restored_windows_equal_uninterrupted_ones(tmp_path_factory, before, after, seed):
     folder = tmp_path_factory.mktemp("ids")
     train = [_ids(folder, 70, "a.npy"), _ids(folder, 130, "b.npy", 1000)]
-    windows = _open(train, seed=seed)
+    windows = _open(train, seed=seed, copies=0.5)
     _take(windows, before)
     state = json.loads(json.dumps(windows.state()))
     expected = _take(windows, after)
-    resumed = _open(train, seed=seed)
+    resumed = _open(train, seed=seed, copies=0.5)
     resumed.restore(state)
     assert _take(resumed, after) == expected
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"window": 9}, {"held_out_windows": 1}])
+@pytest.mark.parametrize("change", [{"seed": 1}, {"window": 9}, {"held_out_windows": 1}, {"copies": 0.5}])
 def test_a_position_of_other_windows_is_refused(tmp_path, change):
     train = [_ids(tmp_path, 200)]
     with pytest.raises(InputError, match="saved position"):
@@ -429,7 +447,14 @@ def test_text_without_a_tokenizer_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{"window": 1}, {"train": ()}, {"held_out_windows": -1}, {"weights": (1.0, 2.0)}, {"weights": (0.0,)}],
+    [
+        {"window": 1},
+        {"train": ()},
+        {"held_out_windows": -1},
+        {"weights": (1.0, 2.0)},
+        {"weights": (0.0,)},
+        {"copies": 1.5},
+    ],
 )
 def test_a_config_that_cannot_work_is_refused(options):
     with pytest.raises(InputError):

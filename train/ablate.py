@@ -60,6 +60,8 @@ class AblateConfig:
     """Tokens in a window of a variant that does not say otherwise; all are measured on windows of this length."""
     train: tuple[str, ...] = DataConfig().train
     """Training texts."""
+    copies: float = 0.0
+    """Share of the training windows in which a passage comes twice."""
     held_out: tuple[str, ...] = ("embedded-test",)
     """Texts to measure on."""
     held_out_windows: int = 12
@@ -118,6 +120,7 @@ VARIANTS: dict[str, Fields] = {
     "steps-2000-64": _LONG | {"hash.code_bits": 64},
     "group-2000": _LONG | _GROUP,
     "wide-2000": _LONG | _WIDE,
+    "wide-group-2000": _LONG | _WIDE | _GROUP,
     "wide-2000-64": _LONG | _WIDE | {"hash.code_bits": 64},
 }
 
@@ -127,6 +130,7 @@ def variant_config(name: str, cfg: AblateConfig) -> LayerwiseConfig:
     own: Fields = {"model": cfg.model, "steps": cfg.steps, "dtype": cfg.dtype, "seed": cfg.seed}
     own |= {"layers_at_once": cfg.layers_at_once, "save_every": _NEVER, "measure.every": _NEVER}
     own |= {"ranking.queries_at_once": cfg.queries_at_once, "data.window": cfg.window, "data.train": cfg.train}
+    own |= {"data.copies": cfg.copies}
     own |= {"data.held_out": cfg.held_out, "data.held_out_windows": cfg.held_out_windows}
     sections: dict[str, Fields] = {}
     for path, value in (own | VARIANTS[name]).items():
