@@ -212,7 +212,7 @@ class Engine:
             donate: arguments whose buffers the program may overwrite: the caller gives them up.
         """
         leaves, structure = jax.tree.flatten(args)
-        shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
         key = (name, str(static.get("mode")), structure, shapes)
         if key not in self._programs:
             start = time.perf_counter()
