@@ -19,14 +19,16 @@ TOLERANCE = {"float32": 5e-3, "bfloat16": 3e-2}
 TOLERANCE_HASHED = 0.15
 
 
-def plain_scores(codes: UInt32[np.ndarray, "words n"], weights: Int[np.ndarray, " code_bits"]) -> Int[np.ndarray, " n"]:
-    """Sum of the weights whose bit is set."""
+def plain_scores(
+    codes: UInt32[np.ndarray, "words n"], weights: Int[np.ndarray, "sums code_bits"]
+) -> Int[np.ndarray, " n"]:
+    """Highest sum of the weights whose bit is set, each less half of its weights, rounded down."""
     little = np.ascontiguousarray(codes.T).astype("<u4").view(np.uint8)
     bits = np.unpackbits(little, axis=1, bitorder="little")
-    scores = np.zeros(len(bits), np.int64)
+    sums = np.stack([np.zeros(len(bits), np.int64) - own.sum() // 2 for own in weights.astype(np.int64)])
     for place in range(bits.shape[1]):
-        scores += bits[:, place].astype(np.int64) * int(weights[place])
-    return scores
+        sums += bits[None, :, place].astype(np.int64) * weights[:, place, None]
+    return sums.max(axis=0)
 
 
 def plain_selection(scores: Int[np.ndarray, " n"], budget: int) -> Int[np.ndarray, " budget"]:

@@ -18,11 +18,11 @@ from eval.timing import Op
 from spotlight_jax import hashing
 from spotlight_jax.cache import LayerCache
 from spotlight_jax.cached_attention import AttentionImpl, LayerSelector, attend_densely, attend_sparsely
-from spotlight_jax.kernels.match_score import match_score, weight_bits_of
+from spotlight_jax.kernels.match_score import match_score
 from spotlight_jax.kernels.sparse_attention import sparse_attention
 from spotlight_jax.models.config import DecoderConfig
-from spotlight_jax.scoring import hash_score_range
 from spotlight_jax.selection import SelectionConfig, max_budget, select_by_codes, select_tokens
+from spotlight_jax.weights import WeightBounds, quantise
 
 COLD_BYTES = {"cpu": 128 << 20}  # what a step walks over at least, so that no cache of the device helps
 GPU_COLD_BYTES = 256 << 20
@@ -48,9 +48,20 @@ class OpShape:
         return self.q_heads // self.kv_heads
 
     @property
-    def limit(self) -> int:
-        """Greatest weight of a bit."""
-        return hashing.weight_limit(hashing.HashConfig(code_bits=self.code_bits), self.group, per_kv_head=True)
+    def sums(self) -> int:
+        """By how many sums of weights a token is scored."""
+        return min(hashing.HashConfig().sums, self.group)
+
+    @property
+    def bounds(self) -> WeightBounds:
+        """Of weights that were real."""
+        return hashing.weight_bounds(hashing.HashConfig(code_bits=self.code_bits), self.group, per_kv_head=True)
+
+    @property
+    def sign_bounds(self) -> WeightBounds:
+        """Of a group's sums of signs."""
+        cfg = hashing.HashConfig("symmetric", self.code_bits)
+        return hashing.weight_bounds(cfg, self.group, per_kv_head=True)
 
     @property
     def slots(self) -> int:
@@ -97,8 +108,8 @@ class OpInputs:
     keys: Float[Array, "batch one kv_heads head_dim"]
     values: Float[Array, "batch one kv_heads head_dim"]
     lengths: Int32[Array, "batch"]  # filled slots, before the new token
-    weights: Int32[Array, "batch one kv_heads code_bits"]  # of as many bits as the selector's
-    signs: Int32[Array, "batch one kv_heads code_bits"]  # sums of the group's signs
+    weights: Int32[Array, "batch one kv_heads sums code_bits"]
+    signs: Int32[Array, "batch one kv_heads one code_bits"]  # sums of the group's signs
     selector: LayerSelector
     hamming: LayerSelector  # the paper's form, its group summed
 
@@ -129,10 +140,10 @@ def draw_inputs(shape: OpShape) -> OpInputs:
         keys=jax.random.normal(keys[1], (*per_kv, shape.head_dim), dtype),
         values=jax.random.normal(keys[2], (*per_kv, shape.head_dim), dtype),
         lengths=jnp.full((shape.batch,), shape.length - 1, jnp.int32),
-        weights=jax.random.randint(keys[3], (*per_kv, shape.code_bits), -shape.limit, shape.limit + 1, jnp.int32),
-        signs=jnp.sum(2 * signs.astype(jnp.int32) - 1, axis=3),
+        weights=quantise(jax.random.normal(keys[3], (*per_kv, shape.sums, shape.code_bits))),
+        signs=jnp.sum(2 * signs.astype(jnp.int32) - 1, axis=3, keepdims=True),
         selector=selector(hashing.HashConfig(code_bits=shape.code_bits)),
-        hamming=selector(hashing.HashConfig("symmetric", "none", shape.code_bits, centre=False)),
+        hamming=selector(hashing.HashConfig("symmetric", shape.code_bits, skip="none", centre=False)),
     )
 
 
@@ -149,9 +160,12 @@ def draw_layer(key: Array, shape: OpShape) -> LayerCache:
     )
 
 
-def _mixed(weights: Int32[Array, "*shape"], bit: Int32[Array, ""], limit: int) -> Int32[Array, "*shape"]:
-    """Weights that wait for a bit of the output before, and stay in their range."""
-    return jnp.clip(weights ^ bit, -limit, limit)
+def _mixed(
+    weights: Int32[Array, "*lead code_bits"], bit: Int32[Array, ""], bounds: WeightBounds
+) -> Int32[Array, "*lead code_bits"]:
+    """Weights that wait for a bit of the output before, and stay within their bounds: the first one gives way."""
+    changed = jnp.clip(weights[..., :1] - bit * jnp.sign(weights[..., :1]), -bounds.limit, bounds.limit)
+    return jnp.concatenate([changed, weights[..., 1:]], axis=-1)
 
 
 def empty_op(bit: Int32[Array, ""], inputs: OpInputs, held: Held) -> tuple[Array, Held]:
@@ -161,15 +175,13 @@ def empty_op(bit: Int32[Array, ""], inputs: OpInputs, held: Held) -> tuple[Array
 
 def make_ops(shape: OpShape, dense: tuple[AttentionImpl, ...]) -> dict[str, Op]:
     """The operations by name. Each gets a bit of the output before it and mixes that into what it starts from."""
-    score_range = hash_score_range(hashing.HashConfig(code_bits=shape.code_bits), shape.group, per_kv_head=True)
+    score_range = shape.bounds.score_range
 
     def score(bit, inputs, held):
-        return match_score(held.layer.codes, _mixed(inputs.weights, bit, shape.limit), weight_bits_of(shape.limit))[
-            :, 0
-        ]
+        return match_score(held.layer.codes, _mixed(inputs.weights, bit, shape.bounds), shape.bounds.bits)[:, 0]
 
     def score_signs(bit, inputs, held):
-        return match_score(held.layer.codes, _mixed(inputs.signs, bit, shape.group), weight_bits_of(shape.group))[:, 0]
+        return match_score(held.layer.codes, _mixed(inputs.signs, bit, shape.sign_bounds), shape.sign_bounds.bits)[:, 0]
 
     def select(scores, lengths, score_range):
         return select_tokens(scores, lengths, shape.selection, score_range)
@@ -184,12 +196,12 @@ def make_ops(shape: OpShape, dense: tuple[AttentionImpl, ...]) -> dict[str, Op]:
         return sparse_attention(nudged(bit, inputs)[:, 0], held.layer.keys, held.layer.values, *chosen)
 
     def choose(bit, inputs, held):
-        weights = _mixed(inputs.weights, bit, shape.limit)[:, 0]
-        return select_by_codes(held.layer.codes, weights, shape.limit, inputs.lengths + 1, shape.selection)
+        weights = _mixed(inputs.weights, bit, shape.bounds)[:, 0]
+        return select_by_codes(held.layer.codes, weights, shape.bounds, inputs.lengths + 1, shape.selection)
 
     def choose_by_signs(bit, inputs, held):
-        weights = _mixed(inputs.signs, bit, shape.group)[:, 0]
-        return select_by_codes(held.layer.codes, weights, shape.group, inputs.lengths + 1, shape.selection)
+        weights = _mixed(inputs.signs, bit, shape.sign_bounds)[:, 0]
+        return select_by_codes(held.layer.codes, weights, shape.sign_bounds, inputs.lengths + 1, shape.selection)
 
     def choose_plainly(bit, inputs, held):
         return select(score(bit, inputs, held), inputs.lengths + 1, score_range)
@@ -257,9 +269,8 @@ def read_bytes(shape: OpShape, name: str, inputs: OpInputs) -> int:
 def _hold(layer: LayerCache, inputs: OpInputs, shape: OpShape) -> Held:
     """A cache with its scores and what they select."""
     assert layer.codes is not None
-    scores = match_score(layer.codes, inputs.weights, weight_bits_of(shape.limit))[:, 0]
-    score_range = hash_score_range(hashing.HashConfig(code_bits=shape.code_bits), shape.group, per_kv_head=True)
-    indices, is_real = select_tokens(scores, inputs.lengths + 1, shape.selection, score_range)
+    scores = match_score(layer.codes, inputs.weights, shape.bounds.bits)[:, 0]
+    indices, is_real = select_tokens(scores, inputs.lengths + 1, shape.selection, shape.bounds.score_range)
     return Held(layer, scores, indices, is_real)
 
 

@@ -11,13 +11,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int32, UInt32
+from jaxtyping import Array, Bool, Float, Int32
 
 from spotlight_jax import hashing
 from spotlight_jax.attention import causal_attention
 from spotlight_jax.cache import LayerCache, append
 from spotlight_jax.kernels import hash_append, score_select
-from spotlight_jax.kernels.hash_append import Networks
+from spotlight_jax.kernels.hash_append import Transform
 from spotlight_jax.kernels.sparse_attention import sparse_attention
 from spotlight_jax.scoring import hash_score_range, output_scores
 from spotlight_jax.selection import SelectionConfig, select_by_codes, select_by_packed, select_tokens
@@ -216,38 +216,27 @@ def _append_and_select(
     """The layer with the new token, and what a step reads of it: the default form by fused kernels where they run."""
     assert layer.codes is not None, "a layer with a selector keeps codes"
     params, cfg, kv_heads, ends = selector.params, selector.cfg, keys.shape[2], lengths + 1
-    per_kv_head = selection.per == "kv_head"
-    limit = hashing.weight_limit(cfg, queries.shape[2] // kv_heads, per_kv_head)
-    log_gain = params.weights.log_gain
-    if cfg.is_default_form and log_gain is not None and hash_append.is_fused() and score_select.is_fused(limit):
-        of_queries, of_keys = (Networks(**vars(net)) for net in (params.weights.queries, params.weights.keys))
-        fitted = of_queries, of_keys, params.stats.mean, params.stats.scale, log_gain
+    per_kv_head, group = selection.per == "kv_head", queries.shape[2] // kv_heads
+    bounds = hashing.weight_bounds(cfg, group, per_kv_head)
+    if cfg.form == "transform" and per_kv_head and hash_append.is_fused() and score_select.is_fused(bounds):
         weights, cached_keys, cached_values, codes = hash_append.hash_append(
-            queries[:, 0], keys[:, 0], values[:, 0], *fitted,
-            layer.keys, layer.values, layer.codes, lengths, limit, per_kv_head,
+            queries[:, 0], keys[:, 0], values[:, 0], _as_transform(params),
+            layer.keys, layer.values, layer.codes, lengths,
         )  # fmt: skip
         layer = LayerCache(cached_keys, cached_values, codes)
-        return layer, *select_by_packed(codes, weights, limit, ends, selection)
+        return layer, *select_by_packed(codes, weights, bounds, ends, selection)
     layer = _remember(layer, keys, values, lengths, selector)
     assert layer.codes is not None
     outputs = hashing.hash_queries(params, queries, cfg)
-    return layer, *_select(outputs, layer.codes, ends, kv_heads, cfg, selection)
+    if per_kv_head and cfg.code_heads == "query":  # a code per query head: scores are summed, not weights
+        scores = output_scores(params, outputs, layer.codes, cfg, per_kv_head)[:, 0]
+        return layer, *select_tokens(scores, ends, selection, hash_score_range(cfg, group, per_kv_head))
+    weights = hashing.integer_weights(params, outputs, cfg, per_kv_head)[:, 0]
+    return layer, *select_by_codes(layer.codes, weights, bounds, ends, selection)
 
 
-def _select(
-    outputs: Float[Array, "batch one q_heads code_bits"],
-    codes: UInt32[Array, "batch code_heads words max_len"],
-    ends: Int32[Array, "batch"],
-    kv_heads: int,
-    cfg: hashing.HashConfig,
-    selection: SelectionConfig,
-) -> tuple[Int32[Array, "batch heads budget"], Bool[Array, "batch heads budget"]]:
-    """What a step reads. Each selecting head's weights are one row, except where a group selects together but has a
-    code per query head: there scores are summed."""
-    per_kv_head, group = selection.per == "kv_head", outputs.shape[2] // kv_heads
-    sum_weights = per_kv_head and codes.shape[1] == kv_heads
-    if per_kv_head and not sum_weights:
-        scores = output_scores(outputs, codes, kv_heads, cfg, per_kv_head)[:, 0]
-        return select_tokens(scores, ends, selection, hash_score_range(cfg, group, per_kv_head))
-    weights = hashing.integer_weights(outputs, kv_heads, cfg, sum_weights)[:, 0]
-    return select_by_codes(codes, weights, hashing.weight_limit(cfg, group, sum_weights), ends, selection)
+def _as_transform(params: hashing.HashParams) -> Transform:
+    """Hash functions of the transform form as the kernel takes them."""
+    coder, weights = params.stats, params.weights
+    assert isinstance(coder, hashing.Coder) and isinstance(weights, hashing.TransformWeights)
+    return Transform(coder.mean, coder.axes, coder.cells, weights.decode, coder.members, weights.log_gain)

@@ -18,7 +18,7 @@ import safetensors.numpy
 from spotlight_jax import hashing
 from spotlight_jax.errors import InputError
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)

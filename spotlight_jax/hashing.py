@@ -1,13 +1,14 @@
-"""Hash functions: one small network per attention head turns keys and queries into binary codes.
+"""Hash functions: keys become binary codes, queries become weights of the bits.
 
-Two forms share one network, one scoring rule and one code layout:
+Three forms share one scoring rule (`weights`) and one code layout:
 
-* ``symmetric`` (Spotlight Attention, arXiv 2508.19740): the same function hashes queries and keys; both sides are bits.
-* ``asymmetric``: keys become bits, one code per KV head and token; a query stays a vector of real bit weights, one per
-  query head, quantised to a few bits at inference.
+* ``transform`` (default): a key's code holds its coordinates on axes that were fitted to text, in fixed point with as
+  many bits each as its variance deserves (`fitting`). Queries are linear maps, and learn how bits count.
+* ``asymmetric``: bits are the signs of a trained network; a query stays a vector of real bit weights.
+* ``symmetric`` (Spotlight Attention, arXiv 2508.19740): one network hashes queries and keys; both sides are bits. The
+  paper's popcount(XNOR) is the case of weights +-1, up to a constant per query.
 
-Either way the score of a token is sum_b weight_b * bit_b; the paper's popcount(XNOR) is the case weight_b = +-1, up to
-a constant per query. Everything here is a pure function of a params tree whose leaves lead with a layer axis.
+Everything here is a pure function of a params tree whose leaves lead with a layer axis.
 """
 
 import dataclasses
@@ -20,48 +21,44 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray, Shaped, UInt32
 
 from spotlight_jax.errors import InputError
+from spotlight_jax.weights import WeightBounds, quantise, real_bounds
 
 WORD_BITS = 32
 RANDOM_START = 0.001  # standard deviation of the paper's initial weights
+SPREAD = 4.0  # of a query's scores in the transform form, so that the ranking loss's margin is neither nothing nor all
 
 
 @dataclasses.dataclass(frozen=True)
 class HashConfig:
     """What kind of hash function each head has."""
 
-    form: Literal["symmetric", "asymmetric"] = "asymmetric"
-    """symmetric: queries and keys share a function and both become bits (the paper); asymmetric: real query weights."""
-    skip: Literal["none", "layers", "rotation"] = "rotation"
-    """What runs beside the network: nothing (the paper), an identity around each of its two layers (the released code),
-    or a trained rotation with the network's last layer at zero, so that step 0 is orthogonal LSH."""
+    form: Literal["transform", "asymmetric", "symmetric"] = "transform"
+    """transform: coordinates on fitted axes in fixed point, linear query weights; asymmetric: a trained network's bits
+    and real query weights; symmetric: queries and keys share a network and both become bits (the paper)."""
     code_bits: int = 128
     """Bits per code, a multiple of 32 from 32 to 256."""
+    sums: Literal[1, 2] = 2
+    """How a KV head's query heads score a token together (transform form): 1: all are added up; 2: one part of them is,
+    and the rest, and the higher sum counts, so that the many do not drown what a few look for."""
+    skip: Literal["none", "layers", "rotation"] = "rotation"
+    """What runs beside a network: nothing (the paper), an identity around each of its two layers (the released code),
+    or a trained rotation with the network's last layer at zero, so that step 0 is orthogonal LSH."""
     hidden: int = 128
-    """Width of the network's hidden layer."""
+    """Width of a network's hidden layer."""
     code_heads: Literal["kv", "query"] = "kv"
     """One key code per KV head, or one per query head (the paper)."""
-    weight_bits: int = 4
-    """Bits of a query weight at inference, 2 to 8 (asymmetric form): fewer score and select faster. 8 lose nothing,
-    4 about .001 of the attention mass read (docs/lab-notes.md)."""
     centre: bool = True
     """Hash keys relative to their mean, each dimension scaled so that its spread is equal on both sides of the dot
-    product (measured on the first training window), instead of keys and queries as they are."""
+    product (measured on the first training windows), instead of keys and queries as they are."""
 
     def __post_init__(self) -> None:
         """Refuse what no hash function can be built from."""
         if self.code_bits % WORD_BITS or not 32 <= self.code_bits <= 256:
             raise InputError(f"code_bits is {self.code_bits}; give a multiple of 32 from 32 to 256")
-        if not 2 <= self.weight_bits <= 8:
-            raise InputError(f"weight_bits is {self.weight_bits}; give 2 to 8")
         if self.hidden < 1:
             raise InputError(f"hidden is {self.hidden}; give a width of at least 1")
-        if self.form == "asymmetric" and self.code_heads == "query":
-            raise InputError("the asymmetric form keeps one code per KV head; give --hash.code-heads kv")
-
-    @property
-    def is_default_form(self) -> bool:
-        """Whether it is the form that kernels are written for: real query weights, rotations, centred keys."""
-        return self.form == "asymmetric" and self.skip == "rotation" and self.centre
+        if self.form != "symmetric" and self.code_heads == "query":
+            raise InputError(f"the {self.form} form keeps one code per KV head; give --hash.code-heads kv")
 
     @property
     def words(self) -> int:
@@ -96,8 +93,8 @@ class HashNetwork:
 
 
 @flax.struct.dataclass
-class HashWeights:
-    """All that is trained."""
+class NetworkWeights:
+    """All that is trained of the forms with networks."""
 
     keys: HashNetwork
     queries: HashNetwork | None  # None: the symmetric form, which hashes queries with `keys`
@@ -113,11 +110,38 @@ class KeyStats:
 
 
 @flax.struct.dataclass
-class HashParams:
-    """A selector: what was trained, and the statistics it was trained around."""
+class TransformWeights:
+    """All that is trained of the transform form."""
 
-    weights: HashWeights
-    stats: KeyStats
+    decode: Float[Array, "*layers kv_heads head_dim code_bits"]  # what a bit is worth, by the query
+    log_gain: Float[Array, "*layers q_heads"]  # a query head's say in its sum
+
+
+@flax.struct.dataclass
+class Coder:
+    """The key side of the transform form: fitted once, never trained.
+
+    Bit b of a key is a binary digit of the coordinate u = (key - mean) . axes_b + 1/2, which is cut off at 0 and 1: the
+    lowest digit of ceil(cells_b u) - 1, where cells are 2 for the first digit and twice as many for each one after it.
+    """
+
+    mean: Float[Array, "*layers kv_heads head_dim"]
+    axes: Float[Array, "*layers kv_heads head_dim code_bits"]
+    cells: Float[Array, "*layers kv_heads code_bits"]
+    members: Float[Array, "*layers kv_heads sums group"]  # 1 where a query head is part of a sum
+
+
+@flax.struct.dataclass
+class HashParams:
+    """A selector: what is trained, and what was measured of text before."""
+
+    weights: NetworkWeights | TransformWeights
+    stats: KeyStats | Coder
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads."""
+        return self.stats.mean.shape[-2]
 
 
 def orthogonal_planes(
@@ -161,54 +185,45 @@ def check_widths(cfg: HashConfig, shape: HeadShape) -> None:
 
 
 def init_params(key: PRNGKeyArray, cfg: HashConfig, shape: HeadShape) -> HashParams:
-    """Params of every layer at step 0, with statistics that change nothing (see `fit_stats`).
+    """Params of every layer before anything is known of keys (see `fitting`).
 
     Raises: InputError as `check_widths`.
     """
     check_widths(cfg, shape)
-    code_heads = shape.kv_heads if cfg.code_heads == "kv" else shape.q_heads
+    init = _init_transform if cfg.form == "transform" else _init_networks
+    return jax.vmap(lambda layer_key: init(layer_key, cfg, shape))(jax.random.split(key, shape.layers))
 
-    def init_layer(layer_key: PRNGKeyArray) -> HashWeights:
-        plane_key, keys_key, queries_key = jax.random.split(layer_key, 3)
-        planes = orthogonal_planes(plane_key, code_heads, shape.head_dim, cfg.code_bits)
-        keys = _init_network(keys_key, code_heads, shape.head_dim, cfg, planes)
-        if cfg.form == "symmetric":
-            return HashWeights(keys=keys, queries=None, log_gain=None)
+
+def _init_networks(key: PRNGKeyArray, cfg: HashConfig, shape: HeadShape) -> HashParams:
+    """One layer, with statistics that change nothing."""
+    code_heads = shape.kv_heads if cfg.code_heads == "kv" else shape.q_heads
+    plane_key, keys_key, queries_key = jax.random.split(key, 3)
+    planes = orthogonal_planes(plane_key, code_heads, shape.head_dim, cfg.code_bits)
+    keys, queries, gain = _init_network(keys_key, code_heads, shape.head_dim, cfg, planes), None, None
+    if cfg.form == "asymmetric":
         shared = jnp.repeat(planes, shape.group, axis=0)
         queries = _init_network(queries_key, shape.q_heads, shape.head_dim, cfg, shared)
         gain = jnp.full((shape.q_heads,), -0.5 * math.log(cfg.code_bits / 16), jnp.float32)
-        return HashWeights(keys=keys, queries=queries, log_gain=gain)
+    size = (shape.kv_heads, shape.head_dim)
+    return HashParams(NetworkWeights(keys, queries, gain), KeyStats(jnp.zeros(size), jnp.ones(size)))
 
-    stats_shape = (shape.layers, shape.kv_heads, shape.head_dim)
-    return HashParams(
-        weights=jax.vmap(init_layer)(jax.random.split(key, shape.layers)),
-        stats=KeyStats(mean=jnp.zeros(stats_shape), scale=jnp.ones(stats_shape)),
+
+def _init_transform(key: PRNGKeyArray, cfg: HashConfig, shape: HeadShape) -> HashParams:
+    """One layer: signs on random axes, orthogonal LSH, and all query heads in each sum."""
+    planes = orthogonal_planes(key, shape.kv_heads, shape.head_dim, cfg.code_bits)
+    coder = Coder(
+        mean=jnp.zeros((shape.kv_heads, shape.head_dim)),
+        axes=planes,
+        cells=jnp.full((shape.kv_heads, cfg.code_bits), 2.0),
+        members=jnp.ones((shape.kv_heads, min(cfg.sums, shape.group), shape.group)),
     )
+    decode = jnp.copy(planes)  # a training step donates both
+    return HashParams(TransformWeights(decode=decode, log_gain=jnp.zeros((shape.q_heads,))), coder)
 
 
 def sum_groups(x: Shaped[Array, "*batch q_heads width"], kv_heads: int) -> Shaped[Array, "*batch kv_heads width"]:
     """Sum over the query heads of each KV head."""
     return jnp.sum(x.reshape(*x.shape[:-2], kv_heads, -1, x.shape[-1]), axis=-2)
-
-
-def fit_stats(
-    keys: Shaped[Array, "*layers batch kv_len kv_heads head_dim"],
-    queries: Shaped[Array, "*layers batch q_len q_heads head_dim"],
-) -> KeyStats:
-    """Mean of post-RoPE keys and the scale of each dimension, per layer and KV head.
-
-    A code spends its bits on a dimension as its spread says, but what a dimension adds to the spread of q . k is the
-    product of both sides'. With scale^2 = spread of keys / spread of the group's summed queries, centred keys / scale
-    and queries * scale have equal spreads, q . k is what it was, and no bits go to dimensions that decide nothing.
-    Scaled keys have a mean square of 1.
-    """
-    keys, queries = keys.astype(jnp.float32), queries.astype(jnp.float32)
-    summed = sum_groups(queries, keys.shape[-2])
-    key_spread = jnp.maximum(jnp.std(keys, axis=(-4, -3)), 1e-6)
-    query_spread = jnp.maximum(jnp.sqrt(jnp.mean(jnp.square(summed), axis=(-4, -3))), 1e-6)
-    scale = jnp.sqrt(key_spread / query_spread)
-    mean_square = jnp.mean(jnp.square(key_spread / scale), axis=-1, keepdims=True)
-    return KeyStats(mean=jnp.mean(keys, axis=(-4, -3)), scale=scale * jnp.sqrt(mean_square))
 
 
 def layer_params(params: HashParams, layer: int) -> HashParams:
@@ -257,34 +272,70 @@ def hash_keys(
     params: HashParams, keys: Shaped[Array, "*batch kv_heads head_dim"], cfg: HashConfig
 ) -> Float[Array, "*batch code_heads code_bits"]:
     """One layer's key side before the sign: bit b of a key is 1 where the result is > 0."""
-    keys = keys.astype(jnp.float32)
+    keys, lead = keys.astype(jnp.float32), (1,) * (keys.ndim - 2)
+    if isinstance(params.stats, Coder):
+        return _coordinate_digits(params.stats, keys - params.stats.mean.reshape(*lead, *params.stats.mean.shape))
     if cfg.centre:
-        lead = (1,) * (keys.ndim - 2)
         mean, scale = (leaf.reshape(*lead, *leaf.shape) for leaf in (params.stats.mean, params.stats.scale))
         keys = (keys - mean) / scale
+    assert isinstance(params.weights, NetworkWeights)
     return _apply_network(params.weights.keys, keys, cfg)
+
+
+def _coordinate_digits(
+    coder: Coder, centred: Float[Array, "*batch kv_heads head_dim"]
+) -> Float[Array, "*batch kv_heads code_bits"]:
+    """Above 0 where a digit is 1."""
+    cells = coder.cells.reshape((1,) * (centred.ndim - 2) + coder.cells.shape)
+    coordinate = jnp.einsum("...kd,kdc->...kc", centred, coder.axes, precision=jax.lax.Precision.HIGHEST) + 0.5
+    place = cells * jnp.clip(coordinate, 0.5 / cells, 1 - 0.5 / cells)  # the middles of the outermost cells
+    return (jnp.ceil(place) - 1) % 2 - 0.5  # as `kernels/hash_append` has it, where a place is between two cells
 
 
 def hash_queries(
     params: HashParams, queries: Shaped[Array, "*batch q_heads head_dim"], cfg: HashConfig
 ) -> Float[Array, "*batch q_heads code_bits"]:
-    """One layer's query side: its bit weights times their gain (asymmetric), or its code before the sign (symmetric).
+    """One layer's query side: each query head's bit weights times its gain, or its code before the sign (symmetric).
 
-    Centred keys are (k - mean) / scale, so q . k ranks keys as (q * scale) . centred k does. Queries are brought to
-    unit root mean square there, each group as a whole: no rank changes, of a query head or of its group's sum.
+    Centred keys are (k - mean) / scale, so q . k ranks keys as (q * scale) . centred k does. For networks queries are
+    brought to unit root mean square there, each group as a whole: no rank changes, of a head or of its group's sum.
     """
-    queries = queries.astype(jnp.float32)
-    if cfg.centre:
-        kv_heads, head_dim = params.stats.scale.shape
-        grouped = queries.reshape(*queries.shape[:-2], kv_heads, -1, head_dim)
-        scale = params.stats.scale.reshape(*(1,) * (queries.ndim - 2), kv_heads, 1, head_dim)
-        grouped = grouped * scale
-        grouped = grouped * jax.lax.rsqrt(jnp.mean(jnp.square(grouped), axis=(-2, -1), keepdims=True) + 1e-12)
-        queries = grouped.reshape(queries.shape)
-    if params.weights.queries is None or params.weights.log_gain is None:
-        return _apply_network(params.weights.keys, queries, cfg)
-    gain = jnp.exp(params.weights.log_gain).reshape((1,) * (queries.ndim - 2) + (-1, 1))
-    return _apply_network(params.weights.queries, queries, cfg) * gain
+    queries, lead = queries.astype(jnp.float32), (1,) * (queries.ndim - 2)
+    kv_heads, head_dim = params.stats.mean.shape
+    grouped = queries.reshape(*queries.shape[:-2], kv_heads, -1, head_dim)
+    if isinstance(params.weights, TransformWeights):
+        outputs = jnp.einsum("...kgd,kdc->...kgc", grouped, params.weights.decode)
+        outputs = outputs.reshape(*queries.shape[:-1], cfg.code_bits)
+    else:
+        if cfg.centre:
+            assert isinstance(params.stats, KeyStats)
+            grouped = grouped * params.stats.scale.reshape(*lead, kv_heads, 1, head_dim)
+            grouped = grouped * jax.lax.rsqrt(jnp.mean(jnp.square(grouped), axis=(-2, -1), keepdims=True) + 1e-12)
+            queries = grouped.reshape(queries.shape)
+        if params.weights.queries is None:
+            return _apply_network(params.weights.keys, queries, cfg)
+        outputs = _apply_network(params.weights.queries, queries, cfg)
+    assert params.weights.log_gain is not None, "only the symmetric form has no gains"
+    return outputs * jnp.exp(params.weights.log_gain).reshape(*lead, -1, 1)
+
+
+def sum_weights(
+    params: HashParams, outputs: Float[Array, "*batch q_heads code_bits"], cfg: HashConfig, per_kv_head: bool
+) -> Float[Array, "*batch heads sums code_bits"]:
+    """The real weights by which a head, or a KV head's group together, scores tokens, from `hash_queries`.
+
+    Sums of the transform form are brought to one length, so that scores of each spread by about `SPREAD`.
+    """
+    if cfg.form == "symmetric":
+        outputs = jnp.where(outputs > 0, 1.0, -1.0)
+    if not isinstance(params.stats, Coder):
+        return (sum_groups(outputs, params.kv_heads) if per_kv_head else outputs)[..., None, :]
+    sums = outputs[..., None, :]
+    if per_kv_head:
+        grouped = outputs.reshape(*outputs.shape[:-2], params.kv_heads, -1, outputs.shape[-1])
+        sums = jnp.einsum("...kgc,krg->...krc", grouped, params.stats.members)
+    length = jnp.sqrt(jnp.sum(jnp.square(sums), axis=-1, keepdims=True) + 1e-12)
+    return sums * (SPREAD / length)
 
 
 def soft_sign(x: Float[Array, "*shape"], gamma: Float[Array, ""] | float) -> Float[Array, "*shape"]:
@@ -318,33 +369,25 @@ def query_weights(
     queries: Shaped[Array, "batch q_len q_heads head_dim"],
     cfg: HashConfig,
     per_kv_head: bool = False,
-) -> Int32[Array, "batch q_len heads code_bits"]:
+) -> Int32[Array, "batch q_len heads sums code_bits"]:
     """One layer's integer bit weights; see `integer_weights`."""
-    return integer_weights(hash_queries(params, queries, cfg), params.stats.scale.shape[0], cfg, per_kv_head)
+    return integer_weights(params, hash_queries(params, queries, cfg), cfg, per_kv_head)
 
 
 def integer_weights(
-    outputs: Float[Array, "batch q_len q_heads code_bits"], kv_heads: int, cfg: HashConfig, per_kv_head: bool
-) -> Int32[Array, "batch q_len heads code_bits"]:
-    """Bit weights from `hash_queries`: +-1 for the symmetric form, of `weight_bits` for the asymmetric.
+    params: HashParams, outputs: Float[Array, "batch q_len q_heads code_bits"], cfg: HashConfig, per_kv_head: bool
+) -> Int32[Array, "batch q_len heads sums code_bits"]:
+    """`sum_weights` in integers, within `weight_bounds`: sums of +-1 as they are (symmetric), others rounded.
 
-    per_kv_head: sum the weights over each group first, for one selection per KV head; needs one code per KV head.
+    per_kv_head: one selection for each KV head's group; needs one code per KV head.
     """
-    if cfg.form == "symmetric":
-        weights = jnp.where(outputs > 0, 1, -1).astype(jnp.int32)
-        return sum_groups(weights, kv_heads) if per_kv_head else weights
-    if per_kv_head:
-        outputs = sum_groups(outputs, kv_heads)
-    largest = jnp.max(jnp.abs(outputs), axis=-1, keepdims=True)
-    return jnp.round(outputs * (_largest_weight(cfg) / jnp.maximum(largest, 1e-30))).astype(jnp.int32)
+    sums = sum_weights(params, outputs, cfg, per_kv_head)
+    return sums.astype(jnp.int32) if cfg.form == "symmetric" else quantise(sums)
 
 
-def _largest_weight(cfg: HashConfig) -> int:
-    return 2 ** (cfg.weight_bits - 1) - 1
-
-
-def weight_limit(cfg: HashConfig, group: int, per_kv_head: bool) -> int:
-    """Largest magnitude `query_weights` can give: what bounds scores and the number of bit planes."""
-    if cfg.form == "asymmetric":
-        return _largest_weight(cfg)
-    return group if per_kv_head else 1
+def weight_bounds(cfg: HashConfig, group: int, per_kv_head: bool) -> WeightBounds:
+    """What `query_weights` can give: it bounds scores."""
+    if cfg.form != "symmetric":
+        return real_bounds(cfg.code_bits)
+    limit = group if per_kv_head else 1
+    return WeightBounds(limit, limit * cfg.code_bits)

@@ -1,10 +1,15 @@
-"""The ranking loss: true top keys of a query must score above its other keys (Bradley-Terry, arXiv 2508.19740).
+"""Losses that teach hash functions which keys a query reads, without reading every pair of tokens.
 
-For query i, pairs (a, b) of a top key a and another key b cost softplus(-(beta (s_a - s_b) - alpha)). "Top" are the
-highest true post-RoPE dot products among the keys the query may see, of each query head, or of all query heads of a KV
-head together, or of both (`target`). Three samplings keep the pairs few: queries, ranks of the top set, ranks of the
-rest. Queries are worked on in blocks, so memory is bounded by `q_heads * queries_at_once * kv_len` scores, never
-`q_heads * kv_len * kv_len`. No pair tensor is kept for the backward pass: sums of pairs are `kernels/pair_cost`.
+Pairs (Bradley-Terry, arXiv 2508.19740): true top keys of a query must score above its other keys. Pairs (a, b) of a top
+key a and another key b cost softplus(-(beta (s_a - s_b) - alpha)). Three samplings keep them few: queries, ranks of the
+top set, ranks of the rest. No pair tensor is kept for the backward pass: sums of pairs are `kernels/pair_cost`.
+
+Mass: the attention probability that a query reads, with a cut between what is read and what is not that is soft, so
+that keys near it are what is learned from.
+
+"Top" are the highest true post-RoPE dot products among the keys the query may see, of each query head, or of all query
+heads of a KV head together, or of both (`target`). Queries are worked on in blocks, so memory is bounded by
+`q_heads * queries_at_once * kv_len` scores, never `q_heads * kv_len * kv_len`.
 """
 
 import dataclasses
@@ -27,8 +32,12 @@ Target = Literal["query_head", "kv_head"]
 
 @dataclasses.dataclass(frozen=True)
 class RankingConfig:
-    """The ranking loss and its sampling."""
+    """What hash functions are trained for, and on how much of it."""
 
+    loss: Literal["pairs", "mass"] = "pairs"
+    """pairs: top keys above others, by Bradley-Terry (the paper); mass: the attention probability that is read."""
+    softness: float = 0.012
+    """Width of the mass loss's cut, in root mean square distances of scores from it."""
     target: Literal["query_head", "kv_head", "both"] = "query_head"
     """Rank keys for each query head by its dot products (the paper), or for each KV head, as it selects: summed scores
     by the attention probabilities of its query heads together; both: the mean of the two losses, on the same queries
@@ -42,15 +51,15 @@ class RankingConfig:
     queries: int = 256
     """Random queries per window and step."""
     tops: int = 48
-    """Random ranks of the top set per query, spread over it; no more than the largest top set of a window."""
+    """Random ranks of the top set per query (pairs), spread over it; no more than the largest top set of a window."""
     others: int = 256
-    """Random ranks of the remaining keys per query."""
+    """Random ranks of the remaining keys per query (pairs)."""
     always_top: int = 8
-    """So many of the most probable keys are in every sample of tops (0: the paper)."""
+    """So many of the most probable keys are in every sample of tops (pairs; 0: the paper)."""
     weighting: Literal["uniform", "attention"] = "attention"
-    """Weigh all top keys alike (the paper), or half of the weight by attention probability."""
+    """Weigh all top keys alike (pairs, the paper), or half of the weight by attention probability."""
     beta: float = 1.0
-    """Slope of the loss."""
+    """Slope of the loss of pairs."""
     alpha: float = 3.0
     """Margin by which a top key should win (3 in the paper's text, 0 in its released scripts)."""
     queries_at_once: int = 64
@@ -65,8 +74,9 @@ class RankingConfig:
                 raise InputError(f"{name} is {getattr(self, name)}; give at least 1")
         if self.queries > self.queries_at_once and self.queries % self.queries_at_once:
             raise InputError(f"queries ({self.queries}) must be a multiple of queries_at_once ({self.queries_at_once})")
-        if self.beta <= 0:
-            raise InputError(f"beta is {self.beta}; give a slope above 0")
+        for name in ("beta", "softness"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"{name} is {getattr(self, name)}; give a number above 0")
         if not 0 <= self.always_top <= self.tops:
             raise InputError(f"always_top is {self.always_top}; give 0 to {self.tops}, the number of tops")
 
@@ -191,40 +201,114 @@ def _query_side(
     queries: Shaped[Array, "q_len q_heads head_dim"],
     gamma: Float[Array, ""],
     hash_cfg: hashing.HashConfig,
-) -> dict[Target, Float[Array, "heads q_len code_bits"]]:
-    """What soft key codes are multiplied with: soft codes (symmetric) or real weights (asymmetric), of each head and
-    summed over groups, so that a group's score is the sum of its heads'."""
+    target: Target,
+) -> Float[Array, "heads sums q_len code_bits"]:
+    """What soft key codes are multiplied with: soft codes (symmetric) or real weights, of each head or of groups, so
+    that a group's score is made of its heads' as decoding makes it."""
     outputs = hashing.hash_queries(params, queries, hash_cfg)
+    per_kv_head = target == "kv_head"
     if hash_cfg.form == "symmetric":
-        outputs = hashing.soft_sign(outputs, gamma)
-    summed = hashing.sum_groups(outputs, params.stats.scale.shape[0])
-    return {"query_head": jnp.swapaxes(outputs, 0, 1), "kv_head": jnp.swapaxes(summed, 0, 1)}
+        soft = hashing.soft_sign(outputs, gamma)
+        weights = (hashing.sum_groups(soft, params.kv_heads) if per_kv_head else soft)[:, :, None]
+    else:
+        weights = hashing.sum_weights(params, outputs, hash_cfg, per_kv_head)
+    return jnp.moveaxis(weights, 0, 2)
+
+
+def _key_side(
+    params: hashing.HashParams,
+    keys: Shaped[Array, "kv_len kv_heads head_dim"],
+    gamma: Float[Array, ""],
+    hash_cfg: hashing.HashConfig,
+) -> Float[Array, "code_heads kv_len code_bits"]:
+    """Soft codes, or fitted ones, which are not trained, as they are: bits are about -1 and +1."""
+    hashed = hashing.hash_keys(params, keys, hash_cfg)
+    is_fitted = hash_cfg.form == "transform"
+    codes = jnp.where(hashed > 0, 1.0, -1.0) if is_fitted else hashing.soft_sign(hashed, gamma)
+    return jnp.swapaxes(codes, 0, 1)
+
+
+def _all_scores(
+    weights: Float[Array, "heads sums q_len code_bits"], codes: Float[Array, "code_heads kv_len code_bits"]
+) -> Float[Array, "heads q_len kv_len"]:
+    """Differentiable scores of every key."""
+    heads, sums, q_len, code_bits = weights.shape
+    grouped = weights.reshape(codes.shape[0], -1, sums, q_len, code_bits)
+    return jnp.max(jnp.einsum("kgrtc,ksc->kgrts", grouped, codes), axis=2).reshape(heads, q_len, -1)
 
 
 def _sampled_scores(
-    weights: Float[Array, "heads q_len code_bits"],
-    soft_codes: Float[Array, "code_heads kv_len code_bits"],
+    weights: Float[Array, "heads sums q_len code_bits"],
+    codes: Float[Array, "code_heads kv_len code_bits"],
     pairs: Pairs,
 ) -> tuple[Float[Array, "heads q_len tops"], Float[Array, "heads q_len others"]]:
     """Differentiable scores of the sampled keys only: a dot product of query side and soft code."""
-    heads, q_len, code_bits = weights.shape
-    code_heads = soft_codes.shape[0]
-    grouped = weights.reshape(code_heads, -1, q_len, code_bits)
+    heads, sums, q_len, code_bits = weights.shape
+    code_heads = codes.shape[0]
     if jax.default_backend() == "cpu":
+        grouped = weights.reshape(code_heads, -1, sums, q_len, code_bits)
         rows = pairs.top.reshape(code_heads, -1, 1)
-        top_codes = jnp.take_along_axis(soft_codes, rows, axis=1).reshape(*grouped.shape[:3], -1, code_bits)
-        top = jnp.einsum("kgtc,kgtnc->kgtn", grouped, top_codes).reshape(heads, q_len, -1)
+        top_codes = jnp.take_along_axis(codes, rows, axis=1).reshape(
+            code_heads, -1, q_len, pairs.top.shape[2], code_bits
+        )
+        top = jnp.max(jnp.einsum("kgrtc,kgtnc->kgrtn", grouped, top_codes), axis=2).reshape(heads, q_len, -1)
     else:  # scoring every key is nothing to a GPU, while adding up gradients of gathered codes takes it long
-        every = jnp.einsum("kgtc,ksc->kgts", grouped, soft_codes).reshape(heads, q_len, -1)
-        top = jnp.take_along_axis(every, pairs.top, axis=-1)
-    other = jnp.einsum("kgtc,ksc->kgts", grouped, soft_codes[:, pairs.others])
-    return top, other.reshape(heads, q_len, -1)
+        top = jnp.take_along_axis(_all_scores(weights, codes), pairs.top, axis=-1)
+    return top, _all_scores(weights, codes[:, pairs.others])
 
 
 def _count_pairs(pairs: Pairs) -> Float[Array, ""]:
     """How many pairs were sampled: a product of counts per query."""
     tops = jnp.sum((pairs.top_weights > 0).astype(jnp.float32), axis=-1)
     return jnp.sum(tops * jnp.sum(pairs.is_other.astype(jnp.float32), axis=-1))
+
+
+def _pairs_cost(
+    weights: Float[Array, "heads sums q_len code_bits"],
+    codes: Float[Array, "code_heads kv_len code_bits"],
+    pairs: Pairs,
+    cfg: RankingConfig,
+) -> Float[Array, "three"]:
+    """Cost of all sampled pairs, how many are ranked wrongly, and how many there are."""
+    top, other = _sampled_scores(weights * cfg.beta, codes, pairs)
+    cost, wrong = pair_cost(top, pairs.top_weights, other, pairs.is_other, cfg.alpha)
+    return jnp.stack([cost, wrong, _count_pairs(pairs)])
+
+
+def _mass_cost(
+    weights: Float[Array, "heads sums q_len code_bits"],
+    codes: Float[Array, "code_heads kv_len code_bits"],
+    ranked: Float[Array, "heads q_len kv_len"],
+    positions: Int32[Array, "q_len"],
+    cfg: RankingConfig,
+) -> Float[Array, "three"]:
+    """Attention mass that a soft cut leaves out, that the hard one does, and how many queries leave anything out.
+
+    Keys are read by sigmoid((score - cut) / width). The cut moves with the scores near it, so that as many keys are
+    read as before, to first order: raising all scores gains nothing, and a key is worth what its probability is above
+    the mean of those near the cut.
+    """
+    counts = top_counts(positions, codes.shape[1], cfg)[None, :, None]
+    largest = min(max(codes.shape[1] - int((1 - cfg.top_share) * codes.shape[1]), cfg.min_top), codes.shape[1])
+    is_seen = ranked > -jnp.inf
+    probabilities = jax.nn.softmax(ranked, axis=-1)
+    scores = jnp.where(is_seen, _all_scores(weights, codes), -jnp.inf)
+    fixed = jax.lax.stop_gradient(scores)
+    top = _find_top(fixed, counts, largest)[1]
+    cut = jnp.min(jnp.where(top > -jnp.inf, top, jnp.inf), axis=-1, keepdims=True)
+    squares = jnp.where(is_seen, jnp.square(jnp.where(is_seen, fixed, 0.0) - cut), 0.0)
+    seen = positions[None, :, None] + 1
+    width = cfg.softness * jnp.sqrt(jnp.sum(squares, axis=-1, keepdims=True) / seen) + 1e-9
+    distance = jnp.where(is_seen, (jnp.where(is_seen, scores, 0.0) - cut) / width, -1e9)
+    steepness = jax.lax.stop_gradient(jax.nn.sigmoid(distance) * jax.nn.sigmoid(-distance))
+    near = jnp.sum(steepness * jnp.where(is_seen, distance, 0.0), axis=-1, keepdims=True)
+    near = near / (jnp.sum(steepness, axis=-1, keepdims=True) + 1e-9)
+    read = jax.nn.sigmoid(distance - (near - jax.lax.stop_gradient(near)))
+    is_short = counts[..., 0] < seen[..., 0]  # others read all they see
+    missed = 1 - jnp.sum(probabilities * read, axis=-1)
+    missed_hard = 1 - jnp.sum(jnp.where(fixed >= cut, probabilities, 0.0), axis=-1)
+    costs = (jnp.sum(jnp.where(is_short, each, 0.0)) for each in (missed, missed_hard))
+    return jnp.stack([*costs, ranked.shape[0] * jnp.sum(is_short.astype(jnp.float32))])
 
 
 def ranking_loss(
@@ -237,34 +321,43 @@ def ranking_loss(
     hash_cfg: hashing.HashConfig,
     cfg: RankingConfig,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """One layer's loss on one window, and the share of sampled pairs ranked wrongly.
+    """One layer's loss on one window, and the share of sampled pairs ranked wrongly (of attention mass missed).
 
     The loss is the mean over all pairs of all heads and sampled queries (equation of the paper's section on training),
-    and the mean of such means where there are several targets.
+    or over heads and queries, and the mean of such means where there are several targets.
     """
     blocks, targets = max(1, queries.shape[0] // cfg.queries_at_once), cfg.targets
-    soft_codes = jnp.swapaxes(hashing.soft_sign(hashing.hash_keys(params, keys, hash_cfg), gamma), 0, 1)
+    codes = _key_side(params, keys, gamma, hash_cfg)
     blocked = (
         jax.random.split(key, blocks),
         queries.reshape(blocks, -1, *queries.shape[1:]),
         positions.reshape(blocks, -1),
     )
 
+    def rank_keys(block_queries, block_positions):
+        logits = true_scores(block_queries, keys, block_positions) * queries.shape[-1] ** -0.5
+        return [target_scores(logits, keys.shape[1], target) for target in targets]
+
     @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(SLOPES))
-    def block_cost(params, soft_codes, block_queries, samples):
-        weights, sums = _query_side(params, block_queries, gamma, hash_cfg), []
-        for target, pairs in zip(targets, samples, strict=True):
-            top, other = _sampled_scores(weights[target] * cfg.beta, soft_codes, pairs)
-            cost, wrong = pair_cost(top, pairs.top_weights, other, pairs.is_other, cfg.alpha)
-            sums.append(jnp.stack([cost, wrong, _count_pairs(pairs)]))
-        return jnp.stack(sums)
+    def block_cost(params, codes, block_queries, block_positions, sampled):
+        # ranks of every key are found again in the backward pass: all blocks' would be kept until then
+        targeted = rank_keys(block_queries, block_positions) if cfg.loss == "mass" else sampled
+        costs = []
+        for target, seen in zip(targets, targeted, strict=True):
+            weights = _query_side(params, block_queries, gamma, hash_cfg, target)
+            if cfg.loss == "mass":
+                costs.append(_mass_cost(weights, codes, seen, block_positions, cfg))
+            else:
+                costs.append(_pairs_cost(weights, codes, seen, cfg))
+        return jnp.stack(costs)
 
     def add_block(totals, block):
         block_key, block_queries, block_positions = block
-        logits = true_scores(block_queries, keys, block_positions) * queries.shape[-1] ** -0.5
-        ranked = [target_scores(logits, keys.shape[1], target) for target in targets]
-        samples = [sample_pairs(block_key, scores, block_positions, cfg) for scores in ranked]
-        return totals + block_cost(params, soft_codes, block_queries, samples), None
+        sampled = []
+        if cfg.loss == "pairs":
+            ranked = rank_keys(block_queries, block_positions)
+            sampled = [sample_pairs(block_key, scores, block_positions, cfg) for scores in ranked]
+        return totals + block_cost(params, codes, block_queries, block_positions, sampled), None
 
     totals, _ = jax.lax.scan(add_block, jnp.zeros((len(targets), 3)), blocked)
     cost, wrong, count = totals.T

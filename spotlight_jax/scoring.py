@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Shaped, UInt32
 
 from spotlight_jax import hashing
-from spotlight_jax.kernels.match_score import match_score, weight_bits_of
+from spotlight_jax.kernels.match_score import match_score
 
 
 def hash_scores(
@@ -18,33 +18,33 @@ def hash_scores(
     cfg: hashing.HashConfig,
     per_kv_head: bool,
 ) -> Int32[Array, "batch q_len heads kv_len"]:
-    """Learned scores of one layer: sum_b weight_b * bit_b, exact integers (any form of hash function)."""
-    return output_scores(
-        hashing.hash_queries(params, queries, cfg), codes, params.stats.scale.shape[0], cfg, per_kv_head
-    )
+    """Learned scores of one layer (see `weights`), exact integers, for any form of hash function."""
+    return output_scores(params, hashing.hash_queries(params, queries, cfg), codes, cfg, per_kv_head)
 
 
 def output_scores(
+    params: hashing.HashParams,
     outputs: Float[Array, "batch q_len q_heads code_bits"],
     codes: UInt32[Array, "batch code_heads words kv_len"],
-    kv_heads: int,
     cfg: hashing.HashConfig,
     per_kv_head: bool,
 ) -> Int32[Array, "batch q_len heads kv_len"]:
     """`hash_scores` from what `hash_queries` gave."""
-    sum_weights = per_kv_head and codes.shape[1] == kv_heads
-    weights = hashing.integer_weights(outputs, kv_heads, cfg, sum_weights)
-    limit = hashing.weight_limit(cfg, outputs.shape[2] // kv_heads, sum_weights)
-    scores = match_score(codes, weights, weight_bits_of(limit))
-    if per_kv_head and not sum_weights:
-        scores = hashing.sum_groups(scores, kv_heads)
+    is_joint = per_kv_head and codes.shape[1] == params.kv_heads
+    weights = hashing.integer_weights(params, outputs, cfg, is_joint)
+    group = outputs.shape[2] // params.kv_heads
+    scores = match_score(codes, weights, hashing.weight_bounds(cfg, group, is_joint).bits)
+    if per_kv_head and not is_joint:  # a code per query head: scores are summed, not weights
+        scores = hashing.sum_groups(scores, params.kv_heads)
     return scores
 
 
 def hash_score_range(cfg: hashing.HashConfig, group: int, per_kv_head: bool) -> tuple[int, int]:
     """Least and greatest score `hash_scores` can give: what selection by counting searches."""
-    bound = hashing.weight_limit(cfg, group, per_kv_head) * cfg.code_bits
-    return -bound, bound
+    if cfg.code_heads == "query" and per_kv_head:
+        least, greatest = hashing.weight_bounds(cfg, group, False).score_range
+        return group * least, group * greatest
+    return hashing.weight_bounds(cfg, group, per_kv_head).score_range
 
 
 def exact_scores(

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int32, UInt32
 
 from spotlight_jax.errors import InputError
-from spotlight_jax.kernels.match_score import match_score, weight_bits_of
+from spotlight_jax.kernels.match_score import match_score
 from spotlight_jax.kernels.score_select import is_fused, pack_weights, score_select
 from spotlight_jax.kernels.select_top import mask_top, select_top
+from spotlight_jax.weights import WeightBounds
 
 SHARE_STEPS = 1_000_000  # `keep` counts in millionths, so that its budget is the same integer everywhere
 THOUSAND = 1_000
@@ -165,35 +166,34 @@ def select_tokens(
 
 def select_by_codes(
     codes: UInt32[Array, "batch code_heads words max_len"],
-    weights: Int32[Array, "batch heads code_bits"],
-    limit: int,
+    weights: Int32[Array, "batch heads sums code_bits"],
+    bounds: WeightBounds,
     lengths: Int32[Array, "batch"],
     cfg: SelectionConfig,
 ) -> tuple[Int32[Array, "batch heads budget"], Bool[Array, "batch heads budget"]]:
-    """What `select_tokens` gives for the scores sum_b weight_b * bit_b: by fused kernels where they run.
+    """What `select_tokens` gives for the scores of weights (see `weights`): by fused kernels where they run.
 
     Args:
-        weights: of the newest token's query, one row per selecting head.
-        limit: no weight is greater in magnitude.
+        weights: of the newest token's query, some sums for each selecting head.
+        bounds: of the weights.
         lengths: filled slots, the newest token's included.
     """
-    if is_fused(limit):
-        return select_by_packed(codes, pack_weights(weights), limit, lengths, cfg)
-    scores = match_score(codes, weights[:, None], weight_bits_of(limit))[:, 0]
-    bound = limit * weights.shape[-1]
-    return select_tokens(scores, lengths, cfg, (-bound, bound))
+    if is_fused(bounds):
+        return select_by_packed(codes, pack_weights(weights), bounds, lengths, cfg)
+    scores = match_score(codes, weights[:, None], bounds.bits)[:, 0]
+    return select_tokens(scores, lengths, cfg, bounds.score_range)
 
 
 def select_by_packed(
     codes: UInt32[Array, "batch code_heads words max_len"],
-    weights: Int32[Array, "batch heads packed"],
-    limit: int,
+    weights: Int32[Array, "batch heads sums packed"],
+    bounds: WeightBounds,
     lengths: Int32[Array, "batch"],
     cfg: SelectionConfig,
 ) -> tuple[Int32[Array, "batch heads budget"], Bool[Array, "batch heads budget"]]:
     """`select_by_codes` where the fused kernels run and the weights are packed already."""
     budgets, most = budget_of(lengths, cfg), max_budget(codes.shape[-1], cfg)
-    return score_select(codes, weights, lengths, budgets, most, limit, cfg.sink_tokens, max(cfg.recent_tokens, 1))
+    return score_select(codes, weights, lengths, budgets, most, bounds, cfg.sink_tokens, max(cfg.recent_tokens, 1))
 
 
 def select_mask(

@@ -21,7 +21,8 @@ FORMS = {
     "paper": PAPER,
     "released": dataclasses.replace(PAPER, skip="layers", code_bits=32, hidden=32),
     "shared code": dataclasses.replace(PAPER, skip="rotation", code_heads="kv", centre=True),
-    "asymmetric": HashConfig(code_bits=64, hidden=24),
+    "asymmetric": HashConfig("asymmetric", code_bits=64, hidden=24),
+    "transform": HashConfig(code_bits=64),
 }
 
 
@@ -40,7 +41,7 @@ def assert_equal(first, second):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """One selector, written once; tests that break it work on a copy."""
-    selector, folder = make_selector(FORMS["asymmetric"]), tmp_path_factory.mktemp("saved") / "selector"
+    selector, folder = make_selector(FORMS["transform"]), tmp_path_factory.mktemp("saved") / "selector"
     save_selector(folder, selector, "# A card\n")
     return selector, folder
 
@@ -92,6 +93,11 @@ def test_the_orbax_copy_equals_the_safetensors_copy(saved):
 def test_arrays_have_the_names_of_the_tree(saved):
     params = saved[0].params
     arrays = checkpoint.flatten(params)
+    assert arrays["weights.decode"] is params.weights.decode
+    assert arrays["stats.members"] is params.stats.members
+    assert len(arrays) == 2 + 4
+    params = make_selector(FORMS["asymmetric"]).params
+    arrays = checkpoint.flatten(params)
     assert arrays["weights.keys.hidden_kernel"] is params.weights.keys.hidden_kernel
     assert arrays["weights.queries.rotation"] is params.weights.queries.rotation
     assert arrays["stats.scale"] is params.stats.scale
@@ -99,7 +105,7 @@ def test_arrays_have_the_names_of_the_tree(saved):
 
 
 def test_a_selector_can_be_saved_over(tmp_path):
-    selector = make_selector(FORMS["asymmetric"])
+    selector = make_selector(FORMS["transform"])
     save_selector(tmp_path, selector, "old\n")
     newer = dataclasses.replace(selector, params=jax.tree.map(lambda x: x + 1, selector.params))
     save_selector(tmp_path, newer, "new\n")
@@ -128,12 +134,12 @@ def test_a_folder_without_a_selector_says_what_it_lacks(tmp_path):
     [
         (b"{", "not valid JSON"),
         (b"\xff\xfe\x00", "not valid JSON"),
-        (b"[1, 2]", "format 1"),
-        (b'{"model_type": "llama"}', "format 1"),
-        (b'{"format": 2}', "format 1"),
-        (b'{"format": 1}', "not a selector's config"),
-        (b'{"format": 1, "hash": {"colour": 3}, "shape": {}}', "not a selector's config"),
-        (b'{"format": 1, "hash": 5, "shape": {}}', "not a selector's config"),
+        (b"[1, 2]", "format 2"),
+        (b'{"model_type": "llama"}', "format 2"),
+        (b'{"format": 1}', "format 2"),
+        (b'{"format": 2}', "not a selector's config"),
+        (b'{"format": 2, "hash": {"colour": 3}, "shape": {}}', "not a selector's config"),
+        (b'{"format": 2, "hash": 5, "shape": {}}', "not a selector's config"),
     ],
 )
 def test_broken_and_foreign_configs_are_one_line(content, says, copy):
@@ -169,7 +175,7 @@ def test_arrays_of_another_model_are_named(copy):
     file = copy / "selector.safetensors"
     arrays = safetensors.numpy.load_file(file)
     safetensors.numpy.save_file({"model.embed_tokens.weight": np.zeros((4, 2), np.float32)}, file)
-    assert "holds no 'weights.keys" in refusal(copy)
+    assert "holds no 'weights.decode'" in refusal(copy)
     arrays["stats.mean"] = np.ascontiguousarray(arrays["stats.mean"][:, :2])
     safetensors.numpy.save_file(arrays, file)
     message = refusal(copy)

@@ -20,11 +20,13 @@ from spotlight_jax.models.presets import PRESETS
 from spotlight_jax.sampling import SamplingConfig
 from spotlight_jax.scoring import hash_score_range, hash_scores
 from spotlight_jax.selection import SelectionConfig, select_mask
+from tests.hash_params import draw_params
 from tests.tolerances import tolerance
 
 MODEL = PRESETS["tiny"]
 HASHES = {
-    "asymmetric": hashing.HashConfig(code_bits=64, hidden=24),
+    "transform": hashing.HashConfig(code_bits=64),
+    "asymmetric": hashing.HashConfig("asymmetric", code_bits=64, hidden=24),
     "paper": hashing.HashConfig(
         form="symmetric", skip="none", code_bits=32, hidden=24, code_heads="query", centre=False
     ),
@@ -39,10 +41,10 @@ def model_params():
 
 
 @functools.cache
-def selector(name="asymmetric"):
+def selector(name="transform"):
     cfg = HASHES[name]
     shape = hashing.HeadShape(MODEL.layers, MODEL.q_heads, MODEL.kv_heads, MODEL.head_dim)
-    return Selector(cfg, shape, hashing.init_params(jax.random.key(1), cfg, shape), "tiny", {})
+    return Selector(cfg, shape, draw_params(cfg, shape), "tiny", {})
 
 
 @functools.cache  # tests that need the same engine share what it compiled, so most prompts go in chunks of one length
@@ -96,7 +98,8 @@ def test_prefill_then_one_step_equals_one_forward_pass():
 
 
 @pytest.mark.parametrize(
-    ("name", "per"), [("asymmetric", "kv_head"), ("paper", "query_head"), ("signs per KV head", "query_head")]
+    ("name", "per"),
+    [("transform", "kv_head"), ("asymmetric", "kv_head"), ("paper", "query_head"), ("signs per KV head", "query_head")],
 )
 def test_keeping_everything_equals_dense(name, per):
     prompt = draw_prompt(50)
@@ -153,7 +156,7 @@ def attend_to_all(queries, keys, values):
     return selected_attention(queries, keys, values, select)[0], None
 
 
-@pytest.mark.parametrize("chosen", [None, "asymmetric"])
+@pytest.mark.parametrize("chosen", [None, "transform"])
 def test_a_prompt_in_chunks_equals_a_prompt_at_once(chosen):
     prompt = draw_prompt(75)
     whole, at_once = run(make_engine(chosen, selection=ALWAYS_SPARSE, prefill_chunk=128), [prompt], 8)
@@ -165,7 +168,7 @@ def test_a_prompt_in_chunks_equals_a_prompt_at_once(chosen):
             np.testing.assert_array_equal(one.codes[..., :75], other.codes[..., :75])
 
 
-@pytest.mark.parametrize("chosen", [None, "asymmetric", "paper"])
+@pytest.mark.parametrize("chosen", [None, "transform", "paper"])
 def test_a_sequence_alone_equals_the_same_in_a_ragged_batch(chosen):
     prompts = [draw_prompt(length, seed=length) for length in (9, 70, 33)]
     engine = make_engine(chosen, selection=ALWAYS_SPARSE)
@@ -175,7 +178,7 @@ def test_a_sequence_alone_equals_the_same_in_a_ragged_batch(chosen):
         assert together[row].tolist() == alone[0].tolist()
 
 
-@pytest.mark.parametrize("chosen", [None, "asymmetric"])
+@pytest.mark.parametrize("chosen", [None, "transform"])
 @pytest.mark.slow
 def test_dynamic_scaling_adapts_to_each_sequence_of_a_ragged_batch(chosen):
     """Past the trained length, short of it, and across it while decoding."""
@@ -198,7 +201,7 @@ def test_dynamic_scaling_adapts_to_each_sequence_of_a_ragged_batch(chosen):
 def test_a_batch_that_straddles_the_crossover_reads_each_sequence_its_own_way():
     prompts = [draw_prompt(length, seed=length) for length in (20, 60)]
     selection = SelectionConfig(keep=0.2, min_tokens=5, min_context=40, dense_layers=(0,))
-    engine = make_engine("asymmetric", selection=selection, block=64)
+    engine = make_engine("transform", selection=selection, block=64)
     together, _ = run(engine, prompts, 30)
     assert {key[1] for key in engine.programs if key[0] == "decode"} == {"mixed", "sparse"}
     for row, prompt in enumerate(prompts):
@@ -209,11 +212,11 @@ def test_a_batch_that_straddles_the_crossover_reads_each_sequence_its_own_way():
 def test_below_the_crossover_a_step_is_dense():
     prompt = draw_prompt(30)
     selection = SelectionConfig(keep=0.2, min_tokens=5, min_context=200, dense_layers=(0,))
-    tokens, _ = run(make_engine("asymmetric", selection=selection), [prompt], 10)
+    tokens, _ = run(make_engine("transform", selection=selection), [prompt], 10)
     assert tokens[0].tolist() == greedy_by_forward(prompt, 10)
 
 
-@pytest.mark.parametrize("chosen", [None, "asymmetric"])
+@pytest.mark.parametrize("chosen", [None, "transform"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_poisoned_slots_past_each_length_never_reach_the_output(chosen, batch):
     prompts = [draw_prompt(40 - 9 * row, seed=row) for row in range(batch)]
@@ -239,7 +242,7 @@ def test_poisoned_slots_past_each_length_never_reach_the_output(chosen, batch):
         np.testing.assert_array_equal(one.keys[0, :last], other.keys[0, :last])
 
 
-@pytest.mark.parametrize("chosen", [None, "asymmetric"])
+@pytest.mark.parametrize("chosen", [None, "transform"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_block_of_steps_never_copies_the_cache(chosen, batch):
     """The program takes over the cache's buffers, and needs less workspace than one layer's keys."""
@@ -257,7 +260,7 @@ def test_a_block_of_steps_never_copies_the_cache(chosen, batch):
 
 
 def test_decoding_compiles_once_while_the_cache_grows():
-    engine = make_engine("asymmetric", selection=ALWAYS_SPARSE, block=5)
+    engine = make_engine("transform", selection=ALWAYS_SPARSE, block=5)
     run(engine, [draw_prompt(30)], 60)
     assert sum(key[0] == "decode" for key in engine.programs) == 1
     run(engine, [draw_prompt(41, seed=5)], 60)  # another prompt, the same bucket
@@ -268,10 +271,8 @@ def test_decoding_compiles_once_while_the_cache_grows():
 def test_block_length_does_not_change_the_tokens():
     prompt = draw_prompt(30)
     sampling = SamplingConfig(temperature=0.8, top_k=50, top_p=0.9, seed=7)
-    one, _ = run(make_engine("asymmetric", selection=ALWAYS_SPARSE, sampling=sampling, block=32), [prompt], 20)
-    other, _ = run(
-        make_engine("asymmetric", selection=ALWAYS_SPARSE, sampling=sampling, block=3), [prompt], 20, limit=2
-    )
+    one, _ = run(make_engine("transform", selection=ALWAYS_SPARSE, sampling=sampling, block=32), [prompt], 20)
+    other, _ = run(make_engine("transform", selection=ALWAYS_SPARSE, sampling=sampling, block=3), [prompt], 20, limit=2)
     np.testing.assert_array_equal(one, other)
 
 
@@ -290,7 +291,7 @@ def test_a_stop_token_ends_its_own_sequence_only():
 
 def test_a_second_turn_equals_one_long_prompt():
     first, second = draw_prompt(40, seed=1), draw_prompt(230, seed=2)  # the second needs a larger cache
-    engine = make_engine("asymmetric", selection=ALWAYS_SPARSE)
+    engine = make_engine("transform", selection=ALWAYS_SPARSE)
     state = engine.prefill([first], 1)
     state = engine.prefill([second], 8, state.cache)
     tokens = [int(state.tokens[0])]

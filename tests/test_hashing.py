@@ -1,4 +1,4 @@
-"""Hash functions: the network beside numpy loops, the LSH start, packing, query weights."""
+"""Hash functions: networks and fixed-point digits beside numpy loops, the LSH start, packing, query weights."""
 
 import dataclasses
 
@@ -13,6 +13,8 @@ from hypothesis.extra import numpy as hnp
 from spotlight_jax import hashing
 from spotlight_jax.errors import InputError
 from spotlight_jax.hashing import HashConfig, HeadShape
+from spotlight_jax.weights import WeightBounds
+from tests.hash_params import draw_params
 from tests.tolerances import tolerance
 
 BATCH, LEN, KV_HEADS, GROUP, HEAD_DIM, LAYERS = 2, 5, 3, 2, 16, 2
@@ -25,16 +27,17 @@ FORMS = {
     "paper": SYMMETRIC,
     "released": dataclasses.replace(SYMMETRIC, skip="layers", code_bits=32, hidden=32),
     "shared code": dataclasses.replace(SYMMETRIC, skip="rotation", code_heads="kv", centre=True),
-    "asymmetric": HashConfig(code_bits=64, hidden=24),
-    "asymmetric, not centred": HashConfig(code_bits=32, hidden=20, centre=False),
+    "asymmetric": HashConfig(form="asymmetric", code_bits=64, hidden=24),
+    "asymmetric, not centred": HashConfig(form="asymmetric", code_bits=32, hidden=20, centre=False),
 }
-
+TRANSFORM, DIGITS = HashConfig(code_bits=64), 4  # of each of the axes that `draw_params` gives
 
 # jitted once: faster than eagerly, and arrays of numpy pass
 hash_keys = jax.jit(hashing.hash_keys, static_argnums=2)
 hash_queries = jax.jit(hashing.hash_queries, static_argnums=2)
 key_codes = jax.jit(hashing.key_codes, static_argnums=2)
 query_weights = jax.jit(hashing.query_weights, static_argnums=(2, 3))
+sum_weights = jax.jit(hashing.sum_weights, static_argnums=(2, 3))
 pack_bits, unpack_bits, soft_sign = jax.jit(hashing.pack_bits), jax.jit(hashing.unpack_bits), jax.jit(hashing.soft_sign)
 
 
@@ -161,6 +164,12 @@ def test_step_0_of_the_rotation_skip_is_orthogonal_lsh(form, code_bits):
     assert np.abs(rotations[0] - rotations[1]).max() > 0.1
 
 
+@pytest.mark.parametrize("form", ["transform", "asymmetric", "symmetric"])
+def test_no_two_params_share_memory_which_a_training_step_donates(form):
+    leaves = jax.tree.leaves(hashing.init_params(jax.random.key(0), HashConfig(form, code_bits=32, hidden=20), SHAPE))
+    assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)
+
+
 @pytest.mark.parametrize("skip", ["none", "layers"])
 def test_the_papers_weights_start_normal_with_deviation_a_thousandth(skip):
     cfg = HashConfig(form="symmetric", skip=skip, code_bits=64, hidden=64, code_heads="query")
@@ -250,93 +259,199 @@ def test_a_code_matches_itself_in_all_bits_and_its_complement_in_none(bits):
     assert (matches(~bits) == 0).all()
 
 
-LARGEST = 7  # of weights of four bits
-
-
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [form for form in FORMS if FORMS[form].form == "symmetric"])
 @pytest.mark.parametrize("per_kv_head", [False, True])
-def test_query_weights_are_signs_or_few_bits_of_the_query_side(form, per_kv_head):
+def test_symmetric_query_weights_are_signs_and_their_sums_over_a_group(form, per_kv_head):
     cfg = FORMS[form]
     if per_kv_head and cfg.code_heads == "query":
         return  # needs one code per KV head
     params, queries = random_params(cfg), draw_queries(cfg)
-    outputs = expected_queries(params, queries, cfg)
-    if cfg.form == "symmetric":
-        outputs = np.where(outputs > 0, 1, -1)
-    if per_kv_head:  # sums come before rounding
-        outputs = outputs.reshape(BATCH, LEN, KV_HEADS, GROUP, -1).sum(3)
-    if cfg.form == "asymmetric":
-        outputs = outputs * LARGEST / np.abs(outputs).max(-1, keepdims=True)
+    expected = np.where(expected_queries(params, queries, cfg) > 0, 1, -1)
+    if per_kv_head:
+        expected = expected.reshape(BATCH, LEN, KV_HEADS, GROUP, -1).sum(3)
     weights = np.asarray(query_weights(params, queries, cfg, per_kv_head))
     assert weights.dtype == np.int32
-    limit = hashing.weight_limit(cfg, GROUP, per_kv_head)
-    assert limit == (LARGEST if cfg.form == "asymmetric" else GROUP if per_kv_head else 1)
-    assert np.abs(weights).max() <= limit
-    if cfg.form == "asymmetric":
-        assert (np.abs(weights).max(-1) == LARGEST).all()
-        assert np.abs(weights - outputs).max() < 0.51
-    else:
-        np.testing.assert_array_equal(weights, outputs)
+    np.testing.assert_array_equal(weights, expected[..., None, :])
+    limit = GROUP if per_kv_head else 1
+    assert hashing.weight_bounds(cfg, GROUP, per_kv_head) == WeightBounds(limit, limit * cfg.code_bits)
 
 
-@given(st.integers(0, 2**16))
-def test_rounding_weights_moves_a_score_by_at_most_half_a_unit_per_bit(seed):
-    cfg = FORMS["asymmetric"]
-    params, queries = random_params(cfg), draw_queries(cfg, seed=seed)
-    real = np.asarray(hash_queries(params, queries, cfg), np.float64)
-    weights = np.asarray(query_weights(params, queries, cfg), np.float64)
-    unit = np.abs(real).max(-1, keepdims=True) / LARGEST
-    codes = np.random.default_rng(seed).integers(0, 2, (cfg.code_bits, 40))
-    error = np.abs(real @ codes - unit * weights @ codes)
-    assert (error <= 0.5001 * unit * codes.sum(0)).all()
+@pytest.mark.parametrize("form", ["asymmetric", "asymmetric, not centred"])
+@pytest.mark.parametrize("per_kv_head", [False, True])
+def test_asymmetric_query_weights_are_the_query_side_rounded(form, per_kv_head):
+    cfg = FORMS[form]
+    params, queries = random_params(cfg), draw_queries(cfg)
+    outputs = expected_queries(params, queries, cfg)
+    if per_kv_head:  # sums come before rounding
+        outputs = outputs.reshape(BATCH, LEN, KV_HEADS, GROUP, -1).sum(3)
+    sizes = np.abs(outputs)
+    scale = np.minimum(127 / sizes.max(-1), (1020 - cfg.code_bits / 2) / sizes.sum(-1))[..., None]
+    weights = np.asarray(query_weights(params, queries, cfg, per_kv_head))
+    assert weights.dtype == np.int32
+    assert np.abs(weights - (outputs * scale)[..., None, :]).max() < 0.51
+    assert hashing.weight_bounds(cfg, GROUP, per_kv_head) == WeightBounds(127, 1020)
 
 
-def test_a_query_of_zeros_has_finite_weights():
-    cfg = FORMS["asymmetric"]
+@pytest.mark.parametrize("cfg", [FORMS["asymmetric"], TRANSFORM], ids=lambda cfg: cfg.form)
+@pytest.mark.parametrize("per_kv_head", [False, True])
+def test_a_query_of_zeros_has_finite_weights(cfg, per_kv_head):
     params = hashing.layer_params(hashing.init_params(jax.random.key(0), cfg, SHAPE), 0)
-    assert not np.any(query_weights(params, np.zeros_like(draw_queries(cfg)), cfg))
-
-
-def draw_uneven(*lead):
-    """Keys and queries whose dimensions have spreads of their own."""
-    spreads = np.geomspace(0.1, 10, HEAD_DIM).astype(np.float32)
-    keys = draw(0, *lead, BATCH, LEN, KV_HEADS, HEAD_DIM) * spreads + 5
-    return keys, draw(1, *lead, BATCH, LEN, Q_HEADS, HEAD_DIM) * spreads[::-1] ** 0.5
-
-
-def test_statistics_centre_keys_and_give_both_sides_equal_spreads():
-    keys, queries = draw_uneven(LAYERS)
-    stats = hashing.fit_stats(jnp.asarray(keys), jnp.asarray(queries))
-    for layer, head in np.ndindex(LAYERS, KV_HEADS):
-        own = keys[layer, :, :, head].astype(np.float64).reshape(-1, HEAD_DIM)
-        summed = queries[layer].reshape(-1, KV_HEADS, GROUP, HEAD_DIM)[:, head].sum(1).astype(np.float64)
-        np.testing.assert_allclose(stats.mean[layer, head], own.mean(0), rtol=1e-4)
-        scale = np.asarray(stats.scale[layer, head], np.float64)
-        centred = (own - own.mean(0)) / scale
-        ratio = centred.std(0) / np.sqrt(np.mean((summed * scale) ** 2, axis=0))
-        np.testing.assert_allclose(ratio, np.full(HEAD_DIM, ratio[0]), rtol=1e-3)
-        np.testing.assert_allclose(np.mean(centred**2), 1.0, rtol=1e-3)
-
-
-def test_a_dimension_that_never_varies_has_a_finite_scale():
-    keys, queries = draw_uneven(LAYERS)
-    keys[..., 2, 4], queries[..., 4:6, 3] = 7.0, 0.0
-    stats = hashing.fit_stats(jnp.asarray(keys), jnp.asarray(queries))
-    assert np.isfinite(stats.scale).all() and (np.asarray(stats.scale) > 0).all()
+    assert not np.any(query_weights(params, np.zeros_like(draw_queries(cfg)), cfg, per_kv_head))
 
 
 def test_centring_keeps_the_order_of_true_scores():
     """With planes that keep everything (an orthonormal square), centred weights times centred keys rank as q . k."""
-    cfg = HashConfig(code_bits=32, hidden=20)
+    cfg = HashConfig(form="asymmetric", code_bits=32, hidden=20)
     shape = dataclasses.replace(SHAPE, head_dim=32, layers=1)
     keys, queries = draw(6, BATCH, 40, KV_HEADS, 32) * 4 + 3, draw(7, BATCH, LEN, Q_HEADS, 32)
     params = hashing.layer_params(hashing.init_params(jax.random.key(0), cfg, shape), 0)
-    params = params.replace(stats=hashing.fit_stats(jnp.asarray(keys), jnp.asarray(queries)))
+    scale = np.exp(draw(8, KV_HEADS, 32))
+    params = params.replace(stats=hashing.KeyStats(jnp.asarray(draw(9, KV_HEADS, 32)), jnp.asarray(scale)))
     hashed, asked = np.asarray(hash_keys(params, keys, cfg)), np.asarray(hash_queries(params, queries, cfg))
     for b, t, head in np.ndindex(BATCH, LEN, Q_HEADS):
         true = keys[b, :, head // GROUP].astype(np.float64) @ queries[b, t, head]
         centred = hashed[b, :, head // GROUP] @ asked[b, t, head]
         np.testing.assert_array_equal(np.argsort(true), np.argsort(centred))
+
+
+def transform_params(seed=1, **fields):
+    """One layer of the transform form as after training, with its config."""
+    cfg = dataclasses.replace(TRANSFORM, **fields)
+    return hashing.layer_params(draw_params(cfg, SHAPE, seed), 0), cfg
+
+
+def numbers_of(bits):
+    """The numbers whose digits, the highest first, are the bits of each axis."""
+    digits = np.asarray(bits).reshape(*bits.shape[:-1], -1, DIGITS).astype(int)
+    return digits @ 2 ** np.arange(DIGITS)[::-1]
+
+
+def coordinates_of(params, keys):
+    """(key - mean) . axis + 1/2 of each bit, [batch, len, kv_heads, code_bits] in float64."""
+    mean, axes = (np.asarray(leaf, np.float64) for leaf in (params.stats.mean, params.stats.axes))
+    return np.einsum("bskd,kdc->bskc", keys.astype(np.float64) - mean, axes) + 0.5
+
+
+def test_bits_are_the_binary_digits_of_fixed_point_coordinates():
+    params, cfg = transform_params()
+    keys = draw_keys(cfg, length=200) * 3  # some beyond both ends
+    places = np.asarray(params.stats.cells, np.float64) * coordinates_of(params, keys)
+    expected = np.clip(np.floor(places), 0, np.asarray(params.stats.cells) - 1).astype(int) & 1
+    is_clear = np.abs(places - np.round(places)) > 1e-4  # float32 may round others to either side
+    bits = np.asarray(hash_keys(params, keys, cfg)) > 0
+    np.testing.assert_array_equal(bits[is_clear], expected[is_clear] == 1)
+    assert is_clear.mean() > 0.99 and 0.3 < bits.mean() < 0.7
+    assert (places < 0).any() and (places > np.asarray(params.stats.cells)).any()
+
+
+def test_digits_of_an_axis_together_are_its_cell_from_the_highest_digit_on():
+    params, cfg = transform_params()
+    keys = draw_keys(cfg, length=200)
+    places = 2**DIGITS * coordinates_of(params, keys)[..., ::DIGITS]
+    numbers = numbers_of(np.asarray(hash_keys(params, keys, cfg)) > 0)
+    is_clear = np.abs(places - np.round(places)) > 1e-3
+    np.testing.assert_array_equal(numbers[is_clear], np.clip(np.floor(places), 0, 15)[is_clear])
+
+
+def walk(params, head, axis, steps):
+    """Keys along one axis of a KV head whose coordinates there are given."""
+    direction = np.asarray(params.stats.axes[head, :, axis * DIGITS], np.float64)
+    away = (np.asarray(steps)[:, None] - 0.5) * direction / (direction @ direction)
+    keys = np.broadcast_to(np.asarray(params.stats.mean, np.float64), (1, len(steps), KV_HEADS, HEAD_DIM)).copy()
+    keys[0, :, head] += away
+    return keys.astype(np.float32)
+
+
+@pytest.mark.parametrize(("head", "axis"), [(0, 0), (1, 7), (2, 15)])
+def test_codes_never_fall_along_an_axis_and_take_every_value(head, axis):
+    params, cfg = transform_params()
+    keys = walk(params, head, axis, np.linspace(0.001, 0.999, 97))
+    numbers = numbers_of(np.asarray(hash_keys(params, keys, cfg)) > 0)[0, :, head, axis]
+    assert (np.diff(numbers) >= 0).all()
+    assert sorted(set(numbers.tolist())) == list(range(2**DIGITS))
+
+
+@pytest.mark.parametrize(("head", "axis"), [(0, 3), (1, 0), (2, 9)])
+def test_codes_stay_at_the_ends_beyond_them(head, axis):
+    params, cfg = transform_params()
+    keys = walk(params, head, axis, [-1e4, -30, -1.01, -0.01, 1.01, 2.01, 31, 1e4])
+    numbers = numbers_of(np.asarray(hash_keys(params, keys, cfg)) > 0)[0, :, head, axis]
+    assert numbers.tolist() == [0] * 4 + [2**DIGITS - 1] * 4
+
+
+def test_a_key_between_two_cells_is_in_the_lower_one_by_all_its_digits():
+    params, cfg = transform_params()
+    keys = np.broadcast_to(np.asarray(params.stats.mean), (1, 2, KV_HEADS, HEAD_DIM))  # the middle of every axis
+    assert (numbers_of(np.asarray(hash_keys(params, keys, cfg)) > 0) == 2 ** (DIGITS - 1) - 1).all()
+
+
+def test_transform_queries_are_linear_maps_with_a_gain_of_their_head():
+    params, cfg = transform_params()
+    queries = draw_queries(cfg)
+    found = np.asarray(hash_queries(params, queries, cfg))
+    decode, gains = (np.asarray(leaf, np.float64) for leaf in (params.weights.decode, params.weights.log_gain))
+    for head in range(Q_HEADS):
+        expected = np.exp(gains[head]) * (queries[:, :, head].astype(np.float64) @ decode[head // GROUP])
+        np.testing.assert_allclose(found[:, :, head], expected, **tolerance("float32"))
+
+
+@pytest.mark.parametrize("sums", [1, 2])
+def test_a_groups_sums_add_up_their_members_at_one_length(sums):
+    params, cfg = transform_params(sums=sums)
+    members = draw(3, KV_HEADS, sums, GROUP) > 0
+    members[:, :, 0] = True
+    params = params.replace(stats=dataclasses.replace(params.stats, members=jnp.asarray(members, jnp.float32)))
+    outputs = draw(4, BATCH, LEN, Q_HEADS, cfg.code_bits)
+    found = np.asarray(sum_weights(params, outputs, cfg, True))
+    assert found.shape == (BATCH, LEN, KV_HEADS, sums, cfg.code_bits)
+    for head, row in np.ndindex(KV_HEADS, sums):
+        own = outputs[:, :, head * GROUP : (head + 1) * GROUP].astype(np.float64)
+        expected = own[:, :, members[head, row]].sum(2)
+        expected *= hashing.SPREAD / np.linalg.norm(expected, axis=-1, keepdims=True)
+        np.testing.assert_allclose(found[:, :, head, row], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_query_head_alone_has_one_sum():
+    params, cfg = transform_params()
+    outputs = draw(4, BATCH, LEN, Q_HEADS, cfg.code_bits)
+    found = np.asarray(sum_weights(params, outputs, cfg, False))
+    expected = outputs * (hashing.SPREAD / np.linalg.norm(outputs, axis=-1, keepdims=True))
+    np.testing.assert_allclose(found, expected[:, :, :, None], **tolerance("float32"))
+
+
+@pytest.mark.parametrize("per_kv_head", [False, True])
+def test_transform_query_weights_are_their_sums_rounded_on_one_scale(per_kv_head):
+    params, cfg = transform_params()
+    queries = draw_queries(cfg)
+    real = np.asarray(sum_weights(params, hash_queries(params, queries, cfg), cfg, per_kv_head), np.float64)
+    sizes = np.abs(real)
+    scale = np.minimum(127 / sizes.max((-2, -1)), (1020 - cfg.code_bits / 2) / sizes.sum(-1).max(-1))
+    weights = np.asarray(query_weights(params, queries, cfg, per_kv_head))
+    assert weights.dtype == np.int32
+    assert np.abs(weights - real * scale[..., None, None]).max() < 0.51
+    assert hashing.weight_bounds(cfg, GROUP, per_kv_head) == WeightBounds(127, 1020)
+
+
+@pytest.mark.parametrize("code_bits", [32, 96])
+def test_the_transform_form_is_orthogonal_lsh_before_it_is_fitted(code_bits):
+    cfg = HashConfig(code_bits=code_bits)
+    params = hashing.layer_params(hashing.init_params(jax.random.key(3), cfg, SHAPE), 0)
+    planes, keys, queries = np.asarray(params.stats.axes), draw_keys(cfg), draw_queries(cfg)
+    for head, start in np.ndindex(KV_HEADS, code_bits // HEAD_DIM):
+        block = planes[head, :, start * HEAD_DIM : (start + 1) * HEAD_DIM]
+        np.testing.assert_allclose(block.T @ block, np.eye(HEAD_DIM), atol=1e-5)
+    projected = np.einsum("bskd,kdc->bskc", keys, planes)
+    bits = np.asarray(hash_keys(params, keys, cfg)) > 0
+    is_clear = np.abs(projected) > 1e-5
+    np.testing.assert_array_equal(bits[is_clear], projected[is_clear] > 0)
+    asked = np.einsum("bthd,hdc->bthc", queries, np.repeat(planes, GROUP, axis=0))
+    np.testing.assert_allclose(hash_queries(params, queries, cfg), asked, atol=1e-5)
+    np.testing.assert_array_equal(params.stats.members, np.ones((KV_HEADS, 2, GROUP)))
+
+
+def test_a_group_of_one_has_one_sum():
+    params = hashing.init_params(jax.random.key(0), TRANSFORM, dataclasses.replace(SHAPE, q_heads=KV_HEADS))
+    assert params.stats.members.shape == (LAYERS, KV_HEADS, 1, 1)
 
 
 @pytest.mark.parametrize("gamma", [0.5, 4.0, 64.0])
@@ -359,7 +474,8 @@ def test_the_soft_sign_tends_to_the_sign(x):
         ({"code_bits": 0}, "code_bits is 0"),
         ({"code_bits": 288}, "code_bits is 288"),
         ({"hidden": 0}, "hidden is 0"),
-        ({"form": "asymmetric", "code_heads": "query"}, "code-heads kv"),
+        ({"form": "asymmetric", "code_heads": "query"}, "the asymmetric form .*code-heads kv"),
+        ({"code_heads": "query"}, "the transform form .*code-heads kv"),
     ],
 )
 def test_what_no_hash_function_can_be_built_from_is_named(fields, names):

@@ -1,6 +1,7 @@
-"""The ranking loss beside numpy: pairs, samples, the whole loss, and the memory it takes."""
+"""The ranking losses beside numpy: pairs, samples, the mass that a cut leaves out, and the memory they take."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -13,6 +14,7 @@ from spotlight_jax.errors import InputError
 from spotlight_jax.hashing import HashConfig, HeadShape
 from spotlight_jax.kernels import pair_cost
 from spotlight_jax.ranking import RankingConfig
+from tests.hash_params import draw_params
 from tests.tolerances import tolerance
 
 Q_LEN, KV_HEADS, GROUP, HEAD_DIM, KV_LEN = 4, 2, 3, 16, 60
@@ -25,7 +27,8 @@ CFG = RankingConfig(
 HASHES = {
     "paper": HashConfig(form="symmetric", skip="none", code_bits=32, hidden=24, code_heads="query", centre=False),
     "shared code": HashConfig(form="symmetric", skip="rotation", code_bits=32, hidden=24),
-    "asymmetric": HashConfig(code_bits=32, hidden=24),
+    "asymmetric": HashConfig(form="asymmetric", code_bits=32, hidden=24),
+    "transform": HashConfig(code_bits=32),
 }
 
 top_counts = jax.jit(ranking.top_counts, static_argnums=(1, 2))
@@ -49,6 +52,8 @@ def draw(seed=0, q_len=Q_LEN, kv_len=KV_LEN):
 
 def random_params(cfg, seed=0):
     shape = HeadShape(layers=1, q_heads=Q_HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM)
+    if cfg.form == "transform":
+        return hashing.layer_params(draw_params(cfg, shape), 0)
     params = hashing.layer_params(hashing.init_params(jax.random.key(0), cfg, shape), 0)
     leaves, structure = jax.tree.flatten(params)
     rng = np.random.default_rng(seed)
@@ -62,6 +67,29 @@ def score_loops(queries, keys):
     for head, t in np.ndindex(scores.shape[:2]):
         scores[head, t] = keys[:, head // GROUP].astype(np.float64) @ queries[t, head]
     return scores
+
+
+def learned_scores(params, queries, keys, gamma, cfg, per_kv_head=False):
+    """What is learned, [heads, q_len, kv_len] in float64; hash outputs are those of test_hashing.py."""
+    hashed = np.asarray(jax.jit(hashing.hash_keys, static_argnums=2)(params, keys, cfg), np.float64)
+    asked = np.asarray(jax.jit(hashing.hash_queries, static_argnums=2)(params, queries, cfg), np.float64)
+    codes = np.sign(hashed) if cfg.form == "transform" else gamma * hashed / (1 + gamma * np.abs(hashed))
+    if cfg.form == "symmetric":
+        asked = gamma * asked / (1 + gamma * np.abs(asked))
+    groups = [asked[:, k * GROUP : (k + 1) * GROUP] for k in range(KV_HEADS)]
+    if not per_kv_head:
+        sums = [[asked[:, head]] for head in range(Q_HEADS)]
+    elif cfg.form == "transform":
+        sums = [[group[:, side > 0].sum(1) for side in params.stats.members[k]] for k, group in enumerate(groups)]
+    else:
+        sums = [[group.sum(1)] for group in groups]
+    found = np.zeros((len(sums), queries.shape[0], keys.shape[0]))
+    for head, t in np.ndindex(found.shape[:2]):
+        rows = np.array([each[t] for each in sums[head]])
+        if cfg.form == "transform":
+            rows *= hashing.SPREAD / np.linalg.norm(rows, axis=1, keepdims=True)
+        found[head, t] = (rows @ codes[:, head * codes.shape[1] // len(sums)].T).max(0)
+    return found
 
 
 def count_of(position, kv_len, cfg):
@@ -177,13 +205,14 @@ def test_attention_weights_are_half_uniform_half_probability_among_the_sampled()
         np.testing.assert_allclose(pairs.top_weights[head, t], expected, **tolerance("float32"))
 
 
-def group_shares(queries, keys, positions):
-    """Attention probabilities of each group's query heads together [kv_heads, q_len, kv_len], in float64."""
+def group_shares(queries, keys, positions, heads=KV_HEADS):
+    """Attention probabilities of the query heads of each KV head, or of each query head, in their mean [heads, q_len,
+    kv_len], in float64."""
     scores = score_loops(queries, keys) / np.sqrt(HEAD_DIM)
-    shares = np.zeros((KV_HEADS, *scores.shape[1:]))
+    shares = np.zeros((heads, *scores.shape[1:]))
     for head, t in np.ndindex(scores.shape[:2]):
         exps = np.exp(scores[head, t, : positions[t] + 1])
-        shares[head // GROUP, t, : positions[t] + 1] += exps / exps.sum()
+        shares[head * heads // Q_HEADS, t, : positions[t] + 1] += exps / exps.sum() * heads / Q_HEADS
     return shares
 
 
@@ -203,20 +232,16 @@ def test_for_a_kv_head_keys_are_ranked_by_its_query_heads_summed_probabilities(t
         np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("form", ["shared code", "asymmetric"])
+@pytest.mark.parametrize("form", ["shared code", "asymmetric", "transform"])
 def test_for_a_kv_head_the_loss_ranks_the_sum_of_its_query_heads_scores(form, traced):
     hash_cfg, (queries, keys) = HASHES[form], draw(12)
     params, cfg = random_params(hash_cfg), dataclasses.replace(EVERY, target="kv_head", weighting="uniform")
     arrays = *map(jnp.asarray, (queries, POSITIONS, keys)), jnp.float32(8)
     found = traced(ranking.ranking_loss, hash_cfg, cfg)(params, jax.random.key(0), *arrays)
-    asked = np.asarray(jax.jit(hashing.hash_queries, static_argnums=2)(params, queries, hash_cfg), np.float64)
-    hashed = np.asarray(jax.jit(hashing.hash_keys, static_argnums=2)(params, keys, hash_cfg), np.float64)
-    codes = 8 * hashed / (1 + 8 * np.abs(hashed))
-    if hash_cfg.form == "symmetric":
-        asked = 8 * asked / (1 + 8 * np.abs(asked))
+    every = learned_scores(params, queries, keys, 8, hash_cfg, per_kv_head=True)
     shares, cost, wrong, count = group_shares(queries, keys, POSITIONS), 0.0, 0, 0
     for head, (t, position) in itertools.product(range(KV_HEADS), enumerate(POSITIONS.tolist())):
-        learned = codes[:, head] @ asked[t, head * GROUP : (head + 1) * GROUP].sum(0)
+        learned = every[head, t]
         order = np.argsort(-shares[head, t, : position + 1])
         tops = count_of(position, KV_LEN, cfg)
         for top, other in itertools.product(order[:tops], order[tops:]):
@@ -250,15 +275,11 @@ EVERY = dataclasses.replace(CFG, top_rule="total", tops=6, others=KV_LEN, always
 
 
 def loss_loops(params, queries, positions, keys, gamma, hash_cfg, cfg):
-    """Loss and wrong share over every pair, loop by loop; hash outputs are those of test_hashing.py."""
-    hashed = np.asarray(jax.jit(hashing.hash_keys, static_argnums=2)(params, keys, hash_cfg), np.float64)
-    asked = np.asarray(jax.jit(hashing.hash_queries, static_argnums=2)(params, queries, hash_cfg), np.float64)
-    codes = gamma * hashed / (1 + gamma * np.abs(hashed))
-    if hash_cfg.form == "symmetric":
-        asked = gamma * asked / (1 + gamma * np.abs(asked))
+    """Loss and wrong share over every pair, loop by loop."""
+    every = learned_scores(params, queries, keys, gamma, hash_cfg)
     true, cost, wrong, count = score_loops(queries, keys), 0.0, 0, 0
     for (head, t), best in top_sets(queries, keys, positions, cfg).items():
-        learned = codes[:, head * codes.shape[1] // Q_HEADS] @ asked[t, head]
+        learned = every[head, t]
         exps = np.exp(true[head, t, best] / np.sqrt(HEAD_DIM))
         for top, share in zip(best, exps / exps.sum(), strict=True):
             weight = 1.0 if cfg.weighting == "uniform" else 0.5 + 0.5 * cfg.tops * share
@@ -270,7 +291,8 @@ def loss_loops(params, queries, positions, keys, gamma, hash_cfg, cfg):
 
 
 @pytest.mark.parametrize(
-    ("form", "weighting"), [("paper", "uniform"), ("shared code", "attention"), ("asymmetric", "attention")]
+    ("form", "weighting"),
+    [("paper", "uniform"), ("shared code", "attention"), ("asymmetric", "attention"), ("transform", "attention")],
 )
 def test_the_loss_over_every_pair_is_the_papers_equation(form, weighting, traced):
     cfg = dataclasses.replace(EVERY, weighting=weighting, beta=0.7, alpha=1.5)
@@ -331,10 +353,10 @@ def test_both_ways_of_scoring_tops_have_the_same_gradient(monkeypatch):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
-def compiled_bytes(queries, at_once, others):
+def compiled_bytes(form, queries, at_once, **fields):
     """Temporary memory of the compiled gradient; nothing is run."""
-    hash_cfg = HASHES["asymmetric"]
-    cfg = RankingConfig(queries=queries, queries_at_once=at_once, tops=32, others=others, min_top=40)
+    hash_cfg = HASHES[form]
+    cfg = RankingConfig(queries=queries, queries_at_once=at_once, min_top=40, **fields)
     shaped = jax.ShapeDtypeStruct
 
     leaves, structure = jax.tree.flatten(random_params(hash_cfg))
@@ -352,17 +374,33 @@ def compiled_bytes(queries, at_once, others):
     return lowered.compile().memory_analysis().temp_size_in_bytes
 
 
-def test_memory_is_bounded_by_the_queries_at_once():
-    few, many = compiled_bytes(32, 16, others=256), compiled_bytes(256, 16, others=256)
+def test_memory_of_pairs_is_bounded_by_the_queries_at_once():
+    few, many = (compiled_bytes("asymmetric", count, 16, tops=32, others=256) for count in (32, 256))
     every_pair, slopes = Q_HEADS * 256 * 32 * 256 * 4, Q_HEADS * 256 * (32 + 256) * 4
     assert many < 1.25 * few + slopes
     assert many < 0.3 * every_pair
 
 
-@pytest.mark.parametrize("form", HASHES)
-def test_the_loss_falls_on_one_batch(form):
+def test_memory_of_the_mass_loss_is_bounded_by_the_queries_at_once():
+    few, many, all_at_once = (
+        compiled_bytes("transform", count, at_once, loss="mass", target="kv_head")
+        for count, at_once in ((32, 16), (256, 16), (256, 256))
+    )
+    assert many < 1.25 * few
+    assert all_at_once > 4 * many
+
+
+LOSSES = [*((form, "pairs") for form in HASHES), ("asymmetric", "mass"), ("transform", "mass")]
+
+
+@pytest.mark.parametrize(("form", "loss"), LOSSES)
+def test_the_loss_falls_on_one_batch(form, loss):
     hash_cfg, (queries, keys) = HASHES[form], draw(10)
-    params = random_params(hash_cfg)
+    params, cfg, rate, floor = random_params(hash_cfg), EVERY, 0.05, 0.0
+    if loss == "mass":
+        cfg, rate = dataclasses.replace(EVERY, loss=loss, target="kv_head", softness=0.1), 3.0
+        shares = np.sort(group_shares(queries, keys, POSITIONS), axis=-1)[:, 1:]  # the first query reads all it sees
+        floor = 1 - shares[..., -6:].sum(-1).mean()  # no cut leaves out less
 
     @jax.jit
     def step(weights, key):
@@ -373,19 +411,168 @@ def test_the_loss_falls_on_one_batch(form):
                 *map(jnp.asarray, (queries, POSITIONS, keys)),
                 jnp.float32(8),
                 hash_cfg,
-                EVERY,
+                cfg,
             )
 
         (cost, wrong), grads = jax.value_and_grad(loss, has_aux=True)(weights)
-        return jax.tree.map(lambda w, g: w - 0.05 * g, weights, grads), (cost, wrong)
+        return jax.tree.map(lambda w, g: w - rate * g, weights, grads), (cost, wrong)
 
     weights, seen = params.weights, []
     for key in jax.random.split(jax.random.key(0), 30):
         weights, measured = step(weights, key)
         seen.append([float(x) for x in measured])
     (first_cost, first_wrong), (last_cost, last_wrong) = seen[0], seen[-1]
-    assert last_cost < 0.8 * first_cost
-    assert last_wrong < first_wrong
+    assert floor < last_cost < floor + 0.8 * (first_cost - floor)
+    assert floor < last_wrong < first_wrong
+
+
+MASS = dataclasses.replace(CFG, loss="mass", softness=0.1)
+
+
+def cut_of(scores, count, softness):
+    """The score that so many reach, and the width of the cut there."""
+    cut = np.sort(scores)[-count]
+    return cut, softness * np.sqrt(np.mean((scores - cut) ** 2))
+
+
+def mass_loops(learned, shares, positions, cfg):
+    """What soft cuts leave out, and what hard ones do: means over the queries that leave anything out."""
+    soft, hard = [], []
+    for head, (t, position) in itertools.product(range(len(learned)), enumerate(positions.tolist())):
+        scores, share = learned[head, t, : position + 1], shares[head, t, : position + 1]
+        if (count := count_of(position, learned.shape[-1], cfg)) == position + 1:
+            continue
+        cut, width = cut_of(scores, count, cfg.softness)
+        soft.append(1 - share @ (1 / (1 + np.exp(-(scores - cut) / width))))
+        hard.append(1 - share[scores >= cut].sum())
+    return np.mean(soft), np.mean(hard)
+
+
+@pytest.mark.parametrize("form", HASHES)
+@pytest.mark.parametrize("target", ["query_head", "kv_head"])
+def test_the_mass_loss_is_what_a_soft_cut_leaves_out(form, target, traced):
+    hash_cfg, (queries, keys), is_joint = HASHES[form], draw(14), target == "kv_head"
+    if is_joint and hash_cfg.code_heads == "query":
+        return  # needs one code per KV head
+    params, cfg = random_params(hash_cfg), dataclasses.replace(MASS, target=target)
+    arrays = *map(jnp.asarray, (queries, POSITIONS, keys)), jnp.float32(8)
+    found = traced(ranking.ranking_loss, hash_cfg, cfg)(params, jax.random.key(0), *arrays)
+    shares = group_shares(queries, keys, POSITIONS, heads=KV_HEADS if is_joint else Q_HEADS)
+    learned = learned_scores(params, queries, keys, 8, hash_cfg, is_joint)
+    np.testing.assert_allclose(found, mass_loops(learned, shares, POSITIONS, cfg), rtol=1e-4)
+
+
+def draw_scores(seed, heads=2):
+    """Learned scores and true logits of some heads; a query sees what is up to its position."""
+    rng = np.random.default_rng(seed)
+    learned, logits = rng.normal(size=(2, heads, Q_LEN, KV_LEN)).astype(np.float32)
+    is_seen = np.arange(KV_LEN) <= POSITIONS[:, None]
+    return learned, np.where(is_seen, 2 * logits, -np.inf)
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def mass_cost(learned, logits, cfg):
+    """Cost, and gradient by the scores themselves: a bit for each key makes weights scores."""
+
+    def cost_of(learned):
+        weights, codes = learned[:, None], jnp.eye(KV_LEN)[None]
+        cost, wrong, count = ranking._mass_cost(weights, codes, logits, jnp.asarray(POSITIONS), cfg)
+        return cost, (wrong, count)
+
+    return jax.value_and_grad(cost_of, has_aux=True)(learned)
+
+
+def mass_of(scores, share, cut, width):
+    """Mass left out where as many keys are read as by a cut, after scores moved: the cut moves until it is so."""
+    read = 1 / (1 + np.exp(-(scores[0] - cut) / width))
+    least, most = cut - 50 * width, cut + 50 * width
+    for _ in range(80):
+        middle = (least + most) / 2
+        now = 1 / (1 + np.exp(-(scores[1] - middle) / width))
+        least, most = (middle, most) if now.sum() > read.sum() else (least, middle)
+    return 1 - share @ now
+
+
+@pytest.mark.parametrize("softness", [0.1, 0.5])
+def test_the_mass_losss_gradient_is_that_of_a_cut_that_goes_on_reading_as_many(softness):
+    learned, logits = draw_scores(15)
+    cfg, step = dataclasses.replace(MASS, softness=softness), 1e-5
+    _, gradient = mass_cost(learned, logits, cfg)
+    for head, (t, position) in itertools.product(range(2), enumerate(POSITIONS.tolist()[1:], start=1)):
+        scores, exps = learned[head, t, : position + 1].astype(np.float64), np.exp(logits[head, t, : position + 1])
+        cut, width = cut_of(scores, count_of(position, KV_LEN, cfg), softness)
+        expected = []
+        for place in range(position + 1):
+            moved = [scores + sign * step * (np.arange(position + 1) == place) for sign in (1, -1)]
+            ends = [mass_of((scores, each), exps / exps.sum(), cut, width) for each in moved]
+            expected.append((ends[0] - ends[1]) / (2 * step))
+        found = np.asarray(gradient)[head, t]
+        np.testing.assert_allclose(found[: position + 1], expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+        assert not found[position + 1 :].any()
+
+
+def test_raising_all_scores_of_a_query_gains_nothing():
+    learned, logits = draw_scores(16)
+    (cost, (wrong, _)), gradient = mass_cost(learned, logits, MASS)
+    gradient = np.asarray(gradient, np.float64)
+    assert (np.abs(gradient.sum(-1)) <= 1e-5 * np.abs(gradient).max(-1)).all()
+    raised = learned + np.array([3.0, -2, 8, 1], np.float32)[None, :, None]
+    np.testing.assert_allclose(mass_cost(raised, logits, MASS)[0][0], cost, rtol=1e-4)
+    np.testing.assert_allclose(mass_cost(learned * 7, logits, MASS)[0][0], cost, rtol=1e-4)  # nor does their unit
+    assert 0 < wrong < cost * 2
+
+
+def test_only_keys_near_the_cut_are_learned_from_and_the_probable_ones_pushed_up():
+    cfg = dataclasses.replace(MASS, softness=0.05)
+    learned, logits = draw_scores(17)
+    gradient = np.asarray(mass_cost(learned, logits, cfg)[1])
+    far, several = 0, 0
+    for head, (t, position) in itertools.product(range(2), enumerate(POSITIONS.tolist()[1:], start=1)):
+        scores, exps = learned[head, t, : position + 1], np.exp(logits[head, t, : position + 1])
+        cut, width = cut_of(scores, count_of(position, KV_LEN, cfg), cfg.softness)
+        distance, found = (scores - cut) / width, gradient[head, t, : position + 1]
+        assert np.abs(found[np.abs(distance) > 20]).max() < 1e-6 * np.abs(found).max()
+        far += np.count_nonzero(np.abs(distance) > 20)
+        near = np.flatnonzero(np.abs(distance) < 8)
+        if len(near) > 1:
+            assert found[near[exps[near].argmax()]] < 0 < found[near[exps[near].argmin()]]  # a step goes against it
+            several += 1
+    assert far > 50 and several > 3
+
+
+@pytest.mark.parametrize("seed", [20, 21, 22])
+def test_raising_the_scores_of_the_most_probable_keys_lowers_the_loss(seed):
+    learned, logits = draw_scores(seed)
+    is_top, least = np.zeros(logits.shape, np.float32), 0.0
+    for head, (t, position) in itertools.product(range(2), enumerate(POSITIONS.tolist())):
+        best, exps = np.argsort(-logits[head, t])[: count_of(position, KV_LEN, MASS)], np.exp(logits[head, t])
+        is_top[head, t, best] = 1
+        least += 1 - exps[best].sum() / exps.sum()
+    measured = [mass_cost(learned + step * is_top, logits, MASS)[0] for step in np.float32([0, 1, 2, 3, 20])]
+    losses, masses = [float(loss) for loss, _ in measured], [float(mass) for _, (mass, _) in measured]
+    assert (np.diff(losses[:4]) < -0.05).all() and (np.diff(masses[:4]) < -0.05).all()
+    np.testing.assert_allclose(masses[-1], least, rtol=1e-5)  # they are all that is read
+
+
+def test_queries_that_read_all_they_see_teach_nothing():
+    learned, logits = draw_scores(18)
+    (cost, (_, count)), gradient = mass_cost(learned, logits, MASS)  # the query at position 2 sees 3 keys
+    assert count == 2 * (Q_LEN - 1)
+    assert not np.any(gradient[:, 0]) and np.all(np.any(gradient[:, 1:], axis=-1))
+    poisoned = learned.copy()
+    poisoned[:, 0] = 1e3 * np.arange(KV_LEN)
+    np.testing.assert_allclose(mass_cost(poisoned, logits, MASS)[0][0], cost, rtol=1e-6)
+
+
+def test_the_hard_cuts_mass_is_what_the_highest_scores_leave_out():
+    learned, logits = draw_scores(19)
+    (_, (wrong, _)), _ = mass_cost(learned, logits, MASS)
+    expected = 0.0
+    for head, (t, position) in itertools.product(range(2), enumerate(POSITIONS.tolist()[1:], start=1)):
+        exps = np.exp(logits[head, t, : position + 1])
+        read = np.argsort(-learned[head, t, : position + 1])[: count_of(position, KV_LEN, MASS)]
+        expected += 1 - exps[read].sum() / exps.sum()
+    np.testing.assert_allclose(wrong, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -400,6 +587,7 @@ def test_the_loss_falls_on_one_batch(form):
         ({"queries_at_once": 0}, "queries_at_once is 0"),
         ({"queries": 100, "queries_at_once": 64}, r"queries \(100\) .* queries_at_once \(64\)"),
         ({"beta": 0.0}, "beta is 0.0"),
+        ({"softness": 0.0}, "softness is 0.0"),
         ({"always_top": 49}, "always_top is 49; give 0 to 48"),
         ({"always_top": -1}, "always_top is -1"),
     ],

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from spotlight_jax import hashing, scoring
 from spotlight_jax.hashing import HashConfig, HeadShape
+from tests.hash_params import draw_params
 from tests.tolerances import tolerance
 
 BATCH, Q_LEN, KV_HEADS, GROUP, HEAD_DIM, KV_LEN = 2, 3, 2, 3, 16, 37
@@ -21,16 +22,21 @@ PAPER = HashConfig(form="symmetric", skip="none", code_bits=64, hidden=24, code_
 FORMS = {
     "paper": PAPER,
     "shared code": dataclasses.replace(PAPER, skip="rotation", code_heads="kv"),
-    "asymmetric": HashConfig(code_bits=64, hidden=24),
+    "asymmetric": HashConfig(form="asymmetric", code_bits=64, hidden=24),
+    "transform": HashConfig(code_bits=64),
+    "transform, one sum": HashConfig(code_bits=64, sums=1),
 }
 CASES = [(form, per_kv_head) for form in FORMS for per_kv_head in (False, True)]
 
 hash_scores = jax.jit(scoring.hash_scores, static_argnums=(3, 4))
 exact_scores = jax.jit(scoring.exact_scores, static_argnums=2)
 query_weights = jax.jit(hashing.query_weights, static_argnums=(2, 3))
+sum_weights = jax.jit(hashing.sum_weights, static_argnums=(2, 3))
 
 
 def random_params(cfg):
+    if cfg.form == "transform":
+        return hashing.layer_params(draw_params(cfg, SHAPE), 0)
     params = hashing.layer_params(hashing.init_params(jax.random.key(0), cfg, SHAPE), 0)
     leaves, structure = jax.tree.flatten(params)
     rng = np.random.default_rng(0)
@@ -61,11 +67,13 @@ def bits_of(codes):
 
 
 def expected_scores(weights, codes, heads):
-    """sum_b weight_b bit_b, loop by loop; summed over the group where each query head has its own code."""
+    """The highest sum_b weight_b bit_b less half of the weights, loop by loop; summed over the group where each query
+    head has its own code."""
     bits = bits_of(codes)
     scores = np.zeros((*weights.shape[:3], codes.shape[-1]), np.int64)
     for b, t, head in np.ndindex(weights.shape[:3]):
-        scores[b, t, head] = bits[b, head // (weights.shape[2] // codes.shape[1])] @ weights[b, t, head]
+        own = bits[b, head // (weights.shape[2] // codes.shape[1])]
+        scores[b, t, head] = np.max([own @ row - sum(row.tolist()) // 2 for row in weights[b, t, head]], axis=0)
     if scores.shape[2] != heads:
         scores = np.stack([scores[:, :, k * GROUP : (k + 1) * GROUP].sum(2) for k in range(heads)], 2)
     return scores
@@ -73,7 +81,7 @@ def expected_scores(weights, codes, heads):
 
 @pytest.mark.parametrize(("form", "per_kv_head"), CASES)
 @pytest.mark.parametrize("q_len", [1, Q_LEN, 17])
-def test_a_score_is_the_sum_of_weights_where_the_code_has_a_bit(form, per_kv_head, q_len):
+def test_a_score_is_the_highest_sum_of_weights_where_the_code_has_a_bit(form, per_kv_head, q_len):
     cfg, params = FORMS[form], PARAMS[form]
     queries, codes = draw_queries(1, q_len), draw_codes(2, cfg)
     has_own_codes = cfg.code_heads == "query"
@@ -88,7 +96,7 @@ def test_a_score_is_the_sum_of_weights_where_the_code_has_a_bit(form, per_kv_hea
 def test_symmetric_scores_rank_tokens_as_popcount_of_xnor_does(form, per_kv_head):
     cfg, params = FORMS[form], PARAMS[form]
     queries, codes = draw_queries(3), draw_codes(4, cfg)
-    signs = np.asarray(query_weights(params, queries, cfg, False)) > 0
+    signs = np.asarray(query_weights(params, queries, cfg, False))[:, :, :, 0] > 0
     words = np.zeros((*signs.shape[:3], cfg.words), np.uint32)
     for bit in range(cfg.code_bits):
         words[..., bit // 32] |= signs[..., bit].astype(np.uint32) << np.uint32(bit % 32)
@@ -106,15 +114,14 @@ def test_symmetric_scores_rank_tokens_as_popcount_of_xnor_does(form, per_kv_head
 def test_a_key_equal_to_the_query_scores_highest_and_its_complement_lowest(form):
     cfg, params = FORMS[form], PARAMS[form]
     queries, codes = draw_queries(5, q_len=1), draw_codes(6, cfg)
-    signs = np.asarray(query_weights(params, queries, cfg, False))[:, 0] > 0
+    signs = np.asarray(query_weights(params, queries, cfg, False))[:, 0, :, 0] > 0
     own = np.asarray(jax.jit(hashing.pack_bits)(signs))
     own = own if form == "paper" else own[:, ::GROUP]  # the first query head of each group
     codes[..., 11], codes[..., 23] = own, ~own
     scores = np.asarray(hash_scores(params, queries, codes, cfg, False))[:, 0]
-    ones = signs.sum(-1)
-    scores, ones = (scores, ones) if form == "paper" else (scores[:, ::GROUP], ones[:, ::GROUP])
-    np.testing.assert_array_equal(scores[..., 11], ones)  # all bits match
-    np.testing.assert_array_equal(scores[..., 23], ones - cfg.code_bits)  # none does
+    scores = scores if form == "paper" else scores[:, ::GROUP]
+    assert (scores[..., 11] == cfg.code_bits // 2).all()  # all bits match
+    assert (scores[..., 23] == -cfg.code_bits // 2).all()  # none does
     assert (scores.argmax(-1) == 11).all()
     assert (scores.argmin(-1) == 23).all()
 
@@ -126,6 +133,9 @@ def test_scores_stay_in_their_range(form, per_kv_head, seed):
     least, greatest = scoring.hash_score_range(cfg, GROUP, per_kv_head)
     queries, codes = draw_queries(seed), draw_codes(seed, cfg)
     codes[..., 0] = 0xFFFFFFFF
+    signs = np.asarray(query_weights(params, queries, cfg, False))[:, 0, :: Q_HEADS // codes.shape[1], 0] > 0
+    codes[..., 1] = np.packbits(signs, axis=-1, bitorder="little").view("<u4")  # the highest score of some query
+    codes[..., 2] = ~codes[..., 1]
     scores = np.asarray(hash_scores(params, queries, codes, cfg, per_kv_head))
     assert scores.min() >= least
     assert scores.max() <= greatest
@@ -133,10 +143,48 @@ def test_scores_stay_in_their_range(form, per_kv_head, seed):
 
 @pytest.mark.parametrize(
     ("form", "per_kv_head", "bound"),
-    [("paper", False, 64), ("paper", True, 192), ("shared code", True, 192), ("asymmetric", True, 7 * 64)],
+    [
+        ("paper", False, 32),
+        ("paper", True, 96),
+        ("shared code", False, 32),
+        ("shared code", True, 96),
+        ("asymmetric", True, 510),
+        ("transform", True, 510),
+        ("transform", False, 510),
+    ],
 )
-def test_ranges_are_code_bits_times_the_largest_weight(form, per_kv_head, bound):
+def test_ranges_are_half_of_all_weights_together(form, per_kv_head, bound):
     assert scoring.hash_score_range(FORMS[form], GROUP, per_kv_head) == (-bound, bound)
+
+
+def test_the_higher_of_two_sums_counts():
+    """A group's second sum holds its second query head alone, as `draw_params` has it."""
+    cfg, params = FORMS["transform"], PARAMS["transform"]
+    queries, codes = draw_queries(11), draw_codes(12, cfg)
+    both = np.asarray(hash_scores(params, queries, codes, cfg, True))
+    weights = np.asarray(query_weights(params, queries, cfg, True), np.int64)
+    each = np.stack([expected_scores(weights[:, :, :, row : row + 1], codes, KV_HEADS) for row in range(2)])
+    np.testing.assert_array_equal(both, each.max(0))
+    assert 0.1 < np.mean(each[0] > each[1]) < 0.9
+
+
+@pytest.mark.parametrize("form", ["asymmetric", "transform", "transform, one sum"])
+@pytest.mark.parametrize("per_kv_head", [False, True])
+def test_scores_rank_tokens_as_real_weights_do_to_half_a_unit_a_bit(form, per_kv_head):
+    cfg, params = FORMS[form], PARAMS[form]
+    queries, codes = draw_queries(13), draw_codes(14, cfg)
+    outputs = jax.jit(hashing.hash_queries, static_argnums=2)(params, queries, cfg)
+    weights = np.asarray(sum_weights(params, outputs, cfg, per_kv_head), np.float64)
+    sizes = np.abs(weights)
+    scale = np.minimum(127 / sizes.max((-2, -1)), (1020 - cfg.code_bits / 2) / sizes.sum(-1).max(-1))
+    signs, group = bits_of(codes) - 0.5, weights.shape[2] // KV_HEADS
+    signs = np.repeat(signs, group, axis=1)
+    real = np.einsum("bthrc,bhsc->bthrs", weights * scale[..., None, None], signs).max(3)
+    found = np.asarray(hash_scores(params, queries, codes, cfg, per_kv_head))
+    lead = real[..., :, None] - real[..., None, :]
+    is_ahead = lead > cfg.code_bits / 2 + 1  # half of a score's weights are rounded down besides
+    assert 0.3 < is_ahead.mean() < 0.5
+    assert (found[..., :, None] - found[..., None, :])[is_ahead].min() >= 0
 
 
 @pytest.mark.parametrize(("form", "per_kv_head"), CASES)

@@ -15,6 +15,7 @@ from spotlight_jax.selection import (
     max_budget,
     sparse_from,
 )
+from spotlight_jax.weights import WeightBounds
 
 BATCH, HEADS, MAX_LEN = 2, 3, 96
 RANGE = (-50, 50)
@@ -22,6 +23,7 @@ RANGE = (-50, 50)
 # jitted once: called eagerly, the loops inside would be compiled again for every example
 select_tokens = jax.jit(selection.select_tokens, static_argnums=(2, 3))
 select_mask = jax.jit(selection.select_mask, static_argnums=(2, 3))
+select_by_codes = jax.jit(selection.select_by_codes, static_argnums=(2, 4))
 
 
 def choose_by_sorting(scores, length, cfg):
@@ -76,6 +78,22 @@ def test_selection_equals_sorting(seed, always, is_float):
     )
     for sequence, head in np.ndindex(BATCH, HEADS):
         chosen = np.asarray(places)[sequence, head][np.asarray(is_real)[sequence, head]].tolist()
+        assert chosen == choose_by_sorting(scores[sequence, head], int(lengths[sequence]), cfg)
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1, 2]))
+def test_selection_by_codes_sorts_by_the_highest_sum_less_its_half(seed, sums):
+    rng = np.random.default_rng(seed)
+    cfg, bounds = SelectionConfig(keep=0.1, min_tokens=7, sink_tokens=2), WeightBounds(127, 640)
+    lengths = rng.integers(1, MAX_LEN, BATCH, endpoint=True).astype(np.int32)
+    codes = rng.integers(0, 2**32, (BATCH, HEADS, 2, MAX_LEN), dtype=np.uint32)
+    weights = rng.integers(-10, 11, (BATCH, 2 * HEADS, sums, 64)).astype(np.int32)
+    bits = np.stack([codes[:, :, bit // 32] >> np.uint32(bit % 32) & 1 for bit in range(64)], axis=2).astype(int)
+    bits = np.repeat(bits, 2, axis=1)  # two selecting heads read one code
+    scores = (weights @ bits - weights.sum(-1, keepdims=True) // 2).max(2)
+    places, is_real = (np.asarray(x) for x in select_by_codes(codes, weights, bounds, lengths, cfg))
+    for sequence, head in np.ndindex(BATCH, 2 * HEADS):
+        chosen = places[sequence, head][is_real[sequence, head]].tolist()
         assert chosen == choose_by_sorting(scores[sequence, head], int(lengths[sequence]), cfg)
 
 

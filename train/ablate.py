@@ -54,7 +54,7 @@ class AblateConfig:
     """Folder of the ablation; without it, a new one under runs/."""
     resume: bool = False
     """Continue the ablation in --out: variants that are finished are not trained again."""
-    steps: int = 500
+    steps: int = PRESETS["default"].steps
     """Optimiser steps of a variant that does not say otherwise."""
     window: int = 8192
     """Tokens in a window of a variant that does not say otherwise; all are measured on windows of this length."""
@@ -88,40 +88,43 @@ class AblateConfig:
 
 Fields = dict[str, Any]  # what differs from the default recipe, by dotted name
 
-_PER_HEAD: Fields = {"ranking.target": "query_head"}
+_FIT: Fields = {"steps": 1, "optimizer.learning_rate": 1e-9}
+_ONE_SUM: Fields = {"hash.sums": 1}
+_NETWORKS: Fields = {"hash.form": "asymmetric", "ranking.loss": "pairs", "ranking.target": "both"}
+_NETWORKS |= {"optimizer.learning_rate": 3e-3, "steps": 500}
+_PER_HEAD: Fields = _NETWORKS | {"ranking.target": "query_head"}
 _SYMMETRIC: Fields = _PER_HEAD | {"hash.form": "symmetric", "hash.centre": False}
 _FIXED: Fields = {"optimizer.gamma_start": 64.0, "optimizer.anneal": 0.0}
 _UNIFORM: Fields = {"ranking.weighting": "uniform", "ranking.always_top": 0}
-_SLOW: Fields = {"optimizer.learning_rate": 1e-3}
-_PAPER: Fields = _SYMMETRIC | _FIXED | _UNIFORM | _SLOW | {"hash.skip": "none", "hash.code_heads": "query"}
-_GROUP: Fields = {"ranking.target": "kv_head"}
-_WIDE: Fields = {"hash.hidden": 512}
-_LONG: Fields = {"steps": 2000}
+_PAPER: Fields = _SYMMETRIC | _FIXED | _UNIFORM | {"hash.skip": "none", "hash.code_heads": "query"}
+_PAPER |= {"optimizer.learning_rate": 1e-3}
 
 VARIANTS: dict[str, Fields] = {
+    "default": {},
+    "fit": _FIT,
+    "one-sum": _ONE_SUM,
+    "one-sum-fit": _ONE_SUM | _FIT,
+    "default-64": {"hash.code_bits": 64},
+    "default-32": {"hash.code_bits": 32},
+    "seed-1": {"seed": 1},
+    "window-4096": {"data.window": 4096},
+    "steps-50": {"steps": 50},
+    "steps-800": {"steps": 800},
+    "per-query-head": {"ranking.target": "query_head"},
+    "pairs": {"ranking.loss": "pairs", "optimizer.learning_rate": 1e-3},
+    "ema": {"optimizer.ema": 0.99},
+    "copies": {"data.copies": 0.5},
     "paper": _PAPER,
     "paper-64": _PAPER | {"hash.code_bits": 64},
     "lsh-start": _SYMMETRIC | _FIXED | _UNIFORM,
     "annealed": _SYMMETRIC | _UNIFORM,
     "symmetric": _SYMMETRIC,
-    "symmetric-balanced": _PER_HEAD | {"hash.form": "symmetric"},
-    "per-head": _PER_HEAD,
-    "group": _GROUP,
-    "default": {},
-    "slow": _SLOW,
-    "wide": _WIDE,
-    "ema": {"optimizer.ema": 0.99},
-    "default-64": {"hash.code_bits": 64},
-    "default-32": {"hash.code_bits": 32},
-    "seed-1": {"seed": 1},
-    "window-4096": {"data.window": 4096},
-    "steps-125": {"steps": 125},
-    "steps-2000": _LONG,
-    "steps-2000-64": _LONG | {"hash.code_bits": 64},
-    "group-2000": _LONG | _GROUP,
-    "wide-2000": _LONG | _WIDE,
-    "wide-group-2000": _LONG | _WIDE | _GROUP,
-    "wide-2000-64": _LONG | _WIDE | {"hash.code_bits": 64},
+    "asymmetric": _NETWORKS,
+    "asymmetric-64": _NETWORKS | {"hash.code_bits": 64},
+    "asymmetric-group": _NETWORKS | {"ranking.target": "kv_head"},
+    "asymmetric-per-head": _PER_HEAD,
+    "asymmetric-wide": _NETWORKS | {"hash.hidden": 512},
+    "asymmetric-2000": _NETWORKS | {"steps": 2000},
 }
 
 
@@ -232,10 +235,10 @@ def _finish(name: str, session: Session, out: pathlib.Path) -> None:
     row |= {"bits": session.cfg.hash.code_bits, "steps": session.step}
     row |= {"window": session.cfg.data.window, "seed": session.cfg.seed, "seconds": round(session.seconds, 1)}
     row |= {"selector": str(out / name / "selector"), "iou_lsh": summary["iou_lsh"], "mass_lsh": summary["mass_lsh"]}
-    cfg = session.cfg.measure  # per KV head, by scores: measured above
+    cfg = session.cfg.measure  # per KV head, by probability: measured above
     row |= _means(session.quality["trained"], "", cfg)
     others: dict[str, MeasureConfig] = {
-        "_probabilities": dataclasses.replace(cfg, oracle="probabilities"),
+        "_scores": dataclasses.replace(cfg, oracle="scores"),
         "_query_head": dataclasses.replace(cfg, per="query_head"),
     }
     for suffix, other in others.items():
@@ -273,7 +276,7 @@ _COLUMNS = {
     "window": "window",
     "iou": "IoU",
     "mass": "mass",
-    "iou_probabilities": "IoU, oracle by probability",
+    "iou_scores": "IoU, oracle by summed scores",
     "iou_query_head": "IoU per query head",
     "mass_query_head": "mass per query head",
     "seconds": "seconds of losses",

@@ -26,14 +26,17 @@ class LayerwiseConfig:
     """Continue the run in --out from its newest checkpoint, with the flags it was started with."""
     dry_run: bool = False
     """Compile one step, print peak memory, time per step and time to finish, and stop."""
-    steps: int = 500
+    steps: int = 200
     """Optimiser steps."""
+    fit_windows: int = 8
+    """Windows of the training text that hash functions are fitted to before the first step: axes of keys (transform
+    form), or their mean and scale."""
     steps_per_window: int = 1
     """Steps taken on each window of text, each with queries and samples of its own: a forward pass saved."""
     data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(window=8192))
     hash: HashConfig = HashConfig()
-    ranking: RankingConfig = RankingConfig(target="both")
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-3)
+    ranking: RankingConfig = RankingConfig(loss="mass", target="kv_head")
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-2)
     measure: MeasureConfig = MeasureConfig()
     layers_at_once: int = 1
     """Layers whose loss each device works on together: higher is faster on a GPU and uses more memory."""
@@ -57,7 +60,7 @@ class LayerwiseConfig:
 
     def __post_init__(self) -> None:
         """Refuse what no run can be made of."""
-        for name in ("steps", "steps_per_window", "layers_at_once", "save_every", "keep_checkpoints"):
+        for name in ("steps", "fit_windows", "steps_per_window", "layers_at_once", "save_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; give at least 1")
         window = self.data.window
@@ -79,23 +82,29 @@ PRESETS = {
     "default": LayerwiseConfig(),
     "demo": LayerwiseConfig(
         preset="demo",
-        steps=48,
+        steps=32,
         steps_per_window=4,
+        fit_windows=4,
         data=DataConfig(window=2048, held_out_windows=4),
-        ranking=RankingConfig(target="kv_head", queries=256),
-        optimizer=OptimizerConfig(learning_rate=2e-3),
-        measure=MeasureConfig(every=24, queries=128),
-        save_every=24,
+        measure=MeasureConfig(every=16, queries=128),
+        save_every=16,
     ),
     "paper": LayerwiseConfig(
         preset="paper",
         steps=8192,
         data=DataConfig(window=8192),
-        hash=HashConfig(form="symmetric", skip="none", code_heads="query", centre=False),
+        hash=HashConfig("symmetric", skip="none", code_heads="query", centre=False),
         ranking=RankingConfig(
-            top_rule="total", min_top=1, queries=1024, tops=1024, others=1024, always_top=0, weighting="uniform"
+            "pairs",
+            top_rule="total",
+            min_top=1,
+            queries=1024,
+            tops=1024,
+            others=1024,
+            always_top=0,
+            weighting="uniform",
         ),
-        optimizer=OptimizerConfig(gamma_start=64.0, anneal=0.0),
+        optimizer=OptimizerConfig(learning_rate=1e-3, gamma_start=64.0, anneal=0.0),
         measure=MeasureConfig(per="query_head", every=512),
         save_every=256,
     ),

@@ -1,7 +1,7 @@
 """Windows in order, captured for the losses: by a forward pass each, or from hidden states cached on disk."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -57,9 +57,13 @@ class Feed:
         ahead = step // self._cfg.steps_per_window - self._first
         return self._drawn[ahead][0] if ahead < len(self._drawn) else self._windows.state()
 
-    def first_window(self) -> Captured:
-        """All keys of the window at the current position, leaves `[layers, windows, ...]`: for key statistics."""
-        return self._captured(self._first)[1]
+    def first_windows(self, count: int, layers: int) -> Iterator[Captured]:
+        """Windows from the current position on, leaves `[layers, ...]`: for what is fitted to them before step 0."""
+        at_once = self._cfg.windows_at_once
+        for first in range(self._first, self._first + count, at_once):
+            captured = self._capture_from(first)
+            for place in range(min(at_once, self._first + count - first)):
+                yield jax.tree.map(lambda leaf: leaf[:layers, place], captured)  # noqa: B023
 
     def at(self, step: int) -> Captured:
         """What a step trains on: leaves `[layers, ...]`. Steps are asked for in order."""
@@ -77,14 +81,15 @@ class Feed:
             self._first = window
             self._round = None  # free its memory before the next one is made
             count = self._cfg.windows_at_once
-            numbers = jnp.arange(window, window + count)
-            picks = jax.vmap(
-                lambda number: draw_picks(
-                    jax.random.fold_in(self._key, number),
-                    self._cfg.window,
-                    self._cfg.queries,
-                    self._cfg.steps_per_window,
-                )
-            )(numbers)
-            self._round = (window, count, self._capture(window, self.tokens(window, count), picks))
+            self._round = (window, count, self._capture_from(window))
         return self._round[0], self._round[2]
+
+    def _capture_from(self, window: int) -> Captured:
+        """As many windows as are captured together, from this one on."""
+        cfg, count = self._cfg, self._cfg.windows_at_once
+
+        def draw(number: Array) -> Array:
+            return draw_picks(jax.random.fold_in(self._key, number), cfg.window, cfg.queries, cfg.steps_per_window)
+
+        picks = jax.vmap(draw)(jnp.arange(window, window + count))
+        return self._capture(window, self.tokens(window, count), picks)

@@ -23,7 +23,7 @@ def measure_layers(
     hash_cfg: hashing.HashConfig,
     selection_cfg: SelectionConfig,
     layers_at_once: int = 1,
-    oracle: Oracle = "scores",
+    oracle: Oracle = "probabilities",
 ) -> metrics.SelectionQuality:
     """Quality of one window's selections per layer and selecting head, by the integer scores that decoding uses."""
 
@@ -55,9 +55,9 @@ class MeasureConfig:
     """Share of the visible tokens a query reads."""
     per: Literal["kv_head", "query_head"] = "kv_head"
     """One selection for all query heads that share a KV head, or one per query head."""
-    oracle: Oracle = "scores"
-    """What the oracle of a KV head ranks tokens by: its query heads' summed dot products, as a selector sums scores, or
-    their summed attention probabilities, the most that one set can hold."""
+    oracle: Oracle = "probabilities"
+    """What the oracle of a KV head ranks tokens by: its query heads' summed attention probabilities, the most that one
+    set can hold, or their summed dot products."""
     dense_layers: tuple[int, ...] = (0, 1)
     """Layers that decoding reads densely: trained, but not in the means."""
 

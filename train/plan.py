@@ -30,7 +30,7 @@ def estimate_memory(cfg: LayerwiseConfig, model: DecoderConfig, dtype: np.dtype,
         cfg.layers_at_once
         * 4
         * (
-            3 * rows * window  # true scores, sorted for their top
+            (6 if ranking.loss == "mass" else 3) * rows * window  # true scores and learned ones, sorted for their top
             + 4 * code_heads * window * cfg.hash.code_bits  # soft codes and their gradients
             + 2 * rows * tops * cfg.hash.code_bits  # codes of the sampled top keys
         )
@@ -38,6 +38,8 @@ def estimate_memory(cfg: LayerwiseConfig, model: DecoderConfig, dtype: np.dtype,
     networks = model.head_dim * cfg.hash.hidden + cfg.hash.hidden * cfg.hash.code_bits
     networks += model.head_dim * cfg.hash.code_bits * (cfg.hash.skip == "rotation")
     heads = code_heads + (model.q_heads if cfg.hash.form == "asymmetric" else 0)
+    if cfg.hash.form == "transform":
+        networks, heads = model.head_dim * cfg.hash.code_bits, model.kv_heads
     held_out = cfg.data.held_out_windows * (keys + cfg.measure.queries * model.q_heads * model.head_dim * size)
     return {
         "frozen model" if is_whole else "one layer of the frozen model": weights,

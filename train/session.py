@@ -1,6 +1,5 @@
 """One training run in memory: model, text, state, and the operations that the loop is made of."""
 
-import dataclasses
 import functools
 import pathlib
 import time
@@ -26,6 +25,7 @@ from train import hidden_cache, plan
 from train.capture import Captured, capture, make_mesh, padded_layers
 from train.config import LayerwiseConfig
 from train.feed import Feed, FeedConfig
+from train.fit import fit, needs_windows
 from train.measure import MeasureConfig, mean_over_sparse, measure
 from train.states import StateStore
 from train.step import (
@@ -92,12 +92,10 @@ class Session:
             self.feed, self._held_out_tokens = beside.feed, beside._held_out_tokens
         else:
             self._open_text()
-        self._display.say("reading the first window")
         hashes = hashing.init_params(self._init_key, cfg.hash, self.shape)
-        if cfg.hash.centre:
-            seen = self.feed.first_window()
-            first = (jax.device_get(leaf[: self.shape.layers, :1]) for leaf in (seen.keys, seen.queries))
-            hashes = dataclasses.replace(hashes, stats=hashing.fit_stats(*map(jnp.asarray, first)))
+        if needs_windows(cfg.hash):
+            progress = functools.partial(self._display.update, "fitting to windows")
+            hashes = fit(hashes, self.feed.first_windows(cfg.fit_windows, self.shape.layers), cfg, progress)
         state = init_state(hashes, cfg.optimizer, cfg.steps)
         self.state = spread_state(state, self.shape.layers, self.mesh)
 
@@ -191,7 +189,8 @@ class Session:
         }
         self._folder.append_metrics(row)
         self._track(step, {"loss": row["loss"], "wrong": row["wrong"]})
-        note = f"loss {row['loss']:.4f}, {100 * row['wrong']:.2f} % of pairs wrong"
+        what = "of attention mass missed" if self.cfg.ranking.loss == "mass" else "of pairs wrong"
+        note = f"loss {row['loss']:.4f}, {100 * row['wrong']:.2f} % {what}"
         if "trained" in self.quality:
             note += f", IoU {self.mean('iou'):.3f} (LSH {self.mean('iou', 'lsh'):.3f})"
         self._display.update("training", step, self.cfg.steps, note)
@@ -301,7 +300,7 @@ class Session:
 
 
 def check_finite(report: StepReport, session: Session) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Loss, share of wrong pairs and gradient norm of each layer; stops the run where a loss is not a number."""
+    """Loss, share that is wrong and gradient norm of each layer; stops the run where a loss is not a number."""
     layers = session.shape.layers
     loss, wrong, norm = (np.asarray(leaf)[:layers] for leaf in (report.loss, report.wrong, report.grad_norm))
     bad = np.flatnonzero(~(np.isfinite(loss) & np.isfinite(norm)))

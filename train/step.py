@@ -62,7 +62,9 @@ class TrainState:
 
     params: hashing.HashParams
     opt_state: Any
-    averaged: hashing.HashWeights | None  # the moving average of the weights, where there is one
+    averaged: (
+        hashing.NetworkWeights | hashing.TransformWeights | None
+    )  # the moving average of the weights, where there is one
 
     @property
     def selector(self) -> hashing.HashParams:
@@ -102,7 +104,8 @@ def init_state(params: hashing.HashParams, cfg: OptimizerConfig, steps: int) -> 
 
 @flax.struct.dataclass
 class StepReport:
-    """Per layer: the loss, the share of sampled pairs ranked wrongly, the gradient's norm before clipping."""
+    """Per layer: the loss, the share of sampled pairs ranked wrongly (or of attention mass missed), the gradient's norm
+    before clipping."""
 
     loss: Float[Array, "layers"]
     wrong: Float[Array, "layers"]

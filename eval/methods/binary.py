@@ -1,6 +1,6 @@
 """Binary: a real query against binary keys, untrained: how far the form alone goes.
 
-Selectors start better than this: they balance the spreads of both sides of the dot product (`hashing.fit_stats`).
+Selectors start better than this: they balance the spreads of both sides of the dot product (`fitting.balance`).
 """
 
 import jax
@@ -13,7 +13,7 @@ from spotlight_jax import hashing
 
 def open_binary(name: str, setting: Setting) -> HashCodes:
     """Random rotations of queries and of keys brought to mean 0 and spread 1, the keys' signs alone being kept."""
-    cfg = hashing.HashConfig(code_bits=code_bits(setting), hidden=1, weight_bits=8)
+    cfg = hashing.HashConfig("asymmetric", code_bits(setting), hidden=1)
     params = hashing.init_params(jax.random.key(setting.seed), cfg, setting.shape)
     selection = setting.selection
     return HashCodes(name, rule_of(selection), selection.dense_layers, params, cfg=cfg, stats="own mean and spread")

@@ -19,11 +19,10 @@ def code_bits(setting: Setting) -> int:
 def open_lsh(name: str, setting: Setting) -> HashCodes:
     """`lsh` has orthogonal planes (the fair baseline), `lsh-gaussian` independent ones; `-centred` hashes keys relative
     to the mean of the sequence's keys."""
-    cfg = hashing.HashConfig(
-        form="symmetric", skip="rotation", code_bits=code_bits(setting), hidden=1, centre="centred" in name
-    )
+    cfg = hashing.HashConfig("symmetric", code_bits(setting), skip="rotation", hidden=1, centre="centred" in name)
     params = hashing.init_params(jax.random.key(setting.seed), cfg, setting.shape)
     if "gaussian" in name:
+        assert isinstance(params.weights, hashing.NetworkWeights)
         network = params.weights.keys
         size = (setting.shape.layers, setting.shape.kv_heads, setting.shape.head_dim, cfg.code_bits)
         network = dataclasses.replace(network, rotation=jax.random.normal(jax.random.key(setting.seed), size))

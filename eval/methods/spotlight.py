@@ -25,7 +25,7 @@ class HashCodes(ScoreMethod):
 
     def index(
         self, keys: Keys, lengths: Int32[Array, "batch"]
-    ) -> tuple[hashing.KeyStats, UInt32[Array, "batch code_heads words kv_len"]]:
+    ) -> tuple[hashing.KeyStats | hashing.Coder, UInt32[Array, "batch code_heads words kv_len"]]:
         """Where the keys lie, and their codes."""
         stats = self.params.stats
         if self.stats != "trained":

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from spotlight_jax import cli
 from spotlight_jax.compiled import use_compile_cache
+from spotlight_jax.hashing import HashConfig, weight_bounds
 from spotlight_jax.kernels import hash_append, pair_cost, score_select, sparse_attention
 from spotlight_jax.kernels.match_score import choose_impl
 from spotlight_jax.memory import GIB, available_bytes
@@ -56,7 +57,7 @@ def implementations() -> list[tuple[str, str, str]]:
         ("prefill attention", *fused),
         ("dense decoding", "XLA" if is_cpu else "cuDNN", fused[1]),
         ("hash_append", *kernel(hash_append.is_fused())),
-        ("score_select", *kernel(score_select.is_fused(score_select.INT8_LIMIT))),
+        ("score_select", *kernel(score_select.is_fused(weight_bounds(HashConfig(), 1, per_kv_head=True)))),
         ("sparse_attention", *kernel(sparse_attention.choose_impl() == "pallas_triton")),
         ("match_score", f"XLA, {choose_impl(64)}", "many queries: codes are unpacked once"),
         ("pair_cost", *kernel(pair_cost.choose_impl() == "pallas_triton")),

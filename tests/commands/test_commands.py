@@ -48,7 +48,7 @@ def tiny_model(monkeypatch):
 
 @pytest.fixture
 def selector_folder(tmp_path):
-    cfg, shape = hashing.HashConfig(code_bits=64, hidden=24), head_shape(MODEL)
+    cfg, shape = hashing.HashConfig(code_bits=64), head_shape(MODEL)
     save_selector(
         tmp_path / "selector", Selector(cfg, shape, hashing.init_params(jax.random.key(1), cfg, shape), "tiny", {}), ""
     )
@@ -231,7 +231,7 @@ def test_bad_input_ends_with_one_line_and_exit_code_2(args, message, capsys):
 
 
 def test_a_selector_of_another_model_is_refused_before_the_weights_are_loaded(tmp_path, capsys, monkeypatch):
-    cfg, shape = hashing.HashConfig(code_bits=64, hidden=24), hashing.HeadShape(5, 4, 2, 8)
+    cfg, shape = hashing.HashConfig(code_bits=64), hashing.HeadShape(5, 4, 2, 8)
     params = hashing.init_params(jax.random.key(1), cfg, shape)
     save_selector(tmp_path / "other", Selector(cfg, shape, params, "other", {}), "")
     monkeypatch.setattr(session, "load_model", lambda *_: pytest.fail("loaded"))

@@ -11,16 +11,17 @@ from spotlight_jax.checkpoint import Selector, save_selector
 from spotlight_jax.generate import head_shape
 from spotlight_jax.models.decoder import init_params
 from spotlight_jax.models.presets import PRESETS
+from tests.hash_params import draw_params
 
 MODEL = PRESETS["tiny"]
-HASH = hashing.HashConfig(code_bits=32, hidden=8)
+HASH = hashing.HashConfig(code_bits=32)
 
 
 @functools.cache
 def make_selector(per_query_head=False, seed=1):
     cfg = hashing.HashConfig(form="symmetric", code_bits=32, hidden=8, code_heads="query") if per_query_head else HASH
     shape = head_shape(MODEL)
-    return Selector(cfg, shape, hashing.init_params(jax.random.key(seed), cfg, shape), "random:tiny", {})
+    return Selector(cfg, shape, draw_params(cfg, shape, seed), "random:tiny", {})
 
 
 @functools.cache

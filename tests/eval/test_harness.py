@@ -33,7 +33,7 @@ FULL = SelectionConfig(keep=1.0, min_context=0, dense_layers=(0,))
 
 @pytest.fixture(scope="module")
 def subject():
-    cfg = hashing.HashConfig(code_bits=64, hidden=24)
+    cfg = hashing.HashConfig(code_bits=64)
     shape = head_shape(MODEL)
     selector = Selector(cfg, shape, hashing.init_params(jax.random.key(1), cfg, shape), "tiny", {})
     params = init_params(jax.random.key(0), MODEL, jnp.float32)
@@ -124,7 +124,7 @@ def test_texts_are_the_products(subject, method):
 def test_a_selector_behind_the_name_is_the_one_that_reads(subject, tmp_path):
     """Scores and texts are those of this selector alone, whichever other stands beside it."""
     shape = head_shape(MODEL)
-    cfg = hashing.HashConfig(code_bits=32, hidden=8)
+    cfg = hashing.HashConfig(code_bits=32)
     other = Selector(cfg, shape, hashing.init_params(jax.random.key(2), cfg, shape), "tiny", {})
     save_selector(tmp_path / "other", other, "card")
     requests, prompts = draw_requests(), [list(b"once upon a time there was a "), list(range(60))]

@@ -14,6 +14,7 @@ from spotlight_jax import hashing
 from spotlight_jax.checkpoint import Selector, save_selector
 from spotlight_jax.errors import InputError
 from spotlight_jax.selection import SelectionConfig
+from tests.hash_params import draw_params
 
 BATCH, N, KV_HEADS, GROUP, HEAD_DIM, KV_LEN = 1, 9, 2, 3, 16, 131
 Q_HEADS = KV_HEADS * GROUP
@@ -35,8 +36,8 @@ def draw(seed=0):
 
 @functools.cache
 def selector():
-    cfg = hashing.HashConfig(code_bits=64, hidden=24)
-    return Selector(cfg, SHAPE, hashing.init_params(jax.random.key(1), cfg, SHAPE), "tiny", {})
+    cfg = hashing.HashConfig(code_bits=64)
+    return Selector(cfg, SHAPE, draw_params(cfg, SHAPE), "tiny", {})
 
 
 def open_layer(name, selection=BARE, layer=1, **changes):
@@ -161,6 +162,23 @@ def test_the_oracle_by_mass_reads_the_highest_probabilities_of_its_heads_togethe
         assert np.flatnonzero(mask[0, t, head]).tolist() == best(shares, budgets[0, t])
 
 
+def test_spotlight_weighs_digits_of_fitted_coordinates_by_the_higher_of_two_sums():
+    params = open_layer("spotlight").params
+    decode, gains = (np.asarray(leaf, np.float64) for leaf in (params.weights.decode, jnp.exp(params.weights.log_gain)))
+    coder = {name: np.asarray(leaf, np.float64) for name, leaf in vars(params.stats).items()}
+
+    def weighed(queries, keys, head):
+        places = coder["cells"][head] * ((keys[:, head] - coder["mean"][head]) @ coder["axes"][head] + 0.5)
+        bits = np.clip(np.floor(places), 0, coder["cells"][head] - 1) % 2
+        own = slice(head * GROUP, (head + 1) * GROUP)
+        real = coder["members"][head] @ (gains[own, None] * queries[own] @ decode[head])
+        real /= np.linalg.norm(real, axis=1, keepdims=True)
+        weights = np.round(real * min(127 / np.abs(real).max(), (1020 - 32) / np.abs(real).sum(1).max()))
+        return (bits @ weights.T - weights.sum(1) // 2).max(1)
+
+    check_against_scores("spotlight", weighed, KV_HEADS)
+
+
 @pytest.mark.parametrize("name", ["lsh", "lsh-gaussian", "lsh-centred", "lsh-gaussian-centred"])
 def test_lsh_counts_equal_signs(name):
     planes = np.asarray(open_layer(name).params.weights.keys.rotation, np.float64)  # [kv_heads, head_dim, bits]
@@ -189,7 +207,7 @@ def test_binary_weighs_signs_of_standardised_keys_by_the_rotated_query():
         group = queries.reshape(KV_HEADS, GROUP, HEAD_DIM)[head // GROUP] * spread
         query = queries[head] * spread / np.sqrt((group**2).mean())
         real = query @ planes[head // GROUP]
-        quantised = np.round(real * 127 / np.abs(real).max())
+        quantised = np.round(real * min(127 / np.abs(real).max(), (1020 - 32) / np.abs(real).sum()))
         return ((own - mean) / spread @ planes[head // GROUP] > 0) @ quantised
 
     check_against_scores("binary", weighed, Q_HEADS, dataclasses.replace(BARE, per="query_head"))

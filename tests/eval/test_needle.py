@@ -30,7 +30,7 @@ SELECTION = ReadingConfig(min_tokens=5, sink_tokens=2, recent_tokens=3, dense_la
 
 @functools.cache
 def subject() -> Subject:
-    cfg, shape = hashing.HashConfig(code_bits=64, hidden=24), head_shape(MODEL)
+    cfg, shape = hashing.HashConfig(code_bits=64), head_shape(MODEL)
     selector = Selector(cfg, shape, hashing.init_params(jax.random.key(1), cfg, shape), "tiny", {})
     return Subject(MODEL, init_params(jax.random.key(0), MODEL), TOKENIZER, selector, "tiny")
 

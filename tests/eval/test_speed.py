@@ -45,9 +45,11 @@ def test_a_wrong_operation_is_not_timed(name, inputs, held):
 
 def test_plain_scores_by_hand():
     codes = np.array([[0b101, 0], [1 << 31, 0b10]], np.uint32)  # two words of two tokens
-    weights = np.zeros(64, int)
-    weights[[0, 2, 33, 63]] = 5, -2, 7, 11
-    assert speed_checks.plain_scores(codes, weights).tolist() == [5 - 2 + 11, 7]
+    weights = np.zeros((2, 64), int)
+    weights[0, [0, 2, 33, 63]] = 5, -2, 7, 11  # half of them is 10
+    weights[1, [0, 1, 33]] = -4, -3, 2  # half is -3, rounded down
+    assert speed_checks.plain_scores(codes, weights[:1]).tolist() == [5 - 2 + 11 - 10, 7 - 10]
+    assert speed_checks.plain_scores(codes, weights).tolist() == [5 - 2 + 11 - 10, 2 + 3]
 
 
 def test_plain_selection_by_hand():

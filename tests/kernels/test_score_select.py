@@ -1,6 +1,7 @@
 """score_select: the fused kernels against sorting, on the interpreter here and compiled where there is a GPU."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +16,12 @@ from spotlight_jax.kernels.score_select.cases import CASES
 from spotlight_jax.kernels.score_select.chunk_programs import STEP, choose_chunk
 from spotlight_jax.kernels.score_select.packing import unpack_weights
 from spotlight_jax.kernels.score_select.pallas_triton import score_select_pallas_triton
-from spotlight_jax.kernels.score_select.row_programs import choose_step, has_program_a_row
+from spotlight_jax.kernels.score_select.row_programs import LONGEST, choose_step, has_program_a_row
+from spotlight_jax.weights import WeightBounds
 from tests.kernels.cuda import lower_for_cuda
 
-STATIC = ("max_budget", "limit", "sink_tokens", "recent_tokens")
+STATIC = ("max_budget", "bounds", "sink_tokens", "recent_tokens")
+REAL = WeightBounds(127, 1020)
 
 
 def packing(run):
@@ -37,43 +40,61 @@ reference = packing(functools.partial(score_select, impl="reference"))
 def choose_by_numpy(codes, weights, end, budget, sinks, recent):
     """One row: bits by numpy, Python's own sort, forced tokens first, then the best, then the newest."""
     bits = np.unpackbits(codes.astype("<u4").T.copy().view(np.uint8), axis=1, bitorder="little")
-    scores = bits.astype(np.int64) @ weights.astype(np.int64)
+    weights = weights.astype(np.int64)
+    scores = (weights @ bits.astype(np.int64).T - weights.sum(axis=1, keepdims=True) // 2).max(axis=0)
     order = sorted((place < sinks or place >= end - recent, scores[place], place) for place in range(end))
     return sorted(place for _, _, place in order[::-1][:budget])
 
 
-def draw_call(seed, batch, code_heads, heads, bits, kv_len, limit, is_tied):
+def draw_call(seed, batch, code_heads, heads, sums, bits, kv_len, bounds, is_tied):
     rng = np.random.default_rng(seed)
     codes = rng.integers(0, 2**32, (batch, code_heads, bits // 32, kv_len), dtype=np.uint32)
     if is_tied:
         codes &= np.uint32(0x10001)  # few different scores
-    weights = rng.integers(-limit, limit, (batch, heads, bits), endpoint=True).astype(np.int32)
-    return codes, weights, rng
+    weights = rng.integers(-bounds.limit, bounds.limit, (batch, heads, sums, bits), endpoint=True)
+    room = bounds.total / np.maximum(np.abs(weights).sum(axis=-1, keepdims=True), bounds.total)
+    return codes, np.trunc(weights * room).astype(np.int32), rng
 
 
+SIGNS = WeightBounds(7, 7 * 128)
 CALLS = {
-    "int8, two heads a code": (2, 2, 4, 64, 1300, 127, False, 60, 0, 1),
-    "signs of a group, ties, sinks": (1, 2, 2, 128, 1100, 7, True, 600, 4, 64),
-    "256 bits": (3, 1, 2, 256, 2500, 127, False, 40, 2, 5),
-    "one sign, all ties": (1, 1, 1, 32, 2100, 1, True, 100, 0, 1),
-    "int8, several steps": (3, 1, 2, 64, 9100, 127, False, 700, 3, 30),
-    "ties over several steps": (3, 1, 2, 96, 12288, 7, True, 5000, 0, 1),
+    "int8, two heads a code": (2, 2, 4, 1, 64, 1300, REAL, False, 60, 0, 1),
+    "two sums": (2, 2, 4, 2, 128, 1300, REAL, False, 60, 0, 1),
+    "signs of a group, ties, sinks": (1, 2, 2, 1, 128, 1100, SIGNS, True, 600, 4, 64),
+    "256 bits": (3, 1, 2, 1, 256, 2500, REAL, False, 40, 2, 5),
+    "one sign, all ties": (1, 1, 1, 1, 32, 2100, WeightBounds(1, 32), True, 100, 0, 1),
+    "int8, several steps": (3, 1, 2, 1, 64, 9100, REAL, False, 700, 3, 30),
+    "two sums, counted in several parts": (3, 1, 2, 2, 64, 40000, REAL, False, 700, 3, 30),
+    "ties over several steps": (3, 1, 2, 2, 96, 12288, SIGNS, True, 5000, 0, 1),
 }
 RUNS = {
-    "chunks": (chunks, ["int8, two heads a code", "signs of a group, ties, sinks", "one sign, all ties"]),
-    "rows": (rows, ["256 bits", "int8, several steps", "ties over several steps"]),
+    "chunks": (
+        chunks,
+        ["int8, two heads a code", "two sums", "signs of a group, ties, sinks", "256 bits", "one sign, all ties"],
+    ),
+    "rows": (
+        rows,
+        [
+            "two sums",
+            "256 bits",
+            "int8, several steps",
+            "two sums, counted in several parts",
+            "ties over several steps",
+        ],
+    ),
     "reference": (reference, list(CALLS)),
 }
 
 
 @pytest.mark.parametrize("run, name", [(run, name) for run, (_, names) in RUNS.items() for name in names])
 def test_all_choose_as_sorting_does(run, name):
-    batch, code_heads, heads, bits, kv_len, limit, is_tied, most, sinks, recent = CALLS[name]
-    codes, weights, rng = draw_call(1, batch, code_heads, heads, bits, kv_len, limit, is_tied)
+    *shape, is_tied, most, sinks, recent = CALLS[name]
+    batch, code_heads, heads, _, _, kv_len, bounds = shape
+    codes, weights, rng = draw_call(1, *shape, is_tied)
     ends = rng.integers(kv_len // 3, kv_len, batch, endpoint=True).astype(np.int32)
     budgets = rng.integers(min(sinks + recent, most), most, batch, endpoint=True).astype(np.int32)
     always = {"sink_tokens": sinks, "recent_tokens": recent}
-    places, is_real = RUNS[run][0](codes, weights, ends, budgets, max_budget=most, limit=limit, **always)
+    places, is_real = RUNS[run][0](codes, weights, ends, budgets, max_budget=most, bounds=bounds, **always)
     for row in np.ndindex(batch, heads):
         sequence, code_head = row[0], row[1] // (heads // code_heads)
         call = codes[sequence, code_head], weights[row], ends[sequence], budgets[sequence], sinks, recent
@@ -82,18 +103,52 @@ def test_all_choose_as_sorting_does(run, name):
     np.testing.assert_array_equal(is_real[:, 0].sum(axis=-1), budgets)
 
 
+@pytest.mark.parametrize("run", [chunks, rows, reference], ids=["chunks", "rows", "reference"])
+@pytest.mark.parametrize(
+    "sums, best_first",
+    [([0, 1], [3, 1, 2, 0]), ([0, 0], [3, 1, 0, 2]), ([1, 1], [1, 2, 0, 3])],  # -1, 3, 2, 5; -2, 0, -3, 5; -1, 3, 2, -2
+)
+def test_the_higher_of_two_sums_chooses_by_hand(run, sums, best_first):
+    """Half of the first sum's weights is 3, of the second's -2; token 4 is the query's own."""
+    codes = np.array([0b011, 0b110, 0b000, 0b101, 0b000], np.uint32).reshape(1, 1, 1, 5)
+    weights = np.zeros((1, 1, 2, 32), np.int32)
+    weights[..., :3] = np.array([[3, -2, 5], [-4, 1, 0]])[sums]
+    for budget in range(2, 6):
+        places, _ = run(codes, weights, np.int32([5]), np.int32([budget]), max_budget=5, bounds=REAL)
+        assert places[0, 0, :budget].tolist() == sorted([4, *best_first[: budget - 1]])
+
+
+@pytest.mark.parametrize("run", [chunks, rows, reference], ids=["chunks", "rows", "reference"])
+@pytest.mark.parametrize("bounds", [REAL, SIGNS])
+def test_the_most_extreme_weights_are_summed_exactly(run, bounds):
+    """Codes from one end of the scores to the other, two next to each other apart by one weight."""
+    rng = np.random.default_rng(6)
+    sizes = np.zeros(128, np.int32)
+    full, rest = divmod(bounds.total, bounds.limit)
+    sizes[:full], sizes[full : full + 1] = bounds.limit, rest
+    weights = np.stack([sizes * rng.choice([-1, 1], 128), -sizes])[None, None].astype(np.int32)
+    bits = np.tril(np.ones((129, 128), bool), -1) ^ (weights[0, 0, 0] <= 0)  # token t: the first t places are wrong
+    bits[100:128] ^= rng.random((28, 128)) < 0.5
+    codes = np.packbits(bits[rng.permutation(129)], axis=1, bitorder="little").view("<u4").T[None, None]
+    for sums, budget in itertools.product((weights, weights[:, :, [0, 0]]), (2, 5, 40, 129)):
+        places, _ = run(codes, sums, np.int32([129]), np.int32([budget]), max_budget=129, bounds=bounds)
+        assert places[0, 0, :budget].tolist() == choose_by_numpy(codes[0, 0], sums[0, 0], 129, budget, 0, 1)
+
+
 @settings(deadline=None, max_examples=15)
 @given(st.data())
 def test_the_kernels_equal_the_reference_whatever_is_cached(data):
     end = data.draw(st.integers(1, 1500))
     codes, weights, _ = draw_call(
-        data.draw(st.integers(0, 2**32 - 1)), 1, 1, 2, 64, 1500, 127, data.draw(st.booleans())
+        data.draw(st.integers(0, 2**32 - 1)), 1, 1, 2, 2, 64, 1500, REAL, data.draw(st.booleans())
     )
     if data.draw(st.booleans()):
-        weights[:] = data.draw(st.sampled_from([-127, 0, 127]))
+        weights[:] = data.draw(st.sampled_from([-15, 0, 15]))
     call = jnp.asarray(codes), jnp.asarray(weights), jnp.asarray([end]), jnp.asarray([data.draw(st.integers(1, 200))])
-    for found, expected in zip(*(run(*call, max_budget=200, limit=127) for run in (chunks, rows)), strict=True):
-        np.testing.assert_array_equal(found, expected)
+    of_chunks, of_rows, expected = (run(*call, max_budget=200, bounds=REAL) for run in (chunks, rows, reference))
+    for found in (of_chunks, of_rows):
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("rows, kv_len", [(1, 100), (4, 131072), (4, 524288), (32, 131072), (3, 2**21)])
@@ -104,32 +159,37 @@ def test_a_row_has_few_chunks_and_a_chunk_fits_16_bit_counts(rows, kv_len):
 
 
 @pytest.mark.parametrize(
-    "rows, kv_len, words, is_one",
-    [(96, 32768, 4, True), (64, 57344, 4, True), (63, 32768, 4, False), (96, 57345, 4, False), (96, 57344, 8, False)],
+    "rows, kv_len, is_one", [(96, 32768, True), (64, 65535, True), (63, 32768, False), (96, 65536, False)]
 )
-def test_a_program_owns_a_row_where_rows_are_many_and_fields_hold_their_steps(rows, kv_len, words, is_one):
-    assert has_program_a_row(rows, kv_len, words) is is_one
-    assert not is_one or -(-kv_len // choose_step(words)) <= 15
+def test_a_program_owns_a_row_where_rows_are_many_and_16_bits_count_a_rows_tokens(rows, kv_len, is_one):
+    assert has_program_a_row(rows, kv_len) is is_one
 
 
-def test_the_longest_row_of_a_program_counts_ties_of_every_token():
-    """Fields of four bits reach 14, counts of ties pass 2^15."""
-    codes, weights = jnp.zeros((1, 1, 1, 57344), jnp.uint32), jnp.ones((1, 1, 32), jnp.int32)
-    places, _ = rows(codes, weights, jnp.asarray([57344]), jnp.asarray([12000]), max_budget=12000, limit=1)
-    np.testing.assert_array_equal(places[0, 0], np.arange(57344 - 12000, 57344))
+@pytest.mark.parametrize("words, step", [(1, 4096), (4, 4096), (5, 2048), (8, 2048)])
+def test_a_step_holds_as_many_words_for_long_codes_as_for_short_ones(words, step):
+    assert choose_step(words) == step
+
+
+@pytest.mark.parametrize("words", [1, 8])
+def test_the_longest_row_of_a_program_counts_ties_of_every_token(words):
+    """Fields of four bits reach 14 in each part, counts of ties pass 2^15."""
+    codes, weights = jnp.zeros((1, 1, words, LONGEST), jnp.uint32), jnp.ones((1, 1, 1, 32 * words), jnp.int32)
+    bounds, budget = WeightBounds(1, 32 * words), 40000
+    places, _ = rows(codes, weights, jnp.asarray([LONGEST]), jnp.asarray([budget]), max_budget=budget, bounds=bounds)
+    np.testing.assert_array_equal(places[0, 0], np.arange(LONGEST - budget, LONGEST))
 
 
 def shapes_of(case):
     codes = jax.ShapeDtypeStruct((case.batch, case.code_heads, case.code_bits // 32, case.kv_len), jnp.uint32)
-    weights = jax.ShapeDtypeStruct((case.batch, case.heads, case.code_bits // 4), jnp.int32)
+    weights = jax.ShapeDtypeStruct((case.batch, case.heads, case.sums, case.code_bits // 4), jnp.int32)
     return codes, weights, *(jax.ShapeDtypeStruct((case.batch,), jnp.int32),) * 2
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_kernels_lower_for_cuda_at_every_real_shape(case):
-    run = functools.partial(score_select, max_budget=case.budget, limit=case.limit)
+    run = functools.partial(score_select, max_budget=case.budget, bounds=case.bounds)
     text = lower_for_cuda(run, *shapes_of(case))
-    is_one = has_program_a_row(case.batch * case.heads, case.kv_len, case.code_bits // 32)
+    is_one = has_program_a_row(case.batch * case.heads, case.kv_len)
     kernels = ["select_rows"] if is_one else ["score_ranks", "refine_cut", "compact_chosen"]
     assert all(name in text for name in kernels) and "stablehlo.sort" not in text
 
@@ -137,11 +197,11 @@ def test_the_kernels_lower_for_cuda_at_every_real_shape(case):
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_kernels_equal_the_reference_on_a_gpu(case):
-    call = (case.batch, case.code_heads, case.heads, case.code_bits, case.kv_len, case.limit, False)
-    codes, weights, rng = draw_call(3, *call)
+    shape = case.batch, case.code_heads, case.heads, case.sums, case.code_bits, case.kv_len
+    codes, weights, rng = draw_call(3, *shape, case.bounds, False)
     ends = rng.integers(case.budget, case.kv_len, case.batch, endpoint=True).astype(np.int32)
     budgets = rng.integers(1, case.budget, case.batch, endpoint=True).astype(np.int32)
-    static = {"max_budget": case.budget, "limit": case.limit}
+    static = {"max_budget": case.budget, "bounds": case.bounds}
     found, expected = (
         packing(functools.partial(score_select, impl=impl))(codes, weights, ends, budgets, **static)
         for impl in ("pallas_triton", "reference")
@@ -151,14 +211,14 @@ def test_the_kernels_equal_the_reference_on_a_gpu(case):
 
 
 def test_shapes_that_do_not_fit_are_refused():
-    codes, weights = map(jnp.asarray, draw_call(0, 1, 2, 3, 64, 40, 7, False)[:2])
+    codes, weights = map(jnp.asarray, draw_call(0, 1, 2, 3, 2, 64, 40, REAL, False)[:2])
     one = jnp.ones((1,), jnp.int32)
     with pytest.raises(InputError, match="multiple of code_heads"):
-        score_select(codes, pack_weights(weights), one, one, 4, 7)
+        score_select(codes, pack_weights(weights), one, one, 4, REAL)
     with pytest.raises(InputError, match="do not fit int8"):
-        score_select(codes, pack_weights(weights[:, :2]), one, one, 4, 128)
+        score_select(codes, pack_weights(weights[:, :2]), one, one, 4, WeightBounds(128, 1020))
     with pytest.raises(InputError, match="do not fit: batch"):
-        score_select(codes, weights[:, :2], one, one, 4, 7)
+        score_select(codes, weights[:, :2], one, one, 4, REAL)
 
 
 def test_packed_weights_by_hand():

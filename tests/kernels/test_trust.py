@@ -12,6 +12,9 @@ from spotlight_jax.kernels.pair_cost.pallas_triton import pair_sums_pallas_trito
 from spotlight_jax.kernels.score_select.pallas_triton import score_select_pallas_triton
 from spotlight_jax.kernels.sparse_attention.pallas_triton import sparse_attention_pallas_triton
 from spotlight_jax.kernels.trust import is_trusted
+from spotlight_jax.weights import WeightBounds
+
+BOUNDS = WeightBounds(127, 1020)
 
 
 @pytest.fixture
@@ -47,22 +50,27 @@ def test_a_kernel_that_fails_is_not_used_and_said(gpu, check, words):
         assert not is_trusted("op", check)
 
 
-def test_a_device_that_cannot_run_the_kernels_takes_xla(gpu):
-    """This CPU calls itself a GPU and cannot run any of them."""
-    with pytest.warns(RuntimeWarning, match="does not run here"):
-        assert not score_select.is_fused(127) and not hash_append.is_fused()
-        assert sparse_attention.choose_impl() == "gather" and pair_cost.choose_impl() == "xla"
-
-
 KERNELS = [
-    (score_select, score_select_pallas_triton, lambda: score_select.is_fused(127)),
+    (score_select, score_select_pallas_triton, lambda: score_select.is_fused(BOUNDS)),
     (sparse_attention, sparse_attention_pallas_triton, lambda: sparse_attention.choose_impl() == "pallas_triton"),
     (hash_append, hash_append_pallas_triton, lambda: hash_append.is_fused()),
     (pair_cost, pair_sums_pallas_triton, lambda: pair_cost.choose_impl() == "pallas_triton"),
 ]
+NAMES = [kernel.__name__ for _, kernel, _ in KERNELS]
 
 
-@pytest.mark.parametrize("op, kernel, is_taken", KERNELS, ids=[kernel.__name__ for _, kernel, _ in KERNELS])
+@pytest.mark.parametrize("is_taken", [is_taken for *_, is_taken in KERNELS], ids=NAMES)
+def test_a_device_that_cannot_run_a_kernel_takes_xla(gpu, is_taken):
+    """This CPU calls itself a GPU and cannot run any of them."""
+    with pytest.warns(RuntimeWarning, match="does not run here"):
+        assert not is_taken()
+
+
+@pytest.mark.parametrize(
+    "op, kernel, is_taken",
+    [pytest.param(*each, marks=pytest.mark.slow if each[0] is score_select else ()) for each in KERNELS],
+    ids=NAMES,
+)
 def test_every_kernel_passes_its_check_while_a_program_is_traced(gpu, monkeypatch, op, kernel, is_taken):
     """On the interpreter."""
     monkeypatch.setattr(op, kernel.__name__, functools.partial(kernel, interpret=True))
@@ -73,7 +81,12 @@ def test_every_kernel_passes_its_check_while_a_program_is_traced(gpu, monkeypatc
     assert float(jax.jit(program)(1.0)) == 2
 
 
+def test_weights_that_do_not_fit_int8_take_xla_on_any_device(monkeypatch):
+    monkeypatch.setattr(score_select, "is_trusted", lambda *_: True)
+    assert score_select.is_fused(BOUNDS) and not score_select.is_fused(WeightBounds(128, 1020))
+
+
 @pytest.mark.gpu
 def test_every_kernel_passes_its_check_on_a_gpu():
-    assert score_select.is_fused(127) and hash_append.is_fused()
+    assert score_select.is_fused(BOUNDS) and hash_append.is_fused()
     assert sparse_attention.choose_impl() == pair_cost.choose_impl() == "pallas_triton"

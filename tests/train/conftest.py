@@ -42,7 +42,8 @@ class Finished:
 
 # Optax and Orbax build these with norms, shapes and None in place of arrays, as any `jax.tree.map` may.
 _TREES = (
-    *(hashing.HashNetwork, hashing.HashWeights, hashing.KeyStats, hashing.HashParams),
+    *(hashing.HashNetwork, hashing.NetworkWeights, hashing.KeyStats, hashing.TransformWeights, hashing.Coder),
+    hashing.HashParams,
     *(metrics.SelectionQuality, capture.Captured, step.TrainState, step.StepReport),
 )
 

@@ -26,7 +26,7 @@ def small(monkeypatch, inputs):
     """Flags of an ablation of three small variants, one of them on shorter windows."""
     variants = {
         "first": SMALL,
-        "second": SMALL | {"ranking.target": "kv_head", "hash.code_bits": 64},
+        "second": SMALL | {"hash.form": "asymmetric", "ranking.loss": "pairs", "hash.code_bits": 64},
         "shorter": SMALL | {"data.window": WINDOW // 2, "steps": 2},
     }
     monkeypatch.setattr(ablate, "VARIANTS", variants)

@@ -32,10 +32,10 @@ def test_the_demo_trains_then_generates_with_what_it_trained(tmp_path, monkeypat
     monkeypatch.setattr(demo.layerwise, "train", train)
     monkeypatch.setattr(demo.generate, "main", generate)
     out = str(tmp_path / "run")
-    demo.main(demo.DemoConfig(out=out, steps=3, prompt_tokens=700))
+    demo.main(demo.DemoConfig(out=out, steps=3, prompt_tokens=700, keep=0.07))
     assert seen["train"].preset == "demo" and seen["train"].steps == 3 and seen["train"].out == out
     assert str(seen["generate"].selector) == out and seen["generate"].compare
-    assert seen["generate"].generation.selection.keep == 0.05
+    assert seen["generate"].generation.selection.keep == 0.07
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert summary["iou"] == 0.5
     assert summary["demo"]["sparse"] == {"text": "twice", "tokens_per_second": 2.0, "tokens_read": 35}

@@ -60,7 +60,7 @@ def test_a_restored_feed_goes_on_where_it_was(open_feed, windows_at_once, step):
         whole.at(done)
     position = whole.position(step)
     resumed = open_feed(1)
-    resumed.first_window()  # as a run does for its key statistics
+    list(resumed.first_windows(3, 2))  # as a run does to fit its hash functions
     resumed.restore(step, position)
     for following in range(step, step + 4):
         _same(whole.at(following), resumed.at(following))
@@ -71,3 +71,13 @@ def test_forgetting_captures_the_same_again(open_feed):
     before = feed.at(3)
     feed.forget()
     _same(before, feed.at(3))
+
+
+@pytest.mark.parametrize("windows_at_once", [1, 2, 4])
+def test_the_first_windows_are_those_that_steps_see(open_feed, windows_at_once):
+    feed, alone = open_feed(windows_at_once), open_feed(1)
+    first = list(feed.first_windows(3, 1))
+    assert [seen.keys.shape[0] for seen in first] == [1, 1, 1]  # of so many layers
+    for number, seen in enumerate(first):
+        np.testing.assert_array_equal(seen.keys, alone.at(number * PER_WINDOW).keys[:1])
+    _same(feed.at(0), open_feed(1).at(0))  # nothing was taken

@@ -29,8 +29,8 @@ def _params(run):
     return load_file(run / "selector" / "selector.safetensors")
 
 
-def _assert_same(run, other, atol=0.0):
-    first, second = _params(run), _params(other)
+def _assert_same(run, other, atol=0.0, leave_out=()):
+    first, second = ({name: leaf for name, leaf in _params(of).items() if name not in leave_out} for of in (run, other))
     assert first.keys() == second.keys()
     for name in first:
         np.testing.assert_allclose(first[name], second[name], rtol=0, atol=atol, err_msg=name)
@@ -149,7 +149,12 @@ def test_eight_devices_give_what_one_gives(inputs, finished, tmp_path):
     ended = _spawn(program, inputs.flags(path), XLA_FLAGS="--xla_force_host_platform_device_count=8")
     assert ended.returncode == 0, ended.stderr
     assert "8 x cpu" in ended.stderr and LAYERS % 8
-    _assert_same(path, finished.path, atol=1e-5)
+    _assert_same(path, finished.path, atol=1e-5, leave_out=("weights.log_gain",))
+    gains, expected = (_params(of)["weights.log_gain"] for of in (path, finished.path))
+    members = _params(path)["stats.members"] > 0
+    is_alone = (members & (members.sum(-1, keepdims=True) == 1)).any(2).reshape(gains.shape)
+    assert is_alone.any() and not is_alone.all()
+    np.testing.assert_allclose(gains[~is_alone], expected[~is_alone], rtol=0, atol=1e-5)  # others change no score
 
 
 @pytest.mark.parametrize("windows_on_disk", [100, 2])  # all six, and three fillings
@@ -169,9 +174,8 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoi
 
     def take_step(self, captured=None):
         if self.step == 9:  # whose state the next checkpoint would hold
-            kernel = self.state.params.weights.keys.out_kernel.at[1].set(jnp.nan)
-            network = self.state.params.weights.keys.replace(out_kernel=kernel)
-            weights = self.state.params.weights.replace(keys=network)
+            weights = self.state.params.weights
+            weights = weights.replace(decode=weights.decode.at[1].set(jnp.nan))
             self.state = self.state.replace(params=self.state.params.replace(weights=weights))
         return real(self, captured)
 
@@ -270,6 +274,26 @@ def test_a_checkpoint_of_another_model_is_refused(inputs, finished, tmp_path, ca
     _assert_refused(["--resume", "--out", str(path)], "checkpoint 12 is damaged or of another model", capsys)
     assert _rows(path) == _rows(finished.path)
     assert _checkpoints(path) == [10, 12]
+
+
+@pytest.mark.slow
+def test_networks_train_by_pairs_and_resume_bit_for_bit(inputs, tmp_path, monkeypatch):
+    more, real = ["--hash.form", "asymmetric", "--ranking.loss", "pairs", "--ranking.target", "both"], Session.take_step
+
+    def take_step(self, captured=None):
+        if self.step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, captured)
+
+    assert layerwise.command(inputs.flags(tmp_path / "whole", *more)) == 0
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Session, "take_step", take_step)
+        layerwise.command(inputs.flags(tmp_path / "stopped", *more))
+    assert layerwise.command(["--resume", "--out", str(tmp_path / "stopped")]) == 0
+    _assert_same(tmp_path / "stopped", tmp_path / "whole")
+    selector = load_selector(tmp_path / "whole")
+    assert selector.params.weights.queries.hidden_kernel.shape[1] == selector.shape.q_heads
+    assert (np.asarray(selector.params.stats.scale) != 1).all()  # measured
 
 
 @pytest.mark.slow

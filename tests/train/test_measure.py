@@ -29,13 +29,20 @@ def _top(scores, count):
     }
 
 
-@pytest.mark.parametrize("per", ["kv_head", "query_head"])
-def test_quality_equals_a_count_by_hand(per):
+def _probabilities(keys, query):
+    weights = np.exp(keys @ query / np.sqrt(HEAD_DIM))
+    return weights / weights.sum()
+
+
+@pytest.mark.parametrize(
+    ("per", "oracle"), [("kv_head", "scores"), ("kv_head", "probabilities"), ("query_head", "probabilities")]
+)
+def test_quality_equals_a_count_by_hand(per, oracle):
     cfg = hashing.HashConfig(form="symmetric", code_bits=32, hidden=4, centre=False)
     params = hashing.init_params(
         jax.random.key(0), cfg, hashing.HeadShape(LAYERS, KV_HEADS * GROUP, KV_HEADS, HEAD_DIM)
     )
-    measured = MeasureConfig(keep=0.5, per=per)
+    measured = MeasureConfig(keep=0.5, per=per, oracle=oracle)
     windows = [_captured(1), _captured(2)]
     got = measure(params, windows, cfg, measured, layers_at_once=1)
     planes = np.asarray(params.weights.keys.rotation)  # at its start the hash function is this rotation alone
@@ -51,16 +58,15 @@ def test_quality_equals_a_count_by_hand(per):
                 for row, last in enumerate(np.asarray(seen.picks[layer])):
                     queries = np.asarray(seen.queries[layer, row, list(members)])
                     matches = sum((bits == (query @ planes[layer, kv_head] > 0)).sum(-1) for query in queries)
-                    exact = sum(keys @ query for query in queries)
+                    shares = [_probabilities(keys[: last + 1], query) for query in queries]
+                    exact = sum(shares) if oracle == "probabilities" else sum(keys @ query for query in queries)
                     count = last + 1 - int(0.5 * (last + 1))
                     count = max(count, 20)
-                    chosen, oracle = _top(matches[: last + 1], count), _top(exact[: last + 1], count)
-                    iou[layer, head] += len(chosen & oracle) / len(chosen | oracle) / 8
-                    for query in queries:
-                        weights = np.exp(keys[: last + 1] @ query / np.sqrt(HEAD_DIM))
-                        weights /= weights.sum() * len(queries) * 8
-                        mass[layer, head] += weights[list(chosen)].sum()
-                        best[layer, head] += weights[list(oracle)].sum()
+                    chosen, best_set = _top(matches[: last + 1], count), _top(exact[: last + 1], count)
+                    iou[layer, head] += len(chosen & best_set) / len(chosen | best_set) / 8
+                    mean_share = sum(shares) / len(queries) / 8
+                    mass[layer, head] += mean_share[list(chosen)].sum()
+                    best[layer, head] += mean_share[list(best_set)].sum()
     np.testing.assert_allclose(got.iou, iou, atol=1e-5)
     np.testing.assert_allclose(got.mass, mass, atol=1e-5)
     np.testing.assert_allclose(got.oracle_mass, best, atol=1e-5)

@@ -9,8 +9,8 @@ from train.states import StateStore
 from train.step import OptimizerConfig, init_state
 
 
-def _state(hidden=3, seed=0):
-    cfg, shape = hashing.HashConfig(code_bits=32, hidden=hidden), hashing.HeadShape(2, 4, 2, 6)
+def _state(code_bits=32, seed=0):
+    cfg, shape = hashing.HashConfig(code_bits=code_bits), hashing.HeadShape(2, 4, 2, 6)
     params = hashing.init_params(jax.random.key(seed), cfg, shape)
     return init_state(params, OptimizerConfig(), 10)
 
@@ -34,9 +34,9 @@ def test_states_of_other_shapes_or_none_are_refused(tmp_path):
     store = StateStore(tmp_path / "checkpoints", keep=1)
     with pytest.raises(InputError, match="no checkpoint to resume from"):
         store.load(_state())
-    store.save(4, _state(hidden=3), {"at": 1})
+    store.save(4, _state(code_bits=32), {"at": 1})
     with pytest.raises(InputError, match="checkpoint 4 is damaged or of another model or config"):
-        store.load(_state(hidden=5))
+        store.load(_state(code_bits=64))
     store.close()
 
 

@@ -13,29 +13,36 @@ from train.capture import Captured, make_mesh
 from train.step import OptimizerConfig, StepConfig, gamma_at, init_state, make_optimizer, train_step
 
 SHAPE = hashing.HeadShape(layers=3, q_heads=4, kv_heads=2, head_dim=6)
-HASH = hashing.HashConfig(code_bits=32, hidden=5)
-RANKING = RankingConfig(queries=4, tops=3, others=7, min_top=3, always_top=1)
+NETWORKS = hashing.HashConfig(form="asymmetric", code_bits=32, hidden=5)
+TRANSFORM = hashing.HashConfig(code_bits=32)
+PAIRS = RankingConfig(queries=4, tops=3, others=7, min_top=3, always_top=1)
+MASS = RankingConfig(loss="mass", target="kv_head", softness=0.1, queries=4, tops=3, min_top=3, always_top=1)
+RECIPES = {"networks by pairs": (NETWORKS, PAIRS), "transform by mass": (TRANSFORM, MASS)}
 OPTIMIZER = OptimizerConfig(warmup=0.1, clip=0.01)
 STEPS = 20
 
 
-@pytest.fixture
-def captured():
+def _capture(picks):
     rng = np.random.default_rng(0)
     return Captured(
-        queries=jnp.asarray(rng.standard_normal((3, 4, 4, 6)), jnp.float32),
-        picks=jnp.tile(jnp.asarray([[5, 9, 14, 19]], jnp.int32), (3, 1)),
-        keys=jnp.asarray(rng.standard_normal((3, 20, 2, 6)), jnp.float32),
+        queries=jnp.asarray(rng.standard_normal((3, len(picks), 4, 6)), jnp.float32),
+        picks=jnp.tile(jnp.asarray([picks], jnp.int32), (3, 1)),
+        keys=jnp.asarray(rng.standard_normal((3, picks[-1] + 1, 2, 6)), jnp.float32),
     )
 
 
 @pytest.fixture
-def cfg():
-    return StepConfig(HASH, RANKING, OPTIMIZER, STEPS, 1, make_mesh())
+def captured():
+    return _capture([5, 9, 14, 19])
 
 
-def _state(optimizer=OPTIMIZER):
-    return init_state(hashing.init_params(jax.random.key(0), HASH, SHAPE), optimizer, STEPS)
+@pytest.fixture(params=RECIPES)
+def cfg(request):
+    return StepConfig(*RECIPES[request.param], OPTIMIZER, STEPS, 1, make_mesh())
+
+
+def _state(cfg):
+    return init_state(hashing.init_params(jax.random.key(0), cfg.hash, SHAPE), cfg.optimizer, STEPS)
 
 
 def _first_moments(state, layer):
@@ -48,10 +55,11 @@ def _is_adam(part):
 
 
 @pytest.mark.slow
-def test_each_layer_is_clipped_by_its_own_norm(captured, cfg):
-    small = jax.tree.map(np.asarray, train_step(_state(), jax.random.key(1), jnp.int32(0), captured, cfg))
+def test_each_layer_is_clipped_by_its_own_norm(captured):
+    cfg = StepConfig(NETWORKS, PAIRS, OPTIMIZER, STEPS, 1, make_mesh())
+    small = jax.tree.map(np.asarray, train_step(_state(cfg), jax.random.key(1), jnp.int32(0), captured, cfg))
     # the gain of layer 1's scores multiplies its gradients
-    state = _state()
+    state = _state(cfg)
     gain = state.params.weights.log_gain.at[1].add(4.0)
     weights = dataclasses.replace(state.params.weights, log_gain=gain)
     state = state.replace(params=state.params.replace(weights=weights))
@@ -68,13 +76,13 @@ def test_each_layer_is_clipped_by_its_own_norm(captured, cfg):
 @pytest.mark.slow
 def test_a_layer_steps_as_plain_optax_would(captured, cfg):
     layer, lr = 2, [0.0, OPTIMIZER.learning_rate / 2, OPTIMIZER.learning_rate]  # a warm-up of two steps
-    state = _state()
+    state = _state(cfg)
     alone = hashing.layer_params(state.params, layer)
     weights = alone.weights
     seen = [leaf[layer] for leaf in (captured.queries, captured.picks, captured.keys)]
 
     def loss_of(weights, layer_key, gamma):
-        return ranking_loss(alone.replace(weights=weights), layer_key, *seen, gamma, HASH, RANKING)[0]
+        return ranking_loss(alone.replace(weights=weights), layer_key, *seen, gamma, cfg.hash, cfg.ranking)[0]
 
     grads_of = jax.jit(jax.grad(loss_of))
     moments = optax.scale_by_adam(b1=0.9, b2=0.98).init(weights)
@@ -116,7 +124,7 @@ def test_an_average_of_the_weights_forgets_by_its_decay_and_leaves_training_as_i
     optimizer = dataclasses.replace(OPTIMIZER, ema=0.7, learning_rate=0.1)
     cfg = dataclasses.replace(cfg, optimizer=optimizer)
     without = dataclasses.replace(cfg, optimizer=dataclasses.replace(optimizer, ema=0.0))
-    plain, state, seen = _state(without.optimizer), _state(optimizer), []
+    plain, state, seen = _state(without), _state(cfg), []
     jax.tree.map(np.testing.assert_array_equal, state.selector, state.params)
     for step in range(4):
         plain, _ = train_step(plain, jax.random.key(step), jnp.int32(step), captured, without)
@@ -130,12 +138,35 @@ def test_an_average_of_the_weights_forgets_by_its_decay_and_leaves_training_as_i
     jax.tree.map(np.testing.assert_array_equal, state.selector, state.params.replace(weights=state.averaged))
 
 
+def _losses(captured, cfg):
+    """Loss of every layer at each step, and what is wrong by it."""
+    state, seen = _state(cfg), []
+    for _ in range(STEPS):
+        state, report = train_step(state, jax.random.key(2), jnp.int32(2), captured, cfg)
+        assert report.loss.shape == report.wrong.shape == (3,)
+        seen.append((report.loss, report.wrong))
+    return np.asarray(seen)
+
+
 @pytest.mark.slow
-def test_the_loss_falls_on_one_window(captured, cfg):
-    state, losses = _state(), []
-    key = jax.random.key(2)
-    for step in range(STEPS):
-        state, report = train_step(state, key, jnp.int32(2), captured, cfg)
-        losses.append(np.asarray(report.loss))
-        assert report.loss.shape == (3,), step
-    assert (losses[-1] < losses[0]).all()
+def test_the_loss_falls_on_one_window(captured):
+    losses = _losses(captured, StepConfig(NETWORKS, PAIRS, OPTIMIZER, STEPS, 1, make_mesh()))
+    assert (losses[-1, 0] < losses[0, 0]).all()
+
+
+@pytest.mark.slow
+def test_the_missed_mass_falls_on_one_window():
+    ranking = dataclasses.replace(MASS, top_share=0.1, min_top=8, queries=16)
+    cfg = StepConfig(TRANSFORM, ranking, OptimizerConfig(learning_rate=1e-2), STEPS, 1, make_mesh())
+    losses = _losses(_capture(list(range(80, 144, 4))), cfg)
+    assert (losses[-1] < losses[0]).all()  # by the soft cut and by the hard one
+
+
+@pytest.mark.slow
+def test_what_was_measured_is_not_trained(captured, cfg):
+    state, before = _state(cfg), _state(cfg).params
+    for step in range(3):
+        state, _ = train_step(state, jax.random.key(step), jnp.int32(step), captured, cfg)
+    jax.tree.map(np.testing.assert_array_equal, state.params.stats, before.stats)
+    for one, other in zip(jax.tree.leaves(state.params.weights), jax.tree.leaves(before.weights), strict=True):
+        assert np.any(one != other, axis=tuple(range(1, one.ndim))).all()  # of every layer

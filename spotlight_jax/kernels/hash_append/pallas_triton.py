@@ -1,27 +1,26 @@
-"""A step's hashing and appending in two kernels.
+"""A step's hashing and appending in one kernel: a program owns one KV head's queries, or its keys, of some sequences.
 
-    networks  a program owns one head's share of hidden units and of the rotation's rows: a part of the head's output
-    finish    a program adds up the parts of one row: a query's integer weights, or a key's code, written with the key
-
-All programs of `networks` are alike, query heads' and key heads', and each asks for all of its weights at once.
+Products run on tensor cores in three TF32 parts, which is as exact as float32: codes of a decoding step are those that
+prefill would have given.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import operator
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float, Int32, Shaped, UInt32
+from jaxtyping import Array, Int32, Shaped, UInt32
 
-from spotlight_jax.kernels.hash_append.reference import Networks
+from spotlight_jax.kernels.hash_append.reference import Transform
 from spotlight_jax.kernels.score_select.packing import BYTE, WORD_BITS
+from spotlight_jax.weights import INT8_LIMIT, TOTAL
 
-SHARE = 32  # hidden units of a program, and dimensions that it rotates
-TILE = 16  # sequences of a program: what a product on tensor cores has at least
+ROWS = 16  # of a product on tensor cores, at least: a row is one sum of one sequence
+DEPTH = 32  # dimensions that are multiplied at once: registers hold their three parts
 WARPS = 8
 BYTES = WORD_BITS // BYTE  # weights of a packed number
 
@@ -31,44 +30,33 @@ class Plan:
     """What is static of a call."""
 
     batch: int
-    q_heads: int
     kv_heads: int
+    group: int  # query heads of a KV head
+    sums: int
     head_dim: int
-    hidden: int
     code_bits: int
     max_len: int
-    limit: int
-    per_kv_head: bool
-
-    @property
-    def group(self) -> int:
-        """Query heads that share a KV head."""
-        return self.q_heads // self.kv_heads
-
-    @property
-    def members(self) -> int:
-        """Query heads that select together."""
-        return self.group if self.per_kv_head else 1
-
-    @property
-    def parts(self) -> int:
-        """Of a head's network."""
-        return -(-max(self.hidden, self.head_dim) // SHARE)
+    interpret: bool
 
     @property
     def tile(self) -> int:
-        """Sequences of a program: weights are read once for so many."""
-        return TILE if self.batch <= TILE else 2 * TILE
+        """Sequences of a program."""
+        return ROWS // self.sums
 
     @property
-    def dims(self) -> int:
-        """head_dim, up to a power of two that a product on tensor cores can have."""
-        return max(_power_of_two(self.head_dim), TILE)
+    def chunks(self) -> range:
+        """Where the parts of head_dim begin that are multiplied at once."""
+        return range(0, self.head_dim, DEPTH)
 
     @property
     def bits(self) -> int:
         """code_bits, up to a power of two."""
         return _power_of_two(self.code_bits)
+
+    def multiply(self, x: list[Array], matrix: list["_Asked"]) -> Array:
+        """A product as exact as float32, of chunks."""
+        precision = lax.Precision.HIGHEST if self.interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+        return sum(plgpu.dot(left, right.get(), precision=precision) for left, right in zip(x, matrix, strict=True))
 
 
 def _power_of_two(number: int) -> int:
@@ -93,185 +81,138 @@ class _Asked:
         return jnp.where(self.is_there, self.values.astype(jnp.float32), 0.0)
 
 
-def _ask_row(ref, head, columns, count: int) -> _Asked:
-    """Some of one head's vector."""
-    is_there = (columns < count)[None, :]
-    return _Asked(plgpu.load(ref.at[head, columns[None, :]], mask=is_there), is_there)
+def _ask(ref, places: tuple, is_there: Array) -> _Asked:
+    return _Asked(plgpu.load(ref.at[places], mask=is_there), is_there)
 
 
-def _ask_block(ref, head, rows, columns, row_count: int, column_count: int) -> _Asked:
-    """Some of one head's matrix."""
-    is_there = (rows < row_count)[:, None] & (columns < column_count)[None, :]
-    return _Asked(plgpu.load(ref.at[head, rows[:, None], columns[None, :]], mask=is_there), is_there)
+def _ask_matrix(ref, head, plan: Plan) -> list[_Asked]:
+    """One head's [head_dim, code_bits], in chunks."""
+    bits = jnp.arange(plan.bits)[None, :]
+    chunks = [(first + jnp.arange(DEPTH))[:, None] for first in plan.chunks]
+    return [_ask(ref, (head, dims, bits), (dims < plan.head_dim) & (bits < plan.code_bits)) for dims in chunks]
 
 
-def _apply_part(
-    refs: Networks, head, part, ask_inputs: Callable[..., Callable[[], list[Array]]], plan: Plan
-) -> Float[Array, "tile bits"]:
-    """What a part adds to its head's output.
-
-    Args:
-        ask_inputs: asks for a head's inputs in each of the given dimensions; what it returns gives them.
-    """
-    dims, bits = jnp.arange(plan.dims), jnp.arange(plan.bits)
-    own = part * SHARE + jnp.arange(SHARE)
-    hidden_kernel = _ask_block(refs.hidden_kernel, head, dims, own, plan.head_dim, plan.hidden)
-    hidden_bias = _ask_row(refs.hidden_bias, head, own, plan.hidden)
-    out_kernel = _ask_block(refs.out_kernel, head, own, bits, plan.hidden, plan.code_bits)
-    out_bias = _ask_row(refs.out_bias, head, bits, plan.code_bits)
-    rotation = _ask_block(refs.rotation, head, own, bits, plan.head_dim, plan.code_bits)
-    x, own_x = ask_inputs(dims, own)()
-    out = plgpu.dot(own_x, rotation.get()) + jnp.where(part == 0, out_bias.get(), 0.0)
-    hidden = plgpu.dot(x, hidden_kernel.get()) + hidden_bias.get()
-    return out + plgpu.dot(hidden / (1.0 + jnp.exp(-hidden)), out_kernel.get())
+def _ask_rows(ref, sequences, head, plan: Plan) -> list[_Asked]:
+    """One head's vectors, a row a sequence, in chunks."""
+    sequences = sequences[:, None]
+    chunks = [(first + jnp.arange(DEPTH))[None, :] for first in plan.chunks]
+    return [_ask(ref, (sequences, head, dims), (sequences < plan.batch) & (dims < plan.head_dim)) for dims in chunks]
 
 
-def _networks_kernel(
-    queries_ref, keys_ref, of_queries: Networks, of_keys: Networks, mean_ref, scale_ref, log_gain_ref, sums_ref, *,
+def _weigh_queries(
+    queries_ref, decode_ref, members_ref, log_gain_ref, weights_ref, first, head, plan: Plan,
+) -> None:  # fmt: skip
+    """Integer weights of each sum, packed; one scale for all sums of a sequence."""
+    rows = jnp.arange(ROWS)
+    sequences, sums = first + rows // plan.sums, rows % plan.sums
+    decode = _ask_matrix(decode_ref, head, plan)
+    places = range(plan.group)
+    queries = [_ask_rows(queries_ref, sequences, head * plan.group + place, plan) for place in places]
+    is_member = [plgpu.load(members_ref.at[head, sums, place]) for place in places]
+    gains = [jnp.exp(log_gain_ref[head * plan.group + place]) for place in places]
+    shares = [(is_part * gain)[:, None] for is_part, gain in zip(is_member, gains, strict=True)]
+
+    def mix(chunk: int) -> Array:
+        parts = [share * asked[chunk].get() for share, asked in zip(shares, queries, strict=True)]
+        return functools.reduce(operator.add, parts)
+
+    weights = plan.multiply([mix(chunk) for chunk in range(len(plan.chunks))], decode)
+    squares, sizes = jnp.sum(jnp.square(weights), axis=1), jnp.abs(weights)
+    largest, total = jnp.max(sizes, axis=1), jnp.sum(sizes, axis=1)
+    norm = lax.rsqrt(squares + 1e-12)
+    room = TOTAL - plan.code_bits // 2
+    scale = jnp.minimum(INT8_LIMIT / jnp.maximum(largest * norm, 1e-30), room / jnp.maximum(total * norm, 1e-30))
+    scale = jnp.min(scale.reshape(plan.tile, plan.sums), axis=1)[:, None]
+    scale = norm * jnp.broadcast_to(scale, (plan.tile, plan.sums)).reshape(ROWS)
+    whole = jnp.floor(weights * scale[:, None] + 0.5).astype(jnp.int32)
+    bytes_ = (whole & 255).reshape(ROWS, -1, BYTES, BYTE)
+    packed = jnp.sum(bytes_ << (BYTE * jnp.arange(BYTES))[None, None, :, None], axis=2).reshape(ROWS, -1)
+    columns = jnp.arange(plan.bits // BYTES)[None, :]
+    is_there = (sequences < plan.batch)[:, None] & (columns < plan.code_bits // BYTES)
+    plgpu.store(weights_ref.at[sequences[:, None], head, sums[:, None], columns], packed, mask=is_there)
+
+
+def _append_keys(
+    keys_ref, values_ref, mean_ref, axes_ref, cells_ref, lengths_ref,
+    cached_keys_ref, cached_values_ref, cached_codes_ref, first, head, plan: Plan,
+) -> None:  # fmt: skip
+    """Codes of each sequence's new key, written with it and its value."""
+    rows = jnp.arange(ROWS)
+    sequences = jnp.where(rows < plan.tile, first + rows, plan.batch)  # rows past the tile are no sequence's
+    bits, words = jnp.arange(plan.bits), jnp.arange(plan.bits // WORD_BITS)
+    axes = _ask_matrix(axes_ref, head, plan)
+    keys, values = (_ask_rows(ref, sequences, head, plan) for ref in (keys_ref, values_ref))
+    chunks = [(start + jnp.arange(DEPTH))[None, :] for start in plan.chunks]
+    means = [_ask(mean_ref, (head, dims), dims < plan.head_dim) for dims in chunks]
+    cells = plgpu.load(cells_ref.at[head, bits], mask=bits < plan.code_bits, other=2.0)[None, :]
+    is_row = (sequences < plan.batch)[:, None]
+    at = plgpu.load(lengths_ref.at[sequences], mask=sequences < plan.batch, other=0)
+    at = jnp.minimum(at, plan.max_len - 1)[:, None]
+    centred = [key.get() - mean.get() for key, mean in zip(keys, means, strict=True)]
+    coordinates = plan.multiply(centred, axes) + 0.5
+    cell = jnp.ceil(cells * jnp.clip(coordinates, 0.5 / cells, 1 - 0.5 / cells)).astype(jnp.int32) - 1
+    digits = (cell & 1).reshape(ROWS, -1, WORD_BITS)
+    codes = jnp.sum(digits << jnp.arange(WORD_BITS)[None, None, :], axis=2).astype(jnp.uint32)
+    is_word = is_row & (words < plan.code_bits // WORD_BITS)[None, :]
+    plgpu.store(cached_codes_ref.at[sequences[:, None], head, words[None, :], at], codes, mask=is_word)
+    for new, ref in ((keys, cached_keys_ref), (values, cached_values_ref)):
+        for dims, chunk in zip(chunks, new, strict=True):
+            place = ref.at[sequences[:, None], at, head, dims]
+            plgpu.store(place, chunk.get().astype(ref.dtype), mask=chunk.is_there)
+
+
+def _kernel(
+    queries_ref, keys_ref, values_ref, mean_ref, axes_ref, cells_ref, decode_ref, members_ref, log_gain_ref,
+    lengths_ref, _keys, _values, _codes, weights_ref, cached_keys_ref, cached_values_ref, cached_codes_ref, *,
     plan: Plan,
 ) -> None:  # fmt: skip
-    part, head = pl.program_id(0), pl.program_id(1)
-    rows = pl.program_id(2) * plan.tile + jnp.arange(plan.tile)
-    is_row = (rows < plan.batch)[:, None]
+    program = pl.program_id(0)
+    first = pl.program_id(1) * plan.tile
 
-    def ask_rows(ref, head, dims):
-        is_there = is_row & (dims < plan.head_dim)[None, :]
-        return _Asked(plgpu.load(ref.at[rows[:, None], head, dims[None, :]], mask=is_there), is_there)
+    @pl.when(program < plan.kv_heads)
+    def weigh():
+        _weigh_queries(queries_ref, decode_ref, members_ref, log_gain_ref, weights_ref, first, program, plan)
 
-    def store(out):
-        bits = jnp.arange(plan.bits)
-        is_there = is_row & (bits < plan.code_bits)[None, :]
-        plgpu.store(sums_ref.at[part, rows[:, None], head, bits[None, :]], out, mask=is_there)
-
-    def hash_query():
-        kv_head, gain = head // plan.group, jnp.exp(log_gain_ref[head])
-
-        def ask_inputs(*ranges):
-            x = [ask_rows(queries_ref, head, dims) for dims in ranges]
-            scales = [_ask_row(scale_ref, kv_head, dims, plan.head_dim) for dims in ranges]
-            group = [ask_rows(queries_ref, kv_head * plan.group + place, ranges[0]) for place in range(plan.group)]
-
-            def normalise():
-                squares = sum(jnp.square(row.get() * scales[0].get()) for row in group)
-                mean_square = jnp.sum(squares, axis=1)[:, None] / (plan.group * plan.head_dim)
-                norm = lax.rsqrt(mean_square + 1e-12)
-                return [row.get() * scale.get() * norm for row, scale in zip(x, scales, strict=True)]
-
-            return normalise
-
-        store(_apply_part(of_queries, head, part, ask_inputs, plan) * gain)
-
-    def hash_key():
-        kv_head = head - plan.q_heads
-
-        def ask_inputs(*ranges):
-            x = [ask_rows(keys_ref, kv_head, dims) for dims in ranges]
-            means = [_ask_row(mean_ref, kv_head, dims, plan.head_dim) for dims in ranges]
-            scales = [_ask_row(scale_ref, kv_head, dims, plan.head_dim) for dims in ranges]
-
-            def centre():
-                return [
-                    jnp.where(row.is_there, (row.get() - mean.get()) / scale.get(), 0.0)
-                    for row, mean, scale in zip(x, means, scales, strict=True)
-                ]
-
-            return centre
-
-        store(_apply_part(of_keys, kv_head, part, ask_inputs, plan))
-
-    pl.when(head < plan.q_heads)(hash_query)
-    pl.when(head >= plan.q_heads)(hash_key)
-
-
-def _finish_kernel(
-    sums_ref, keys_ref, values_ref, lengths_ref, _keys, _values, _codes,
-    weights_ref, cached_keys_ref, cached_values_ref, cached_codes_ref, *, plan: Plan,
-) -> None:  # fmt: skip
-    program, sequence = pl.program_id(0), pl.program_id(1)
-    rows = plan.q_heads // plan.members
-
-    def add_parts(first, count: int):
-        heads, bits = jnp.arange(_power_of_two(count)), jnp.arange(plan.bits)
-        is_there = (heads < count)[:, None] & (bits < plan.code_bits)[None, :]
-        at = sequence, (first + heads)[:, None], bits[None, :]
-        parts = [plgpu.load(sums_ref.at[part, *at], mask=is_there, other=0.0) for part in range(plan.parts)]
-        return jnp.sum(sum(parts), axis=0)
-
-    def finish_query():
-        outputs = add_parts(program * plan.members, plan.members)
-        largest = jnp.max(jnp.abs(outputs))
-        weights = jnp.floor(outputs * (plan.limit / jnp.maximum(largest, 1e-30)) + 0.5).astype(jnp.int32)
-        bytes_ = (weights & 255).reshape(-1, BYTES, BYTE)
-        packed = jnp.sum(bytes_ << (BYTE * jnp.arange(BYTES))[None, :, None], axis=1).reshape(-1)
-        places = jnp.arange(plan.bits // BYTES)
-        plgpu.store(weights_ref.at[sequence, program, places], packed, mask=places < plan.code_bits // BYTES)
-
-    def append_key():
-        head = program - rows
-        at = jnp.minimum(lengths_ref[sequence], plan.max_len - 1)
-        dims, words = jnp.arange(plan.dims), jnp.arange(plan.bits // WORD_BITS)
-        is_dim = dims < plan.head_dim
-        key, value = (
-            plgpu.load(ref.at[sequence, head, dims], mask=is_dim, other=0.0) for ref in (keys_ref, values_ref)
-        )
-        ones = jnp.where(add_parts(plan.q_heads + head, 1) > 0, 1, 0).reshape(-1, WORD_BITS)
-        code = jnp.sum(ones << jnp.arange(WORD_BITS)[None, :], axis=1).astype(jnp.uint32)
-        for row, ref in ((key, cached_keys_ref), (value, cached_values_ref)):
-            plgpu.store(ref.at[sequence, at, head, dims], row.astype(ref.dtype), mask=is_dim)
-        is_word = words < plan.code_bits // WORD_BITS
-        plgpu.store(cached_codes_ref.at[sequence, head, words, at], code, mask=is_word)
-
-    pl.when(program < rows)(finish_query)
-    pl.when(program >= rows)(append_key)
+    @pl.when(program >= plan.kv_heads)
+    def append():
+        _append_keys(
+            keys_ref, values_ref, mean_ref, axes_ref, cells_ref, lengths_ref,
+            cached_keys_ref, cached_values_ref, cached_codes_ref, first, program - plan.kv_heads, plan,
+        )  # fmt: skip
 
 
 def hash_append_pallas_triton(
     queries: Shaped[Array, "batch q_heads head_dim"],
     keys: Shaped[Array, "batch kv_heads head_dim"],
     values: Shaped[Array, "batch kv_heads head_dim"],
-    of_queries: Networks,
-    of_keys: Networks,
-    mean: Float[Array, "kv_heads head_dim"],
-    scale: Float[Array, "kv_heads head_dim"],
-    log_gain: Float[Array, "q_heads"],
+    transform: Transform,
     cached_keys: Shaped[Array, "batch max_len kv_heads head_dim"],
     cached_values: Shaped[Array, "batch max_len kv_heads head_dim"],
     cached_codes: UInt32[Array, "batch kv_heads words max_len"],
     lengths: Int32[Array, "batch"],
-    limit: int,
-    per_kv_head: bool,
     interpret: bool = False,
 ) -> tuple[
-    Int32[Array, "batch heads packed"],
+    Int32[Array, "batch kv_heads sums packed"],
     Shaped[Array, "batch max_len kv_heads head_dim"],
     Shaped[Array, "batch max_len kv_heads head_dim"],
     UInt32[Array, "batch kv_heads words max_len"],
 ]:
-    """`hash_append`; products in TF32, as XLA's are on a GPU."""
-    batch, q_heads, head_dim = queries.shape
-    kv_heads, (hidden, code_bits) = keys.shape[1], of_keys.out_kernel.shape[1:]
-    max_len = cached_keys.shape[1]
-    plan = Plan(batch, q_heads, kv_heads, head_dim, hidden, code_bits, max_len, limit, per_kv_head)
-    sums = pl.pallas_call(
-        functools.partial(_networks_kernel, plan=plan),
-        grid=(plan.parts, q_heads + kv_heads, -(-batch // plan.tile)),
-        out_shape=jax.ShapeDtypeStruct((plan.parts, batch, q_heads + kv_heads, code_bits), jnp.float32),
-        compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=1),
-        interpret=interpret,
-        name="hash_networks",
-    )(queries, keys, of_queries, of_keys, mean, scale, log_gain)
-    heads = q_heads // plan.members
+    """`hash_append`; half a weight is rounded up, where the reference rounds it to even."""
+    batch, kv_heads, head_dim = keys.shape
+    code_bits, sums = transform.axes.shape[2], transform.members.shape[1]
+    group, max_len = queries.shape[1] // kv_heads, cached_keys.shape[1]
+    plan = Plan(batch, kv_heads, group, sums, head_dim, code_bits, max_len, interpret)
     caches = cached_keys, cached_values, cached_codes
     packed, *caches = pl.pallas_call(
-        functools.partial(_finish_kernel, plan=plan),
-        grid=(heads + kv_heads, batch),
+        functools.partial(_kernel, plan=plan),
+        grid=(2 * kv_heads, -(-batch // plan.tile)),
         out_shape=(
-            jax.ShapeDtypeStruct((batch, heads, code_bits // BYTES), jnp.int32),
+            jax.ShapeDtypeStruct((batch, kv_heads, sums, code_bits // BYTES), jnp.int32),
             *(jax.ShapeDtypeStruct(cache.shape, cache.dtype) for cache in caches),
         ),
-        input_output_aliases={4: 1, 5: 2, 6: 3},  # the caches stay where they are
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        input_output_aliases={10: 1, 11: 2, 12: 3},  # the caches stay where they are
+        compiler_params=plgpu.CompilerParams(num_warps=WARPS if code_bits <= 128 else 2 * WARPS, num_stages=1),
         interpret=interpret,
         name="hash_append",
-    )(sums, keys, values, lengths, *caches)
+    )(queries, keys, values, *transform, lengths, *caches)
     return packed, *caches

@@ -1,17 +1,19 @@
-"""Scores of cached tokens: sum_b weight_b * bit_b over packed binary codes, exact integers."""
+"""Scores of cached tokens: the highest of sums of weighted bits over packed binary codes, exact integers."""
 
 import functools
 from collections.abc import Callable
 from typing import Literal
 
+import jax.numpy as jnp
 from jaxtyping import Array, Int32, UInt32
 
 from spotlight_jax.errors import InputError
 from spotlight_jax.kernels.match_score.bit_planes import match_score_bit_planes
 from spotlight_jax.kernels.match_score.matmul import match_score_matmul
 from spotlight_jax.kernels.match_score.reference import match_score_reference
+from spotlight_jax.weights import halves
 
-__all__ = ["MatchScoreImpl", "choose_impl", "match_score", "weight_bits_of"]
+__all__ = ["MatchScoreImpl", "choose_impl", "match_score"]
 
 MatchScoreImpl = Literal["auto", "reference", "bit_planes", "matmul"]
 
@@ -23,30 +25,27 @@ def choose_impl(q_len: int) -> MatchScoreImpl:
     return "matmul" if q_len >= MATMUL_QUERIES else "bit_planes"
 
 
-def weight_bits_of(limit: int) -> int:
-    """Two's complement bits that hold every weight of at most `limit` in magnitude; 1 where all are +1 or -1."""
-    return 1 if limit == 1 else limit.bit_length() + 1
-
-
 def match_score(
     codes: UInt32[Array, "batch code_heads words kv_len"],
-    weights: Int32[Array, "batch q_len heads code_bits"],
+    weights: Int32[Array, "batch q_len heads sums code_bits"],
     weight_bits: int,
     impl: MatchScoreImpl = "auto",
 ) -> Int32[Array, "batch q_len heads kv_len"]:
-    """score[b, t, h, s] = sum over bits c of weights[b, t, h, c] * bit c of codes[b, h // (heads // code_heads), :, s].
+    """max over r of sum over bits c of weights[b, t, h, r, c] * bit c of codes[b, h // (heads // code_heads), :, s],
+    each sum less half of its weights (`weights.halves`).
 
     Args:
         codes: word-major packed codes; bit c of a code is bit c % 32 of word c // 32.
-        weights: the query side, one row per selecting head (a query head, or a KV head whose group was summed).
+        weights: the query side, some sums for each selecting head (a query head, or a KV head with its group).
         weight_bits: 1 where every weight is +1 or -1 (the score then ranks tokens as the paper's popcount(XNOR) does);
             otherwise the two's complement bits that hold every weight, 8 for int8.
         impl: `auto` chooses by q_len; a named implementation runs or raises.
 
     Raises: InputError where heads is no multiple of code_heads or the code widths differ.
     """
-    batch, code_heads, words, _ = codes.shape
-    if weights.shape[0] != batch or weights.shape[2] % code_heads or weights.shape[3] != 32 * words:
+    batch, code_heads, words, kv_len = codes.shape
+    _, q_len, heads, sums, code_bits = weights.shape
+    if weights.shape[0] != batch or heads % code_heads or code_bits != 32 * words:
         raise InputError(
             f"codes {codes.shape} and weights {weights.shape} do not fit: batch must be equal, heads a multiple of "
             f"code_heads ({code_heads}) and code_bits 32 x words ({32 * words})"
@@ -56,4 +55,7 @@ def match_score(
         "bit_planes": functools.partial(match_score_bit_planes, weight_bits=weight_bits),
         "matmul": match_score_matmul,
     }
-    return backends[choose_impl(weights.shape[1]) if impl == "auto" else impl](codes, weights)
+    run = backends[choose_impl(q_len) if impl == "auto" else impl]
+    found = run(codes, weights.reshape(batch, q_len, heads * sums, code_bits))
+    found = found.reshape(batch, q_len, heads, sums, kv_len) - halves(weights)[..., None]
+    return jnp.max(found, axis=3)

@@ -12,17 +12,16 @@ from spotlight_jax.kernels.score_select.packing import pack_weights
 from spotlight_jax.kernels.score_select.pallas_triton import score_select_pallas_triton
 from spotlight_jax.kernels.score_select.reference import score_select_reference
 from spotlight_jax.kernels.trust import is_trusted
+from spotlight_jax.weights import INT8_LIMIT, WeightBounds
 
-__all__ = ["INT8_LIMIT", "ScoreSelectImpl", "is_fused", "pack_weights", "score_select"]
+__all__ = ["ScoreSelectImpl", "is_fused", "pack_weights", "score_select"]
 
 ScoreSelectImpl = Literal["reference", "pallas_triton"]
 
-INT8_LIMIT = 127  # greatest weight of the fused kernels
 
-
-def is_fused(limit: int) -> bool:
+def is_fused(bounds: WeightBounds) -> bool:
     """Whether the fused kernels run here: on a GPU that passes their check, with weights that fit int8."""
-    return limit <= INT8_LIMIT and is_trusted("score_select", _agree)
+    return bounds.limit <= INT8_LIMIT and is_trusted("score_select", _agree)
 
 
 def _agree() -> bool:
@@ -33,10 +32,11 @@ def _agree() -> bool:
 def _agree_on(batch: int, heads: int, kv_len: int) -> bool:
     keys = jax.random.split(jax.random.key(0), 4)
     codes = jax.random.bits(keys[0], (batch, 1, 2, kv_len), jnp.uint32)
-    weights = jax.random.randint(keys[1], (batch, heads, 64), -9, 10, jnp.int32)
+    weights = jax.random.randint(keys[1], (batch, heads, 2, 64), -9, 10, jnp.int32)
     ends = jax.random.randint(keys[2], (batch,), kv_len // 2, kv_len + 1, jnp.int32)
     budgets = jax.random.randint(keys[3], (batch,), 10, 101, jnp.int32)
-    run = functools.partial(score_select, max_budget=100, limit=9, sink_tokens=2, recent_tokens=8)
+    bounds = WeightBounds(9, 9 * 64)
+    run = functools.partial(score_select, max_budget=100, bounds=bounds, sink_tokens=2, recent_tokens=8)
     found, expected = (
         jax.jit(functools.partial(run, impl=impl))(codes, pack_weights(weights), ends, budgets)
         for impl in ("pallas_triton", "reference")
@@ -46,25 +46,25 @@ def _agree_on(batch: int, heads: int, kv_len: int) -> bool:
 
 def score_select(
     codes: UInt32[Array, "batch code_heads words kv_len"],
-    weights: Int32[Array, "batch heads packed"],
+    weights: Int32[Array, "batch heads sums packed"],
     ends: Int32[Array, "batch"],
     budgets: Int32[Array, "batch"],
     max_budget: int,
-    limit: int,
+    bounds: WeightBounds,
     sink_tokens: int = 0,
     recent_tokens: int = 1,
     impl: ScoreSelectImpl = "pallas_triton",
 ) -> tuple[Int32[Array, "batch heads max_budget"], Bool[Array, "batch heads max_budget"]]:
-    """Positions of the tokens with the highest sum_b weight_b * bit_b, newest first among equals.
+    """Positions of the tokens with the highest scores (see `weights`), newest first among equals.
 
     Args:
         codes: word-major packed codes; bit c of a code is bit c % 32 of word c // 32.
-        weights: one row per selecting head, packed by `pack_weights`; head h reads the codes of code head
+        weights: some sums for each selecting head, packed by `pack_weights`; head h reads the codes of code head
             h // (heads // code_heads).
         ends: filled slots of each sequence, at least 1.
         budgets: tokens each head of a sequence reads, 1 to max_budget.
         max_budget: static width of the result.
-        limit: no weight is greater in magnitude.
+        bounds: of the weights.
         sink_tokens: first positions that are always chosen.
         recent_tokens: newest positions that are always chosen.
 
@@ -74,12 +74,12 @@ def score_select(
         the weights.
     """
     batch, code_heads, words, _ = codes.shape
-    if weights.shape[0] != batch or weights.shape[1] % code_heads or weights.shape[2] != 8 * words:
+    if weights.shape[0] != batch or weights.shape[1] % code_heads or weights.shape[3] != 8 * words:
         raise InputError(
             f"codes {codes.shape} and packed weights {weights.shape} do not fit: batch must be equal, heads a multiple "
             f"of code_heads ({code_heads}) and packed numbers 8 x words ({8 * words})"
         )
-    if limit > INT8_LIMIT:
-        raise InputError(f"weights up to {limit} do not fit int8 (at most {INT8_LIMIT})")
+    if bounds.limit > INT8_LIMIT:
+        raise InputError(f"weights up to {bounds.limit} do not fit int8 (at most {INT8_LIMIT})")
     run = {"reference": score_select_reference, "pallas_triton": score_select_pallas_triton}[impl]
-    return run(codes, weights, ends, budgets, max_budget, limit, sink_tokens, recent_tokens)
+    return run(codes, weights, ends, budgets, max_budget, bounds, sink_tokens, recent_tokens)

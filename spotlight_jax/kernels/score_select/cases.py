@@ -2,10 +2,12 @@
 
 import dataclasses
 
+from spotlight_jax.weights import WeightBounds
+
 
 @dataclasses.dataclass(frozen=True)
 class ScoreSelectCase:
-    """One call's shapes; limit is 7 for weights of four bits, the group's size for sums of signs."""
+    """One call's shapes."""
 
     name: str
     batch: int
@@ -14,18 +16,22 @@ class ScoreSelectCase:
     code_bits: int
     kv_len: int
     budget: int
-    limit: int = 7
+    sums: int = 2
+    bounds: WeightBounds = WeightBounds(127, 1020)
 
+
+SIGNS = WeightBounds(7, 7 * 128)
 
 CASES = (
     ScoreSelectCase("smollm2-135m per KV head, 8K", 1, 3, 3, 128, 8192, 164),
-    ScoreSelectCase("smollm2-135m per query head, 64 bits, 8K", 1, 3, 9, 64, 8192, 164),
-    ScoreSelectCase("llama3-8b, 256 bits, int8 weights, 2 x 8K", 2, 8, 8, 256, 8192, 164, 127),
+    ScoreSelectCase("smollm2-135m per query head, 64 bits, 8K", 1, 3, 9, 64, 8192, 164, 1),
+    ScoreSelectCase("llama3-8b, 256 bits, 2 x 8K", 2, 8, 8, 256, 8192, 164),
     ScoreSelectCase("qwen2.5-7b, ragged 4 x 32K", 4, 4, 4, 128, 32768, 656),
     ScoreSelectCase("qwen2.5-7b, 24 x 32K", 24, 4, 4, 128, 32768, 656),
+    ScoreSelectCase("qwen2.5-7b, one sum, 24 x 32K", 24, 4, 4, 128, 32768, 656, 1),
     ScoreSelectCase("qwen2.5-7b, 32 x 32K", 32, 4, 4, 128, 32768, 656),
     ScoreSelectCase("qwen2.5-7b, 128K", 1, 4, 4, 128, 131072, 2622),
-    ScoreSelectCase("qwen2.5-7b, int8 weights, 128K", 1, 4, 4, 128, 131072, 2622, 127),
+    ScoreSelectCase("qwen2.5-7b, sums of signs, 128K", 1, 4, 4, 128, 131072, 2622, 1, SIGNS),
     ScoreSelectCase("qwen2.5-7b, 8 x 128K", 8, 4, 4, 128, 131072, 2622),
     ScoreSelectCase("qwen2.5-7b, 512K", 1, 4, 4, 128, 524288, 10486),
 )

@@ -20,6 +20,8 @@ class Plan:
     code_heads: int
     words: int
     kv_len: int
+    sums: int  # of weights, for each row
+    least: int  # score
     rank_bits: int
     span: int  # places of a byte whose weights fit one power of two
     sink_tokens: int
@@ -53,15 +55,15 @@ def positions_of(start, step, width: int) -> Int32[Array, "width"]:
     return start + step * width + jnp.arange(width, dtype=jnp.int32)
 
 
-def walk(steps, load, work, start):
+def walk(steps, load, work, start, first=0):
     """`work` on each step's `load`, the next one's asked for before: memory is read while there is work."""
 
     def take_step(step, carry):
         loaded, done = carry
-        ahead = load(step + 1)
-        return ahead, work(step, loaded, done)
+        ahead = load(first + step + 1)
+        return ahead, work(first + step, loaded, done)
 
-    return lax.fori_loop(0, steps, take_step, (load(0), start))[1]
+    return lax.fori_loop(0, steps, take_step, (load(first), start))[1]
 
 
 def clear_free_slots(places_ref, budget, plan: Plan, width: int) -> None:

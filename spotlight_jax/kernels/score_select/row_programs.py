@@ -17,6 +17,7 @@ WARPS = 16  # all that a processor holds with 128 registers a thread
 THREADS = 32 * WARPS
 STEP = 4096  # tokens that a program works on together, of codes up to 128 bits: eight a thread
 FEWEST_ROWS = 64
+LONGEST = (1 << 16) - 1  # places and ties are counted in the halves of a number
 
 
 def choose_step(words: int) -> int:
@@ -24,33 +25,42 @@ def choose_step(words: int) -> int:
     return STEP >> max((words - 1).bit_length() - 2, 0)
 
 
-def has_program_a_row(rows: int, kv_len: int, words: int) -> bool:
-    """Whether programs own whole rows, of a length that a thread's fields hold.
+def has_program_a_row(rows: int, kv_len: int) -> bool:
+    """Whether programs own whole rows.
 
     A processor runs one at a time: from 64 rows on, about half of an H100's 132 or an A100's 108 processors or more are
     at work, on average over the rounds that more rows than processors take.
     """
-    return rows >= FEWEST_ROWS and kv_len <= MOST_STEPS * choose_step(words)
+    return rows >= FEWEST_ROWS and kv_len <= LONGEST
 
 
-def _find_cut(walk_ranks, fields: tuple, budget, width: int, plan: Plan) -> tuple:
-    """The last chosen rank, and how many of its ties are dropped. `fields` have counted the first digit."""
+def _count_in_parts(steps, load, work, width: int, plan: Plan) -> tuple:
+    """Histogram of what `work` counts, in parts of as many steps as fields hold."""
+    parts = -(-plan.kv_len // (MOST_STEPS * width))
+    length = (steps + parts - 1) // parts
+
+    def count_part(part, counts):
+        fields = walk(jnp.minimum(length, steps - part * length), load, work, no_digits(width), part * length)
+        return tuple(old + new for old, new in zip(counts, add_up_digits(fields), strict=True))
+
+    nothing = jnp.zeros((BINS // 2,), jnp.int32)
+    return lax.fori_loop(0, parts, count_part, (nothing, nothing))
+
+
+def _find_cut(count_ranks, counts: tuple, budget, plan: Plan) -> tuple:
+    """The last chosen rank, and how many of its ties are dropped. `counts` are of the first digit."""
     cut, wanted = jnp.int32(0), budget
     for done, shift in enumerate(plan.shifts, start=1):
-        found, above, up_to = find_bin(add_up_digits(fields), wanted)
+        found, above, up_to = find_bin(counts, wanted)
         cut, dropped, wanted = cut + ((BINS - 1 - found) << shift), up_to - wanted, wanted - above
         if done < len(plan.shifts):
-            count = functools.partial(_count_digits, base=cut, shift=plan.shifts[done], plan=plan)
-            fields = walk_ranks(count, no_digits(width))
+            counts = count_ranks(cut, plan.shifts[done])
     return cut, dropped
-
-
-def _count_digits(_, ranks, fields: tuple, *, base, shift: int, plan: Plan) -> tuple:
-    return add_digits(ranks - base, shift, fields, plan.interpret)
 
 
 def _store_chosen(step, ranks, before, *, cut, dropped, places_ref, plan: Plan):
     """A step's part of the result. `before` counts ranks above the cut and, sixteen bits higher, ties."""
+    ranks = ranks.astype(jnp.int32)
     counted = jnp.where(ranks > cut, 1, jnp.where(ranks == cut, 1 << 16, 0))
     reached = before + jnp.cumsum(counted)
     kept_ties = jnp.maximum(lax.shift_right_logical(reached, 16) - dropped, 0)  # the newest
@@ -86,15 +96,18 @@ def _select_kernel(bounds_ref, weights_ref, codes_ref, ranks_ref, places_ref, *,
         at, is_there = at_step(step)
         return plgpu.load(ranks_ref.at[at], mask=is_there, other=0)
 
-    def walk_ranks(work, start):
-        return walk(steps, load_ranks, lambda step, ranks, done: work(step, ranks.astype(jnp.int32), done), start)
+    def count_ranks(base, shift):
+        def count_step(_, ranks, fields):
+            return add_digits(ranks.astype(jnp.int32) - base, shift, fields, plan.interpret)
 
-    fields = walk(steps, load_words, score_step, no_digits(width))
+        return _count_in_parts(steps, load_ranks, count_step, width, plan)
+
+    counts = _count_in_parts(steps, load_words, score_step, width, plan)
     if not plan.interpret:
         plgpu.debug_barrier()  # every thread sees what the others have stored
-    cut, dropped = _find_cut(walk_ranks, fields, budget, width, plan)
+    cut, dropped = _find_cut(count_ranks, counts, budget, plan)
     store = functools.partial(_store_chosen, cut=cut, dropped=dropped, places_ref=places_ref, plan=plan)
-    walk_ranks(store, jnp.int32(0))
+    walk(steps, load_ranks, store, jnp.int32(0))
     clear_free_slots(places_ref, budget, plan, width)
 
 

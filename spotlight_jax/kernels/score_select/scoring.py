@@ -1,5 +1,8 @@
 """Ranks of codes: scores by four multiplications at once, with always-read tokens on top and unfilled slots at 0."""
 
+import functools
+import operator
+
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as plgpu
@@ -32,38 +35,45 @@ def _dot_bytes(
     return total
 
 
-def _least_score(weights_ref, plan: Plan) -> Int32[Array, ""]:
-    """Sum of a row's negative weights."""
+def _half_of(weights_ref, first: int, plan: Plan) -> Int32[Array, ""]:
+    """Half of a sum's weights (`weights.halves`)."""
     places = jnp.arange(1 << (plan.words * BYTE - 1).bit_length(), dtype=jnp.int32)
-    packed = plgpu.load(weights_ref.at[places], mask=places < plan.words * BYTE, other=0)
+    packed = plgpu.load(weights_ref.at[first + places], mask=places < plan.words * BYTE, other=0)
     total = jnp.zeros(places.shape, jnp.int32)
     for place in range(0, WORD_BITS, BYTE):
-        total = total + jnp.minimum(_byte_of(packed, place), 0)
-    return jnp.sum(total)
+        total = total + _byte_of(packed, place)
+    return jnp.sum(total) >> 1
 
 
-def _score_words(words: list[Array], packed: list[Array], plan: Plan) -> Int32[Array, "step"]:
-    """Scores of codes. Places of a byte whose weights can be brought to one power of two are added up together."""
-    scores = jnp.zeros(words[0].shape, jnp.int32)
-    for first in range(0, BYTE, plan.span):
+def _score_words(words: list[Array], packed: list[list[Array]], plan: Plan) -> list[Array]:
+    """Each sum of a code's bits, without what it is less.
+
+    Places of a byte whose weights can be brought to one power of two are added up together. From the highest ones down,
+    what is added up so far is brought to the next power, and the next bytes are added to it.
+    """
+    totals, power = [jnp.zeros(words[0].shape, jnp.int32)] * plan.sums, 0
+    for first in reversed(range(0, BYTE, plan.span)):
         last = min(first + plan.span, BYTE) - 1
-        total = jnp.zeros(words[0].shape, jnp.int32)
+        totals = [total >> max(power - last, 0) for total in totals]
         for place in range(first, last + 1):
             mask = jnp.uint32(0x01010101 << place)
             for word, bits in enumerate(words):
-                weights = _raise_bytes(packed[word * BYTE + place], last - place)
-                total = _dot_bytes(bits & mask, weights, total, plan.interpret)
-        scores = scores + (total >> last)
-    return scores
+                masked = bits & mask
+                for one, weights in enumerate(packed):
+                    raised = _raise_bytes(weights[word * BYTE + place], last - place)
+                    totals[one] = _dot_bytes(masked, raised, totals[one], plan.interpret)
+        power = last
+    return [total >> power for total in totals]
 
 
 def ranker_of(weights_ref, end: Int32[Array, ""], width: int, plan: Plan):
     """A row's function from a step's codes, and the position where the step starts, to ranks."""
-    packed = [weights_ref[place] for place in range(plan.words * BYTE)]
-    offset = 1 - _least_score(weights_ref, plan)  # the least rank of a visible token is 1
+    length = plan.words * BYTE
+    offsets = [1 - plan.least - _half_of(weights_ref, one * length, plan) for one in range(plan.sums)]
 
     def rank(words: list[Array], first: Int32[Array, ""]) -> Int32[Array, "width"]:
-        ranks = _score_words(words, packed, plan) + offset
+        packed = [[weights_ref[one * length + place] for place in range(length)] for one in range(plan.sums)]
+        ranks = functools.reduce(jnp.maximum, map(operator.add, _score_words(words, packed, plan), offsets))
 
         def force(ranks):
             positions = positions_of(first, 0, width)

@@ -1,0 +1,249 @@
+"""What is measured of text before anything is trained, and the hash functions fitted to it.
+
+The transform form is a transform code of the keys, as one codes signals for few bits. A score and the true score differ
+by q . (k - decoded k). Its mean square is least when keys are turned so that errors weigh alike in all directions (by
+the root of the queries' second moment) and then into their principal axes; each axis gets bits by its variance (Huang
+and Schultheiss, Block quantization of correlated Gaussian random variables, 1963), and each of them halves the cells
+of those before it (uniform levels: Max, Quantizing for minimum distortion, 1960). A score is the dot product with the
+decoded key, which is linear in the bits.
+
+All of it follows from first and second moments, which windows of text add up to one after another.
+"""
+
+import dataclasses
+import functools
+import heapq
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Int32, Shaped
+
+from spotlight_jax import hashing
+from spotlight_jax.metrics import attention_probabilities
+from spotlight_jax.selection import SelectionConfig, select_mask
+
+MOST_DIGITS = 7  # of one axis, where axes are not too few for that
+# Mean square error of 2^b uniform levels for a standard normal variable, and the step between two levels (Max 1960)
+_ERROR = (1.0, 0.3634, 0.1188, 0.03744, 0.01154, 0.003495, 0.001041)
+_STEP = (0.0, 1.596, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041)
+_ROOM = 1.25  # cells reach that much further than is best for a normal variable: keys have heavier tails
+
+
+@flax.struct.dataclass
+class Moments:
+    """Means over keys and queries of a text; the first key of a window, far from all others, is left out."""
+
+    mean: Float[Array, "*layers kv_heads head_dim"]  # of the keys
+    covariance: Float[Array, "*layers kv_heads head_dim head_dim"]
+    queries: Float[Array, "*layers kv_heads group head_dim head_dim"]  # second moment of each query head
+    summed: Float[Array, "*layers kv_heads head_dim"]  # mean square of the group's summed queries
+
+
+def measure_moments(
+    keys: Shaped[Array, "kv_len kv_heads head_dim"], queries: Shaped[Array, "q_len q_heads head_dim"]
+) -> Moments:
+    """Moments of one layer on one window; keys and queries after RoPE, all keys and some of the queries."""
+    keys, queries = keys[1:].astype(jnp.float32), queries.astype(jnp.float32)
+    grouped = queries.reshape(queries.shape[0], keys.shape[1], -1, queries.shape[-1])
+    mean, exact = jnp.mean(keys, axis=0), jax.lax.Precision.HIGHEST
+    centred = keys - mean[None]
+    return Moments(
+        mean=mean,
+        covariance=jnp.einsum("skd,ske->kde", centred, centred, precision=exact) / keys.shape[0],
+        queries=jnp.einsum("tkgd,tkge->kgde", grouped, grouped, precision=exact) / queries.shape[0],
+        summed=jnp.mean(jnp.square(jnp.sum(grouped, axis=2)), axis=0),
+    )
+
+
+def average(moments: list[Moments]) -> Moments:
+    """Moments of windows of one length together; the spread of their means is part of the covariance."""
+    stacked = jax.tree.map(
+        lambda *leaves: np.stack([np.asarray(leaf, np.float64) for leaf in leaves]),
+        *[{field.name: getattr(each, field.name) for field in dataclasses.fields(each)} for each in moments],
+    )
+    found = {name: leaf.mean(axis=0) for name, leaf in stacked.items()}
+    away = stacked["mean"] - found["mean"]
+    found["covariance"] += np.einsum("w...d,w...e->...de", away, away) / len(moments)
+    return Moments(**{name: jnp.asarray(leaf, jnp.float32) for name, leaf in found.items()})
+
+
+def fit_params(params: hashing.HashParams, moments: Moments, cfg: hashing.HashConfig) -> hashing.HashParams:
+    """Params of `hashing.init_params` for these keys and queries; not centred ones stay as they are.
+
+    Args:
+        moments: of all layers, from `average`.
+    """
+    if isinstance(params.weights, hashing.TransformWeights):
+        assert isinstance(params.stats, hashing.Coder)
+        return _fit_transform(params.weights, params.stats, moments, cfg.code_bits)
+    return params.replace(stats=balance(moments)) if cfg.centre else params  # type: ignore[attr-defined]
+
+
+def balance(moments: Moments) -> hashing.KeyStats:
+    """Where networks see keys: centred, and scaled so that both sides of the dot product have equal spreads.
+
+    A code spends its bits on a dimension as its spread says, but what a dimension adds to the spread of q . k is the
+    product of both sides'. With scale^2 = spread of keys / spread of the group's summed queries, centred keys / scale
+    and queries * scale have equal spreads, q . k is what it was, and no bits go to dimensions that decide nothing.
+    Scaled keys have a mean square of 1.
+    """
+    key_spread = jnp.maximum(jnp.sqrt(jnp.diagonal(moments.covariance, axis1=-2, axis2=-1)), 1e-6)
+    scale = jnp.sqrt(key_spread / jnp.maximum(jnp.sqrt(moments.summed), 1e-6))
+    mean_square = jnp.mean(jnp.square(key_spread / scale), axis=-1, keepdims=True)
+    return hashing.KeyStats(mean=moments.mean, scale=scale * jnp.sqrt(mean_square))
+
+
+def _fit_transform(
+    weights: hashing.TransformWeights, coder: hashing.Coder, moments: Moments, code_bits: int
+) -> hashing.HashParams:
+    axes, cells, decode = (np.zeros(leaf.shape, np.float32) for leaf in (coder.axes, coder.cells, weights.decode))
+    covariance, queries = (np.asarray(leaf, np.float64) for leaf in (moments.covariance, moments.queries))
+    for place in np.ndindex(axes.shape[:2]):
+        fitted = fit_axes(covariance[place], queries[place], code_bits)
+        axes[place], cells[place], decode[place] = fitted
+    scale = np.sqrt(np.mean(np.square(decode), axis=(-3, -2, -1), keepdims=True))  # one for a layer: learning rates
+    fitted_coder = dataclasses.replace(coder, mean=moments.mean, axes=jnp.asarray(axes), cells=jnp.asarray(cells))
+    scaled = jnp.asarray(decode / np.maximum(scale, 1e-30))
+    return hashing.HashParams(dataclasses.replace(weights, decode=scaled), fitted_coder)
+
+
+def fit_axes(
+    covariance: Float[np.ndarray, "head_dim head_dim"],
+    queries: Float[np.ndarray, "group head_dim head_dim"],
+    code_bits: int,
+) -> tuple[
+    Float[np.ndarray, "head_dim code_bits"],
+    Float[np.ndarray, " code_bits"],
+    Float[np.ndarray, "head_dim code_bits"],
+]:
+    """One KV head's `Coder.axes` and `Coder.cells`, and `TransformWeights.decode`.
+
+    Every query head's scores count alike, whatever their size: its moment is divided by the spread that it gives them.
+    """
+    spread = np.maximum(np.einsum("gde,ed->g", queries, covariance), 1e-12)
+    root, inverse = _roots(np.mean(queries / spread[:, None, None], axis=0))
+    variances, turned = np.linalg.eigh(root @ covariance @ root)
+    deviations = np.sqrt(np.maximum(variances, 1e-12))
+    digits = allot_digits(np.square(deviations), code_bits)
+    counts = digits.tolist()
+    axis = np.repeat(np.arange(len(counts)), counts)
+    place = np.concatenate([np.arange(count) for count in counts])
+    width = _ROOM * deviations * np.array([step_of(count) * 2.0**count for count in counts])  # of all cells of an axis
+    one_digit = 2 * np.sqrt(2 / np.pi) * deviations  # between the means of a normal variable's halves
+    worth = np.where(digits[axis] == 1, one_digit[axis], width[axis] * 0.5 ** (place + 1))
+    return (root @ turned)[:, axis] / width[axis], 2.0 ** (place + 1), (inverse @ turned)[:, axis] * worth
+
+
+def _roots(moment: Float[np.ndarray, "d d"]) -> tuple[Float[np.ndarray, "d d"], Float[np.ndarray, "d d"]]:
+    """The symmetric root of a second moment, and its inverse."""
+    values, vectors = np.linalg.eigh(moment)
+    roots = np.sqrt(np.maximum(values, 1e-6 * max(values.max(), 1e-12)))
+    return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
+
+
+def step_of(digits: int) -> float:
+    """Between two of 2^digits levels; past the table's end a digit all but halves it."""
+    known = min(digits, len(_STEP) - 1)
+    return _STEP[known] * 0.55 ** (digits - known)
+
+
+def _error_of(digits: int) -> float:
+    known = min(digits, len(_ERROR) - 1)
+    return _ERROR[known] * 0.3 ** (digits - known)
+
+
+def allot_digits(variances: Float[np.ndarray, " axes"], code_bits: int) -> Int[np.ndarray, " axes"]:
+    """Digits of each axis: one after another to where it lowers the mean square error most."""
+    digits = np.zeros(len(variances), np.int64)
+    most = max(MOST_DIGITS, -(-code_bits // len(variances)))
+    gains = [(-float(variance) * (_error_of(0) - _error_of(1)), axis) for axis, variance in enumerate(variances)]
+    heapq.heapify(gains)
+    for _ in range(code_bits):
+        _, axis = heapq.heappop(gains)
+        digits[axis] += 1
+        count = int(digits[axis])
+        if count < most:
+            heapq.heappush(gains, (-float(variances[axis]) * (_error_of(count) - _error_of(count + 1)), axis))
+    return digits
+
+
+def split_groups(
+    params: hashing.HashParams,
+    moments: Moments,
+    windows: list[tuple[np.ndarray, np.ndarray, np.ndarray]],
+    selection: SelectionConfig,
+    layers_at_once: int,
+) -> hashing.HashParams:
+    """Params whose two sums share out each group as reads most attention mass, or have all of it both.
+
+    Starting from one sum, the head whose change of sides helps most goes over, until none does. Tokens are scored by
+    true dot products, each sum's divided by its standard deviation, on windows of text.
+
+    Args:
+        moments: of the same text, from `average`.
+        windows: keys, queries and positions of queries of all layers.
+        selection: how many tokens are read.
+    """
+    coder = params.stats
+    if not isinstance(coder, hashing.Coder) or coder.members.shape[-2] == 1:
+        return params
+    layers, kv_heads, _, group = coder.members.shape
+
+    def masses(second: Bool[np.ndarray, "layers options kv_heads group"]) -> Float[np.ndarray, "layers options kv"]:
+        args = moments.mean, moments.covariance, jnp.asarray(second)
+        rows = [_mass_of_splits(*args, *window, selection, layers_at_once) for window in windows]
+        return np.mean([np.asarray(row) for row in rows], axis=0)
+
+    second = np.zeros((layers, kv_heads, group), bool)
+    best = masses(np.repeat(second[:, None], group, axis=1))[:, 0]
+    for _ in range(group):
+        moved = second[:, None] ^ np.eye(group, dtype=bool)[None, :, None]
+        found = masses(moved)
+        choice = np.argmax(found, axis=1)
+        is_better = np.max(found, axis=1) > best + 1e-5
+        if not is_better.any():
+            break
+        chosen = np.take_along_axis(moved, choice[:, None, :, None], axis=1)[:, 0]
+        second, best = np.where(is_better[..., None], chosen, second), np.maximum(best, np.max(found, axis=1))
+    members = np.stack([~second, second], axis=2)
+    is_whole = ~np.all(members.any(axis=-1), axis=-1)  # all on one side: one sum, twice
+    members |= is_whole[:, :, None, None]
+    return params.replace(stats=dataclasses.replace(coder, members=jnp.asarray(members, jnp.float32)))  # type: ignore[attr-defined]
+
+
+@functools.partial(jax.jit, static_argnames=("selection", "layers_at_once"))
+def _mass_of_splits(
+    mean: Float[Array, "layers kv_heads head_dim"],
+    covariance: Float[Array, "layers kv_heads head_dim head_dim"],
+    second: Bool[Array, "layers options kv_heads group"],
+    keys: Shaped[Array, "layers kv_len kv_heads head_dim"],
+    queries: Shaped[Array, "layers q_len q_heads head_dim"],
+    positions: Int32[Array, "layers q_len"],
+    selection: SelectionConfig,
+    layers_at_once: int,
+) -> Float[Array, "layers options kv_heads"]:
+    """Attention mass that each way of splitting groups reads."""
+
+    def measure_layer(args):
+        mean, covariance, second, keys, queries, positions = args
+        keys, queries = keys.astype(jnp.float32), queries.astype(jnp.float32)
+        probabilities = attention_probabilities(queries[None], keys[None], positions[None], keys.shape[1])
+        grouped = queries.reshape(queries.shape[0], keys.shape[1], -1, queries.shape[-1])
+
+        def measure_option(second):
+            sides = jnp.stack([~second, second], axis=1).astype(jnp.float32)
+            sums = jnp.einsum("tkgd,krg->tkrd", grouped, sides)
+            variance = jnp.einsum("tkrd,kde,tkre->tkr", sums, covariance, sums)
+            scores = jnp.einsum("tkrd,skd->tkrs", sums, keys - mean[None])
+            scores = scores * jax.lax.rsqrt(variance + 1e-12)[..., None]
+            is_empty = jnp.sum(sides, axis=-1) == 0
+            best = jnp.max(jnp.where(is_empty[None, :, :, None], -jnp.inf, scores), axis=2)
+            chosen = select_mask(best[None], positions[None], selection)
+            return jnp.mean(jnp.sum(jnp.where(chosen, probabilities, 0.0), axis=-1), axis=(0, 1))
+
+        return jax.lax.map(measure_option, second)
+
+    args = mean, covariance, second, keys, queries, positions
+    return jax.lax.map(measure_layer, args, batch_size=layers_at_once)
