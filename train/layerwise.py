@@ -4,7 +4,7 @@ One forward pass of the model per window of text feeds the ranking losses of all
 The run folder holds config.yaml, env.json, metrics.jsonl, summary.json, curves.png, layers.png, checkpoints/ and
 selector/, which is what generation and evaluation load.
 
-    python -m train.layerwise --preset demo                  two CPU cores, about 8 minutes
+    python -m train.layerwise --preset demo                  two CPU cores, about 5 minutes
     python -m train.layerwise --model MODEL --out runs/mine  a GPU
     python -m train.layerwise --resume --out runs/mine       continue after an interruption, bit for bit
 
