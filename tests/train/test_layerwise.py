@@ -18,7 +18,7 @@ from spotlight_jax.checkpoint import load_selector
 from spotlight_jax.models.config import config_from_hf
 from tests.models import tiny
 from tests.train.conftest import LAYERS, SAVE_EVERY, STEPS, WINDOW
-from train import hidden_cache, layerwise, plan
+from train import hidden_cache, layerwise, plan, session
 from train.session import Session
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -135,8 +135,9 @@ def test_sigterm_saves_tells_how_to_go_on_and_resumes_bit_for_bit(inputs, finish
     _assert_resumes_equal(path, finished, capsys)
 
 
-def test_a_finished_run_can_be_resumed(finished, tmp_path, capsys):
+def test_a_finished_run_can_be_resumed_and_is_not_fitted_again(finished, tmp_path, capsys, monkeypatch):
     path = tmp_path / "run"
+    monkeypatch.setattr(session, "fit", lambda *args: pytest.fail("fitted again"))
     shutil.copytree(finished.path, path)
     shutil.rmtree(path / "selector")
     _assert_resumes_equal(path, finished, capsys)
