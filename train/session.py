@@ -93,7 +93,7 @@ class Session:
         else:
             self._open_text()
         hashes = hashing.init_params(self._init_key, cfg.hash, self.shape)
-        if needs_windows(cfg.hash) and not cfg.resume:  # a resumed run's were fitted
+        if needs_windows(cfg.hash) and not (cfg.resume or cfg.dry_run):  # were fitted, or are only timed
             progress = functools.partial(self._display.update, "fitting to windows")
             hashes = fit(hashes, self.feed.first_windows(cfg.fit_windows, self.shape.layers), cfg, progress)
         state = init_state(hashes, cfg.optimizer, cfg.steps)

@@ -192,6 +192,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoi
 @pytest.mark.parametrize("where", [(), ("--weights", "host")])
 def test_a_dry_run_tells_memory_and_time_and_writes_nothing(where, inputs, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(session, "fit", lambda *args: pytest.fail("fitted for nothing"))
     assert layerwise.command(inputs.flags(tmp_path / "run", "--dry-run", *where)) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("memory") for line in lines) and any(line.startswith("time") for line in lines)
