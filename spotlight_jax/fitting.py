@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32, Shaped
 
 from spotlight_jax import hashing
-from spotlight_jax.metrics import attention_probabilities
+from spotlight_jax.metrics import attention_probabilities, captured_mass
 from spotlight_jax.selection import SelectionConfig, select_mask
 
 MOST_DIGITS = 7  # of one axis, where axes are not too few for that
@@ -78,7 +78,7 @@ def fit_params(params: hashing.HashParams, moments: Moments, cfg: hashing.HashCo
     if isinstance(params.weights, hashing.TransformWeights):
         assert isinstance(params.stats, hashing.Coder)
         return _fit_transform(params.weights, params.stats, moments, cfg.code_bits)
-    return params.replace(stats=balance(moments)) if cfg.centre else params  # type: ignore[attr-defined]
+    return dataclasses.replace(params, stats=balance(moments)) if cfg.centre else params
 
 
 def balance(moments: Moments) -> hashing.KeyStats:
@@ -210,7 +210,8 @@ def split_groups(
     members = np.stack([~second, second], axis=2)
     is_whole = ~np.all(members.any(axis=-1), axis=-1)  # all on one side: one sum, twice
     members |= is_whole[:, :, None, None]
-    return params.replace(stats=dataclasses.replace(coder, members=jnp.asarray(members, jnp.float32)))  # type: ignore[attr-defined]
+    coder = dataclasses.replace(coder, members=jnp.asarray(members, jnp.float32))
+    return dataclasses.replace(params, stats=coder)
 
 
 @functools.partial(jax.jit, static_argnames=("selection", "layers_at_once"))
@@ -240,8 +241,7 @@ def _mass_of_splits(
             scores = scores * jax.lax.rsqrt(variance + 1e-12)[..., None]
             is_empty = jnp.sum(sides, axis=-1) == 0
             best = jnp.max(jnp.where(is_empty[None, :, :, None], -jnp.inf, scores), axis=2)
-            chosen = select_mask(best[None], positions[None], selection)
-            return jnp.mean(jnp.sum(jnp.where(chosen, probabilities, 0.0), axis=-1), axis=(0, 1))
+            return captured_mass(select_mask(best[None], positions[None], selection), probabilities)
 
         return jax.lax.map(measure_option, second)
 

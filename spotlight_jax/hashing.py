@@ -117,6 +117,9 @@ class TransformWeights:
     log_gain: Float[Array, "*layers q_heads"]  # a query head's say in its sum
 
 
+Weights = NetworkWeights | TransformWeights  # all that is trained
+
+
 @flax.struct.dataclass
 class Coder:
     """The key side of the transform form: fitted once, never trained.
@@ -135,7 +138,7 @@ class Coder:
 class HashParams:
     """A selector: what is trained, and what was measured of text before."""
 
-    weights: NetworkWeights | TransformWeights
+    weights: Weights
     stats: KeyStats | Coder
 
     @property

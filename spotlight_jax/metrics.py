@@ -38,6 +38,13 @@ def attention_probabilities(
     return jnp.mean(probabilities.reshape(batch, q_len, heads, q_heads // heads, -1), axis=3)
 
 
+def captured_mass(
+    chosen: Bool[Array, "batch q_len heads kv_len"], probabilities: Float[Array, "batch q_len heads kv_len"]
+) -> Float[Array, "heads"]:
+    """Attention probability of the chosen tokens, mean over queries."""
+    return jnp.mean(jnp.sum(jnp.where(chosen, probabilities, 0.0), axis=-1), axis=(0, 1))
+
+
 def selection_quality(
     chosen: Bool[Array, "batch q_len heads kv_len"],
     oracle: Bool[Array, "batch q_len heads kv_len"],
@@ -50,6 +57,6 @@ def selection_quality(
     return SelectionQuality(
         iou=jnp.mean(common / jnp.maximum(either, 1), axis=(0, 1)),
         recall=jnp.mean(common / jnp.maximum(wanted, 1), axis=(0, 1)),
-        mass=jnp.mean(jnp.sum(jnp.where(chosen, probabilities, 0.0), axis=-1), axis=(0, 1)),
-        oracle_mass=jnp.mean(jnp.sum(jnp.where(oracle, probabilities, 0.0), axis=-1), axis=(0, 1)),
+        mass=captured_mass(chosen, probabilities),
+        oracle_mass=captured_mass(oracle, probabilities),
     )

@@ -107,6 +107,11 @@ def top_counts(positions: Int32[Array, "q_len"], kv_len: int, cfg: RankingConfig
     return jnp.minimum(jnp.maximum(share, cfg.min_top), visible)
 
 
+def most_top(kv_len: int, cfg: RankingConfig) -> int:
+    """The largest of `top_counts` in a window of kv_len."""
+    return min(max(kv_len - int((1 - cfg.top_share) * kv_len), cfg.min_top), kv_len)
+
+
 def true_scores(
     queries: Shaped[Array, "q_len q_heads head_dim"],
     keys: Shaped[Array, "kv_len kv_heads head_dim"],
@@ -168,7 +173,7 @@ def sample_pairs(
     top_key, other_key = jax.random.split(key)
     kv_len, heads_and_queries = scores.shape[-1], (scores.shape[0], scores.shape[1])
     counts = top_counts(positions, kv_len, cfg)[None, :, None]
-    largest = min(max(kv_len - int((1 - cfg.top_share) * kv_len), cfg.min_top), kv_len)
+    largest = most_top(kv_len, cfg)
     top_positions, top_values = _find_top(scores, counts, largest)
 
     picks = min(cfg.tops, largest)
@@ -289,12 +294,11 @@ def _mass_cost(
     the mean of those near the cut.
     """
     counts = top_counts(positions, codes.shape[1], cfg)[None, :, None]
-    largest = min(max(codes.shape[1] - int((1 - cfg.top_share) * codes.shape[1]), cfg.min_top), codes.shape[1])
     is_seen = ranked > -jnp.inf
     probabilities = jax.nn.softmax(ranked, axis=-1)
     scores = jnp.where(is_seen, _all_scores(weights, codes), -jnp.inf)
     fixed = jax.lax.stop_gradient(scores)
-    top = _find_top(fixed, counts, largest)[1]
+    top = _find_top(fixed, counts, most_top(codes.shape[1], cfg))[1]
     cut = jnp.min(jnp.where(top > -jnp.inf, top, jnp.inf), axis=-1, keepdims=True)
     squares = jnp.where(is_seen, jnp.square(jnp.where(is_seen, fixed, 0.0) - cut), 0.0)
     seen = positions[None, :, None] + 1

@@ -42,12 +42,17 @@ def real_bounds(code_bits: int) -> WeightBounds:
     return WeightBounds(INT8_LIMIT, max(TOTAL, code_bits))
 
 
+def real_room(code_bits: int) -> int:
+    """What magnitudes may add up to before they are rounded, which adds half a unit a bit at most."""
+    return TOTAL - code_bits // 2
+
+
 def quantise(weights: Float[Array, "*batch sums code_bits"]) -> Int32[Array, "*batch sums code_bits"]:
     """Real weights as integers within `real_bounds`, on one scale for all sums of a query."""
     sizes = jnp.abs(weights)
     largest = jnp.max(sizes, axis=(-2, -1), keepdims=True)
     total = jnp.max(jnp.sum(sizes, axis=-1, keepdims=True), axis=-2, keepdims=True)
-    room = TOTAL - weights.shape[-1] // 2  # rounding adds half a unit a bit at most
+    room = real_room(weights.shape[-1])
     scale = jnp.minimum(INT8_LIMIT / jnp.maximum(largest, 1e-30), room / jnp.maximum(total, 1e-30))
     return jnp.round(weights * scale).astype(jnp.int32)
 

@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable, Iterable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from spotlight_jax import fitting, hashing
@@ -47,4 +46,4 @@ def _thin(seen: Captured) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Keys, a few queries and their positions, on the host."""
     count = seen.picks.shape[1]
     few = np.linspace(0, count - 1, min(count, _SPLIT_QUERIES)).astype(int)
-    return jax.device_get((seen.keys, seen.queries[:, few], jnp.asarray(seen.picks)[:, few]))
+    return jax.device_get((seen.keys, seen.queries[:, few], seen.picks[:, few]))

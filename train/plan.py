@@ -9,6 +9,7 @@ from spotlight_jax.errors import InputError
 from spotlight_jax.memory import GIB, available_bytes
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import param_shapes
+from spotlight_jax.ranking import most_top
 from train.config import LayerwiseConfig
 
 
@@ -25,7 +26,7 @@ def estimate_memory(cfg: LayerwiseConfig, model: DecoderConfig, dtype: np.dtype,
     code_heads = model.kv_heads if cfg.hash.code_heads == "kv" else model.q_heads
     at_once = min(ranking.queries_at_once, ranking.queries)
     rows = model.q_heads * at_once
-    tops = min(ranking.tops, max(window - int((1 - ranking.top_share) * window), ranking.min_top))
+    tops = min(ranking.tops, most_top(window, ranking))
     loss = (
         cfg.layers_at_once
         * 4
@@ -35,18 +36,18 @@ def estimate_memory(cfg: LayerwiseConfig, model: DecoderConfig, dtype: np.dtype,
             + 2 * rows * tops * cfg.hash.code_bits  # codes of the sampled top keys
         )
     )
-    networks = model.head_dim * cfg.hash.hidden + cfg.hash.hidden * cfg.hash.code_bits
-    networks += model.head_dim * cfg.hash.code_bits * (cfg.hash.skip == "rotation")
-    heads = code_heads + (model.q_heads if cfg.hash.form == "asymmetric" else 0)
-    if cfg.hash.form == "transform":
-        networks, heads = model.head_dim * cfg.hash.code_bits, model.kv_heads
+    matrix = model.head_dim * cfg.hash.code_bits
+    hashes = model.kv_heads * matrix
+    if cfg.hash.form != "transform":
+        network = (model.head_dim + cfg.hash.code_bits) * cfg.hash.hidden + matrix * (cfg.hash.skip == "rotation")
+        hashes = network * (code_heads + (model.q_heads if cfg.hash.form == "asymmetric" else 0))
     held_out = cfg.data.held_out_windows * (keys + cfg.measure.queries * model.q_heads * model.head_dim * size)
     return {
         "frozen model" if is_whole else "one layer of the frozen model": weights,
         "queries and keys of a window (--data.window)": layers * devices * (keys + cfg.steps_per_window * queries),
         "held-out windows (--data.held-out-windows)": layers * held_out,
         "loss (--layers-at-once, --ranking.queries-at-once)": loss,
-        "hash functions and AdamW's moments": (4 if cfg.optimizer.ema else 3) * 4 * layers * heads * networks,
+        "hash functions and AdamW's moments": (4 if cfg.optimizer.ema else 3) * 4 * layers * hashes,
     }
 
 

@@ -62,9 +62,7 @@ class TrainState:
 
     params: hashing.HashParams
     opt_state: Any
-    averaged: (
-        hashing.NetworkWeights | hashing.TransformWeights | None
-    )  # the moving average of the weights, where there is one
+    averaged: hashing.Weights | None  # the moving average of the weights, where there is one
 
     @property
     def selector(self) -> hashing.HashParams:

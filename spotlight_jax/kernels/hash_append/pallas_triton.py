@@ -17,7 +17,7 @@ from jaxtyping import Array, Int32, Shaped, UInt32
 
 from spotlight_jax.kernels.hash_append.reference import Transform
 from spotlight_jax.kernels.score_select.packing import BYTE, WORD_BITS
-from spotlight_jax.weights import INT8_LIMIT, TOTAL
+from spotlight_jax.weights import INT8_LIMIT, real_room
 
 ROWS = 16  # of a product on tensor cores, at least: a row is one sum of one sequence
 DEPTH = 32  # dimensions that are multiplied at once: registers hold their three parts
@@ -44,9 +44,9 @@ class Plan:
         return ROWS // self.sums
 
     @property
-    def chunks(self) -> range:
-        """Where the parts of head_dim begin that are multiplied at once."""
-        return range(0, self.head_dim, DEPTH)
+    def chunks(self) -> list[Int32[Array, "depth"]]:
+        """Dimensions that are multiplied at once; the last ones may lie past head_dim."""
+        return [first + jnp.arange(DEPTH) for first in range(0, self.head_dim, DEPTH)]
 
     @property
     def bits(self) -> int:
@@ -88,14 +88,13 @@ def _ask(ref, places: tuple, is_there: Array) -> _Asked:
 def _ask_matrix(ref, head, plan: Plan) -> list[_Asked]:
     """One head's [head_dim, code_bits], in chunks."""
     bits = jnp.arange(plan.bits)[None, :]
-    chunks = [(first + jnp.arange(DEPTH))[:, None] for first in plan.chunks]
+    chunks = [dims[:, None] for dims in plan.chunks]
     return [_ask(ref, (head, dims, bits), (dims < plan.head_dim) & (bits < plan.code_bits)) for dims in chunks]
 
 
 def _ask_rows(ref, sequences, head, plan: Plan) -> list[_Asked]:
     """One head's vectors, a row a sequence, in chunks."""
-    sequences = sequences[:, None]
-    chunks = [(first + jnp.arange(DEPTH))[None, :] for first in plan.chunks]
+    sequences, chunks = sequences[:, None], [dims[None, :] for dims in plan.chunks]
     return [_ask(ref, (sequences, head, dims), (sequences < plan.batch) & (dims < plan.head_dim)) for dims in chunks]
 
 
@@ -120,7 +119,7 @@ def _weigh_queries(
     squares, sizes = jnp.sum(jnp.square(weights), axis=1), jnp.abs(weights)
     largest, total = jnp.max(sizes, axis=1), jnp.sum(sizes, axis=1)
     norm = lax.rsqrt(squares + 1e-12)
-    room = TOTAL - plan.code_bits // 2
+    room = real_room(plan.code_bits)
     scale = jnp.minimum(INT8_LIMIT / jnp.maximum(largest * norm, 1e-30), room / jnp.maximum(total * norm, 1e-30))
     scale = jnp.min(scale.reshape(plan.tile, plan.sums), axis=1)[:, None]
     scale = norm * jnp.broadcast_to(scale, (plan.tile, plan.sums)).reshape(ROWS)
@@ -142,7 +141,7 @@ def _append_keys(
     bits, words = jnp.arange(plan.bits), jnp.arange(plan.bits // WORD_BITS)
     axes = _ask_matrix(axes_ref, head, plan)
     keys, values = (_ask_rows(ref, sequences, head, plan) for ref in (keys_ref, values_ref))
-    chunks = [(start + jnp.arange(DEPTH))[None, :] for start in plan.chunks]
+    chunks = [dims[None, :] for dims in plan.chunks]
     means = [_ask(mean_ref, (head, dims), dims < plan.head_dim) for dims in chunks]
     cells = plgpu.load(cells_ref.at[head, bits], mask=bits < plan.code_bits, other=2.0)[None, :]
     is_row = (sequences < plan.batch)[:, None]
