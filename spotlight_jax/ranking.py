@@ -28,13 +28,14 @@ from spotlight_jax.kernels.select_top import select_top
 from spotlight_jax.selection import ordered_ranks
 
 Target = Literal["query_head", "kv_head"]
+Loss = Literal["pairs", "mass"]
 
 
 @dataclasses.dataclass(frozen=True)
 class RankingConfig:
     """What hash functions are trained for, and on how much of it."""
 
-    loss: Literal["pairs", "mass"] = "pairs"
+    loss: Loss = "pairs"
     """pairs: top keys above others, by Bradley-Terry (the paper); mass: the attention probability that is read."""
     softness: float = 0.012
     """Width of the mass loss's cut, in root mean square distances of scores from it."""

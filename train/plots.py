@@ -7,25 +7,29 @@ import matplotlib
 import numpy as np
 from jaxtyping import Float
 
+from spotlight_jax.ranking import Loss
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 _LEARNED, _LSH, _ORACLE, _PLAIN = "#1f6f8b", "#b5651d", "#444444", "#7a9e3a"
 
 
-def plot_curves(path: pathlib.Path, rows: list[dict[str, Any]], summary: dict[str, Any]) -> None:
-    """`curves.png`: loss and wrongly ranked pairs, IoU, captured mass, each beside its baselines."""
+def plot_curves(path: pathlib.Path, rows: list[dict[str, Any]], summary: dict[str, Any], loss: Loss) -> None:
+    """`curves.png`: loss (and wrongly ranked pairs), IoU, captured mass, each beside its baselines."""
     steps = [row for row in rows if "loss" in row]
     measured = [row for row in rows if "iou" in row]
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     x = [row["step"] for row in steps]
     left.plot(x, [row["loss"] for row in steps], color=_LEARNED, label="ranking loss")
-    left.set(xlabel="step", ylabel="ranking loss, mean over layers", title="Training", ylim=(0, None))
-    twin = left.twinx()
-    twin.plot(x, [100 * row["wrong"] for row in steps], color=_PLAIN, label="wrongly ranked pairs")
-    twin.set(ylabel="wrongly ranked pairs (%)", ylim=(0, None))
-    lines = [*left.get_lines(), *twin.get_lines()]
-    left.legend(lines, [str(line.get_label()) for line in lines], loc="lower center", frameon=False)
+    what = "ranking loss" if loss == "pairs" else "attention mass missed"
+    left.set(xlabel="step", ylabel=f"{what}, mean over layers", title="Training", ylim=(0, None))
+    if loss == "pairs":
+        twin = left.twinx()
+        twin.plot(x, [100 * row["wrong"] for row in steps], color=_PLAIN, label="wrongly ranked pairs")
+        twin.set(ylabel="wrongly ranked pairs (%)", ylim=(0, None))
+        lines = [*left.get_lines(), *twin.get_lines()]
+        left.legend(lines, [str(line.get_label()) for line in lines], loc="lower center", frameon=False)
     at = [row["step"] for row in measured]
     keep = f"{100 * summary['keep']:g} %"
     middle.plot(at, [row["iou"] for row in measured], "o-", color=_LEARNED, label="trained")

@@ -55,7 +55,7 @@ def write_results(session: Session, folder: runs.RunFolder) -> dict[str, Any]:
         info={"recipe": runs.to_plain(session.cfg), "metrics": summary},
     )
     save_selector(path, selector, _card(session, summary))
-    plot_curves(folder.path / "curves.png", folder.metrics(), summary)
+    plot_curves(folder.path / "curves.png", folder.metrics(), summary, session.cfg.ranking.loss)
     head = "KV head" if session.cfg.measure.per == "kv_head" else "query head"
     trained, lsh = (np.asarray(session.quality[name].iou) for name in ("trained", "lsh"))
     plot_layers(folder.path / "layers.png", trained, lsh, head)
