@@ -199,7 +199,7 @@ def attend_sparsely(
     Args:
         lengths: tokens each sequence has cached before this one.
     """
-    layer, indices, is_real = _append_and_select(queries, keys, values, layer, lengths, selector, selection)
+    queries, layer, indices, is_real = _append_and_select(queries, keys, values, layer, lengths, selector, selection)
     out = sparse_attention(queries[:, 0].astype(layer.keys.dtype), layer.keys, layer.values, indices, is_real)
     return out[:, None].astype(queries.dtype), layer
 
@@ -212,27 +212,30 @@ def _append_and_select(
     lengths: Int32[Array, "batch"],
     selector: LayerSelector,
     selection: SelectionConfig,
-) -> tuple[LayerCache, Int32[Array, "batch heads budget"], Bool[Array, "batch heads budget"]]:
-    """The layer with the new token, and what a step reads of it: the default form by fused kernels where they run."""
+) -> tuple[Array, LayerCache, Int32[Array, "batch heads budget"], Bool[Array, "batch heads budget"]]:
+    """The queries to read with, the layer with the new token, and what a step reads of it.
+
+    The default form takes fused kernels where they run.
+    """
     assert layer.codes is not None, "a layer with a selector keeps codes"
     params, cfg, kv_heads, ends = selector.params, selector.cfg, keys.shape[2], lengths + 1
     per_kv_head, group = selection.per == "kv_head", queries.shape[2] // kv_heads
     bounds = hashing.weight_bounds(cfg, group, per_kv_head)
     if cfg.form == "transform" and per_kv_head and hash_append.is_fused() and score_select.is_fused(bounds):
-        weights, cached_keys, cached_values, codes = hash_append.hash_append(
+        copied, weights, cached_keys, cached_values, codes = hash_append.hash_append(
             queries[:, 0], keys[:, 0], values[:, 0], _as_transform(params),
             layer.keys, layer.values, layer.codes, lengths,
         )  # fmt: skip
         layer = LayerCache(cached_keys, cached_values, codes)
-        return layer, *select_by_packed(codes, weights, bounds, ends, selection)
+        return copied[:, None], layer, *select_by_packed(codes, weights, bounds, ends, selection)
     layer = _remember(layer, keys, values, lengths, selector)
     assert layer.codes is not None
     outputs = hashing.hash_queries(params, queries, cfg)
     if per_kv_head and cfg.code_heads == "query":  # a code per query head: scores are summed, not weights
         scores = output_scores(params, outputs, layer.codes, cfg, per_kv_head)[:, 0]
-        return layer, *select_tokens(scores, ends, selection, hash_score_range(cfg, group, per_kv_head))
+        return queries, layer, *select_tokens(scores, ends, selection, hash_score_range(cfg, group, per_kv_head))
     weights = hashing.integer_weights(params, outputs, cfg, per_kv_head)[:, 0]
-    return layer, *select_by_codes(layer.codes, weights, bounds, ends, selection)
+    return queries, layer, *select_by_codes(layer.codes, weights, bounds, ends, selection)
 
 
 def _as_transform(params: hashing.HashParams) -> Transform:

@@ -117,5 +117,7 @@ def test_the_kernel_lowers_for_cuda_at_every_real_shape(case):
 def test_the_kernel_equals_the_fused_sums_on_a_gpu(case):
     scores = [jnp.asarray(x) for x in draw_case(case)]
     found, expected = (pair_sums(*scores, ALPHA, impl) for impl in ("pallas_triton", "xla"))
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(one, other, rtol=2e-4, atol=1e-4)
+    for field in dataclasses.fields(found):
+        room = 4 if field.name == "wrong" else 1e-4  # pairs as good as tied count either way
+        one, other = getattr(found, field.name), getattr(expected, field.name)
+        np.testing.assert_allclose(one, other, rtol=2e-4, atol=room, err_msg=field.name)

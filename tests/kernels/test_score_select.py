@@ -222,8 +222,9 @@ def test_shapes_that_do_not_fit_are_refused():
 
 
 def test_packed_weights_by_hand():
-    weights = jnp.arange(-32, 32, dtype=jnp.int32)[None]
-    packed = np.asarray(pack_weights(weights))
-    assert packed.shape == (1, 16) and packed[0, 3].tobytes() == np.array([-29, -21, -13, -5], np.int8).tobytes()
-    assert packed[0, 8].tobytes() == np.array([0, 8, 16, 24], np.int8).tobytes()
-    np.testing.assert_array_equal(unpack_weights(jnp.asarray(packed)), weights)
+    weights = jnp.asarray([[1, -1, 0, 127] + [0] * 28 + [-127] + [0] * 30 + [4]], jnp.int32)
+    packed = np.asarray(pack_weights(weights)).view(np.uint32)
+    low, high = [0b1011, 0b1010, 0b1010], 0b0010  # planes of 1, 2 and 4 to 64, then of the sign
+    assert packed.shape == (1, 16) and packed[0, ::2].tolist() == [*low[:2], *[low[2]] * 5, high]
+    assert packed[0, 1::2].tolist() == [1, 0, 1 << 31, 0, 0, 0, 0, 1]
+    np.testing.assert_array_equal(unpack_weights(jnp.asarray(packed.view(np.int32))), weights)

@@ -16,13 +16,12 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Int32, Shaped, UInt32
 
 from spotlight_jax.kernels.hash_append.reference import Transform
-from spotlight_jax.kernels.score_select.packing import BYTE, WORD_BITS
+from spotlight_jax.kernels.score_select.packing import PLANES, WORD_BITS
 from spotlight_jax.weights import INT8_LIMIT, real_room
 
 ROWS = 16  # of a product on tensor cores, at least: a row is one sum of one sequence
 DEPTH = 32  # dimensions that are multiplied at once: registers hold their three parts
 WARPS = 8
-BYTES = WORD_BITS // BYTE  # weights of a packed number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,18 +97,27 @@ def _ask_rows(ref, sequences, head, plan: Plan) -> list[_Asked]:
     return [_ask(ref, (sequences, head, dims), (sequences < plan.batch) & (dims < plan.head_dim)) for dims in chunks]
 
 
+def _store_rows(ref, sequences, head, asked: list[_Asked], plan: Plan) -> None:
+    """One head's vectors, as they were asked for."""
+    for dims, chunk in zip(plan.chunks, asked, strict=True):
+        plgpu.store(ref.at[sequences[:, None], head, dims[None, :]], chunk.get().astype(ref.dtype), mask=chunk.is_there)
+
+
 def _weigh_queries(
-    queries_ref, decode_ref, members_ref, log_gain_ref, weights_ref, first, head, plan: Plan,
+    heads_ref, decode_ref, members_ref, log_gain_ref, queries_ref, weights_ref, first, head, plan: Plan,
 ) -> None:  # fmt: skip
-    """Integer weights of each sum, packed; one scale for all sums of a sequence."""
+    """Integer weights of each sum, packed; one scale for all sums of a sequence. Queries are copied."""
     rows = jnp.arange(ROWS)
     sequences, sums = first + rows // plan.sums, rows % plan.sums
     decode = _ask_matrix(decode_ref, head, plan)
     places = range(plan.group)
-    queries = [_ask_rows(queries_ref, sequences, head * plan.group + place, plan) for place in places]
+    queries = [_ask_rows(heads_ref, sequences, head * plan.group + place, plan) for place in places]
     is_member = [plgpu.load(members_ref.at[head, sums, place]) for place in places]
     gains = [jnp.exp(log_gain_ref[head * plan.group + place]) for place in places]
     shares = [(is_part * gain)[:, None] for is_part, gain in zip(is_member, gains, strict=True)]
+
+    for place, asked in zip(places, queries, strict=True):
+        _store_rows(queries_ref, sequences, head * plan.group + place, asked, plan)
 
     def mix(chunk: int) -> Array:
         parts = [share * asked[chunk].get() for share, asked in zip(shares, queries, strict=True)]
@@ -124,15 +132,23 @@ def _weigh_queries(
     scale = jnp.min(scale.reshape(plan.tile, plan.sums), axis=1)[:, None]
     scale = norm * jnp.broadcast_to(scale, (plan.tile, plan.sums)).reshape(ROWS)
     whole = jnp.floor(weights * scale[:, None] + 0.5).astype(jnp.int32)
-    bytes_ = (whole & 255).reshape(ROWS, -1, BYTES, BYTE)
-    packed = jnp.sum(bytes_ << (BYTE * jnp.arange(BYTES))[None, None, :, None], axis=2).reshape(ROWS, -1)
-    columns = jnp.arange(plan.bits // BYTES)[None, :]
-    is_there = (sequences < plan.batch)[:, None] & (columns < plan.code_bits // BYTES)
-    plgpu.store(weights_ref.at[sequences[:, None], head, sums[:, None], columns], packed, mask=is_there)
+    words = jnp.arange(plan.bits // WORD_BITS)[None, :]
+    code_words = plan.code_bits // WORD_BITS
+    is_there = (sequences < plan.batch)[:, None] & (words < code_words)
+    for plane in range(PLANES):
+        packed = _pack_bits((whole >> plane) & 1)
+        places = weights_ref.at[sequences[:, None], head, sums[:, None], plane * code_words + words]
+        plgpu.store(places, packed, mask=is_there)
+
+
+def _pack_bits(bits: Int32[Array, "rows code_bits"]) -> Int32[Array, "rows words"]:
+    """Bits of 0 or 1 to words, least significant first."""
+    places = jnp.arange(WORD_BITS)[None, None, :]
+    return jnp.sum(bits.reshape(bits.shape[0], -1, WORD_BITS) << places, axis=2)
 
 
 def _append_keys(
-    keys_ref, values_ref, mean_ref, axes_ref, cells_ref, lengths_ref,
+    heads_ref, mean_ref, axes_ref, cells_ref, lengths_ref,
     cached_keys_ref, cached_values_ref, cached_codes_ref, first, head, plan: Plan,
 ) -> None:  # fmt: skip
     """Codes of each sequence's new key, written with it and its value."""
@@ -140,7 +156,8 @@ def _append_keys(
     sequences = jnp.where(rows < plan.tile, first + rows, plan.batch)  # rows past the tile are no sequence's
     bits, words = jnp.arange(plan.bits), jnp.arange(plan.bits // WORD_BITS)
     axes = _ask_matrix(axes_ref, head, plan)
-    keys, values = (_ask_rows(ref, sequences, head, plan) for ref in (keys_ref, values_ref))
+    key_head = plan.kv_heads * plan.group + head
+    keys, values = (_ask_rows(heads_ref, sequences, place, plan) for place in (key_head, key_head + plan.kv_heads))
     chunks = [dims[None, :] for dims in plan.chunks]
     means = [_ask(mean_ref, (head, dims), dims < plan.head_dim) for dims in chunks]
     cells = plgpu.load(cells_ref.at[head, bits], mask=bits < plan.code_bits, other=2.0)[None, :]
@@ -150,8 +167,7 @@ def _append_keys(
     centred = [key.get() - mean.get() for key, mean in zip(keys, means, strict=True)]
     coordinates = plan.multiply(centred, axes) + 0.5
     cell = jnp.ceil(cells * jnp.clip(coordinates, 0.5 / cells, 1 - 0.5 / cells)).astype(jnp.int32) - 1
-    digits = (cell & 1).reshape(ROWS, -1, WORD_BITS)
-    codes = jnp.sum(digits << jnp.arange(WORD_BITS)[None, None, :], axis=2).astype(jnp.uint32)
+    codes = _pack_bits(cell & 1).astype(jnp.uint32)
     is_word = is_row & (words < plan.code_bits // WORD_BITS)[None, :]
     plgpu.store(cached_codes_ref.at[sequences[:, None], head, words[None, :], at], codes, mask=is_word)
     for new, ref in ((keys, cached_keys_ref), (values, cached_values_ref)):
@@ -161,21 +177,23 @@ def _append_keys(
 
 
 def _kernel(
-    queries_ref, keys_ref, values_ref, mean_ref, axes_ref, cells_ref, decode_ref, members_ref, log_gain_ref,
-    lengths_ref, _keys, _values, _codes, weights_ref, cached_keys_ref, cached_values_ref, cached_codes_ref, *,
-    plan: Plan,
+    heads_ref, mean_ref, axes_ref, cells_ref, decode_ref, members_ref, log_gain_ref, lengths_ref,
+    _keys, _values, _codes, queries_ref, weights_ref, cached_keys_ref, cached_values_ref, cached_codes_ref,
+    *, plan: Plan,
 ) -> None:  # fmt: skip
     program = pl.program_id(0)
     first = pl.program_id(1) * plan.tile
 
     @pl.when(program < plan.kv_heads)
     def weigh():
-        _weigh_queries(queries_ref, decode_ref, members_ref, log_gain_ref, weights_ref, first, program, plan)
+        _weigh_queries(
+            heads_ref, decode_ref, members_ref, log_gain_ref, queries_ref, weights_ref, first, program, plan,
+        )  # fmt: skip
 
     @pl.when(program >= plan.kv_heads)
     def append():
         _append_keys(
-            keys_ref, values_ref, mean_ref, axes_ref, cells_ref, lengths_ref,
+            heads_ref, mean_ref, axes_ref, cells_ref, lengths_ref,
             cached_keys_ref, cached_values_ref, cached_codes_ref, first, program - plan.kv_heads, plan,
         )  # fmt: skip
 
@@ -191,27 +209,32 @@ def hash_append_pallas_triton(
     lengths: Int32[Array, "batch"],
     interpret: bool = False,
 ) -> tuple[
+    Shaped[Array, "batch q_heads head_dim"],
     Int32[Array, "batch kv_heads sums packed"],
     Shaped[Array, "batch max_len kv_heads head_dim"],
     Shaped[Array, "batch max_len kv_heads head_dim"],
     UInt32[Array, "batch kv_heads words max_len"],
 ]:
-    """`hash_append`; half a weight is rounded up, where the reference rounds it to even."""
+    """`hash_append`; half a weight is rounded up, where the reference rounds it to even.
+
+    Queries, keys and values are one operand, which XLA makes in one launch.
+    """
     batch, kv_heads, head_dim = keys.shape
     code_bits, sums = transform.axes.shape[2], transform.members.shape[1]
     group, max_len = queries.shape[1] // kv_heads, cached_keys.shape[1]
     plan = Plan(batch, kv_heads, group, sums, head_dim, code_bits, max_len, interpret)
     caches = cached_keys, cached_values, cached_codes
-    packed, *caches = pl.pallas_call(
+    queries, packed, *caches = pl.pallas_call(
         functools.partial(_kernel, plan=plan),
         grid=(2 * kv_heads, -(-batch // plan.tile)),
         out_shape=(
-            jax.ShapeDtypeStruct((batch, kv_heads, sums, code_bits // BYTES), jnp.int32),
+            jax.ShapeDtypeStruct(queries.shape, queries.dtype),
+            jax.ShapeDtypeStruct((batch, kv_heads, sums, code_bits // WORD_BITS * PLANES), jnp.int32),
             *(jax.ShapeDtypeStruct(cache.shape, cache.dtype) for cache in caches),
         ),
-        input_output_aliases={10: 1, 11: 2, 12: 3},  # the caches stay where they are
+        input_output_aliases={8: 2, 9: 3, 10: 4},  # the caches stay where they are
         compiler_params=plgpu.CompilerParams(num_warps=WARPS if code_bits <= 128 else 2 * WARPS, num_stages=1),
         interpret=interpret,
         name="hash_append",
-    )(queries, keys, values, *transform, lengths, *caches)
-    return packed, *caches
+    )(jnp.concatenate([queries, keys, values], axis=1), *transform, lengths, *caches)
+    return queries, packed, *caches

@@ -31,6 +31,7 @@ def hash_append_reference(
     cached_codes: UInt32[Array, "batch kv_heads words max_len"],
     lengths: Int32[Array, "batch"],
 ) -> tuple[
+    Shaped[Array, "batch q_heads head_dim"],
     Int32[Array, "batch kv_heads sums packed"],
     Shaped[Array, "batch max_len kv_heads head_dim"],
     Shaped[Array, "batch max_len kv_heads head_dim"],
@@ -56,6 +57,7 @@ def hash_append_reference(
     rows = jnp.arange(batch, dtype=jnp.int32)
     at = jnp.minimum(lengths, cached_keys.shape[1] - 1)
     return (
+        queries,
         pack_weights(quantise(weights)),
         cached_keys.at[rows, at].set(keys.astype(cached_keys.dtype)),
         cached_values.at[rows, at].set(values.astype(cached_values.dtype)),

@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Int32, UInt32
 
+from spotlight_jax.kernels.score_select.compacting import storer_of
 from spotlight_jax.kernels.score_select.counting import BINS, MOST_STEPS, add_digits, add_up_digits, find_bin, no_digits
 from spotlight_jax.kernels.score_select.plan import Plan, clear_free_slots, positions_of, walk
 from spotlight_jax.kernels.score_select.scoring import ranker_of
@@ -74,16 +75,16 @@ def _score_kernel(bounds_ref, weights_ref, codes_ref, ranks_ref, counts_ref, *, 
     _in_filled_chunk(start < end, counts_ref, count)
 
 
-def _walk_ranks(ranks_ref, start_of_chunk, chunk: int, plan: Plan, work, start, is_walked=1):
-    """`work` on a chunk's ranks, some at a time; 0 behind those that there are."""
+def _rank_loader(ranks_ref, chunk: int, plan: Plan):
+    """Loads a step of this program's ranks; 0 behind those that there are."""
     width = min(WIDE_STEP, chunk)
-    filled = jnp.minimum(chunk, plan.kv_len - start_of_chunk)
+    filled = jnp.minimum(chunk, plan.kv_len - pl.program_id(1) * chunk)
 
     def load_ranks(step):
         at, is_there = pl.ds(step * width, width), positions_of(0, step, width) < filled
         return plgpu.load(ranks_ref.at[at], mask=is_there, other=0)
 
-    return walk(is_walked * (chunk // width), load_ranks, work, start)
+    return load_ranks, chunk // width, width
 
 
 def _load_bins(counts_ref) -> Int32[Array, "bins lanes"]:
@@ -99,17 +100,19 @@ def _refine_kernel(
     bounds_ref, cut_ref, before_ref, ranks_ref, new_cut_ref, counts_ref, *, plan: Plan, chunk: int, done: int
 ):
     own = pl.program_id(1)
+    load_ranks, steps, width = _rank_loader(ranks_ref, chunk, plan)
+    first_ranks = load_ranks(0)  # on their way while the cut is found
     found, above, _ = find_bin((jnp.sum(_load_bins(before_ref), axis=1),), bounds_ref[1] - cut_ref[1])
     base = cut_ref[0] + ((BINS - 1 - found) << plan.shifts[done - 1])
     new_cut_ref[0] = base
     new_cut_ref[1] = cut_ref[1] + above
-    shift, width = plan.shifts[done], min(WIDE_STEP, chunk)
+    shift = plan.shifts[done]
 
     def count_step(_, ranks, fields):
         return add_digits(ranks.astype(jnp.int32) - base, shift, fields, plan.interpret)
 
     def count():
-        _store_counts(_walk_ranks(ranks_ref, own * chunk, chunk, plan, count_step, no_digits(width)), counts_ref)
+        _store_counts(walk(steps, load_ranks, count_step, no_digits(width), loaded=first_ranks), counts_ref)
         places = jnp.arange(BINS, dtype=jnp.int32)
         bins = plgpu.load(before_ref.at[places, own])
         counts_ref[ABOVE] = before_ref[ABOVE, own] + jnp.sum(jnp.where(places < found, bins, 0))
@@ -119,6 +122,8 @@ def _refine_kernel(
 
 def _compact_kernel(bounds_ref, cut_ref, before_ref, ranks_ref, places_ref, *, plan: Plan, chunk: int) -> None:
     budget = bounds_ref[1]
+    load_ranks, steps, _ = _rank_loader(ranks_ref, chunk, plan)
+    first_ranks = load_ranks(0)  # on their way while the cut is found
     bins = _load_bins(before_ref)
     found, above_cut, _ = find_bin((jnp.sum(bins, axis=1),), budget - cut_ref[1])
     cut = cut_ref[0] + BINS - 1 - found
@@ -133,29 +138,11 @@ def _compact_kernel(bounds_ref, cut_ref, before_ref, ranks_ref, places_ref, *, p
     first = jnp.sum(jnp.where(chunks < own, above + taken, 0))
     counts = jnp.sum(jnp.where(chunks == own, ((above + taken) << 16) + ties - taken, 0))
     chosen, dropped = lax.shift_right_logical(counts, 16), counts & 0xFFFF
-    is_tie_dropped = jnp.minimum(dropped, 1)
-    is_split = is_tie_dropped * jnp.minimum(jnp.sum(jnp.where(chunks == own, taken, 0)), 1)  # at most one of a row
-
-    def count_older(_, ranks, before):
-        """Places before the first tie that is chosen, and ties."""
-        places, ties = before
-        reached = ties + jnp.cumsum(jnp.where(ranks.astype(jnp.int32) == cut, 1, 0))
-        return places + jnp.sum(jnp.where(reached <= dropped, 1, 0)), jnp.max(reached)
-
-    older, _ = _walk_ranks(ranks_ref, start, chunk, plan, count_older, (jnp.int32(0), jnp.int32(0)), is_split)
-    first_tie = older + (is_tie_dropped - is_split) * chunk  # of those that are chosen
-
-    def compact_step(step, ranks, before):
-        places = positions_of(0, step, ranks.size)
-        is_chosen = ranks.astype(jnp.int32) > jnp.where(places >= first_tie, cut - 1, cut)
-        filled = before + jnp.cumsum(jnp.where(is_chosen, 1, 0))
-        slots = jnp.where(is_chosen, filled - 1, plan.max_budget)
-        plgpu.store(places_ref.at[slots], start + places, mask=is_chosen)
-        return jnp.max(filled)
 
     @pl.when(chosen > 0)
     def compact():
-        _walk_ranks(ranks_ref, start, chunk, plan, compact_step, first)
+        store = storer_of(cut, dropped, first, start, 32 * WARPS, places_ref, plan)
+        walk(steps, load_ranks, store, jnp.int32(0), loaded=first_ranks)
 
     @pl.when(own == before_ref.shape[1] - 1)
     def clear():

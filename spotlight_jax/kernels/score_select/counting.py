@@ -4,12 +4,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int32
 
-from spotlight_jax.kernels.score_select.packing import BYTE, WORD_BITS
+from spotlight_jax.kernels.score_select.packing import WORD_BITS
 from spotlight_jax.kernels.score_select.plan import DIGIT_BITS, run_instruction
 
 BINS = 1 << DIGIT_BITS
 FIELD_BITS = 4
 FIELDS = 8  # of a number
+BYTE = 8
 BYTES = WORD_BITS // BYTE
 TOKENS = 8  # of a thread; where it has fewer, sums are as right
 MOST_STEPS = 14  # that fields hold
@@ -28,7 +29,7 @@ def add_digits(relative: Int32[Array, "step"], shift: int, fields: tuple, interp
     def one_at(amounts):  # 0 where an amount is negative or past a number's end
         if interpret:
             return lax.shift_left(jnp.ones_like(amounts), amounts)
-        return run_instruction("shl.b32", jnp.ones_like(amounts), amounts)
+        return run_instruction("shl.b32 $0, $1, $2;", jnp.ones_like(amounts), amounts)
 
     return tuple(field + one_at(amounts - WORD_BITS * place) for place, field in enumerate(fields))
 

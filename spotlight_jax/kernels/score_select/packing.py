@@ -1,27 +1,31 @@
-"""Query weights as `dp4a` multiplies them: four signed bytes to a number."""
+"""Query weights as the kernels count them: planes of bits, packed like codes.
+
+A weight in two's complement is sum_p 2^p w_p - 2^7 w_7, so a sum of weights is that of counted bits:
+
+    sum_b w_b k_b = sum_p 2^p popcount(k & plane_p) - 2^7 popcount(k & plane_7).
+"""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
 WORD_BITS = 32
-BYTE = 8
+PLANES = 8
 
 
 def pack_weights(weights: Int32[Array, "*rows code_bits"]) -> Int32[Array, "*rows packed"]:
-    """Weights from -127 to 127, packed: number 8 w + j of a row has those of bits 32 w + j, + 8, + 16 and + 24.
-
-    Bits of a word taken eight apart are four bytes of 0 or 2^j, which meet these four in one instruction.
-    """
-    bytes_ = (weights & 255).reshape(*weights.shape[:-1], -1, WORD_BITS // BYTE, BYTE)
-    packed = bytes_[..., 0, :]
-    for place in range(1, WORD_BITS // BYTE):
-        packed = packed | (bytes_[..., place, :] << (BYTE * place))
-    return packed.reshape(*weights.shape[:-1], -1)
+    """Weights from -127 to 127, packed: number p * words + w of a row has bit p of the weights 32 w to 32 w + 31."""
+    words = weights.reshape(*weights.shape[:-1], 1, -1, WORD_BITS)
+    lead = (1,) * (weights.ndim - 1)
+    planes = (words >> jnp.arange(PLANES, dtype=jnp.int32).reshape(*lead, PLANES, 1, 1)) & 1
+    places = jnp.arange(WORD_BITS, dtype=jnp.int32).reshape(*lead, 1, 1, WORD_BITS)
+    return jnp.sum(planes << places, axis=-1, dtype=jnp.int32).reshape(*weights.shape[:-1], -1)
 
 
 def unpack_weights(packed: Int32[Array, "*rows packed"]) -> Int32[Array, "*rows code_bits"]:
     """What `pack_weights` packed."""
-    numbers = packed.reshape(*packed.shape[:-1], -1, 1, BYTE)
-    places = BYTE * jnp.arange(WORD_BITS // BYTE, dtype=jnp.int32)[:, None]
-    signed = (numbers << (WORD_BITS - BYTE - places).reshape((1,) * (numbers.ndim - 2) + (-1, 1))) >> (WORD_BITS - BYTE)
-    return signed.reshape(*packed.shape[:-1], -1)
+    planes = packed.reshape(*packed.shape[:-1], PLANES, -1, 1)
+    lead = (1,) * (packed.ndim - 1)
+    bits = (planes >> jnp.arange(WORD_BITS, dtype=jnp.int32).reshape(*lead, 1, 1, WORD_BITS)) & 1
+    worth = jnp.asarray([1 << place for place in range(PLANES - 1)] + [-(1 << (PLANES - 1))], jnp.int32)
+    weights = jnp.sum(bits * worth.reshape(*lead, PLANES, 1, 1), axis=-3, dtype=jnp.int32)
+    return weights.reshape(*packed.shape[:-1], -1)

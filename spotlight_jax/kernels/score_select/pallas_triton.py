@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32, UInt32
 
 from spotlight_jax.kernels.score_select.chunk_programs import select_by_chunks
-from spotlight_jax.kernels.score_select.packing import BYTE
 from spotlight_jax.kernels.score_select.plan import Plan
 from spotlight_jax.kernels.score_select.row_programs import has_program_a_row, select_by_rows
 from spotlight_jax.weights import WeightBounds
@@ -39,7 +38,7 @@ def score_select_pallas_triton(
     plan = Plan(
         batch=batch, heads=heads, code_heads=code_heads, words=words, kv_len=kv_len,
         sums=sums, least=least, rank_bits=(greatest - least + 2).bit_length(),
-        span=BYTE - bounds.limit.bit_length(), sink_tokens=sink_tokens,
+        planes=bounds.limit.bit_length() + 1, sink_tokens=sink_tokens,
         recent_tokens=recent_tokens, max_budget=max_budget, interpret=interpret,
     )  # fmt: skip
     budgets = jnp.minimum(budgets, ends)

@@ -23,7 +23,7 @@ class Plan:
     sums: int  # of weights, for each row
     least: int  # score
     rank_bits: int
-    span: int  # places of a byte whose weights fit one power of two
+    planes: int  # of bits that weights have, with their sign
     sink_tokens: int
     recent_tokens: int
     max_budget: int
@@ -55,15 +55,19 @@ def positions_of(start, step, width: int) -> Int32[Array, "width"]:
     return start + step * width + jnp.arange(width, dtype=jnp.int32)
 
 
-def walk(steps, load, work, start, first=0):
-    """`work` on each step's `load`, the next one's asked for before: memory is read while there is work."""
+def walk(steps, load, work, start, first=0, loaded=None):
+    """`work` on each step's `load`, the next one's asked for before: memory is read while there is work.
+
+    `loaded` is the first step's, where a caller has asked for it earlier.
+    """
 
     def take_step(step, carry):
         loaded, done = carry
         ahead = load(first + step + 1)
         return ahead, work(first + step, loaded, done)
 
-    return lax.fori_loop(0, steps, take_step, (load(first), start))[1]
+    loaded = load(first) if loaded is None else loaded
+    return lax.fori_loop(0, steps, take_step, (loaded, start))[1]
 
 
 def clear_free_slots(places_ref, budget, plan: Plan, width: int) -> None:
@@ -77,13 +81,13 @@ def clear_free_slots(places_ref, budget, plan: Plan, width: int) -> None:
     lax.fori_loop(budget // width, -(-plan.max_budget // width), clear_step, None)
 
 
-def run_instruction(operation: str, *args: Array) -> Int32[Array, "step"]:
-    """One PTX instruction for every token."""
+def run_instruction(program: str, *args: Array, pack: int = 1) -> Int32[Array, "*shape"]:
+    """PTX for every token, or `pack` tokens of a thread at a time: their results are the first operands."""
     [result] = plgpu.elementwise_inline_asm(
-        f"{operation} $0, {', '.join(f'${place}' for place in range(1, len(args) + 1))};",
+        program,
         args=args,
-        constraints=",".join(["=r"] + ["r"] * len(args)),
-        pack=1,
+        constraints=",".join(["=&r"] * pack + ["r"] * (pack * len(args))),
+        pack=pack,
         result_shape_dtypes=[jax.ShapeDtypeStruct(args[-1].shape, jnp.int32)],
     )
     return result

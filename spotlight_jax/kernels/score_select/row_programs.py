@@ -9,6 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Int32, UInt32
 
+from spotlight_jax.kernels.score_select.compacting import storer_of
 from spotlight_jax.kernels.score_select.counting import BINS, MOST_STEPS, add_digits, add_up_digits, find_bin, no_digits
 from spotlight_jax.kernels.score_select.plan import Plan, clear_free_slots, positions_of, walk
 from spotlight_jax.kernels.score_select.scoring import ranker_of
@@ -58,21 +59,6 @@ def _find_cut(count_ranks, counts: tuple, budget, plan: Plan) -> tuple:
     return cut, dropped
 
 
-def _store_chosen(step, ranks, before, *, cut, dropped, places_ref, plan: Plan):
-    """A step's part of the result. `before` counts ranks above the cut and, sixteen bits higher, ties."""
-    ranks = ranks.astype(jnp.int32)
-    counted = jnp.where(ranks > cut, 1, jnp.where(ranks == cut, 1 << 16, 0))
-    reached = before + jnp.cumsum(counted)
-    kept_ties = jnp.maximum(lax.shift_right_logical(reached, 16) - dropped, 0)  # the newest
-    is_chosen = ranks + jnp.minimum(kept_ties, 1) > cut
-    slots = jnp.where(is_chosen, (reached & 0xFFFF) + kept_ties - 1, plan.max_budget)
-    call = slots, positions_of(0, step, ranks.size), is_chosen
-    # a column holds the tokens of a thread, so that none are sent to others for the sake of slots side by side
-    slots, places, is_chosen = (of_tokens.reshape(THREADS, -1).T for of_tokens in call)
-    plgpu.store(places_ref.at[slots], places, mask=is_chosen)
-    return before + jnp.sum(counted)
-
-
 def _select_kernel(bounds_ref, weights_ref, codes_ref, ranks_ref, places_ref, *, plan: Plan) -> None:
     end, budget = bounds_ref[0], bounds_ref[1]
     width = choose_step(plan.words)
@@ -106,7 +92,7 @@ def _select_kernel(bounds_ref, weights_ref, codes_ref, ranks_ref, places_ref, *,
     if not plan.interpret:
         plgpu.debug_barrier()  # every thread sees what the others have stored
     cut, dropped = _find_cut(count_ranks, counts, budget, plan)
-    store = functools.partial(_store_chosen, cut=cut, dropped=dropped, places_ref=places_ref, plan=plan)
+    store = storer_of(cut, dropped, 0, 0, THREADS, places_ref, plan)
     walk(steps, load_ranks, store, jnp.int32(0))
     clear_free_slots(places_ref, budget, plan, width)
 

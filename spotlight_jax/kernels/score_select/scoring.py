@@ -1,79 +1,116 @@
-"""Ranks of codes: scores by four multiplications at once, with always-read tokens on top and unfilled slots at 0."""
+"""Ranks of codes: scores by tensor cores that count bits, with always-read tokens on top and unfilled slots at 0.
+
+A binary matrix product ANDs 16 rows of 256 bits with 8 columns and counts. A thread holds 64 bits of two of the rows,
+of as many columns as it gets counts of: where a column has weights for the bits of one thread alone, and zeros for
+all others, a thread gets the counts of its own two rows by two columns, which are the planes of two sums. So every
+thread scores its own tokens, from where it has loaded them.
+"""
 
 import functools
-import operator
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Int32, UInt32
+from jaxtyping import Array, Int32
 
-from spotlight_jax.kernels.score_select.packing import BYTE, WORD_BITS
+from spotlight_jax.kernels.score_select.packing import PLANES
 from spotlight_jax.kernels.score_select.plan import Plan, positions_of, run_instruction
 
-
-def _byte_of(packed: Int32[Array, "*shape"], place: int) -> Int32[Array, "*shape"]:
-    """The signed byte that begins at a bit."""
-    return (packed << (WORD_BITS - BYTE - place)) >> (WORD_BITS - BYTE)
+TOKENS = 2  # of a thread, that one product counts
+SUMS = 2  # of weights, by which it counts
 
 
-def _raise_bytes(packed: Int32[Array, ""], power: int) -> Int32[Array, ""]:
-    """Each signed byte times 2^power, where that is a signed byte too."""
-    kept = ((255 << power) & 255) * 0x01010101 - (1 << WORD_BITS)  # a negative int32
-    return (packed << power) & kept
+def _score_program(words: int, planes: int) -> str:
+    """PTX for two tokens of each thread: the higher of two sums, each with its offset.
+
+    Operands, a register for each of the two tokens: the score; words of the code; planes of the weights from the
+    highest down, word by word; the offsets. From the highest plane down, what is counted so far is doubled; the
+    highest counts negative.
+    """
+    operands = iter(range(TOKENS * (1 + words + planes * words + SUMS)))
+    scores, *rest = [[f"${next(operands)}" for _ in range(TOKENS)] for _ in range(1 + words + planes * words + SUMS)]
+    code, weights, offsets = rest[:words], rest[words:-SUMS], rest[-SUMS:]
+    counts = "{c0, c1, c2, c3}"
+    lines = [".reg .s32 c<4>;", *(f"mov.s32 c{count}, 0;" for count in range(4))]
+    for plane in range(planes):
+        if plane:
+            lines += [f"mul.lo.s32 c{count}, c{count}, {-2 if plane == 1 else 2};" for count in range(4)]
+        for first in range(0, words, 2):
+            pair = range(first, min(first + 2, words))
+            rows = ", ".join(code[word][token] for word in pair for token in range(TOKENS))
+            columns = ", ".join(weights[plane * words + word][0] for word in pair)
+            product = f"mma.sync.aligned.m16n8k{128 * len(pair)}.row.col.s32.b1.b1.s32.and.popc"
+            lines.append(f"{product} {counts}, {{{rows}}}, {{{columns}}}, {counts};")
+    for token, score in enumerate(scores):
+        both = [f"c{SUMS * token + one}" for one in range(SUMS)]
+        lines += [f"add.s32 {count}, {count}, {offset[token]};" for count, offset in zip(both, offsets, strict=True)]
+        lines.append(f"max.s32 {score}, {', '.join(both)};")
+    return "{ " + " ".join(lines) + " }"
 
 
-def _dot_bytes(
-    bytes_: UInt32[Array, "step"], weights: Int32[Array, ""], total: Int32[Array, "step"], interpret: bool
-) -> Int32[Array, "step"]:
-    """total + the dot product of four unsigned bytes with four signed ones."""
-    if not interpret:
-        return run_instruction("dp4a.u32.s32", bytes_, jnp.broadcast_to(weights, bytes_.shape), total)
-    for place in range(0, WORD_BITS, BYTE):
-        byte = ((bytes_ >> place) & 255).astype(jnp.int32)
-        total = total + byte * _byte_of(weights, place)
-    return total
+def _count_planes(words: list[Array], weights: list[list[Array]], offset: Array) -> Array:
+    """A sum of a code's weights, and its offset; planes from the highest down."""
+    total = jnp.zeros(words[0].shape, jnp.int32)
+    for plane, of_words in enumerate(weights):
+        total = total * (-2 if plane == 1 else 2)
+        for word, bits in zip(words, of_words, strict=True):
+            total = total + lax.population_count(word & bits.astype(jnp.uint32)).astype(jnp.int32)
+    return total + offset
+
+
+def _own_columns(weights: list[list[Array]], others: list[list[Array]]) -> list[Int32[Array, "1"]]:
+    """What this thread holds of a product's columns: planes of the one sum or the other where it meets its own rows.
+
+    Every thread has its own copy of an array of one number, which may be another number than its neighbours'.
+    """
+    lane = run_instruction("mov.u32 $0, %laneid;", jnp.zeros((1,), jnp.int32))
+    is_own = (lane >> 3) == (lane & 3)
+    first, second = (jnp.where(is_own & (((lane >> 2) & 1) == one), -1, 0) for one in range(SUMS))
+    return [
+        (one[None] & first) | (other[None] & second)
+        for of_words in zip(weights, others, strict=True)
+        for one, other in zip(*of_words, strict=True)
+    ]
 
 
 def _half_of(weights_ref, first: int, plan: Plan) -> Int32[Array, ""]:
     """Half of a sum's weights (`weights.halves`)."""
-    places = jnp.arange(1 << (plan.words * BYTE - 1).bit_length(), dtype=jnp.int32)
-    packed = plgpu.load(weights_ref.at[first + places], mask=places < plan.words * BYTE, other=0)
-    total = jnp.zeros(places.shape, jnp.int32)
-    for place in range(0, WORD_BITS, BYTE):
-        total = total + _byte_of(packed, place)
-    return jnp.sum(total) >> 1
-
-
-def _score_words(words: list[Array], packed: list[list[Array]], plan: Plan) -> list[Array]:
-    """Each sum of a code's bits, without what it is less.
-
-    Places of a byte whose weights can be brought to one power of two are added up together. From the highest ones down,
-    what is added up so far is brought to the next power, and the next bytes are added to it.
-    """
-    totals, power = [jnp.zeros(words[0].shape, jnp.int32)] * plan.sums, 0
-    for first in reversed(range(0, BYTE, plan.span)):
-        last = min(first + plan.span, BYTE) - 1
-        totals = [total >> max(power - last, 0) for total in totals]
-        for place in range(first, last + 1):
-            mask = jnp.uint32(0x01010101 << place)
-            for word, bits in enumerate(words):
-                masked = bits & mask
-                for one, weights in enumerate(packed):
-                    raised = _raise_bytes(weights[word * BYTE + place], last - place)
-                    totals[one] = _dot_bytes(masked, raised, totals[one], plan.interpret)
-        power = last
-    return [total >> power for total in totals]
+    length = plan.words * PLANES
+    places = jnp.arange(1 << (length - 1).bit_length(), dtype=jnp.int32)
+    packed = plgpu.load(weights_ref.at[first + places], mask=places < length, other=0)
+    plane = places // plan.words
+    worth = jnp.where(plane == PLANES - 1, -(1 << plane), 1 << plane)
+    return jnp.sum(worth * lax.population_count(packed)) >> 1
 
 
 def ranker_of(weights_ref, end: Int32[Array, ""], width: int, plan: Plan):
     """A row's function from a step's codes, and the position where the step starts, to ranks."""
-    length = plan.words * BYTE
+    length = plan.words * PLANES
     offsets = [1 - plan.least - _half_of(weights_ref, one * length, plan) for one in range(plan.sums)]
 
+    def planes_of(one: int) -> list[list[Array]]:
+        return [
+            [weights_ref[one * length + plane * plan.words + word] for word in range(plan.words)]
+            for plane in reversed(range(plan.planes))
+        ]
+
+    sums = [planes_of(one) for one in range(plan.sums)]
+    pairs = [(first, min(first + 1, plan.sums - 1)) for first in range(0, plan.sums, SUMS)]
+    columns = [] if plan.interpret else [_own_columns(*(sums[one] for one in pair)) for pair in pairs]
+
+    def score_pair(words: list[Array], index: int) -> Array:
+        args = [*columns[index], *(offsets[one] for one in pairs[index])]
+        args = [lax.bitcast_convert_type(word, jnp.int32) for word in words] + [
+            jnp.broadcast_to(arg, (width,)) for arg in args
+        ]
+        return run_instruction(_score_program(plan.words, plan.planes), *args, pack=TOKENS)
+
     def rank(words: list[Array], first: Int32[Array, ""]) -> Int32[Array, "width"]:
-        packed = [[weights_ref[one * length + place] for place in range(length)] for one in range(plan.sums)]
-        ranks = functools.reduce(jnp.maximum, map(operator.add, _score_words(words, packed, plan), offsets))
+        if plan.interpret:
+            scores = [_count_planes(words, planes, offset) for planes, offset in zip(sums, offsets, strict=True)]
+        else:
+            scores = [score_pair(words, index) for index in range(len(pairs))]
+        ranks = functools.reduce(jnp.maximum, scores)
 
         def force(ranks):
             positions = positions_of(first, 0, width)
