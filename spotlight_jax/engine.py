@@ -37,6 +37,10 @@ Mode = Literal["dense", "sparse", "mixed"]  # what the sparse layers do in a blo
 SMALLEST_CHUNK = 16
 CHUNK = {"cpu": 512}  # tokens prefilled at once: more use the device better, and take more workspace
 GPU_CHUNK = 2048
+# A step's products with the same input become one, however large their weights (XLA stops at 64 MiB): it reads them
+# as they lie, in one launch. Not for more sequences: there XLA may take a library's product, and copy weights for it.
+MERGED_PRODUCTS = {"xla_gpu_dot_merger_threshold_mb": 1 << 14}
+MOST_MERGED = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,11 +209,20 @@ class Engine:
         self.compile_seconds = 0.0
         self._programs: dict[tuple, Any] = {}
 
-    def run(self, name: str, function: Callable, args: tuple, donate: tuple[int, ...], **static: Any) -> Any:
+    def run(
+        self,
+        name: str,
+        function: Callable,
+        args: tuple,
+        donate: tuple[int, ...],
+        options: dict[str, Any] | None = None,
+        **static: Any,
+    ) -> Any:
         """`function(*args, **static)` by its program for these shapes, compiled on first use.
 
         Args:
             donate: arguments whose buffers the program may overwrite: the caller gives them up.
+            options: XLA's, for this program.
         """
         leaves, structure = jax.tree.flatten(args)
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
@@ -223,7 +236,8 @@ class Engine:
 
             ends = np.cumsum([0] + [len(jax.tree.leaves(arg)) for arg in args])
             donated = [leaf for arg in donate for leaf in range(ends[arg], ends[arg + 1])]
-            self._programs[key] = jax.jit(flat, donate_argnums=donated).lower(*leaves).compile()
+            lowered = jax.jit(flat, donate_argnums=donated).lower(*leaves)
+            self._programs[key] = lowered.compile(compiler_options=options)
             self.compile_seconds += time.perf_counter() - start
         return self._programs[key](*leaves)
 
@@ -308,7 +322,7 @@ class Engine:
         filled = []
         for index, (layer, selector) in enumerate(zip(layers, self.selectors, strict=True)):
             args = (self.params[f"layer_{index}"], x, layer, selector, starts, rope_len)
-            static = {"cfg": self.model_cfg, "implementation": self.cfg.attention}
+            static: dict[str, Any] = {"cfg": self.model_cfg, "implementation": self.cfg.attention}
             x, layer = self.run("prefill", prefill_layer, args, (1, 2), **static)
             filled.append(layer)
         return x, filled
@@ -337,5 +351,7 @@ class Engine:
         limit = jnp.int32(min(steps, limit or steps))
         args = (self.params, self.selectors, state, limit)
         static = {"model_cfg": self.model_cfg, "cfg": self.cfg, "mode": mode}
-        state, tokens, steps = self.run("decode", decode_block, args, (2,), **static)
+        is_merged = jax.default_backend() == "gpu" and state.tokens.shape[0] <= MOST_MERGED
+        options = MERGED_PRODUCTS if is_merged else None
+        state, tokens, steps = self.run("decode", decode_block, args, (2,), options, **static)
         return state, np.asarray(tokens)[:, : int(steps)]

@@ -132,19 +132,21 @@ def _weigh_queries(
     scale = jnp.min(scale.reshape(plan.tile, plan.sums), axis=1)[:, None]
     scale = norm * jnp.broadcast_to(scale, (plan.tile, plan.sums)).reshape(ROWS)
     whole = jnp.floor(weights * scale[:, None] + 0.5).astype(jnp.int32)
-    words = jnp.arange(plan.bits // WORD_BITS)[None, :]
-    code_words = plan.code_bits // WORD_BITS
-    is_there = (sequences < plan.batch)[:, None] & (words < code_words)
-    for plane in range(PLANES):
-        packed = _pack_bits((whole >> plane) & 1)
-        places = weights_ref.at[sequences[:, None], head, sums[:, None], plane * code_words + words]
-        plgpu.store(places, packed, mask=is_there)
+    planes = jnp.arange(PLANES)[None, :, None]
+    packed = _pack_bits(
+        (whole[:, None, :] >> planes) & 1
+    )  # all at once: each reduction makes warps wait for each other
+    words, code_words = jnp.arange(plan.bits // WORD_BITS)[None, None, :], plan.code_bits // WORD_BITS
+    sequences, sums = sequences[:, None, None], sums[:, None, None]
+    is_there = (sequences < plan.batch) & (words < code_words)
+    places = weights_ref.at[sequences, head, sums, planes * code_words + words]
+    plgpu.store(places, packed, mask=jnp.broadcast_to(is_there, packed.shape))
 
 
-def _pack_bits(bits: Int32[Array, "rows code_bits"]) -> Int32[Array, "rows words"]:
+def _pack_bits(bits: Int32[Array, "*rows code_bits"]) -> Int32[Array, "*rows words"]:
     """Bits of 0 or 1 to words, least significant first."""
-    places = jnp.arange(WORD_BITS)[None, None, :]
-    return jnp.sum(bits.reshape(bits.shape[0], -1, WORD_BITS) << places, axis=2)
+    places = jnp.arange(WORD_BITS).reshape((1,) * bits.ndim + (WORD_BITS,))
+    return jnp.sum(bits.reshape(*bits.shape[:-1], -1, WORD_BITS) << places, axis=-1)
 
 
 def _append_keys(
