@@ -106,7 +106,7 @@ VARIANTS: dict[str, Fields] = {
     "one-sum-fit": _ONE_SUM | _FIT,
     "default-64": {"hash.code_bits": 64},
     "default-32": {"hash.code_bits": 32},
-    "seed-1": {"seed": 1},
+    "seed-1": {"seed": 1, "data.seed": 1},
     "window-4096": {"data.window": 4096},
     "steps-50": {"steps": 50},
     "steps-800": {"steps": 800},
@@ -179,22 +179,21 @@ def _is_finished(folder: pathlib.Path) -> bool:
 def _train_together(
     cfg: AblateConfig, variants: dict[str, LayerwiseConfig], out: pathlib.Path, display: Display, stop: list[int]
 ) -> None:
-    """Train variants step by step beside each other; what shares windows shares their forward passes."""
+    """Train variants step by step beside each other; those of the same text and seed share their forward passes."""
+    groups: dict[tuple[DataConfig, int], dict[str, LayerwiseConfig]] = {}
+    for name, variant in variants.items():
+        groups.setdefault((variant.data, variant.seed), {})[name] = variant
     lead: Session | None = None
-    for window in sorted(
-        {variant.data.window for variant in variants.values()}, key=lambda length: length != cfg.window
-    ):
+    for _, group in sorted(groups.items(), key=lambda item: item[0][0].window != cfg.window):
         sessions: dict[str, Session] = {}
         first: Session | None = None
-        for name, variant in variants.items():
-            if variant.data.window != window:
-                continue
+        for name, variant in group.items():
             session = Session(variant, display)
             session.prepare(first or lead)
             session.start(_fresh_folder(out / name, variant), lead)
             first, lead = first or session, lead or session
             sessions[name] = session
-        if sessions and not stop:
+        if not stop:
             _train_on_windows(sessions, out, display, stop)
 
 
@@ -206,7 +205,7 @@ def _fresh_folder(path: pathlib.Path, variant: LayerwiseConfig) -> runs.RunFolde
 
 
 def _train_on_windows(sessions: dict[str, Session], out: pathlib.Path, display: Display, stop: list[int]) -> None:
-    """Train until every session has taken its steps; where a signal stops it, measure them as they are."""
+    """Train sessions of one feed until each has taken its steps; where a signal stops it, measure them as they are."""
     display.say("compiling")
     with concurrent.futures.ThreadPoolExecutor() as pool:  # into the compilation cache
         list(pool.map(Session.compiled_step_bytes, sessions.values()))

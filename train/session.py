@@ -80,15 +80,15 @@ class Session:
         """Load the model and the text, and make the state of step 0.
 
         Args:
-            beside: a prepared session of the same model, text and seed, whose weights, windows and forward passes this
-                one shares (its own text, where windows have another length).
+            beside: a prepared session of the same model, whose weights this one shares, and its windows and forward
+                passes where text and seed are the same.
         """
         cfg = self.cfg
         if beside is None:
             self._params = self._load_params()
         else:
             self._params = beside._params
-        if beside is not None and beside.cfg.data == cfg.data:
+        if beside is not None and (beside.cfg.data, beside.cfg.seed) == (cfg.data, cfg.seed):
             self.feed, self._held_out_tokens = beside.feed, beside._held_out_tokens
         else:
             self._open_text()

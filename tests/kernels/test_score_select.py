@@ -13,10 +13,13 @@ from hypothesis import strategies as st
 from spotlight_jax.errors import InputError
 from spotlight_jax.kernels.score_select import pack_weights, score_select
 from spotlight_jax.kernels.score_select.cases import CASES
-from spotlight_jax.kernels.score_select.chunk_programs import STEP, choose_chunk
 from spotlight_jax.kernels.score_select.packing import unpack_weights
-from spotlight_jax.kernels.score_select.pallas_triton import score_select_pallas_triton
-from spotlight_jax.kernels.score_select.row_programs import LONGEST, choose_step, has_program_a_row
+from spotlight_jax.kernels.score_select.pallas_triton import (
+    LONGEST_CHUNK,
+    STEP,
+    choose_chunk,
+    score_select_pallas_triton,
+)
 from spotlight_jax.weights import WeightBounds
 from tests.kernels.cuda import lower_for_cuda
 
@@ -30,10 +33,7 @@ def packing(run):
     return lambda codes, weights, *args, **static: packed(codes, pack_weights(jnp.asarray(weights)), *args, **static)
 
 
-chunks, rows = (
-    packing(functools.partial(score_select_pallas_triton, interpret=True, has_rows=has_rows))
-    for has_rows in (False, True)
-)
+kernels = packing(functools.partial(score_select_pallas_triton, interpret=True))
 reference = packing(functools.partial(score_select, impl="reference"))
 
 
@@ -64,29 +64,14 @@ CALLS = {
     "256 bits": (3, 1, 2, 1, 256, 2500, REAL, False, 40, 2, 5),
     "one sign, all ties": (1, 1, 1, 1, 32, 2100, WeightBounds(1, 32), True, 100, 0, 1),
     "int8, several steps": (3, 1, 2, 1, 64, 9100, REAL, False, 700, 3, 30),
-    "two sums, counted in several parts": (3, 1, 2, 2, 64, 40000, REAL, False, 700, 3, 30),
+    "two sums, several chunks": (3, 1, 2, 2, 64, 40000, REAL, False, 700, 3, 30),
     "ties over several steps": (3, 1, 2, 2, 96, 12288, SIGNS, True, 5000, 0, 1),
 }
-RUNS = {
-    "chunks": (
-        chunks,
-        ["int8, two heads a code", "two sums", "signs of a group, ties, sinks", "256 bits", "one sign, all ties"],
-    ),
-    "rows": (
-        rows,
-        [
-            "two sums",
-            "256 bits",
-            "int8, several steps",
-            "two sums, counted in several parts",
-            "ties over several steps",
-        ],
-    ),
-    "reference": (reference, list(CALLS)),
-}
+RUNS = {"kernels": kernels, "reference": reference}
 
 
-@pytest.mark.parametrize("run, name", [(run, name) for run, (_, names) in RUNS.items() for name in names])
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("name", CALLS)
 def test_all_choose_as_sorting_does(run, name):
     *shape, is_tied, most, sinks, recent = CALLS[name]
     batch, code_heads, heads, _, _, kv_len, bounds = shape
@@ -94,7 +79,7 @@ def test_all_choose_as_sorting_does(run, name):
     ends = rng.integers(kv_len // 3, kv_len, batch, endpoint=True).astype(np.int32)
     budgets = rng.integers(min(sinks + recent, most), most, batch, endpoint=True).astype(np.int32)
     always = {"sink_tokens": sinks, "recent_tokens": recent}
-    places, is_real = RUNS[run][0](codes, weights, ends, budgets, max_budget=most, bounds=bounds, **always)
+    places, is_real = RUNS[run](codes, weights, ends, budgets, max_budget=most, bounds=bounds, **always)
     for row in np.ndindex(batch, heads):
         sequence, code_head = row[0], row[1] // (heads // code_heads)
         call = codes[sequence, code_head], weights[row], ends[sequence], budgets[sequence], sinks, recent
@@ -103,7 +88,7 @@ def test_all_choose_as_sorting_does(run, name):
     np.testing.assert_array_equal(is_real[:, 0].sum(axis=-1), budgets)
 
 
-@pytest.mark.parametrize("run", [chunks, rows, reference], ids=["chunks", "rows", "reference"])
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 @pytest.mark.parametrize(
     "sums, best_first",
     [([0, 1], [3, 1, 2, 0]), ([0, 0], [3, 1, 0, 2]), ([1, 1], [1, 2, 0, 3])],  # -1, 3, 2, 5; -2, 0, -3, 5; -1, 3, 2, -2
@@ -118,7 +103,7 @@ def test_the_higher_of_two_sums_chooses_by_hand(run, sums, best_first):
         assert places[0, 0, :budget].tolist() == sorted([4, *best_first[: budget - 1]])
 
 
-@pytest.mark.parametrize("run", [chunks, rows, reference], ids=["chunks", "rows", "reference"])
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 @pytest.mark.parametrize("bounds", [REAL, SIGNS])
 def test_the_most_extreme_weights_are_summed_exactly(run, bounds):
     """Codes from one end of the scores to the other, two next to each other apart by one weight."""
@@ -145,10 +130,9 @@ def test_the_kernels_equal_the_reference_whatever_is_cached(data):
     if data.draw(st.booleans()):
         weights[:] = data.draw(st.sampled_from([-15, 0, 15]))
     call = jnp.asarray(codes), jnp.asarray(weights), jnp.asarray([end]), jnp.asarray([data.draw(st.integers(1, 200))])
-    of_chunks, of_rows, expected = (run(*call, max_budget=200, bounds=REAL) for run in (chunks, rows, reference))
-    for found in (of_chunks, of_rows):
-        for one, other in zip(found, expected, strict=True):
-            np.testing.assert_array_equal(one, other)
+    found, expected = (run(*call, max_budget=200, bounds=REAL) for run in RUNS.values())
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("rows, kv_len", [(1, 100), (4, 131072), (4, 524288), (32, 131072), (3, 2**21)])
@@ -158,25 +142,14 @@ def test_a_row_has_few_chunks_and_a_chunk_fits_16_bit_counts(rows, kv_len):
     assert -(-kv_len // chunk) <= 256
 
 
-@pytest.mark.parametrize(
-    "rows, kv_len, is_one", [(96, 32768, True), (64, 65535, True), (63, 32768, False), (96, 65536, False)]
-)
-def test_a_program_owns_a_row_where_rows_are_many_and_16_bits_count_a_rows_tokens(rows, kv_len, is_one):
-    assert has_program_a_row(rows, kv_len) is is_one
-
-
-@pytest.mark.parametrize("words, step", [(1, 4096), (4, 4096), (5, 2048), (8, 2048)])
-def test_a_step_holds_as_many_words_for_long_codes_as_for_short_ones(words, step):
-    assert choose_step(words) == step
-
-
-@pytest.mark.parametrize("words", [1, 8])
-def test_the_longest_row_of_a_program_counts_ties_of_every_token(words):
-    """Fields of four bits reach 14 in each part, counts of ties pass 2^15."""
-    codes, weights = jnp.zeros((1, 1, words, LONGEST), jnp.uint32), jnp.ones((1, 1, 1, 32 * words), jnp.int32)
-    bounds, budget = WeightBounds(1, 32 * words), 40000
-    places, _ = rows(codes, weights, jnp.asarray([LONGEST]), jnp.asarray([budget]), max_budget=budget, bounds=bounds)
-    np.testing.assert_array_equal(places[0, 0], np.arange(LONGEST - budget, LONGEST))
+def test_the_longest_chunk_counts_ties_of_every_token():
+    """Fields of four bits reach 14, counts of ties pass 2^13; one chunk is cut among its ties."""
+    kv_len = 27 * LONGEST_CHUNK
+    codes, weights = jnp.zeros((1, 1, 1, kv_len), jnp.uint32), jnp.ones((1, 16, 1, 32), jnp.int32)
+    assert choose_chunk(16, kv_len) == LONGEST_CHUNK
+    bounds, budget = WeightBounds(1, 32), 40000
+    places, _ = kernels(codes, weights, jnp.asarray([kv_len]), jnp.asarray([budget]), max_budget=budget, bounds=bounds)
+    np.testing.assert_array_equal(places[0], np.tile(np.arange(kv_len - budget, kv_len), (16, 1)))
 
 
 def shapes_of(case):
@@ -189,9 +162,8 @@ def shapes_of(case):
 def test_the_kernels_lower_for_cuda_at_every_real_shape(case):
     run = functools.partial(score_select, max_budget=case.budget, bounds=case.bounds)
     text = lower_for_cuda(run, *shapes_of(case))
-    is_one = has_program_a_row(case.batch * case.heads, case.kv_len)
-    kernels = ["select_rows"] if is_one else ["score_ranks", "refine_cut", "compact_chosen"]
-    assert all(name in text for name in kernels) and "stablehlo.sort" not in text
+    assert all(name in text for name in ("score_ranks", "refine_cut", "compact_chosen"))
+    assert "stablehlo.sort" not in text
 
 
 @pytest.mark.gpu

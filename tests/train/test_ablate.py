@@ -23,11 +23,13 @@ SMALL = {
 
 @pytest.fixture
 def small(monkeypatch, inputs):
-    """Flags of an ablation of three small variants, one of them on shorter windows."""
+    """Flags of an ablation of small variants, some of them on windows of their own."""
     variants = {
         "first": SMALL,
         "second": SMALL | {"hash.form": "asymmetric", "ranking.loss": "pairs", "hash.code_bits": 64},
         "shorter": SMALL | {"data.window": WINDOW // 2, "steps": 2},
+        "reseeded": SMALL | {"seed": 1, "data.seed": 1, "steps": 2},
+        "copied": SMALL | {"data.copies": 0.5, "steps": 2},
     }
     monkeypatch.setattr(ablate, "VARIANTS", variants)
     monkeypatch.setattr(ablate, "use_compile_cache", lambda: None)
@@ -39,9 +41,9 @@ def small(monkeypatch, inputs):
 def test_a_variant_is_the_run_it_would_be_alone(small, tmp_path, capsys):
     cfg = ablate.AblateConfig(out=str(tmp_path / "all"), **small)
     rows = ablate.main(cfg)["results"]
-    assert [row["variant"] for row in rows] == ["first", "second", "shorter"]
+    assert [row["variant"] for row in rows] == ["first", "second", "shorter", "reseeded", "copied"]
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["results"] == rows
-    for name in ("first", "second"):
+    for name in ("first", "second", "reseeded", "copied"):
         alone = ablate.variant_config(name, cfg)
         layerwise.train(dataclasses.replace(alone, out=str(tmp_path / name)))
         one, other = (

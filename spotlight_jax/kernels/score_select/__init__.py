@@ -25,11 +25,8 @@ def is_fused(bounds: WeightBounds) -> bool:
 
 
 def _agree() -> bool:
-    """Kernels and reference on a few ragged rows and on many, with ties and forced tokens, in several steps."""
-    return all(_agree_on(*shape) for shape in ((2, 2, 3000), (16, 4, 5000)))
-
-
-def _agree_on(batch: int, heads: int, kv_len: int) -> bool:
+    """Kernels and reference on ragged rows with ties and forced tokens, in several chunks of several steps."""
+    batch, heads, kv_len = 16, 4, 25000
     keys = jax.random.split(jax.random.key(0), 4)
     codes = jax.random.bits(keys[0], (batch, 1, 2, kv_len), jnp.uint32)
     weights = jax.random.randint(keys[1], (batch, heads, 2, 64), -9, 10, jnp.int32)

@@ -14,7 +14,6 @@ BYTE = 8
 BYTES = WORD_BITS // BYTE
 TOKENS = 8  # of a thread; where it has fewer, sums are as right
 MOST_STEPS = 14  # that fields hold
-MANY = (1 << 31) - 1
 
 
 def no_digits(step: int) -> tuple:
@@ -49,17 +48,9 @@ def add_up_digits(fields: tuple) -> tuple:
     return both & 0xFFFF, lax.shift_right_logical(both, 16)
 
 
-def find_bin(dealt: tuple, wanted: Int32[Array, ""]) -> tuple:
-    """Which bin holds the last of `wanted` ranks, and how many ranks lie before it and up to its end.
-
-    Bins, the highest first, are dealt to vectors in turn.
-    """
-    reached = jnp.cumsum(sum(dealt[1:], dealt[0]))
-    rounds = len(dealt) * jnp.arange(reached.size, dtype=jnp.int32)
-    most, up_to = jnp.int32(0), jnp.int32(MANY)
-    for place in reversed(range(len(dealt))):
-        is_before = reached < wanted
-        most = jnp.maximum(most, jnp.max(jnp.where(is_before, reached * BINS + rounds + place + 1, 0)))
-        up_to = jnp.minimum(up_to, jnp.min(jnp.where(is_before, MANY, reached)))
-        reached = reached - dealt[place]
-    return most & (BINS - 1), lax.shift_right_logical(most, DIGIT_BITS), up_to  # of the last bin before: neither falls
+def find_bin(bins: Int32[Array, "bins"], wanted: Int32[Array, ""]) -> tuple[Int32[Array, ""], Int32[Array, ""]]:
+    """Which bin, the highest first, holds the last of `wanted` ranks, and how many ranks lie before it."""
+    reached = jnp.cumsum(bins)
+    places = jnp.arange(BINS, dtype=jnp.int32)
+    most = jnp.max(jnp.where(reached < wanted, reached * BINS + places + 1, 0))  # of the last bin before: neither falls
+    return most & (BINS - 1), lax.shift_right_logical(most, DIGIT_BITS)

@@ -55,7 +55,7 @@ def positions_of(start, step, width: int) -> Int32[Array, "width"]:
     return start + step * width + jnp.arange(width, dtype=jnp.int32)
 
 
-def walk(steps, load, work, start, first=0, loaded=None):
+def walk(steps, load, work, start, loaded=None):
     """`work` on each step's `load`, the next one's asked for before: memory is read while there is work.
 
     `loaded` is the first step's, where a caller has asked for it earlier.
@@ -63,10 +63,10 @@ def walk(steps, load, work, start, first=0, loaded=None):
 
     def take_step(step, carry):
         loaded, done = carry
-        ahead = load(first + step + 1)
-        return ahead, work(first + step, loaded, done)
+        ahead = load(step + 1)
+        return ahead, work(step, loaded, done)
 
-    loaded = load(first) if loaded is None else loaded
+    loaded = load(0) if loaded is None else loaded
     return lax.fori_loop(0, steps, take_step, (loaded, start))[1]
 
 
