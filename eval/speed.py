@@ -240,8 +240,25 @@ def time_parts(cfg: SpeedConfig, record: Record) -> list[Row]:
                 loaded = decode.load(point, jnp.dtype(cfg.dtype))
             rows = time_decoding(cfg, batch, length, loaded, bandwidth, record)
         record.add(part, {"copy_bandwidth": bandwidth, "rows": rows})
+        for line in _told(rows):
+            record.say(line)
     done = [record.row_of(part) for part in parts]
     return [row for finished in done if finished is not None for row in finished["rows"]]
+
+
+def _told(rows: Sequence[Row]) -> list[str]:
+    """What a part says once it is finished: the sparse layer, or sparse decoding, beside the fastest dense one."""
+    own = [row for row in rows if row.get("op") == "sparse layer" or row["task"] == "decode"]
+    pairs = [(row, fastest_dense(rows, row)) for row in own if row["method"] == "spotlight" and _has_dense(rows)]
+    return [
+        f"{row['batch']} x {row['length']:,}: {row.get('op', 'decoding')} {1e3 * row['seconds']:,.4g} ms, "
+        f"dense {1e3 * dense['seconds']:,.4g} ms, {dense['seconds'] / max(row['seconds'], 1e-9):.2f} x"
+        for row, dense in pairs
+    ]
+
+
+def _has_dense(rows: Sequence[Row]) -> bool:
+    return any(row["method"].startswith("dense") for row in rows)
 
 
 def main(cfg: SpeedConfig) -> dict[str, Any]:
@@ -278,7 +295,7 @@ def _ops_tables(cfg: SpeedConfig, rows: Sequence[Row]) -> list[Table]:
         lines = []
         for row in own:
             times = [f"{row[name] * 1e6:,.1f}" for name in ("seconds", "least", "greatest", "floor_seconds")]
-            is_layer = "layer" in row["op"] and any(other["method"].startswith("dense") for other in own)
+            is_layer = "layer" in row["op"] and _has_dense(own)
             is_measured = is_layer and row["seconds"] > 0  # 0: no longer than the empty loop, on a noisy machine
             ratio = f"{fastest_dense(own, row)['seconds'] / row['seconds']:.2f} x" if is_measured else ""
             lines.append([row["op"], times[0], f"{times[1]} to {times[2]}", times[3], ratio])

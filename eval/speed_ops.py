@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32
 
 from eval.timing import Op
 from spotlight_jax import hashing
-from spotlight_jax.cache import LayerCache
+from spotlight_jax.cache import LANES, LayerCache
 from spotlight_jax.cached_attention import AttentionImpl, LayerSelector, attend_densely, attend_sparsely
 from spotlight_jax.kernels.match_score import match_score
 from spotlight_jax.kernels.sparse_attention import sparse_attention
@@ -26,7 +26,6 @@ from spotlight_jax.weights import WeightBounds, quantise
 
 COLD_BYTES = {"cpu": 128 << 20}  # what a step walks over at least, so that no cache of the device helps
 GPU_COLD_BYTES = 256 << 20
-SLOTS = 128  # the cache is that much longer than what it holds: room for the appended token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +64,8 @@ class OpShape:
 
     @property
     def slots(self) -> int:
-        """Allocated length."""
-        return self.length + SLOTS
+        """Allocated length: a multiple, as all caches', with room for the appended token."""
+        return LANES * (self.length // LANES + 1)
 
     @property
     def budget(self) -> int:

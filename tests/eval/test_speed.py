@@ -110,7 +110,8 @@ def test_it_prints_tables_and_one_line_of_json_and_resumes(capsys, monkeypatch, 
         str(tmp_path / "run"),
     ]
     assert speed.command(args) == 0
-    out = capsys.readouterr().out
+    out, told = capsys.readouterr()
+    assert "1 x 96: sparse layer" in told and "2 x 60: decoding" in told
     results = json.loads(out.splitlines()[-1])["results"]
     assert [(row["task"], row["method"]) for row in results] == [
         ("op", "spotlight"), ("op", "dense, xla"), ("decode", "dense"), ("decode", "spotlight"),
