@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Int32, UInt32
 
 from spotlight_jax.errors import InputError
@@ -56,6 +57,7 @@ def match_score(
         "matmul": match_score_matmul,
     }
     run = backends[choose_impl(q_len) if impl == "auto" else impl]
+    weights = lax.optimization_barrier(weights)  # else XLA for CPUs computes them anew for every token
     found = run(codes, weights.reshape(batch, q_len, heads * sums, code_bits))
     found = found.reshape(batch, q_len, heads, sums, kv_len) - halves(weights)[..., None]
     return jnp.max(found, axis=3)
