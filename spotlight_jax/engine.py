@@ -26,6 +26,7 @@ from spotlight_jax.cached_attention import (
     attend_sparsely,
 )
 from spotlight_jax.checkpoint import Selector
+from spotlight_jax.compiled import compile_with
 from spotlight_jax.errors import InputError
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import apply_layer, embed_tokens, unembed
@@ -237,7 +238,7 @@ class Engine:
             ends = np.cumsum([0] + [len(jax.tree.leaves(arg)) for arg in args])
             donated = [leaf for arg in donate for leaf in range(ends[arg], ends[arg + 1])]
             lowered = jax.jit(flat, donate_argnums=donated).lower(*leaves)
-            self._programs[key] = lowered.compile(compiler_options=options)
+            self._programs[key] = compile_with(lowered, options)
             self.compile_seconds += time.perf_counter() - start
         return self._programs[key](*leaves)
 
