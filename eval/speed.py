@@ -248,17 +248,20 @@ def time_parts(cfg: SpeedConfig, record: Record) -> list[Row]:
 
 def _told(rows: Sequence[Row]) -> list[str]:
     """What a part says once it is finished: the sparse layer, or sparse decoding, beside the fastest dense one."""
-    own = [row for row in rows if row.get("op") == "sparse layer" or row["task"] == "decode"]
-    pairs = [(row, fastest_dense(rows, row)) for row in own if row["method"] == "spotlight" and _has_dense(rows)]
+    own = [row for row in rows if row["method"] == "spotlight" and row.get("op", "sparse layer") == "sparse layer"]
     return [
         f"{row['batch']} x {row['length']:,}: {row.get('op', 'decoding')} {1e3 * row['seconds']:,.4g} ms, "
-        f"dense {1e3 * dense['seconds']:,.4g} ms, {dense['seconds'] / max(row['seconds'], 1e-9):.2f} x"
-        for row, dense in pairs
+        f"{ratio} as fast as dense"
+        for row in own
+        if (ratio := _ratio(rows, row))
     ]
 
 
-def _has_dense(rows: Sequence[Row]) -> bool:
-    return any(row["method"].startswith("dense") for row in rows)
+def _ratio(rows: Sequence[Row], row: Row) -> str:
+    """How much faster than the fastest dense one; nothing where none was timed, or all is noise."""
+    if row["seconds"] <= 0 or not any(other["method"].startswith("dense") for other in rows):
+        return ""  # 0: no longer than the empty loop, on a noisy machine
+    return f"{fastest_dense(rows, row)['seconds'] / row['seconds']:.2f} x"
 
 
 def main(cfg: SpeedConfig) -> dict[str, Any]:
@@ -295,9 +298,7 @@ def _ops_tables(cfg: SpeedConfig, rows: Sequence[Row]) -> list[Table]:
         lines = []
         for row in own:
             times = [f"{row[name] * 1e6:,.1f}" for name in ("seconds", "least", "greatest", "floor_seconds")]
-            is_layer = "layer" in row["op"] and _has_dense(own)
-            is_measured = is_layer and row["seconds"] > 0  # 0: no longer than the empty loop, on a noisy machine
-            ratio = f"{fastest_dense(own, row)['seconds'] / row['seconds']:.2f} x" if is_measured else ""
+            ratio = _ratio(own, row) if "layer" in row["op"] else ""
             lines.append([row["op"], times[0], f"{times[1]} to {times[2]}", times[3], ratio])
         title = f"{cfg.preset}, {cfg.dtype}, {batch} x {length:,} tokens, {100 * cfg.keep:g} % read: one layer"
         tables.append(make_table(title, ["operation", "µs", "range", "floor", "speed"], lines))
@@ -309,9 +310,8 @@ def _decode_tables(cfg: SpeedConfig, rows: Sequence[Row]) -> list[Table]:
     lines = []
     for row in rows:
         times = [f"{1e3 * row[name]:,.2f}" for name in ("seconds", "floor_seconds")]
-        ratio = fastest_dense(rows, row)["seconds"] / row["seconds"]
         place = [f"{row['batch']} x {row['length']:,}", row["method"]]
-        lines.append([*place, f"{row['tokens_per_second']:,.1f}", *times, f"{ratio:.2f} x"])
+        lines.append([*place, f"{row['tokens_per_second']:,.1f}", *times, _ratio(rows, row)])
     title = f"{cfg.preset}, {cfg.dtype}, {100 * cfg.keep:g} % read: decoding"
     return [make_table(title, ["tokens", "method", "tokens/s", "step, ms", "floor", "speed"], lines, names=2)]
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32
 
 from eval.timing import Op
 from spotlight_jax import hashing
+from spotlight_jax.bits import WORD_BITS
 from spotlight_jax.cache import LANES, LayerCache
 from spotlight_jax.cached_attention import AttentionImpl, LayerSelector, attend_densely, attend_sparsely
 from spotlight_jax.kernels.match_score import match_score
@@ -151,7 +152,7 @@ def draw_layer(key: Array, shape: OpShape) -> LayerCache:
     """A cache of random numbers."""
     keys = jax.random.split(key, 3)
     rows = (shape.batch, shape.slots, shape.kv_heads, shape.head_dim)
-    codes = (shape.batch, shape.kv_heads, shape.code_bits // hashing.WORD_BITS, shape.slots)
+    codes = (shape.batch, shape.kv_heads, shape.code_bits // WORD_BITS, shape.slots)
     return LayerCache(
         keys=jax.random.normal(keys[0], rows, shape.dtype),
         values=jax.random.normal(keys[1], rows, shape.dtype),

@@ -18,12 +18,12 @@ from typing import Literal
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray, Shaped, UInt32
+from jaxtyping import Array, Float, Int32, PRNGKeyArray, Shaped, UInt32
 
+from spotlight_jax.bits import WORD_BITS, pack_bits
 from spotlight_jax.errors import InputError
 from spotlight_jax.weights import WeightBounds, quantise, real_bounds
 
-WORD_BITS = 32
 RANDOM_START = 0.001  # standard deviation of the paper's initial weights
 SPREAD = 4.0  # of a query's scores in the transform form, so that the ranking loss's margin is neither nothing nor all
 
@@ -344,20 +344,6 @@ def sum_weights(
 def soft_sign(x: Float[Array, "*shape"], gamma: Float[Array, ""] | float) -> Float[Array, "*shape"]:
     """Differentiable sign: gamma x / (1 + gamma |x|), the paper's; tends to the sign as gamma grows."""
     return gamma * x / (1 + gamma * jnp.abs(x))
-
-
-def pack_bits(bits: Bool[Array, "*batch code_bits"]) -> UInt32[Array, "*batch words"]:
-    """Bit b of a code goes to bit b % 32 of word b // 32."""
-    words = bits.reshape(*bits.shape[:-1], -1, WORD_BITS).astype(jnp.uint32)
-    places = jnp.arange(WORD_BITS, dtype=jnp.uint32).reshape((1,) * (words.ndim - 1) + (WORD_BITS,))
-    return jnp.sum(words << places, axis=-1, dtype=jnp.uint32)
-
-
-def unpack_bits(words: UInt32[Array, "*batch words"]) -> Bool[Array, "*batch code_bits"]:
-    """The bits that `pack_bits` packed."""
-    places = jnp.arange(WORD_BITS, dtype=jnp.uint32).reshape((1,) * words.ndim + (WORD_BITS,))
-    bits = (words[..., None] >> places) & jnp.uint32(1)
-    return bits.astype(bool).reshape(*words.shape[:-1], -1)
 
 
 def key_codes(

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from spotlight_jax import hashing
+from spotlight_jax import bits, hashing
 from spotlight_jax.errors import InputError
 from spotlight_jax.hashing import HashConfig, HeadShape
 from spotlight_jax.weights import WeightBounds
@@ -38,7 +38,7 @@ hash_queries = jax.jit(hashing.hash_queries, static_argnums=2)
 key_codes = jax.jit(hashing.key_codes, static_argnums=2)
 query_weights = jax.jit(hashing.query_weights, static_argnums=(2, 3))
 sum_weights = jax.jit(hashing.sum_weights, static_argnums=(2, 3))
-pack_bits, unpack_bits, soft_sign = jax.jit(hashing.pack_bits), jax.jit(hashing.unpack_bits), jax.jit(hashing.soft_sign)
+pack_bits, unpack_bits, soft_sign = (jax.jit(run) for run in (bits.pack_bits, bits.unpack_bits, hashing.soft_sign))
 
 
 def head_shape(cfg):

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spotlight_jax import hashing, scoring
+from spotlight_jax.bits import pack_bits
 from spotlight_jax.hashing import HashConfig, HeadShape
 from tests.hash_params import draw_params
 from tests.tolerances import tolerance
@@ -115,7 +116,7 @@ def test_a_key_equal_to_the_query_scores_highest_and_its_complement_lowest(form)
     cfg, params = FORMS[form], PARAMS[form]
     queries, codes = draw_queries(5, q_len=1), draw_codes(6, cfg)
     signs = np.asarray(query_weights(params, queries, cfg, False))[:, 0, :, 0] > 0
-    own = np.asarray(jax.jit(hashing.pack_bits)(signs))
+    own = np.asarray(jax.jit(pack_bits)(signs))
     own = own if form == "paper" else own[:, ::GROUP]  # the first query head of each group
     codes[..., 11], codes[..., 23] = own, ~own
     scores = np.asarray(hash_scores(params, queries, codes, cfg, False))[:, 0]

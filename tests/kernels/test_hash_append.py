@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from spotlight_jax import hashing
+from spotlight_jax.bits import pack_bits
 from spotlight_jax.cache import LayerCache
 from spotlight_jax.cached_attention import LayerSelector, attend_sparsely
 from spotlight_jax.kernels import hash_append as op
@@ -152,7 +153,7 @@ def test_a_selectors_codes_and_weights_are_those_of_hashing(impl):
     transform = Transform(coder.mean, coder.axes, coder.cells, weights.decode, coder.members, weights.log_gain)
     queries, keys, values, _, *caches, lengths = draw_call(20, 12, 3, 64, 128, 2)
     _, packed, _, _, cached_codes = IMPLEMENTATIONS[impl](queries, keys, values, transform, *caches, lengths)
-    codes = hashing.pack_bits(hashing.hash_keys(params, keys, cfg) > 0)
+    codes = pack_bits(hashing.hash_keys(params, keys, cfg) > 0)
     np.testing.assert_array_equal(cached_codes[np.arange(20), :, :, lengths], codes)
     weights = hashing.integer_weights(params, hashing.hash_queries(params, queries[:, None], cfg), cfg, True)[:, 0]
     off = np.abs(unpack(np.asarray(packed)) - np.asarray(weights))

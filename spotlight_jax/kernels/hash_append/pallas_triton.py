@@ -15,8 +15,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Int32, Shaped, UInt32
 
+from spotlight_jax.bits import WORD_BITS, pack_bits
 from spotlight_jax.kernels.hash_append.reference import Transform
-from spotlight_jax.kernels.score_select.packing import PLANES, WORD_BITS
+from spotlight_jax.kernels.score_select.packing import PLANES, planes_of
 from spotlight_jax.weights import INT8_LIMIT, real_room
 
 ROWS = 16  # of a product on tensor cores, at least: a row is one sum of one sequence
@@ -97,10 +98,10 @@ def _ask_rows(ref, sequences, head, plan: Plan) -> list[_Asked]:
     return [_ask(ref, (sequences, head, dims), (sequences < plan.batch) & (dims < plan.head_dim)) for dims in chunks]
 
 
-def _store_rows(ref, sequences, head, asked: list[_Asked], plan: Plan) -> None:
-    """One head's vectors, as they were asked for."""
+def _store_rows(ref, places: tuple, asked: list[_Asked], plan: Plan) -> None:
+    """One head's vectors at their places, as they were asked for."""
     for dims, chunk in zip(plan.chunks, asked, strict=True):
-        plgpu.store(ref.at[sequences[:, None], head, dims[None, :]], chunk.get().astype(ref.dtype), mask=chunk.is_there)
+        plgpu.store(ref.at[(*places, dims[None, :])], chunk.get().astype(ref.dtype), mask=chunk.is_there)
 
 
 def _weigh_queries(
@@ -117,7 +118,7 @@ def _weigh_queries(
     shares = [(is_part * gain)[:, None] for is_part, gain in zip(is_member, gains, strict=True)]
 
     for place, asked in zip(places, queries, strict=True):
-        _store_rows(queries_ref, sequences, head * plan.group + place, asked, plan)
+        _store_rows(queries_ref, (sequences[:, None], head * plan.group + place), asked, plan)
 
     def mix(chunk: int) -> Array:
         parts = [share * asked[chunk].get() for share, asked in zip(shares, queries, strict=True)]
@@ -132,21 +133,14 @@ def _weigh_queries(
     scale = jnp.min(scale.reshape(plan.tile, plan.sums), axis=1)[:, None]
     scale = norm * jnp.broadcast_to(scale, (plan.tile, plan.sums)).reshape(ROWS)
     whole = jnp.floor(weights * scale[:, None] + 0.5).astype(jnp.int32)
+    # all planes at once: warps wait for each other at every sum
+    packed = lax.bitcast_convert_type(pack_bits(planes_of(whole)), jnp.int32)
     planes = jnp.arange(PLANES)[None, :, None]
-    packed = _pack_bits(
-        (whole[:, None, :] >> planes) & 1
-    )  # all at once: each reduction makes warps wait for each other
     words, code_words = jnp.arange(plan.bits // WORD_BITS)[None, None, :], plan.code_bits // WORD_BITS
     sequences, sums = sequences[:, None, None], sums[:, None, None]
     is_there = (sequences < plan.batch) & (words < code_words)
     places = weights_ref.at[sequences, head, sums, planes * code_words + words]
     plgpu.store(places, packed, mask=jnp.broadcast_to(is_there, packed.shape))
-
-
-def _pack_bits(bits: Int32[Array, "*rows code_bits"]) -> Int32[Array, "*rows words"]:
-    """Bits of 0 or 1 to words, least significant first."""
-    places = jnp.arange(WORD_BITS).reshape((1,) * bits.ndim + (WORD_BITS,))
-    return jnp.sum(bits.reshape(*bits.shape[:-1], -1, WORD_BITS) << places, axis=-1)
 
 
 def _append_keys(
@@ -169,13 +163,11 @@ def _append_keys(
     centred = [key.get() - mean.get() for key, mean in zip(keys, means, strict=True)]
     coordinates = plan.multiply(centred, axes) + 0.5
     cell = jnp.ceil(cells * jnp.clip(coordinates, 0.5 / cells, 1 - 0.5 / cells)).astype(jnp.int32) - 1
-    codes = _pack_bits(cell & 1).astype(jnp.uint32)
+    codes = pack_bits(cell & 1)
     is_word = is_row & (words < plan.code_bits // WORD_BITS)[None, :]
     plgpu.store(cached_codes_ref.at[sequences[:, None], head, words[None, :], at], codes, mask=is_word)
     for new, ref in ((keys, cached_keys_ref), (values, cached_values_ref)):
-        for dims, chunk in zip(chunks, new, strict=True):
-            place = ref.at[sequences[:, None], at, head, dims]
-            plgpu.store(place, chunk.get().astype(ref.dtype), mask=chunk.is_there)
+        _store_rows(ref, (sequences[:, None], at, head), new, plan)
 
 
 def _kernel(

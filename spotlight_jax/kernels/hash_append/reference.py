@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Shaped, UInt32
 
-from spotlight_jax.kernels.score_select.packing import WORD_BITS, pack_weights
+from spotlight_jax.bits import pack_bits
+from spotlight_jax.kernels.score_select.packing import pack_weights
 from spotlight_jax.weights import quantise
 
 
@@ -50,9 +51,7 @@ def hash_append_reference(
     coordinates = jnp.einsum("bkd,kdc->bkc", centred, transform.axes, precision=exact) + 0.5
     cells = transform.cells[None]
     cell = jnp.ceil(cells * jnp.clip(coordinates, 0.5 / cells, 1 - 0.5 / cells)) - 1
-    places = jnp.arange(WORD_BITS, dtype=jnp.uint32)[None, None, None, :]
-    digits = (cell % 2).reshape(batch, kv_heads, -1, WORD_BITS).astype(jnp.uint32)
-    codes = jnp.sum(digits << places, axis=-1, dtype=jnp.uint32)
+    codes = pack_bits(cell % 2)
 
     rows = jnp.arange(batch, dtype=jnp.int32)
     at = jnp.minimum(lengths, cached_keys.shape[1] - 1)

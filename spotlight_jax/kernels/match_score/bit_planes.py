@@ -12,14 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int32, UInt32
 
-WORD_BITS = 32
-
-
-def pack_plane(bits: Int32[Array, "*batch code_bits"]) -> UInt32[Array, "*batch words"]:
-    """0 or 1 per bit to words, least significant bit first."""
-    words = bits.astype(jnp.uint32).reshape(*bits.shape[:-1], -1, WORD_BITS)
-    places = jnp.arange(WORD_BITS, dtype=jnp.uint32).reshape((1,) * (words.ndim - 1) + (WORD_BITS,))
-    return jnp.sum(words << places, axis=-1, dtype=jnp.uint32)
+from spotlight_jax.bits import pack_bits
 
 
 def _count(words: UInt32[Array, "*shape"]) -> Int32[Array, "*shape"]:
@@ -45,12 +38,12 @@ def match_score_bit_planes(
         return total
 
     if weight_bits == 1:
-        plane = pack_plane((grouped > 0).astype(jnp.int32))
+        plane = pack_bits(grouped > 0)
         scores = jnp.sum(_count(plane), axis=-1)[..., None] - matches(plane, jnp.bitwise_xor)
     else:
         scores = None
         for place in range(weight_bits):
-            counts = matches(pack_plane((grouped >> place) & 1), jnp.bitwise_and) << place
+            counts = matches(pack_bits((grouped >> place) & 1), jnp.bitwise_and) << place
             if place == weight_bits - 1:
                 counts = -counts
             scores = counts if scores is None else scores + counts

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int32
 
-from spotlight_jax.kernels.score_select.packing import WORD_BITS
+from spotlight_jax.bits import WORD_BITS
 from spotlight_jax.kernels.score_select.plan import DIGIT_BITS, run_instruction
 
 BINS = 1 << DIGIT_BITS

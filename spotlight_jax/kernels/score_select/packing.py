@@ -1,31 +1,29 @@
-"""Query weights as the kernels count them: planes of bits, packed like codes.
-
-A weight in two's complement is sum_p 2^p w_p - 2^7 w_7, so a sum of weights is that of counted bits:
-
-    sum_b w_b k_b = sum_p 2^p popcount(k & plane_p) - 2^7 popcount(k & plane_7).
-"""
+"""Query weights as the kernels count them: planes of bits, packed like codes (the sum: `match_score.bit_planes`)."""
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Int32
 
-WORD_BITS = 32
-PLANES = 8
+from spotlight_jax.bits import pack_bits, unpack_bits
+
+PLANES = 8  # in two's complement: the last one counts -2^7
+
+
+def planes_of(weights: Int32[Array, "*rows code_bits"]) -> Int32[Array, "*rows planes code_bits"]:
+    """Each plane's bits, the lowest first."""
+    places = jnp.arange(PLANES, dtype=jnp.int32).reshape((1,) * (weights.ndim - 1) + (PLANES, 1))
+    return (weights[..., None, :] >> places) & 1
 
 
 def pack_weights(weights: Int32[Array, "*rows code_bits"]) -> Int32[Array, "*rows packed"]:
     """Weights from -127 to 127, packed: number p * words + w of a row has bit p of the weights 32 w to 32 w + 31."""
-    words = weights.reshape(*weights.shape[:-1], 1, -1, WORD_BITS)
-    lead = (1,) * (weights.ndim - 1)
-    planes = (words >> jnp.arange(PLANES, dtype=jnp.int32).reshape(*lead, PLANES, 1, 1)) & 1
-    places = jnp.arange(WORD_BITS, dtype=jnp.int32).reshape(*lead, 1, 1, WORD_BITS)
-    return jnp.sum(planes << places, axis=-1, dtype=jnp.int32).reshape(*weights.shape[:-1], -1)
+    words = lax.bitcast_convert_type(pack_bits(planes_of(weights)), jnp.int32)
+    return words.reshape(*weights.shape[:-1], -1)
 
 
 def unpack_weights(packed: Int32[Array, "*rows packed"]) -> Int32[Array, "*rows code_bits"]:
     """What `pack_weights` packed."""
-    planes = packed.reshape(*packed.shape[:-1], PLANES, -1, 1)
-    lead = (1,) * (packed.ndim - 1)
-    bits = (planes >> jnp.arange(WORD_BITS, dtype=jnp.int32).reshape(*lead, 1, 1, WORD_BITS)) & 1
+    planes = lax.bitcast_convert_type(packed.reshape(*packed.shape[:-1], PLANES, -1), jnp.uint32)
     worth = jnp.asarray([1 << place for place in range(PLANES - 1)] + [-(1 << (PLANES - 1))], jnp.int32)
-    weights = jnp.sum(bits * worth.reshape(*lead, PLANES, 1, 1), axis=-3, dtype=jnp.int32)
-    return weights.reshape(*packed.shape[:-1], -1)
+    worth = worth.reshape((1,) * (packed.ndim - 1) + (PLANES, 1))
+    return jnp.sum(jnp.where(unpack_bits(planes), worth, 0), axis=-2, dtype=jnp.int32)

@@ -61,18 +61,25 @@ def _store_counts(fields: tuple, counts_ref) -> None:
         plgpu.store(counts_ref.at[len(dealt) * jnp.arange(counts.size, dtype=jnp.int32) + turn], counts)
 
 
+def _slots_of(step, width: int, there: Int32[Array, ""]) -> tuple:
+    """A step's slots in a program's chunk, and whether they are among the `there` that the cache has of it.
+
+    None lie past the chunk: what is asked for ahead of its last step is not read.
+    """
+    return pl.ds(step * width, width), positions_of(0, step, width) < there
+
+
 def _score_kernel(bounds_ref, weights_ref, codes_ref, ranks_ref, counts_ref, *, plan: Plan, chunk: int) -> None:
     start, end = pl.program_id(1) * chunk, bounds_ref[0]
-    rank = ranker_of(weights_ref, end, STEP, plan)
-    filled = jnp.minimum(chunk, plan.kv_len - start)
+    rank, there = ranker_of(weights_ref, end, STEP, plan), jnp.minimum(chunk, plan.kv_len - start)
 
     def load_words(step):
-        at, is_there = pl.ds(step * STEP, STEP), positions_of(0, step, STEP) < filled
+        at, is_there = _slots_of(step, STEP, there)
         return [plgpu.load(codes_ref.at[jnp.int32(word), at], mask=is_there, other=0) for word in range(plan.words)]
 
     def score_step(step, words, fields):
         ranks = rank(words, start + step * STEP)
-        at, is_there = pl.ds(step * STEP, STEP), positions_of(start, step, STEP) < plan.kv_len
+        at, is_there = _slots_of(step, STEP, there)
         plgpu.store(ranks_ref.at[at], ranks.astype(ranks_ref.dtype), mask=is_there)
         return add_digits(ranks, plan.shifts[0], fields, plan.interpret)
 
@@ -85,11 +92,10 @@ def _score_kernel(bounds_ref, weights_ref, codes_ref, ranks_ref, counts_ref, *, 
 
 def _rank_loader(ranks_ref, chunk: int, plan: Plan):
     """Loads a step of this program's ranks; 0 behind those that there are."""
-    width = min(WIDE_STEP, chunk)
-    filled = jnp.minimum(chunk, plan.kv_len - pl.program_id(1) * chunk)
+    width, there = min(WIDE_STEP, chunk), jnp.minimum(chunk, plan.kv_len - pl.program_id(1) * chunk)
 
     def load_ranks(step):
-        at, is_there = pl.ds(step * width, width), positions_of(0, step, width) < filled
+        at, is_there = _slots_of(step, width, there)
         return plgpu.load(ranks_ref.at[at], mask=is_there, other=0)
 
     return load_ranks, chunk // width, width
@@ -187,12 +193,8 @@ def _select(
     plan: Plan,
 ) -> Int32[Array, "rows max_budget"]:
     """Chosen positions of every row; bounds are a sequence's end and budget."""
-    rows, heads, group, chunk = (
-        plan.rows,
-        plan.heads,
-        plan.heads // plan.code_heads,
-        choose_chunk(plan.rows, plan.kv_len),
-    )
+    rows, heads, group = plan.rows, plan.heads, plan.heads // plan.code_heads
+    chunk = choose_chunk(rows, plan.kv_len)
     chunks = -(-plan.kv_len // chunk)
 
     def row_and_chunk(*shape):

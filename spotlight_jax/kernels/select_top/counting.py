@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int32, PyTree, UInt32
 
-WORD_BITS = 32
+from spotlight_jax.bits import WORD_BITS, pack_bits
 
 
 @flax.struct.dataclass
@@ -43,12 +43,6 @@ def _repeat(times: int, step: Callable, start: PyTree) -> PyTree:
     return start
 
 
-def pack_mask(mask: Bool[Array, "*rows kv_len"]) -> UInt32[Array, "*rows words"]:
-    """Position s goes to bit s % 32 of word s // 32."""
-    bits = mask.reshape(*mask.shape[:-1], -1, WORD_BITS).astype(jnp.uint32)
-    return jnp.sum(bits << _row(jnp.arange(WORD_BITS, dtype=jnp.uint32), bits.ndim), axis=-1, dtype=jnp.uint32)
-
-
 def _find_threshold(
     ranks: UInt32[Array, "*rows kv_len"], budgets: Int32[Array, "*rows"], rank_bits: int, digit_bits: int
 ) -> UInt32[Array, "*rows"]:
@@ -77,11 +71,11 @@ def find_cut(
     """Where each row's selection ends, ties going to the newest; kv_len is a multiple of 32."""
     ranks = lax.optimization_barrier(ranks)  # else XLA computes the scores anew in every pass
     threshold = _find_threshold(ranks, budgets, rank_bits, digit_bits)
-    at_least = pack_mask(ranks >= threshold[..., None])
+    at_least = pack_bits(ranks >= threshold[..., None])
     dropped = jnp.maximum(jnp.sum(_count(at_least), axis=-1) - budgets, 0)
 
     def pack_ties():
-        return pack_mask(ranks == threshold[..., None])
+        return pack_bits(ranks == threshold[..., None])
 
     # most often no tie is dropped, and which ones are ties does not matter; a GPU would have to ask the host first
     if jax.default_backend() == "cpu":
