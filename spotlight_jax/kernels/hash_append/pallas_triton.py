@@ -1,7 +1,9 @@
-"""A step's hashing and appending in one kernel: a program owns one KV head's queries, or its keys, of some sequences.
+"""A step's hashing and appending in one kernel: a program weighs one KV head's queries of some sequences, or codes its
+new keys, or copies queries, keys and values to where they go.
 
-Products run on tensor cores in three TF32 parts, which is as exact as float32: codes of a decoding step are those that
-prefill would have given.
+Products run on tensor cores. Those of keys take three TF32 parts, which is as exact as float32: codes of a decoding
+step are those that prefill would have given. Those of queries take one: what it is off by is small against rounding to
+whole weights, so that one weight in a hundred or so is rounded the other way.
 """
 
 import dataclasses
@@ -53,9 +55,10 @@ class Plan:
         """code_bits, up to a power of two."""
         return _power_of_two(self.code_bits)
 
-    def multiply(self, x: list[Array], matrix: list["_Asked"]) -> Array:
-        """A product as exact as float32, of chunks."""
-        precision = lax.Precision.HIGHEST if self.interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+    def multiply(self, x: list[Array], matrix: list["_Asked"], is_exact: bool) -> Array:
+        """A product of chunks: as exact as float32, or by TF32."""
+        exact = lax.Precision.HIGHEST if self.interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+        precision = exact if is_exact else lax.Precision.DEFAULT
         return sum(plgpu.dot(left, right.get(), precision=precision) for left, right in zip(x, matrix, strict=True))
 
 
@@ -98,16 +101,8 @@ def _ask_rows(ref, sequences, head, plan: Plan) -> list[_Asked]:
     return [_ask(ref, (sequences, head, dims), (sequences < plan.batch) & (dims < plan.head_dim)) for dims in chunks]
 
 
-def _store_rows(ref, places: tuple, asked: list[_Asked], plan: Plan) -> None:
-    """One head's vectors at their places, as they were asked for."""
-    for dims, chunk in zip(plan.chunks, asked, strict=True):
-        plgpu.store(ref.at[(*places, dims[None, :])], chunk.get().astype(ref.dtype), mask=chunk.is_there)
-
-
-def _weigh_queries(
-    heads_ref, decode_ref, members_ref, log_gain_ref, queries_ref, weights_ref, first, head, plan: Plan,
-) -> None:  # fmt: skip
-    """Integer weights of each sum, packed; one scale for all sums of a sequence. Queries are copied."""
+def _weigh_queries(heads_ref, decode_ref, members_ref, log_gain_ref, weights_ref, first, head, plan: Plan) -> None:
+    """Integer weights of each sum, packed; one scale for all sums of a sequence."""
     rows = jnp.arange(ROWS)
     sequences, sums = first + rows // plan.sums, rows % plan.sums
     decode = _ask_matrix(decode_ref, head, plan)
@@ -117,14 +112,11 @@ def _weigh_queries(
     gains = [jnp.exp(log_gain_ref[head * plan.group + place]) for place in places]
     shares = [(is_part * gain)[:, None] for is_part, gain in zip(is_member, gains, strict=True)]
 
-    for place, asked in zip(places, queries, strict=True):
-        _store_rows(queries_ref, (sequences[:, None], head * plan.group + place), asked, plan)
-
     def mix(chunk: int) -> Array:
         parts = [share * asked[chunk].get() for share, asked in zip(shares, queries, strict=True)]
         return functools.reduce(operator.add, parts)
 
-    weights = plan.multiply([mix(chunk) for chunk in range(len(plan.chunks))], decode)
+    weights = plan.multiply([mix(chunk) for chunk in range(len(plan.chunks))], decode, is_exact=False)
     squares, sizes = jnp.sum(jnp.square(weights), axis=1), jnp.abs(weights)
     largest, total = jnp.max(sizes, axis=1), jnp.sum(sizes, axis=1)
     norm = lax.rsqrt(squares + 1e-12)
@@ -143,31 +135,47 @@ def _weigh_queries(
     plgpu.store(places, packed, mask=jnp.broadcast_to(is_there, packed.shape))
 
 
-def _append_keys(
-    heads_ref, mean_ref, axes_ref, cells_ref, lengths_ref,
-    cached_keys_ref, cached_values_ref, cached_codes_ref, first, head, plan: Plan,
-) -> None:  # fmt: skip
-    """Codes of each sequence's new key, written with it and its value."""
-    rows = jnp.arange(ROWS)
-    sequences = jnp.where(rows < plan.tile, first + rows, plan.batch)  # rows past the tile are no sequence's
+def _append_codes(
+    heads_ref, mean_ref, axes_ref, cells_ref, lengths_ref, cached_codes_ref, first, head, plan: Plan
+) -> None:
+    """Each sequence's new key as a code."""
+    sequences, is_row, at = _places_of(lengths_ref, first, plan)
     bits, words = jnp.arange(plan.bits), jnp.arange(plan.bits // WORD_BITS)
     axes = _ask_matrix(axes_ref, head, plan)
-    key_head = plan.kv_heads * plan.group + head
-    keys, values = (_ask_rows(heads_ref, sequences, place, plan) for place in (key_head, key_head + plan.kv_heads))
+    keys = _ask_rows(heads_ref, sequences, plan.kv_heads * plan.group + head, plan)
     chunks = [dims[None, :] for dims in plan.chunks]
     means = [_ask(mean_ref, (head, dims), dims < plan.head_dim) for dims in chunks]
     cells = plgpu.load(cells_ref.at[head, bits], mask=bits < plan.code_bits, other=2.0)[None, :]
-    is_row = (sequences < plan.batch)[:, None]
-    at = plgpu.load(lengths_ref.at[sequences], mask=sequences < plan.batch, other=0)
-    at = jnp.minimum(at, plan.max_len - 1)[:, None]
     centred = [key.get() - mean.get() for key, mean in zip(keys, means, strict=True)]
-    coordinates = plan.multiply(centred, axes) + 0.5
+    coordinates = plan.multiply(centred, axes, is_exact=True) + 0.5
     cell = jnp.ceil(cells * jnp.clip(coordinates, 0.5 / cells, 1 - 0.5 / cells)).astype(jnp.int32) - 1
     codes = pack_bits(cell & 1)
     is_word = is_row & (words < plan.code_bits // WORD_BITS)[None, :]
     plgpu.store(cached_codes_ref.at[sequences[:, None], head, words[None, :], at], codes, mask=is_word)
-    for new, ref in ((keys, cached_keys_ref), (values, cached_values_ref)):
-        _store_rows(ref, (sequences[:, None], at, head), new, plan)
+
+
+def _copy_heads(
+    heads_ref, lengths_ref, queries_ref, cached_keys_ref, cached_values_ref, first, head, plan: Plan
+) -> None:
+    """A KV head's queries, and its keys and values to the caches, as they are."""
+    sequences, _, at = _places_of(lengths_ref, first, plan)
+    own = [head * plan.group + place for place in range(plan.group)]
+    new_key = plan.kv_heads * plan.group + head
+    places = [(queries_ref, query, (query,)) for query in own]
+    places += [(cached_keys_ref, new_key, (at, head)), (cached_values_ref, new_key + plan.kv_heads, (at, head))]
+    asked = [_ask_rows(heads_ref, sequences, source, plan) for _, source, _ in places]
+    for (ref, _, place), rows in zip(places, asked, strict=True):
+        for dims, chunk in zip(plan.chunks, rows, strict=True):
+            here = ref.at[(sequences[:, None], *place, dims[None, :])]
+            plgpu.store(here, chunk.values.astype(ref.dtype), mask=chunk.is_there)
+
+
+def _places_of(lengths_ref, first, plan: Plan) -> tuple[Array, Array, Array]:
+    """A program's sequences, whether they are there, and where their new token goes, as a column."""
+    rows = jnp.arange(ROWS)
+    sequences = jnp.where(rows < plan.tile, first + rows, plan.batch)  # rows past the tile are no sequence's
+    at = plgpu.load(lengths_ref.at[sequences], mask=sequences < plan.batch, other=0)
+    return sequences, (sequences < plan.batch)[:, None], jnp.minimum(at, plan.max_len - 1)[:, None]
 
 
 def _kernel(
@@ -175,21 +183,20 @@ def _kernel(
     _keys, _values, _codes, queries_ref, weights_ref, cached_keys_ref, cached_values_ref, cached_codes_ref,
     *, plan: Plan,
 ) -> None:  # fmt: skip
-    program = pl.program_id(0)
-    first = pl.program_id(1) * plan.tile
+    kind, head = pl.program_id(0) // plan.kv_heads, pl.program_id(0) % plan.kv_heads
+    place = pl.program_id(1) * plan.tile, head, plan
 
-    @pl.when(program < plan.kv_heads)
+    @pl.when(kind == 0)
     def weigh():
-        _weigh_queries(
-            heads_ref, decode_ref, members_ref, log_gain_ref, queries_ref, weights_ref, first, program, plan,
-        )  # fmt: skip
+        _weigh_queries(heads_ref, decode_ref, members_ref, log_gain_ref, weights_ref, *place)
 
-    @pl.when(program >= plan.kv_heads)
+    @pl.when(kind == 1)
     def append():
-        _append_keys(
-            heads_ref, mean_ref, axes_ref, cells_ref, lengths_ref,
-            cached_keys_ref, cached_values_ref, cached_codes_ref, first, program - plan.kv_heads, plan,
-        )  # fmt: skip
+        _append_codes(heads_ref, mean_ref, axes_ref, cells_ref, lengths_ref, cached_codes_ref, *place)
+
+    @pl.when(kind == 2)
+    def copy():
+        _copy_heads(heads_ref, lengths_ref, queries_ref, cached_keys_ref, cached_values_ref, *place)
 
 
 def hash_append_pallas_triton(
@@ -220,7 +227,7 @@ def hash_append_pallas_triton(
     caches = cached_keys, cached_values, cached_codes
     queries, packed, *caches = pl.pallas_call(
         functools.partial(_kernel, plan=plan),
-        grid=(2 * kv_heads, -(-batch // plan.tile)),
+        grid=(3 * kv_heads, -(-batch // plan.tile)),
         out_shape=(
             jax.ShapeDtypeStruct(queries.shape, queries.dtype),
             jax.ShapeDtypeStruct((batch, kv_heads, sums, code_bits // WORD_BITS * PLANES), jnp.int32),

@@ -32,7 +32,8 @@ COUNTS = 64  # places of a chunk: bins, and the ranks above; a power of two
 
 PROGRAMS = 384  # at most, where chunks are long enough: three for each processor of an H100, all at work at once
 SCORE_WARPS = 4  # few, each with many codes on their way: what scoring waits for is memory
-WARPS = 8  # of the kernels after it
+REFINE_WARPS = 4
+COMPACT_WARPS = 8
 STEP = 1024  # tokens that a program scores together
 WIDE_STEP = 2048  # ranks that it counts or compacts together; a chunk is one step or some wide ones
 LONGEST_CHUNK = MOST_STEPS * STEP
@@ -115,11 +116,14 @@ def _refine_kernel(
 ):
     own = pl.program_id(1)
     load_ranks, steps, width = _rank_loader(ranks_ref, chunk, plan)
-    first_ranks = load_ranks(0)  # on their way while the cut is found
-    found, above = find_bin(jnp.sum(_load_bins(before_ref), axis=1), bounds_ref[1] - cut_ref[1])
-    base = cut_ref[0] + ((BINS - 1 - found) << plan.shifts[done - 1])
+    first_ranks = load_ranks(0)  # this and all else is on its way while the cut is found
+    end, budget, known, above_known = bounds_ref[0], bounds_ref[1], cut_ref[0], cut_ref[1]
+    places = jnp.arange(BINS, dtype=jnp.int32)
+    own_bins, own_above = plgpu.load(before_ref.at[places, own]), before_ref[ABOVE, own]
+    found, above = find_bin(jnp.sum(_load_bins(before_ref), axis=1), budget - above_known)
+    base = known + ((BINS - 1 - found) << plan.shifts[done - 1])
     new_cut_ref[0] = base
-    new_cut_ref[1] = cut_ref[1] + above
+    new_cut_ref[1] = above_known + above
     shift = plan.shifts[done]
 
     def count_step(_, ranks, fields):
@@ -127,11 +131,9 @@ def _refine_kernel(
 
     def count():
         _store_counts(walk(steps, load_ranks, count_step, no_digits(width), loaded=first_ranks), counts_ref)
-        places = jnp.arange(BINS, dtype=jnp.int32)
-        bins = plgpu.load(before_ref.at[places, own])
-        counts_ref[ABOVE] = before_ref[ABOVE, own] + jnp.sum(jnp.where(places < found, bins, 0))
+        counts_ref[ABOVE] = own_above + jnp.sum(jnp.where(places < found, own_bins, 0))
 
-    _in_filled_chunk(own * chunk < bounds_ref[0], counts_ref, count)
+    _in_filled_chunk(own * chunk < end, counts_ref, count)
 
 
 def _storer_of(cut, dropped, first, start, places_ref, plan: Plan):
@@ -150,7 +152,7 @@ def _storer_of(cut, dropped, first, start, places_ref, plan: Plan):
         slots = jnp.where(is_chosen, first + (reached & 0xFFFF) + kept_ties - 1, plan.max_budget)
         call = slots, positions_of(start, step, ranks.size), is_chosen
         # a column holds the tokens of a thread, so that none are sent to others for the sake of slots side by side
-        slots, places, is_chosen = (of_tokens.reshape(32 * WARPS, -1).T for of_tokens in call)
+        slots, places, is_chosen = (of_tokens.reshape(32 * COMPACT_WARPS, -1).T for of_tokens in call)
         plgpu.store(places_ref.at[slots], places, mask=is_chosen)
         return before + jnp.sum(counted)
 
@@ -158,19 +160,20 @@ def _storer_of(cut, dropped, first, start, places_ref, plan: Plan):
 
 
 def _compact_kernel(bounds_ref, cut_ref, before_ref, ranks_ref, places_ref, *, plan: Plan, chunk: int) -> None:
-    budget = bounds_ref[1]
     load_ranks, steps, _ = _rank_loader(ranks_ref, chunk, plan)
-    first_ranks = load_ranks(0)  # on their way while the cut is found
+    first_ranks = load_ranks(0)  # this and all else is on its way while the cut is found
+    budget, known, above_known = bounds_ref[1], cut_ref[0], cut_ref[1]
     bins = _load_bins(before_ref)
-    found, above_cut = find_bin(jnp.sum(bins, axis=1), budget - cut_ref[1])
-    cut = cut_ref[0] + BINS - 1 - found
     chunks = jnp.arange(bins.shape[1], dtype=jnp.int32)
+    above_before = plgpu.load(before_ref.at[ABOVE, chunks], mask=chunks < before_ref.shape[1], other=0)
+    found, above_cut = find_bin(jnp.sum(bins, axis=1), budget - above_known)
+    cut = known + BINS - 1 - found
     rows = jnp.arange(BINS, dtype=jnp.int32)[:, None]
     both = jnp.sum(jnp.where(rows < found, bins, 0) + jnp.where(rows == found, bins << 16, 0), axis=0)
     ties = lax.shift_right_logical(both, 16)  # of each chunk
-    above = plgpu.load(before_ref.at[ABOVE, chunks], mask=chunks < before_ref.shape[1], other=0) + (both & 0xFFFF)
+    above = above_before + (both & 0xFFFF)
     newer_ties = jnp.sum(ties) - jnp.cumsum(ties)
-    taken = jnp.clip(budget - cut_ref[1] - above_cut - newer_ties, 0, ties)
+    taken = jnp.clip(budget - above_known - above_cut - newer_ties, 0, ties)
     own, start = pl.program_id(1), pl.program_id(1) * chunk
     first = jnp.sum(jnp.where(chunks < own, above + taken, 0))
     counts = jnp.sum(jnp.where(chunks == own, ((above + taken) << 16) + ties - taken, 0))
@@ -226,11 +229,11 @@ def _select(
     before = [of_bounds, row_of(2), of_counts, of_ranks]
     for done in range(1, len(plan.shifts)):
         cut, counts = call(
-            functools.partial(_refine_kernel, done=done), "refine_cut", WARPS, in_specs=before,
+            functools.partial(_refine_kernel, done=done), "refine_cut", REFINE_WARPS, in_specs=before,
             out_specs=[row_of(2), own_counts], out_shape=[jax.ShapeDtypeStruct(cut.shape, jnp.int32), counts_shape],
         )(bounds, cut, counts, ranks)  # fmt: skip
     return call(
-        _compact_kernel, "compact_chosen", WARPS, in_specs=before, out_specs=row_of(plan.max_budget),
+        _compact_kernel, "compact_chosen", COMPACT_WARPS, in_specs=before, out_specs=row_of(plan.max_budget),
         out_shape=jax.ShapeDtypeStruct((rows, plan.max_budget), jnp.int32),
     )(bounds, cut, counts, ranks)  # fmt: skip
 

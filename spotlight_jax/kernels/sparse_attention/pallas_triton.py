@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 TILE = 32  # tokens gathered at once
 LEAST_ROWS = 16  # of a product on tensor cores
-PROGRAMS = 1024  # about, where there are tiles for so many: several for each processor of a GPU
+PROGRAMS = 700  # about, where there are tiles for so many: several for each processor of a GPU, all at work at once
 MOST_SPLITS = 128
 MASKED = -1e30
 
