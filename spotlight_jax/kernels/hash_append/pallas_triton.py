@@ -9,6 +9,7 @@ whole weights, so that one weight in a hundred or so is rounded the other way.
 import dataclasses
 import functools
 import operator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -159,15 +160,15 @@ def _copy_heads(
 ) -> None:
     """A KV head's queries, and its keys and values to the caches, as they are."""
     sequences, _, at = _places_of(lengths_ref, first, plan)
-    own = [head * plan.group + place for place in range(plan.group)]
-    new_key = plan.kv_heads * plan.group + head
-    places = [(queries_ref, query, (query,)) for query in own]
-    places += [(cached_keys_ref, new_key, (at, head)), (cached_values_ref, new_key + plan.kv_heads, (at, head))]
-    asked = [_ask_rows(heads_ref, sequences, source, plan) for _, source, _ in places]
-    for (ref, _, place), rows in zip(places, asked, strict=True):
+    queries = [head * plan.group + place for place in range(plan.group)]
+    key = plan.kv_heads * plan.group + head
+    moves: list[tuple[Any, Any, tuple]] = [(queries_ref, query, (query,)) for query in queries]
+    moves += [(cached_keys_ref, key, (at, head)), (cached_values_ref, key + plan.kv_heads, (at, head))]
+    asked = [_ask_rows(heads_ref, sequences, source, plan) for _, source, _ in moves]
+    for (ref, _, place), rows in zip(moves, asked, strict=True):
         for dims, chunk in zip(plan.chunks, rows, strict=True):
-            here = ref.at[(sequences[:, None], *place, dims[None, :])]
-            plgpu.store(here, chunk.values.astype(ref.dtype), mask=chunk.is_there)
+            there = ref.at[(sequences[:, None], *place, dims[None, :])]
+            plgpu.store(there, chunk.values.astype(ref.dtype), mask=chunk.is_there)
 
 
 def _places_of(lengths_ref, first, plan: Plan) -> tuple[Array, Array, Array]:
