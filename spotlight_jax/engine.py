@@ -107,6 +107,15 @@ def prefill_layer(
     return apply_layer(layer_params, x, positions, attend, cfg, rope_len)
 
 
+def rows_of_step(batch: int) -> int:
+    """Rows of a step's products with weights.
+
+    One more than a single sequence has: XLA for GPUs makes sums of products with one row. It does not merge them, and
+    computes them anew, weights and all, where it fuses them with what follows.
+    """
+    return 2 if batch == 1 and jax.default_backend() == "gpu" else batch
+
+
 def decode_step(
     params: PyTree,
     selectors: tuple[LayerSelector | None, ...],
@@ -118,8 +127,13 @@ def decode_step(
     mode: Mode,
 ) -> tuple[Float[Array, "batch vocab"], Cache]:
     """Logits after one more token of each sequence, and the cache with it; lengths are left to the caller."""
-    lengths = cache.lengths
-    shortest = sparse_from(cfg.selection, tokens.shape[0], jax.default_backend())
+    lengths, batch = cache.lengths, tokens.shape[0]
+    rows = rows_of_step(batch)
+
+    def fill(array: Array) -> Array:
+        return jnp.broadcast_to(array, (rows, *array.shape[1:])) if rows > batch else array
+
+    shortest = sparse_from(cfg.selection, batch, jax.default_backend())
     is_sparse = (lengths + 1 >= shortest)[:, None, None, None]
 
     def attend_with(layer: LayerCache, selector: LayerSelector | None) -> Callable:
@@ -132,15 +146,20 @@ def decode_step(
             dense, appended = attend_densely(queries, keys, values, appended, lengths, None, cfg.attention)
             return jnp.where(is_sparse, sparse, dense), appended
 
-        return attend
+        def attend_filled(*new):
+            out, appended = attend(*(heads[:batch] for heads in new))
+            return fill(out), appended
 
-    x = embed_tokens(params, tokens[:, None], model_cfg)
+        return attend_filled
+
+    x = embed_tokens(params, fill(tokens)[:, None], model_cfg)
+    positions, rope_lens = fill(lengths)[:, None], fill(rope_len)
     layers = []
     for index, (layer, selector) in enumerate(zip(cache.layers, selectors, strict=True)):
         attend = attend_with(layer, selector)
-        x, appended = apply_layer(params[f"layer_{index}"], x, lengths[:, None], attend, model_cfg, rope_len)
+        x, appended = apply_layer(params[f"layer_{index}"], x, positions, attend, model_cfg, rope_lens)
         layers.append(appended)
-    return unembed(params, x, model_cfg)[:, 0], Cache(layers=tuple(layers), lengths=lengths)
+    return unembed(params, x, model_cfg)[:batch, 0], Cache(layers=tuple(layers), lengths=lengths)
 
 
 def _choose(logits: Float[Array, "batch vocab"], state: DecodeState, cfg: DecodeConfig) -> DecodeState:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from spotlight_jax import engine as engine_module
 from spotlight_jax import hashing
 from spotlight_jax.attention import selected_attention
 from spotlight_jax.cache import Cache, bucket_length
@@ -95,6 +96,25 @@ def test_prefill_then_one_step_equals_one_forward_pass():
     prompt = draw_prompt(50)
     expected = forward(model_params(), jnp.asarray([prompt]), MODEL)[0, -1]
     np.testing.assert_allclose(logits_after(make_engine(), prompt, "dense"), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [None, "transform"])
+def test_a_row_that_nobody_reads_changes_nothing(name, monkeypatch):
+    """What GPUs do for a single sequence, here: the same logits and the same cache."""
+    engine = make_engine(name, selection=SelectionConfig(keep=0.3, min_context=0, dense_layers=(0,)))
+    prompt = draw_prompt(50)
+    state = engine.prefill([prompt], 2)
+    args = engine.params, engine.selectors, state.cache, jnp.asarray([3]), state.rope_len
+    step = functools.partial(decode_step, *args, MODEL, engine.cfg, "sparse")
+    logits, cache = step()
+    rows = []
+    monkeypatch.setattr(engine_module, "rows_of_step", lambda batch: rows.append(batch) or 2)
+    filled_logits, filled_cache = step()
+    assert rows == [1] and filled_logits.shape == logits.shape
+    np.testing.assert_allclose(filled_logits, logits, rtol=1e-5, atol=1e-5)
+    for found, expected in zip(jax.tree.leaves(filled_cache), jax.tree.leaves(cache), strict=True):
+        assert found.shape == expected.shape
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
