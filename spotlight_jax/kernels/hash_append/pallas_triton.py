@@ -3,7 +3,7 @@ new keys, or copies queries, keys and values to where they go.
 
 Products run on tensor cores. Those of keys take three TF32 parts, which is as exact as float32: codes of a decoding
 step are those that prefill would have given. Those of queries take one: what it is off by is small against rounding to
-whole weights, so that one weight in a hundred or so is rounded the other way.
+whole weights, of which fewer than two in a hundred are rounded the other way.
 """
 
 import dataclasses
