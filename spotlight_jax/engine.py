@@ -131,7 +131,7 @@ def decode_step(
     rows = rows_of_step(batch)
 
     def fill(array: Array) -> Array:
-        return jnp.broadcast_to(array, (rows, *array.shape[1:])) if rows > batch else array
+        return jnp.broadcast_to(array, (rows, *array.shape[1:]))
 
     shortest = sparse_from(cfg.selection, batch, jax.default_backend())
     is_sparse = (lengths + 1 >= shortest)[:, None, None, None]

@@ -136,11 +136,19 @@ def _weigh_queries(heads_ref, decode_ref, members_ref, log_gain_ref, weights_ref
     plgpu.store(places, packed, mask=jnp.broadcast_to(is_there, packed.shape))
 
 
+def _places_of(lengths_ref, first, plan: Plan) -> tuple[Array, Array]:
+    """A program's sequences, and where their new token goes, as a column."""
+    rows = jnp.arange(ROWS)
+    sequences = jnp.where(rows < plan.tile, first + rows, plan.batch)  # rows past the tile are no sequence's
+    at = plgpu.load(lengths_ref.at[sequences], mask=sequences < plan.batch, other=0)
+    return sequences, jnp.minimum(at, plan.max_len - 1)[:, None]
+
+
 def _append_codes(
     heads_ref, mean_ref, axes_ref, cells_ref, lengths_ref, cached_codes_ref, first, head, plan: Plan
 ) -> None:
     """Each sequence's new key as a code."""
-    sequences, is_row, at = _places_of(lengths_ref, first, plan)
+    sequences, at = _places_of(lengths_ref, first, plan)
     bits, words = jnp.arange(plan.bits), jnp.arange(plan.bits // WORD_BITS)
     axes = _ask_matrix(axes_ref, head, plan)
     keys = _ask_rows(heads_ref, sequences, plan.kv_heads * plan.group + head, plan)
@@ -151,7 +159,7 @@ def _append_codes(
     coordinates = plan.multiply(centred, axes, is_exact=True) + 0.5
     cell = jnp.ceil(cells * jnp.clip(coordinates, 0.5 / cells, 1 - 0.5 / cells)).astype(jnp.int32) - 1
     codes = pack_bits(cell & 1)
-    is_word = is_row & (words < plan.code_bits // WORD_BITS)[None, :]
+    is_word = (sequences < plan.batch)[:, None] & (words < plan.code_bits // WORD_BITS)[None, :]
     plgpu.store(cached_codes_ref.at[sequences[:, None], head, words[None, :], at], codes, mask=is_word)
 
 
@@ -159,7 +167,7 @@ def _copy_heads(
     heads_ref, lengths_ref, queries_ref, cached_keys_ref, cached_values_ref, first, head, plan: Plan
 ) -> None:
     """A KV head's queries, and its keys and values to the caches, as they are."""
-    sequences, _, at = _places_of(lengths_ref, first, plan)
+    sequences, at = _places_of(lengths_ref, first, plan)
     queries = [head * plan.group + place for place in range(plan.group)]
     key = plan.kv_heads * plan.group + head
     moves: list[tuple[Any, Any, tuple]] = [(queries_ref, query, (query,)) for query in queries]
@@ -169,14 +177,6 @@ def _copy_heads(
         for dims, chunk in zip(plan.chunks, rows, strict=True):
             there = ref.at[(sequences[:, None], *place, dims[None, :])]
             plgpu.store(there, chunk.values.astype(ref.dtype), mask=chunk.is_there)
-
-
-def _places_of(lengths_ref, first, plan: Plan) -> tuple[Array, Array, Array]:
-    """A program's sequences, whether they are there, and where their new token goes, as a column."""
-    rows = jnp.arange(ROWS)
-    sequences = jnp.where(rows < plan.tile, first + rows, plan.batch)  # rows past the tile are no sequence's
-    at = plgpu.load(lengths_ref.at[sequences], mask=sequences < plan.batch, other=0)
-    return sequences, (sequences < plan.batch)[:, None], jnp.minimum(at, plan.max_len - 1)[:, None]
 
 
 def _kernel(

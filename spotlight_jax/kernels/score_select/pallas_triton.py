@@ -32,7 +32,7 @@ COUNTS = 64  # places of a chunk: bins, and the ranks above; a power of two
 
 PROGRAMS = 384  # at most, where chunks are long enough: three for each processor of an H100, all at work at once
 SCORE_WARPS = 4  # few, each with many codes on their way: what scoring waits for is memory
-REFINE_WARPS = 4
+REFINE_WARPS = 4  # refining is faster with fewer; compacting is not
 COMPACT_WARPS = 8
 STEP = 1024  # tokens that a program scores together
 WIDE_STEP = 2048  # ranks that it counts or compacts together; a chunk is one step or some wide ones
