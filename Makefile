@@ -1,3 +1,6 @@
+# Most of a test's time is XLA's: programs that run once need few of its optimisations. `make parity` and the GPU's tests have all.
+QUICK = JAX_DISABLE_MOST_OPTIMIZATIONS=1
+
 # Every command runs in .venv, which `make setup` creates and brings up to date when pyproject.toml changes.
 PYTHON ?= python3
 
@@ -8,10 +11,10 @@ demo: setup
 	.venv/bin/python -m train.demo
 
 test: setup
-	.venv/bin/python -m pytest -n 2 --dist loadfile --durations 15
+	$(QUICK) .venv/bin/python -m pytest -n 2 --dist loadfile --durations 15
 
 slow: setup
-	.venv/bin/python -m pytest -n 2 --dist loadfile -m 'slow and not parity and not gpu'
+	$(QUICK) .venv/bin/python -m pytest -n 2 --dist loadfile -m 'slow and not parity and not gpu'
 
 lint: setup
 	.venv/bin/ruff check .
@@ -24,7 +27,7 @@ format: setup
 
 # Against Hugging Face's models and the evaluation harness; in an environment of its own, so that no other test has torch.
 parity: .venv-parity/.installed
-	.venv-parity/bin/python -m pytest tests/parity tests/eval -m parity
+	.venv-parity/bin/python -m pytest -n 2 --dist loadfile tests/parity tests/eval -m parity
 
 clean:
 	rm -rf .venv .venv-parity build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
