@@ -5,6 +5,8 @@ from jaxtyping import install_import_hook
 # Before anything of ours is imported: jaxtyping's annotations are then checked with beartype at each call.
 install_import_hook(["spotlight_jax", "train", "eval"], "beartype.beartype")
 
+import signal
+
 import hypothesis
 import jax
 import pytest
@@ -15,6 +17,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Compiled test programs outlive the run, which makes the next one faster.
 jax.config.update("jax_compilation_cache_dir", str(texts.cache_dir() / "compiled-tests"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+# A shell begins what it runs in the background with Ctrl-C ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Two busy cores make any deadline flaky; the same examples every time make a failure everybody's.
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=30)
