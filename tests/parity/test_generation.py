@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from spotlight_jax.engine import DecodeConfig, Engine
-from spotlight_jax.models.embedded import fetch_embedded
 from spotlight_jax.models.hf import hf_name, load_hf_config, read_hf_weights
 from spotlight_jax.models.load import load_model
 from spotlight_jax.models.params import fill_params
@@ -56,16 +55,11 @@ def test_tiny_models_continue_as_transformers(case: str, tmp_path: pathlib.Path)
     assert ours == generate_by_reference(model, prompt, 32)
 
 
-def test_smollm2_continues_as_transformers() -> None:
-    import torch
-    import transformers
-
+def test_smollm2_continues_as_transformers(smollm2_by_torch, monkeypatch) -> None:
+    monkeypatch.setattr(smollm2_by_torch.generation_config, "eos_token_id", None)
     model = load_model("smollm2-135m", jnp.float32)
-    path = fetch_embedded("smollm2-135m")
-    reference = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    reference.generation_config.eos_token_id = None
     texts = ("The capital of France is", "def add(first, second):\n    ")
     prompts = [list(model.tokenizer(text).input_ids) for text in texts]
     ours = generate_greedily(Engine(model.cfg, model.params, None, DecodeConfig()), prompts, 64)
     for row, prompt in enumerate(prompts):
-        assert ours[row].tolist() == generate_by_reference(reference, prompt, 64)
+        assert ours[row].tolist() == generate_by_reference(smollm2_by_torch, prompt, 64)

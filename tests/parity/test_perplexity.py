@@ -6,16 +6,14 @@ import numpy as np
 import pytest
 
 from eval import perplexity
-from spotlight_jax.models.embedded import fetch_embedded
 from tests.models import golden
 
 pytestmark = pytest.mark.parity
 WINDOW = 512
 
 
-def test_dense_perplexity_of_smollm2_equals_torch(tmp_path, monkeypatch) -> None:
+def test_dense_perplexity_of_smollm2_equals_torch(tmp_path, monkeypatch, smollm2_by_torch) -> None:
     import torch
-    import transformers
 
     monkeypatch.setattr(perplexity, "use_compile_cache", lambda: None)
     tokens = np.asarray(golden.read_smollm2()["tokens"])
@@ -30,13 +28,11 @@ def test_dense_perplexity_of_smollm2_equals_torch(tmp_path, monkeypatch) -> None
     )
     (row,) = perplexity.main(cfg)["results"]
 
-    path = fetch_embedded("smollm2-135m")
-    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     losses = []
     for window in tokens[: 2 * WINDOW].reshape(2, WINDOW):
         ids = torch.from_numpy(window.astype(np.int64))[None]
         with torch.no_grad():
-            losses.append(model.eval()(ids, labels=ids).loss.item())
+            losses.append(smollm2_by_torch.eval()(ids, labels=ids).loss.item())
     expected = np.mean([math.exp(loss) for loss in losses])
     print(f"perplexity {row['ppl']:.6f}, torch {expected:.6f}")
     assert row["ppl"] == pytest.approx(expected, rel=1e-3)
