@@ -9,6 +9,8 @@ compact   the last digit; a chunk knows from all histograms where its choice goe
 
 Tensor cores count the bits that codes share with the planes of the weights, exactly (`scoring`). A histogram has 32
 bins: a thread counts in fields of four bits, eight to a number, and the program adds them up at the end (`counting`).
+Ranks stay in the L2 cache for the next layer's to be written over them, and codes make room first: ranks that go to
+memory cost a step four times what the bytes take, as all that is read meanwhile waits for the writes between.
 Counts are whole numbers and every choice has one place, so a run gives the same result bit for bit every time. Needs
 compute capability 8.0, as binary matrix products do.
 """
@@ -76,12 +78,13 @@ def _score_kernel(bounds_ref, weights_ref, codes_ref, ranks_ref, counts_ref, *, 
 
     def load_words(step):
         at, is_there = _slots_of(step, STEP, there)
-        return [plgpu.load(codes_ref.at[jnp.int32(word), at], mask=is_there, other=0) for word in range(plan.words)]
+        words = [codes_ref.at[jnp.int32(word), at] for word in range(plan.words)]
+        return [plgpu.load(word, mask=is_there, other=0, eviction_policy="evict_first") for word in words]
 
     def score_step(step, words, fields):
         ranks = rank(words, start + step * STEP)
         at, is_there = _slots_of(step, STEP, there)
-        plgpu.store(ranks_ref.at[at], ranks.astype(ranks_ref.dtype), mask=is_there)
+        plgpu.store(ranks_ref.at[at], ranks.astype(ranks_ref.dtype), mask=is_there, eviction_policy="evict_last")
         return add_digits(ranks, plan.shifts[0], fields, plan.interpret)
 
     def count():
@@ -91,15 +94,11 @@ def _score_kernel(bounds_ref, weights_ref, codes_ref, ranks_ref, counts_ref, *, 
     _in_filled_chunk(start < end, counts_ref, count)
 
 
-def _rank_loader(ranks_ref, chunk: int, plan: Plan):
-    """Loads a step of this program's ranks; 0 behind those that there are."""
+def _load_ranks(ranks_ref, chunk: int, plan: Plan) -> list[Array]:
+    """All of this program's ranks, in wide steps; 0 behind those that there are."""
     width, there = min(WIDE_STEP, chunk), jnp.minimum(chunk, plan.kv_len - pl.program_id(1) * chunk)
-
-    def load_ranks(step):
-        at, is_there = _slots_of(step, width, there)
-        return plgpu.load(ranks_ref.at[at], mask=is_there, other=0)
-
-    return load_ranks, chunk // width, width
+    slots = (_slots_of(step, width, there) for step in range(chunk // width))
+    return [plgpu.load(ranks_ref.at[at], mask=is_there, other=0) for at, is_there in slots]
 
 
 def _load_bins(counts_ref) -> Int32[Array, "bins lanes"]:
@@ -115,8 +114,7 @@ def _refine_kernel(
     bounds_ref, cut_ref, before_ref, ranks_ref, new_cut_ref, counts_ref, *, plan: Plan, chunk: int, done: int
 ):
     own = pl.program_id(1)
-    load_ranks, steps, width = _rank_loader(ranks_ref, chunk, plan)
-    first_ranks = load_ranks(0)  # this and all else is on its way while the cut is found
+    ranks = _load_ranks(ranks_ref, chunk, plan)  # these and all else are on their way while the cut is found
     end, budget, known, above_known = bounds_ref[0], bounds_ref[1], cut_ref[0], cut_ref[1]
     places = jnp.arange(BINS, dtype=jnp.int32)
     own_bins, own_above = plgpu.load(before_ref.at[places, own]), before_ref[ABOVE, own]
@@ -124,13 +122,12 @@ def _refine_kernel(
     base = known + ((BINS - 1 - found) << plan.shifts[done - 1])
     new_cut_ref[0] = base
     new_cut_ref[1] = above_known + above
-    shift = plan.shifts[done]
-
-    def count_step(_, ranks, fields):
-        return add_digits(ranks.astype(jnp.int32) - base, shift, fields, plan.interpret)
 
     def count():
-        _store_counts(walk(steps, load_ranks, count_step, no_digits(width), loaded=first_ranks), counts_ref)
+        fields = no_digits(ranks[0].size)
+        for of_step in ranks:
+            fields = add_digits(of_step.astype(jnp.int32) - base, plan.shifts[done], fields, plan.interpret)
+        _store_counts(fields, counts_ref)
         counts_ref[ABOVE] = own_above + jnp.sum(jnp.where(places < found, own_bins, 0))
 
     _in_filled_chunk(own * chunk < end, counts_ref, count)
@@ -160,8 +157,7 @@ def _storer_of(cut, dropped, first, start, places_ref, plan: Plan):
 
 
 def _compact_kernel(bounds_ref, cut_ref, before_ref, ranks_ref, places_ref, *, plan: Plan, chunk: int) -> None:
-    load_ranks, steps, _ = _rank_loader(ranks_ref, chunk, plan)
-    first_ranks = load_ranks(0)  # this and all else is on its way while the cut is found
+    ranks = _load_ranks(ranks_ref, chunk, plan)  # these and all else are on their way while the cut is found
     budget, known, above_known = bounds_ref[1], cut_ref[0], cut_ref[1]
     bins = _load_bins(before_ref)
     chunks = jnp.arange(bins.shape[1], dtype=jnp.int32)
@@ -181,8 +177,10 @@ def _compact_kernel(bounds_ref, cut_ref, before_ref, ranks_ref, places_ref, *, p
 
     @pl.when(chosen > 0)
     def compact():
+        before = jnp.int32(0)
         store = _storer_of(cut, dropped, first, start, places_ref, plan)
-        walk(steps, load_ranks, store, jnp.int32(0), loaded=first_ranks)
+        for step, of_step in enumerate(ranks):
+            before = store(step, of_step, before)
 
     @pl.when(own == before_ref.shape[1] - 1)
     def clear():

@@ -55,19 +55,15 @@ def positions_of(start, step, width: int) -> Int32[Array, "width"]:
     return start + step * width + jnp.arange(width, dtype=jnp.int32)
 
 
-def walk(steps, load, work, start, loaded=None):
-    """`work` on each step's `load`, the next one's asked for before: memory is read while there is work.
-
-    `loaded` is the first step's, where a caller has asked for it earlier.
-    """
+def walk(steps, load, work, start):
+    """`work` on each step's `load`, the next one's asked for before: memory is read while there is work."""
 
     def take_step(step, carry):
         loaded, done = carry
         ahead = load(step + 1)
         return ahead, work(step, loaded, done)
 
-    loaded = load(0) if loaded is None else loaded
-    return lax.fori_loop(0, steps, take_step, (loaded, start))[1]
+    return lax.fori_loop(0, steps, take_step, (load(0), start))[1]
 
 
 def clear_free_slots(places_ref, budget, plan: Plan, width: int) -> None:
