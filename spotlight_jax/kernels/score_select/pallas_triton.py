@@ -9,8 +9,8 @@ compact   the last digit; a chunk knows from all histograms where its choice goe
 
 Tensor cores count the bits that codes share with the planes of the weights, exactly (`scoring`). A histogram has 32
 bins: a thread counts in fields of four bits, eight to a number, and the program adds them up at the end (`counting`).
-Ranks stay in the L2 cache for the next layer's to be written over them, and codes make room first: ranks that go to
-memory cost a step over three times what the bytes take, as all that is read meanwhile waits for the writes.
+Ranks are stored to stay in the L2 cache, and codes make room first: what a step computes on the way shares the memory
+of the ranks, and all that is read waits where it goes to memory and back.
 Counts are whole numbers and every choice has one place, so a run gives the same result bit for bit every time. Needs
 compute capability 8.0, as binary matrix products do.
 """
