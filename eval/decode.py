@@ -15,7 +15,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +26,7 @@ from jaxtyping import Array
 from rich.console import Console
 from rich.table import Table
 
+from eval.kernel_times import kernel_table, trace_kernels
 from spotlight_jax import cli, hashing
 from spotlight_jax.cache import Cache, bucket_length
 from spotlight_jax.cached_attention import AttentionImpl
@@ -74,6 +75,8 @@ class DecodeSpeedConfig:
     """Fill the cache with random numbers instead: the same decoding times, sooner."""
     methods: tuple[Literal["dense", "sparse"], ...] = ("dense", "sparse")
     """What to time; one alone gives its own peak memory."""
+    profile: bool = False
+    """Trace one round more, and say what each kernel of a step took."""
 
     @property
     def selection(self) -> SelectionConfig:
@@ -120,31 +123,36 @@ def random_cache(engine: Engine, lengths: Sequence[int], max_len: int) -> Cache:
     return Cache(layers=layers, lengths=jnp.asarray(lengths, jnp.int32))
 
 
-def decoded(new_tokens: int, rounds: int) -> int:
-    """Tokens that each sequence gets beside its prompt: a round more than is timed, which compiles and warms up."""
-    return new_tokens * (rounds + 1) + 2
+def decoded(new_tokens: int, rounds: int, profile: bool = False) -> int:
+    """Tokens that each sequence gets beside its prompt: a round more than is timed compiles and warms up."""
+    return new_tokens * (rounds + 1 + profile) + 2
 
 
-def time_model(cfg: DecodeSpeedConfig, engine: Engine, lengths: Sequence[int]) -> Iterator[float]:
-    """Prefill, then an endless decode: yields prefill seconds first, then seconds per step of each round."""
-    vocab = engine.model_cfg.vocab
-    total = decoded(cfg.new_tokens, cfg.rounds)
-    rng = np.random.default_rng(0)
-    compiled, start = engine.compile_seconds, time.perf_counter()
-    if cfg.skip_prefill:
-        state = engine.prefill([[1]] * len(lengths), total)
-        room = engine.capacity(0, max(lengths), total)
-        state = dataclasses.replace(state, cache=random_cache(engine, lengths, room))
-    else:
-        state = engine.prefill([rng.integers(0, vocab, length).tolist() for length in lengths], total)
-    jax.block_until_ready(state)
-    yield time.perf_counter() - start - (engine.compile_seconds - compiled)
-    for _ in range(cfg.rounds + 1):  # the first one compiles and warms up
-        compiled, start, steps = engine.compile_seconds, time.perf_counter(), 0
-        while steps < cfg.new_tokens:
-            state, tokens = engine.decode(state, cfg.new_tokens - steps)
+class Decoding:
+    """A batch of prompts on the way: prefilled, then decoded round by round."""
+
+    def __init__(self, cfg: DecodeSpeedConfig, engine: Engine):
+        """Prefill, or draw the cache; `prefill_seconds` are without compiling."""
+        self.engine, self.steps = engine, cfg.new_tokens
+        total = decoded(cfg.new_tokens, cfg.rounds, cfg.profile)
+        rng, vocab = np.random.default_rng(0), engine.model_cfg.vocab
+        start, compiled = time.perf_counter(), engine.compile_seconds
+        if cfg.skip_prefill:
+            state = engine.prefill([[1]] * len(cfg.lengths), total)
+            room = engine.capacity(0, max(cfg.lengths), total)
+            state = dataclasses.replace(state, cache=random_cache(engine, cfg.lengths, room))
+        else:
+            state = engine.prefill([rng.integers(0, vocab, length).tolist() for length in cfg.lengths], total)
+        self.state = jax.block_until_ready(state)
+        self.prefill_seconds = time.perf_counter() - start - (engine.compile_seconds - compiled)
+
+    def take_round(self) -> float:
+        """Seconds of a step, compiling apart."""
+        start, compiled, steps = time.perf_counter(), self.engine.compile_seconds, 0
+        while steps < self.steps:
+            self.state, tokens = self.engine.decode(self.state, self.steps - steps)
             steps += tokens.shape[1]
-        yield (time.perf_counter() - start - (engine.compile_seconds - compiled)) / steps
+        return (time.perf_counter() - start - (self.engine.compile_seconds - compiled)) / steps
 
 
 def _spread(times: list[float]) -> str:
@@ -158,13 +166,14 @@ def measure(cfg: DecodeSpeedConfig, model_cfg: DecoderConfig, params: dict, sele
         selection=cfg.selection, prefill_chunk=cfg.prefill_chunk, attention=cfg.attention, block=cfg.new_tokens
     )
     engines = {name: Engine(model_cfg, params, selector if name == "sparse" else None, decode) for name in cfg.methods}
-    clocks = {name: time_model(cfg, engine, cfg.lengths) for name, engine in engines.items()}
-    times = list(zip(*zip(*clocks.values(), strict=True), strict=True))  # a round of each clock in turn
+    runs = {name: Decoding(cfg, engine) for name, engine in engines.items()}
+    rounds = [{name: run.take_round() for name, run in runs.items()} for _ in range(cfg.rounds + 1)]
     results: dict[str, dict] = {}
-    for (name, engine), (prefill, _, *steps) in zip(engines.items(), times, strict=True):
+    for name, engine in engines.items():
+        run, steps = runs[name], [seconds[name] for seconds in rounds[1:]]  # the first one compiles and warms up
         results[name] = {
-            "prefill_seconds": prefill,
-            "prefill_tokens_per_second": sum(cfg.lengths) / prefill,
+            "prefill_seconds": run.prefill_seconds,
+            "prefill_tokens_per_second": sum(cfg.lengths) / run.prefill_seconds,
             "step_seconds": steps,
             "decode_tokens_per_second": len(cfg.lengths) / statistics.median(steps),
             "compile_seconds": engine.compile_seconds,
@@ -173,12 +182,14 @@ def measure(cfg: DecodeSpeedConfig, model_cfg: DecoderConfig, params: dict, sele
         read_by = selector.cfg if name == "sparse" else None
         reads = step_reads(model_cfg, engine.dtype, list(cfg.lengths), read_by, cfg.selection, 0)
         results[name]["reads"] = dataclasses.asdict(reads)
+        if cfg.profile:
+            results[name]["kernels"] = trace_kernels(run.take_round, cfg.new_tokens)
     return results
 
 
 def plan(cfg: DecodeSpeedConfig, model_cfg: DecoderConfig, code_bits: int) -> MemoryPlan:
     """What `measure` needs: both methods' caches where both are timed."""
-    batch, room = len(cfg.lengths), max(cfg.lengths) + decoded(cfg.new_tokens, cfg.rounds)
+    batch, room = len(cfg.lengths), max(cfg.lengths) + decoded(cfg.new_tokens, cfg.rounds, cfg.profile)
     hash_cfg = hashing.HashConfig(code_bits=code_bits) if "sparse" in cfg.methods else None
     chunk = 1 if cfg.skip_prefill else cfg.prefill_chunk or 2048
     needed = plan_memory(
@@ -196,6 +207,9 @@ def main(cfg: DecodeSpeedConfig) -> dict:
         check_memory(needed, available_bytes())
     results = measure(cfg, *load(cfg, resolve_dtype(cfg.dtype)))
     console.print(_table(cfg, results))
+    for name, result in results.items():
+        if cfg.profile:
+            console.print(kernel_table(f"{name}: a step by kernel", result["kernels"]))
     summary = {
         "eval": "decode",
         "config": {**dataclasses.asdict(cfg), "selector": str(cfg.selector), "dtype": resolve_dtype(cfg.dtype).name},

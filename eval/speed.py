@@ -3,6 +3,7 @@
     python -m eval.speed                                     # two CPU cores, SmolLM2's shape: about 10 minutes
     python -m eval.speed --parts ops --lengths 32768 131072 524288 --batches 1 8      # one GPU, Qwen2.5-7B's shape
     python -m eval.speed --parts model --model-lengths 32768 131072 --model-batches 1 4 6 24
+    python -m eval.speed --parts model --model-lengths 32768 --model-batches 24 --profile    # and a step by kernel
 
 Everything runs on random data, never zeros, and every operation's output is compared with a plain NumPy version
 before it is timed. Operations run in a compiled loop whose steps wait for each other; the time of the same loop around
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 from rich.table import Table
 
 from eval import decode, speed_plots
+from eval.kernel_times import kernel_table
 from eval.record import Part, Record, Row
 from eval.speed_checks import check_ops
 from eval.speed_ops import (
@@ -94,6 +96,8 @@ class SpeedConfig:
     """Most caches that a loop's step walks over, so that none stays in the device's own; fewer compile sooner."""
     new_tokens: int = 16
     """Decoding steps of a whole model per round."""
+    profile: bool = False
+    """Trace one round more of whole models, and say what each kernel of a step took."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of weights, keys and values; auto: bfloat16 on an accelerator, float32 on a CPU."""
     out: str | None = None
@@ -175,10 +179,11 @@ def time_decoding(
     cfg: SpeedConfig, batch: int, length: int, loaded: tuple, bandwidth: float, record: Record
 ) -> list[Row]:
     """Rows of dense and sparse decoding, timed in turn where both caches fit, else apart; none where neither fits."""
-    prompt = max(length - decode.decoded(cfg.new_tokens, cfg.rounds), 1)
+    prompt = max(length - decode.decoded(cfg.new_tokens, cfg.rounds, cfg.profile), 1)
     point = decode.DecodeSpeedConfig(
         preset=cfg.preset or "", lengths=(prompt,) * batch, new_tokens=cfg.new_tokens, rounds=cfg.rounds,
         keep=cfg.keep, code_bits=cfg.code_bits, dense_layers=cfg.dense_layers, dtype=cfg.dtype, skip_prefill=True,
+        profile=cfg.profile,
     )  # fmt: skip
     model_cfg, params, _ = loaded
     weights = _bytes_of_weights(model_cfg, params)
@@ -207,6 +212,7 @@ def time_decoding(
             | _spread(result["step_seconds"])
             | {"tokens_per_second": result["decode_tokens_per_second"], "timed": how}
             | {"tokens_read": reads["tokens"], "bytes_read": moved, "floor_seconds": moved / bandwidth}
+            | ({"kernels": result["kernels"]} if cfg.profile else {})
         )
     return rows
 
@@ -306,14 +312,19 @@ def _ops_tables(cfg: SpeedConfig, rows: Sequence[Row]) -> list[Table]:
 
 
 def _decode_tables(cfg: SpeedConfig, rows: Sequence[Row]) -> list[Table]:
-    """Tokens per second of whole models."""
+    """Tokens per second of whole models, and a step's kernels where they were traced."""
     lines = []
     for row in rows:
         times = [f"{1e3 * row[name]:,.2f}" for name in ("seconds", "floor_seconds")]
         place = [f"{row['batch']} x {row['length']:,}", row["method"]]
         lines.append([*place, f"{row['tokens_per_second']:,.1f}", *times, _ratio(rows, row)])
     title = f"{cfg.preset}, {cfg.dtype}, {100 * cfg.keep:g} % read: decoding"
-    return [make_table(title, ["tokens", "method", "tokens/s", "step, ms", "floor", "speed"], lines, names=2)]
+    tables = [make_table(title, ["tokens", "method", "tokens/s", "step, ms", "floor", "speed"], lines, names=2)]
+    for row in rows:
+        if "kernels" in row:
+            title = f"{row['batch']} x {row['length']:,}, {row['method']}: a step by kernel"
+            tables.append(kernel_table(title, row["kernels"]))
+    return tables
 
 
 def command(args: Sequence[str] | None = None) -> int:

@@ -9,7 +9,7 @@ from eval import decode
 
 @pytest.mark.slow
 def test_it_prints_a_table_and_one_line_of_json(capsys):
-    args = ["--preset", "tiny", "--lengths", "60", "40", "--new-tokens", "2", "--rounds", "2"]
+    args = ["--preset", "tiny", "--lengths", "60", "40", "--new-tokens", "2", "--rounds", "2", "--profile"]
     assert decode.command(args) == 0
     out = capsys.readouterr().out
     result = json.loads(out.splitlines()[-1])
@@ -17,6 +17,10 @@ def test_it_prints_a_table_and_one_line_of_json(capsys):
     assert result["step_ratio"] > 0
     assert len(result["results"]["dense"]["step_seconds"]) == 2
     assert result["results"]["sparse"]["reads"]["tokens"] == 20
+    for name, part in result["results"].items():
+        assert f"{name}: a step by kernel" in out
+        assert min(kernel["seconds"] for kernel in part["kernels"]) > 0
+        assert max(kernel["launches"] for kernel in part["kernels"]) >= 2  # once in each layer of a step
 
 
 @pytest.mark.parametrize(

@@ -98,17 +98,8 @@ def test_it_prints_tables_and_one_line_of_json_and_resumes(capsys, monkeypatch, 
     monkeypatch.setattr(speed, "use_compile_cache", lambda: None)
     monkeypatch.setattr(speed, "copy_bandwidth", lambda: 1e9)
     args = ["--preset", "tiny", "--lengths", "96", "--model-lengths", "60", "--model-batches", "2", "--rounds", "2"]
-    args += [
-        "--ops",
-        "sparse layer",
-        "dense layer, xla",
-        "--caches",
-        "2",
-        "--new-tokens",
-        "2",
-        "--out",
-        str(tmp_path / "run"),
-    ]
+    args += ["--ops", "sparse layer", "dense layer, xla", "--caches", "2", "--new-tokens", "2", "--profile"]
+    args += ["--out", str(tmp_path / "run")]
     assert speed.command(args) == 0
     out, told = capsys.readouterr()
     assert "1 x 96: sparse layer" in told and "2 x 60: decoding" in told
@@ -120,6 +111,7 @@ def test_it_prints_tables_and_one_line_of_json_and_resumes(capsys, monkeypatch, 
     assert results[1]["floor_seconds"] == 96 * 2 * 2 * 16 * 4 / 1e9
     assert results[3]["bytes_read"] < results[2]["bytes_read"] and results[3]["tokens_read"] == 20
     assert "sparse layer" in out and (tmp_path / "run" / "op.png").exists()
+    assert "2 x 60, dense: a step by kernel" in out and all(row["kernels"] for row in results[2:])
     monkeypatch.setattr(speed, "time_length", lambda *_: pytest.fail("timed again"))
     assert speed.command([*args, "--resume"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["results"] == results
