@@ -165,12 +165,14 @@ def measure(cfg: DecodeSpeedConfig, model_cfg: DecoderConfig, params: dict, sele
     decode = DecodeConfig(
         selection=cfg.selection, prefill_chunk=cfg.prefill_chunk, attention=cfg.attention, block=cfg.new_tokens
     )
-    engines = {name: Engine(model_cfg, params, selector if name == "sparse" else None, decode) for name in cfg.methods}
-    runs = {name: Decoding(cfg, engine) for name, engine in engines.items()}
+    runs = {}
+    for name in cfg.methods:
+        engine = Engine(model_cfg, params, selector if name == "sparse" else None, decode)
+        runs[name] = Decoding(cfg, engine)
     rounds = [{name: run.take_round() for name, run in runs.items()} for _ in range(cfg.rounds + 1)]
     results: dict[str, dict] = {}
-    for name, engine in engines.items():
-        run, steps = runs[name], [seconds[name] for seconds in rounds[1:]]  # the first one compiles and warms up
+    for name, run in runs.items():
+        engine, steps = run.engine, [seconds[name] for seconds in rounds[1:]]  # the first one compiles and warms up
         results[name] = {
             "prefill_seconds": run.prefill_seconds,
             "prefill_tokens_per_second": sum(cfg.lengths) / run.prefill_seconds,
@@ -207,8 +209,8 @@ def main(cfg: DecodeSpeedConfig) -> dict:
         check_memory(needed, available_bytes())
     results = measure(cfg, *load(cfg, resolve_dtype(cfg.dtype)))
     console.print(_table(cfg, results))
-    for name, result in results.items():
-        if cfg.profile:
+    if cfg.profile:
+        for name, result in results.items():
             console.print(kernel_table(f"{name}: a step by kernel", result["kernels"]))
     summary = {
         "eval": "decode",

@@ -133,27 +133,25 @@ def _refine_kernel(
     _in_filled_chunk(own * chunk < end, counts_ref, count)
 
 
-def _storer_of(cut, dropped, first, start, places_ref, plan: Plan):
-    """The work of a walk over a chunk's ranks that stores the positions of chosen ones, from slot `first` on.
+def _store_chosen(ranks: list[Array], cut, dropped, first, start, places_ref, plan: Plan) -> None:
+    """Positions of a chunk's chosen tokens, from slot `first` on, wide step by wide step.
 
     Chosen are ranks above the cut, and those at it but for the first `dropped`. What is carried counts ranks above the
     cut and, sixteen bits higher, ties.
     """
-
-    def store(step, ranks, before):
-        ranks = ranks.astype(jnp.int32)
-        counted = jnp.where(ranks > cut, 1, jnp.where(ranks == cut, 1 << 16, 0))
+    before = jnp.int32(0)
+    for step, of_step in enumerate(ranks):
+        of_step = of_step.astype(jnp.int32)
+        counted = jnp.where(of_step > cut, 1, jnp.where(of_step == cut, 1 << 16, 0))
         reached = before + jnp.cumsum(counted)
         kept_ties = jnp.maximum(lax.shift_right_logical(reached, 16) - dropped, 0)
-        is_chosen = ranks + jnp.minimum(kept_ties, 1) > cut
+        is_chosen = of_step + jnp.minimum(kept_ties, 1) > cut
         slots = jnp.where(is_chosen, first + (reached & 0xFFFF) + kept_ties - 1, plan.max_budget)
-        call = slots, positions_of(start, step, ranks.size), is_chosen
+        call = slots, positions_of(start, step, of_step.size), is_chosen
         # a column holds the tokens of a thread, so that none are sent to others for the sake of slots side by side
         slots, places, is_chosen = (of_tokens.reshape(32 * COMPACT_WARPS, -1).T for of_tokens in call)
         plgpu.store(places_ref.at[slots], places, mask=is_chosen)
-        return before + jnp.sum(counted)
-
-    return store
+        before = before + jnp.sum(counted)
 
 
 def _compact_kernel(bounds_ref, cut_ref, before_ref, ranks_ref, places_ref, *, plan: Plan, chunk: int) -> None:
@@ -177,10 +175,7 @@ def _compact_kernel(bounds_ref, cut_ref, before_ref, ranks_ref, places_ref, *, p
 
     @pl.when(chosen > 0)
     def compact():
-        before = jnp.int32(0)
-        store = _storer_of(cut, dropped, first, start, places_ref, plan)
-        for step, of_step in enumerate(ranks):
-            before = store(step, of_step, before)
+        _store_chosen(ranks, cut, dropped, first, start, places_ref, plan)
 
     @pl.when(own == before_ref.shape[1] - 1)
     def clear():

@@ -41,7 +41,7 @@ class Plan:
 
     @property
     def ranks_shape(self) -> jax.ShapeDtypeStruct:
-        """How ranks are kept between walks."""
+        """How ranks are kept between kernels."""
         return jax.ShapeDtypeStruct((self.rows, self.kv_len), jnp.int16 if self.rank_bits <= 15 else jnp.int32)
 
     @property
