@@ -368,10 +368,11 @@ class Engine:
         Returns: the new state and the tokens chosen, [batch, steps]; fewer steps where the way of reading changes.
         """
         mode, steps = self.mode_of(np.asarray(state.cache.lengths), np.asarray(state.is_done))
-        limit = jnp.int32(min(steps, limit or steps))
-        args = (self.params, self.selectors, state, limit)
+        args = (self.params, self.selectors, state, np.int32(min(steps, limit or steps)))
         static = {"model_cfg": self.model_cfg, "cfg": self.cfg, "mode": mode}
         is_merged = jax.default_backend() == "gpu" and state.tokens.shape[0] <= MOST_MERGED
         options = MERGED_PRODUCTS if is_merged else None
         state, tokens, steps = self.run("decode", decode_block, args, (2,), options, **static)
-        return state, np.asarray(tokens)[:, : int(steps)]
+        # fetched at once, with what the next call looks at: an array keeps what was fetched of it
+        tokens, steps, _, _ = jax.device_get((tokens, steps, state.cache.lengths, state.is_done))
+        return state, tokens[:, :steps]

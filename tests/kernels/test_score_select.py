@@ -65,6 +65,7 @@ CALLS = {
     "one sign, all ties": (1, 1, 1, 1, 32, 2100, WeightBounds(1, 32), True, 100, 0, 1),
     "int8, several steps": (3, 1, 2, 1, 64, 9100, REAL, False, 700, 3, 30),
     "two sums, several chunks": (3, 1, 2, 2, 64, 40000, REAL, False, 700, 3, 30),
+    "signs of a large group, 12 bits of ranks": (1, 1, 2, 1, 256, 5000, WeightBounds(8, 2048), False, 300, 1, 9),
     "ties over several steps": (3, 1, 2, 2, 96, 12288, SIGNS, True, 5000, 0, 1),
 }
 RUNS = {"kernels": kernels, "reference": reference}
@@ -143,7 +144,7 @@ def test_a_row_has_few_chunks_and_a_chunk_fits_16_bit_counts(rows, kv_len):
 
 
 def test_the_longest_chunk_counts_ties_of_every_token():
-    """Fields of four bits reach 14, counts of ties pass 2^13; one chunk is cut among its ties."""
+    """Counts of ties pass 2^13; one chunk is cut among its ties."""
     kv_len = 27 * LONGEST_CHUNK
     codes, weights = jnp.zeros((1, 1, 1, kv_len), jnp.uint32), jnp.ones((1, 16, 1, 32), jnp.int32)
     assert choose_chunk(16, kv_len) == LONGEST_CHUNK
@@ -162,7 +163,7 @@ def shapes_of(case):
 def test_the_kernels_lower_for_cuda_at_every_real_shape(case):
     run = functools.partial(score_select, max_budget=case.budget, bounds=case.bounds)
     text = lower_for_cuda(run, *shapes_of(case))
-    assert all(name in text for name in ("score_ranks", "refine_cut", "compact_chosen"))
+    assert all(name in text for name in ("score_ranks", "compact_chosen"))
     assert "stablehlo.sort" not in text
 
 
@@ -189,6 +190,8 @@ def test_shapes_that_do_not_fit_are_refused():
         score_select(codes, pack_weights(weights), one, one, 4, REAL)
     with pytest.raises(InputError, match="do not fit int8"):
         score_select(codes, pack_weights(weights[:, :2]), one, one, 4, WeightBounds(128, 1020))
+    with pytest.raises(InputError, match="need more than 12 bits"):
+        score_select(codes, pack_weights(weights[:, :2]), one, one, 4, WeightBounds(127, 4096))
     with pytest.raises(InputError, match="do not fit: batch"):
         score_select(codes, weights[:, :2], one, one, 4, REAL)
 

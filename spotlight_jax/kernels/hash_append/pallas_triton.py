@@ -26,6 +26,7 @@ from spotlight_jax.weights import INT8_LIMIT, real_room
 ROWS = 16  # of a product on tensor cores, at least: a row is one sum of one sequence
 DEPTH = 32  # dimensions that are multiplied at once: registers hold their three parts
 WARPS = 8
+CODE_BITS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +56,16 @@ class Plan:
     def bits(self) -> int:
         """code_bits, up to a power of two."""
         return _power_of_two(self.code_bits)
+
+    @property
+    def bits_at_once(self) -> int:
+        """Of a key's code, that one program finds: its product is the longest of all."""
+        return min(self.bits, CODE_BITS)
+
+    @property
+    def code_parts(self) -> int:
+        """Programs of a key's code."""
+        return self.bits // self.bits_at_once
 
     def multiply(self, x: list[Array], matrix: list["_Asked"], is_exact: bool) -> Array:
         """A product of chunks: as exact as float32, or by TF32."""
@@ -89,9 +100,9 @@ def _ask(ref, places: tuple, is_there: Array) -> _Asked:
     return _Asked(plgpu.load(ref.at[places], mask=is_there), is_there)
 
 
-def _ask_matrix(ref, head, plan: Plan) -> list[_Asked]:
-    """One head's [head_dim, code_bits], in chunks."""
-    bits = jnp.arange(plan.bits)[None, :]
+def _ask_matrix(ref, head, bits: Array, plan: Plan) -> list[_Asked]:
+    """Columns of one head's [head_dim, code_bits], in chunks."""
+    bits = bits[None, :]
     chunks = [dims[:, None] for dims in plan.chunks]
     return [_ask(ref, (head, dims, bits), (dims < plan.head_dim) & (bits < plan.code_bits)) for dims in chunks]
 
@@ -106,7 +117,7 @@ def _weigh_queries(heads_ref, decode_ref, members_ref, log_gain_ref, weights_ref
     """Integer weights of each sum, packed; one scale for all sums of a sequence."""
     rows = jnp.arange(ROWS)
     sequences, sums = first + rows // plan.sums, rows % plan.sums
-    decode = _ask_matrix(decode_ref, head, plan)
+    decode = _ask_matrix(decode_ref, head, jnp.arange(plan.bits), plan)
     places = range(plan.group)
     queries = [_ask_rows(heads_ref, sequences, head * plan.group + place, plan) for place in places]
     is_member = [plgpu.load(members_ref.at[head, sums, place]) for place in places]
@@ -145,12 +156,13 @@ def _places_of(lengths_ref, first, plan: Plan) -> tuple[Array, Array]:
 
 
 def _append_codes(
-    heads_ref, mean_ref, axes_ref, cells_ref, lengths_ref, cached_codes_ref, first, head, plan: Plan
+    heads_ref, mean_ref, axes_ref, cells_ref, lengths_ref, cached_codes_ref, part, first, head, plan: Plan
 ) -> None:
-    """Each sequence's new key as a code."""
+    """A part of each sequence's new key as a code."""
     sequences, at = _places_of(lengths_ref, first, plan)
-    bits, words = jnp.arange(plan.bits), jnp.arange(plan.bits // WORD_BITS)
-    axes = _ask_matrix(axes_ref, head, plan)
+    bits = part * plan.bits_at_once + jnp.arange(plan.bits_at_once)
+    words = part * (plan.bits_at_once // WORD_BITS) + jnp.arange(plan.bits_at_once // WORD_BITS)
+    axes = _ask_matrix(axes_ref, head, bits, plan)
     keys = _ask_rows(heads_ref, sequences, plan.kv_heads * plan.group + head, plan)
     chunks = [dims[None, :] for dims in plan.chunks]
     means = [_ask(mean_ref, (head, dims), dims < plan.head_dim) for dims in chunks]
@@ -191,11 +203,11 @@ def _kernel(
     def weigh():
         _weigh_queries(heads_ref, decode_ref, members_ref, log_gain_ref, weights_ref, *place)
 
-    @pl.when(kind == 1)
+    @pl.when((kind >= 1) & (kind <= plan.code_parts))
     def append():
-        _append_codes(heads_ref, mean_ref, axes_ref, cells_ref, lengths_ref, cached_codes_ref, *place)
+        _append_codes(heads_ref, mean_ref, axes_ref, cells_ref, lengths_ref, cached_codes_ref, kind - 1, *place)
 
-    @pl.when(kind == 2)
+    @pl.when(kind > plan.code_parts)
     def copy():
         _copy_heads(heads_ref, lengths_ref, queries_ref, cached_keys_ref, cached_values_ref, *place)
 
@@ -228,7 +240,7 @@ def hash_append_pallas_triton(
     caches = cached_keys, cached_values, cached_codes
     queries, packed, *caches = pl.pallas_call(
         functools.partial(_kernel, plan=plan),
-        grid=(3 * kv_heads, -(-batch // plan.tile)),
+        grid=((2 + plan.code_parts) * kv_heads, -(-batch // plan.tile)),
         out_shape=(
             jax.ShapeDtypeStruct(queries.shape, queries.dtype),
             jax.ShapeDtypeStruct((batch, kv_heads, sums, code_bits // WORD_BITS * PLANES), jnp.int32),

@@ -26,6 +26,7 @@ CASES = (
     ScoreSelectCase("smollm2-135m per KV head, 8K", 1, 3, 3, 128, 8192, 164),
     ScoreSelectCase("smollm2-135m per query head, 64 bits, 8K", 1, 3, 9, 64, 8192, 164, 1),
     ScoreSelectCase("llama3-8b, 256 bits, 2 x 8K", 2, 8, 8, 256, 8192, 164),
+    ScoreSelectCase("llama3-70b, sums of signs, 256 bits, 8K", 1, 8, 8, 256, 8192, 164, 1, WeightBounds(8, 8 * 256)),
     ScoreSelectCase("qwen2.5-7b, ragged 4 x 32K", 4, 4, 4, 128, 32768, 656),
     ScoreSelectCase("qwen2.5-7b, 24 x 32K", 24, 4, 4, 128, 32768, 656),
     ScoreSelectCase("qwen2.5-7b, one sum, 24 x 32K", 24, 4, 4, 128, 32768, 656, 1),

@@ -1,56 +1,68 @@
-"""The cut, five bits at a time: threads count digits in fields of four bits, a program adds them up, a bin is found."""
+"""How often every rank occurs, counted in a program's shared memory, the highest rank first; and the bin of a cut.
+
+Triton has no sums into shared memory, so single instructions do it. What each one gives is the next one's operand:
+that keeps their order.
+"""
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int32
 
-from spotlight_jax.bits import WORD_BITS
-from spotlight_jax.kernels.score_select.plan import DIGIT_BITS, run_instruction
+from spotlight_jax.kernels.score_select.plan import Plan, run_instruction
 
-BINS = 1 << DIGIT_BITS
-FIELD_BITS = 4
-FIELDS = 8  # of a number
-BYTE = 8
-BYTES = WORD_BITS // BYTE
-TOKENS = 8  # of a thread; where it has fewer, sums are as right
-MOST_STEPS = 14  # that fields hold
+PARTS = 32  # of a histogram, added up: a cut is looked for among these first
+TOKENS = 8  # of a thread
+WORD = 4  # bytes of a count
 
 
-def no_digits(step: int) -> tuple:
-    """Fields of nothing counted: a number of each token of a step for every eight bins."""
-    return tuple(jnp.zeros((step,), jnp.int32) for _ in range(BINS // FIELDS))
+def _start_program(bins: int, step: int) -> str:
+    """PTX that clears the program's bins; operands: where the lowest rank is counted, 4 x a number of each token."""
+    lines = [f".shared .align 4 .b32 bins[{bins}];", ".reg .u32 start, at;", "mov.u32 start, bins;"]
+    for token in range(TOKENS):
+        lines.append(f"add.u32 at, start, ${TOKENS + token};")
+        lines += [f"st.shared.u32 [at + {WORD * first}], 0;" for first in range(0, bins, step)]
+    lines += [f"add.u32 ${token}, start, {WORD * (bins - 1)};" for token in range(TOKENS)]
+    return "{ " + " ".join([*lines, "bar.sync 0;"]) + " }"
 
 
-def add_digits(relative: Int32[Array, "step"], shift: int, fields: tuple, interpret: bool) -> tuple:
-    """Count the digit at `shift` of every rank relative to the cut's lower end; what lies outside the bins is not."""
-    amounts = lax.shift_right_logical(relative, shift) * FIELD_BITS
-
-    def one_at(amounts):  # 0 where an amount is negative or past a number's end
-        if interpret:
-            return lax.shift_left(jnp.ones_like(amounts), amounts)
-        return run_instruction("shl.b32 $0, $1, $2;", jnp.ones_like(amounts), amounts)
-
-    return tuple(field + one_at(amounts - WORD_BITS * place) for place, field in enumerate(fields))
+_ADD_PROGRAM = "{ .reg .u32 at; mad.lo.s32 at, $2, -4, $1; red.shared.add.u32 [at], 1; mov.b32 $0, $1; }"
 
 
-def add_up_digits(fields: tuple) -> tuple:
-    """Counts of the whole program, the highest bin first: of every second bin, and of those that follow them."""
-    pairs = jnp.arange(BINS // 2, dtype=jnp.int32)[:, None]
-    odd = even = jnp.zeros((1, 1), jnp.int32)
-    for place, field in enumerate(fields):
-        of_thread = field.reshape(-1, TOKENS)  # fields of eight bits hold its sums
-        is_own = pairs // BYTES == len(fields) - 1 - place
-        sums = (jnp.sum((of_thread >> shift) & 0x0F0F0F0F, axis=1)[None, :] for shift in (FIELD_BITS, 0))
-        odd, even = (jnp.where(is_own, own, other) for own, other in zip(sums, (odd, even), strict=True))
-    shifts = BYTE * (BYTES - 1 - pairs % BYTES)
-    first, second = (lax.shift_right_logical(sums, shifts) & 255 for sums in (odd, even))
-    both = jnp.sum(first | (second << 16), axis=1)
-    return both & 0xFFFF, lax.shift_right_logical(both, 16)
+def _read_program(first: int, bins: int) -> str:
+    """PTX for a count of each token; operands: it, where the lowest rank is counted, 4 x a number of each token."""
+    lines = ["bar.sync 0;", ".reg .u32 at;"]
+    for token in range(TOKENS):
+        lines.append(f"add.u32 at, ${TOKENS + token}, ${2 * TOKENS + token};")
+        lines.append(f"ld.shared.u32 ${token}, [at + {WORD * (first + 1 - bins)}];")
+    return "{ " + " ".join(lines) + " }"
+
+
+def start_counting(step: int, plan: Plan) -> Int32[Array, "counted"]:
+    """Nothing counted yet."""
+    if plan.interpret:
+        return jnp.zeros((plan.bins,), jnp.int32)
+    return run_instruction(_start_program(plan.bins, step), WORD * jnp.arange(step, dtype=jnp.int32), pack=TOKENS)
+
+
+def count_ranks(ranks: Int32[Array, "step"], counted: Int32[Array, "counted"], plan: Plan) -> Int32[Array, "counted"]:
+    """What is counted with a step's ranks."""
+    if plan.interpret:
+        return counted.at[plan.bins - 1 - ranks].add(1)
+    return run_instruction(_ADD_PROGRAM, counted, ranks)
+
+
+def read_counts(counted: Int32[Array, "counted"], step: int, plan: Plan) -> list[Int32[Array, "step"]]:
+    """The histogram, the highest rank first, in as many arrays as it fills."""
+    if plan.interpret:
+        return list(counted.reshape(-1, step))
+    numbers = WORD * jnp.arange(step, dtype=jnp.int32)
+    firsts = range(0, plan.bins, step)
+    return [run_instruction(_read_program(first, plan.bins), counted, numbers, pack=TOKENS) for first in firsts]
 
 
 def find_bin(bins: Int32[Array, "bins"], wanted: Int32[Array, ""]) -> tuple[Int32[Array, ""], Int32[Array, ""]]:
-    """Which bin, the highest first, holds the last of `wanted` ranks, and how many ranks lie before it."""
-    reached = jnp.cumsum(bins)
-    places = jnp.arange(BINS, dtype=jnp.int32)
-    most = jnp.max(jnp.where(reached < wanted, reached * BINS + places + 1, 0))  # of the last bin before: neither falls
-    return most & (BINS - 1), lax.shift_right_logical(most, DIGIT_BITS)
+    """Which bin holds the last of `wanted` tokens, and how many tokens lie in those before it."""
+    reached, count = jnp.cumsum(bins), bins.size
+    places = jnp.arange(count, dtype=jnp.int32)
+    most = jnp.max(jnp.where(reached < wanted, reached * count + places + 1, 0))  # of the last bin before: neither falls
+    return most & (count - 1), lax.shift_right_logical(most, count.bit_length() - 1)

@@ -8,7 +8,9 @@ from jax import lax
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Int32
 
-DIGIT_BITS = 5  # of a rank, found in one round
+from spotlight_jax.weights import WeightBounds
+
+LEAST_BITS, MOST_BITS = 10, 12  # of ranks that a program counts: a histogram fills its threads, and fits its memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +42,15 @@ class Plan:
         return (1 << self.rank_bits) - 1
 
     @property
-    def ranks_shape(self) -> jax.ShapeDtypeStruct:
-        """How ranks are kept between kernels."""
-        return jax.ShapeDtypeStruct((self.rows, self.kv_len), jnp.int16 if self.rank_bits <= 15 else jnp.int32)
+    def bins(self) -> int:
+        """Of a histogram: one for every rank."""
+        return 1 << max(self.rank_bits, LEAST_BITS)
 
-    @property
-    def shifts(self) -> tuple[int, ...]:
-        """Of each round's digit; the last one is 0."""
-        return tuple(range(DIGIT_BITS * ((self.rank_bits - 1) // DIGIT_BITS), -1, -DIGIT_BITS))
+
+def rank_bits_of(bounds: WeightBounds) -> int:
+    """Bits of ranks: scores from 1 on, below what no score has."""
+    least, greatest = bounds.score_range
+    return (greatest - least + 2).bit_length()
 
 
 def positions_of(start, step, width: int) -> Int32[Array, "width"]:

@@ -17,6 +17,8 @@ TILE = 32  # tokens gathered at once
 LEAST_ROWS = 16  # of a product on tensor cores
 PROGRAMS = 700  # about, where there are tiles for so many: several for each processor of a GPU, all at work at once
 MOST_SPLITS = 128
+JOINED_BY_WARP = 1024  # numbers
+MOST_JOIN_WARPS = 4
 MASKED = -1e30
 
 
@@ -37,6 +39,11 @@ class Plan:
     def lanes(self) -> int:
         """Width of vectors over splits: a power of two."""
         return _power_of_two(self.splits)
+
+    @property
+    def join_warps(self) -> int:
+        """Of a program that joins splits: one where it can hold them, which waits for no other."""
+        return min(MOST_JOIN_WARPS, max(1, self.lanes * self.width // JOINED_BY_WARP))
 
     @property
     def rows(self) -> int:
@@ -159,7 +166,7 @@ def sparse_attention_pallas_triton(
         in_specs=[of_query(head_dim), of_query(), of_query()],
         out_specs=pl.BlockSpec((None, None, head_dim), lambda row, query: (row, query, 0)),
         out_shape=jax.ShapeDtypeStruct((rows, plan.group, head_dim), queries.dtype),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=plan.join_warps, num_stages=1),
         interpret=interpret,
         name="join_reads",
     )(sums, most, totals)
