@@ -64,5 +64,6 @@ def find_bin(bins: Int32[Array, "bins"], wanted: Int32[Array, ""]) -> tuple[Int3
     """Which bin holds the last of `wanted` tokens, and how many tokens lie in those before it."""
     reached, count = jnp.cumsum(bins), bins.size
     places = jnp.arange(count, dtype=jnp.int32)
-    most = jnp.max(jnp.where(reached < wanted, reached * count + places + 1, 0))  # of the last bin before: neither falls
+    # of the last bin before: neither falls
+    most = jnp.max(jnp.where(reached < wanted, reached * count + places + 1, 0))
     return most & (count - 1), lax.shift_right_logical(most, count.bit_length() - 1)
