@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 INT8_LIMIT = 127
-TOTAL = 1020  # scores from -510 to 510, with what no score has, fit ten bits: two rounds of five find a cut
+TOTAL = 1020  # scores from -510 to 510, with what no score has, fit ten bits: 1,024 bins count them
 
 
 @dataclasses.dataclass(frozen=True)
