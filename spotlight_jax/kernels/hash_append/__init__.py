@@ -30,10 +30,10 @@ def _agree() -> bool:
     def draw(*shape: int) -> Array:
         return jax.random.normal(next(draws), shape)
 
-    digits = jnp.tile(2.0 ** (1 + jnp.arange(64) % 4), (2, 1))
-    transform = Transform(draw(2, 64), draw(2, 64, 64) / 32, digits, draw(2, 64, 64), jnp.abs(draw(2, 2, 3)), draw(6))
+    digits = jnp.tile(2.0 ** (1 + jnp.arange(128) % 4), (2, 1))
+    transform = Transform(draw(2, 64), draw(2, 64, 128) / 32, digits, draw(2, 64, 128), jnp.abs(draw(2, 2, 3)), draw(6))
     rows = draw(2, 6, 64), draw(2, 2, 64), draw(2, 2, 64)
-    codes = jax.random.bits(next(draws), (2, 2, 2, 256), jnp.uint32)
+    codes = jax.random.bits(next(draws), (2, 2, 4, 256), jnp.uint32)
     call = *rows, transform, draw(2, 256, 2, 64), draw(2, 256, 2, 64), codes, jnp.asarray([7, 255], jnp.int32)
     found, expected = (
         jax.jit(functools.partial(hash_append, impl=impl))(*call) for impl in ("pallas_triton", "reference")

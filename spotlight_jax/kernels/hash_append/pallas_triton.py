@@ -1,5 +1,5 @@
-"""A step's hashing and appending in one kernel: a program weighs one KV head's queries of some sequences, or codes its
-new keys, or copies queries, keys and values to where they go.
+"""A step's hashing and appending in one kernel: a program weighs one KV head's queries of some sequences, or finds a
+part of its new keys' codes, or copies queries, keys and values to where they go.
 
 Products run on tensor cores. Those of keys take three TF32 parts, which is as exact as float32: codes of a decoding
 step are those that prefill would have given. Those of queries take one: what it is off by is small against rounding to
@@ -26,7 +26,7 @@ from spotlight_jax.weights import INT8_LIMIT, real_room
 ROWS = 16  # of a product on tensor cores, at least: a row is one sum of one sequence
 DEPTH = 32  # dimensions that are multiplied at once: registers hold their three parts
 WARPS = 8
-CODE_BITS = 64
+CODE_BITS = 64  # of a key, that one program finds at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Plan:
 
     @property
     def bits_at_once(self) -> int:
-        """Of a key's code, that one program finds: its product is the longest of all."""
+        """Of a key's code, that one program finds: as a whole it would take longer than the weights of the queries."""
         return min(self.bits, CODE_BITS)
 
     @property

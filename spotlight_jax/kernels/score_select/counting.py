@@ -25,7 +25,8 @@ def _start_program(bins: int, step: int) -> str:
     return "{ " + " ".join([*lines, "bar.sync 0;"]) + " }"
 
 
-_ADD_PROGRAM = "{ .reg .u32 at; mad.lo.s32 at, $2, -4, $1; red.shared.add.u32 [at], 1; mov.b32 $0, $1; }"
+# Counts a rank; operands: where the lowest rank is counted, twice; the rank.
+_ADD_PROGRAM = f"{{ .reg .u32 at; mad.lo.s32 at, $2, -{WORD}, $1; red.shared.add.u32 [at], 1; mov.b32 $0, $1; }}"
 
 
 def _read_program(first: int, bins: int) -> str:
