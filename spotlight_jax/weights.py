@@ -32,6 +32,12 @@ class WeightBounds:
         return -half, half
 
     @property
+    def rank_bits(self) -> int:
+        """Bits that hold scores counted from 1 on: 0 is below them, and the greatest number is none of theirs."""
+        least, greatest = self.score_range
+        return (greatest - least + 2).bit_length()
+
+    @property
     def bits(self) -> int:
         """Two's complement bits that hold every weight; 1 where all are +1 or -1."""
         return 1 if self.limit == 1 else self.limit.bit_length() + 1

@@ -81,7 +81,7 @@ def test_every_kernel_passes_its_check_while_a_program_is_traced(gpu, monkeypatc
     assert float(jax.jit(program)(1.0)) == 2
 
 
-def test_weights_that_do_not_fit_int8_take_xla_on_any_device(monkeypatch):
+def test_weights_and_scores_that_do_not_fit_take_xla_on_any_device(monkeypatch):
     monkeypatch.setattr(score_select, "is_trusted", lambda *_: True)
     assert score_select.is_fused(BOUNDS)
     assert not any(score_select.is_fused(bounds) for bounds in (WeightBounds(128, 1020), WeightBounds(16, 4096)))

@@ -199,13 +199,13 @@ def _kernel(
     kind, head = pl.program_id(0) // plan.kv_heads, pl.program_id(0) % plan.kv_heads
     place = pl.program_id(1) * plan.tile, head, plan
 
-    @pl.when(kind == 0)
+    @pl.when(kind < plan.code_parts)
+    def append():
+        _append_codes(heads_ref, mean_ref, axes_ref, cells_ref, lengths_ref, cached_codes_ref, kind, *place)
+
+    @pl.when(kind == plan.code_parts)
     def weigh():
         _weigh_queries(heads_ref, decode_ref, members_ref, log_gain_ref, weights_ref, *place)
-
-    @pl.when((kind >= 1) & (kind <= plan.code_parts))
-    def append():
-        _append_codes(heads_ref, mean_ref, axes_ref, cells_ref, lengths_ref, cached_codes_ref, kind - 1, *place)
 
     @pl.when(kind > plan.code_parts)
     def copy():
@@ -240,7 +240,7 @@ def hash_append_pallas_triton(
     caches = cached_keys, cached_values, cached_codes
     queries, packed, *caches = pl.pallas_call(
         functools.partial(_kernel, plan=plan),
-        grid=((2 + plan.code_parts) * kv_heads, -(-batch // plan.tile)),
+        grid=((plan.code_parts + 2) * kv_heads, -(-batch // plan.tile)),
         out_shape=(
             jax.ShapeDtypeStruct(queries.shape, queries.dtype),
             jax.ShapeDtypeStruct((batch, kv_heads, sums, code_bits // WORD_BITS * PLANES), jnp.int32),

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Int32, UInt32
 from spotlight_jax.errors import InputError
 from spotlight_jax.kernels.score_select.packing import pack_weights
 from spotlight_jax.kernels.score_select.pallas_triton import score_select_pallas_triton
-from spotlight_jax.kernels.score_select.plan import MOST_BITS, rank_bits_of
+from spotlight_jax.kernels.score_select.plan import MOST_BITS
 from spotlight_jax.kernels.score_select.reference import score_select_reference
 from spotlight_jax.kernels.trust import is_trusted
 from spotlight_jax.weights import INT8_LIMIT, WeightBounds
@@ -22,7 +22,7 @@ ScoreSelectImpl = Literal["reference", "pallas_triton"]
 
 def is_fused(bounds: WeightBounds) -> bool:
     """Whether the fused kernels run here: on a GPU that passes their check, with weights and scores that fit them."""
-    return bounds.limit <= INT8_LIMIT and rank_bits_of(bounds) <= MOST_BITS and is_trusted("score_select", _agree)
+    return bounds.limit <= INT8_LIMIT and bounds.rank_bits <= MOST_BITS and is_trusted("score_select", _agree)
 
 
 def _agree() -> bool:
@@ -79,7 +79,7 @@ def score_select(
         )
     if bounds.limit > INT8_LIMIT:
         raise InputError(f"weights up to {bounds.limit} do not fit int8 (at most {INT8_LIMIT})")
-    if rank_bits_of(bounds) > MOST_BITS:
+    if bounds.rank_bits > MOST_BITS:
         raise InputError(f"scores of weights that add up to {bounds.total} need more than {MOST_BITS} bits")
     run = {"reference": score_select_reference, "pallas_triton": score_select_pallas_triton}[impl]
     return run(codes, weights, ends, budgets, max_budget, bounds, sink_tokens, recent_tokens)

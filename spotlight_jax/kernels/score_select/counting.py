@@ -10,8 +10,7 @@ from jaxtyping import Array, Int32
 
 from spotlight_jax.kernels.score_select.plan import Plan, run_instruction
 
-PARTS = 32  # of a histogram, added up: a cut is looked for among these first
-TOKENS = 8  # of a thread
+TOKENS = 8  # of a thread, in each step: all that it has, as every instruction clears bins of its own
 WORD = 4  # bytes of a count
 
 
@@ -52,12 +51,12 @@ def count_ranks(ranks: Int32[Array, "step"], counted: Int32[Array, "counted"], p
     return run_instruction(_ADD_PROGRAM, counted, ranks)
 
 
-def read_counts(counted: Int32[Array, "counted"], step: int, plan: Plan) -> list[Int32[Array, "step"]]:
+def read_counts(counted: Int32[Array, "counted"], plan: Plan) -> list[Int32[Array, "counted"]]:
     """The histogram, the highest rank first, in as many arrays as it fills."""
     if plan.interpret:
-        return list(counted.reshape(-1, step))
-    numbers = WORD * jnp.arange(step, dtype=jnp.int32)
-    firsts = range(0, plan.bins, step)
+        return [counted]
+    numbers = WORD * jnp.arange(counted.size, dtype=jnp.int32)
+    firsts = range(0, plan.bins, counted.size)
     return [run_instruction(_read_program(first, plan.bins), counted, numbers, pack=TOKENS) for first in firsts]
 
 

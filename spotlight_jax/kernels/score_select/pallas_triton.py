@@ -24,15 +24,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Int32, UInt32
 
-from spotlight_jax.kernels.score_select.counting import PARTS, count_ranks, find_bin, read_counts, start_counting
-from spotlight_jax.kernels.score_select.plan import Plan, clear_free_slots, positions_of, rank_bits_of, walk
+from spotlight_jax.kernels.score_select.counting import TOKENS, count_ranks, find_bin, read_counts, start_counting
+from spotlight_jax.kernels.score_select.plan import PARTS, Plan, clear_free_slots, positions_of, walk
 from spotlight_jax.kernels.score_select.scoring import ranker_of
 from spotlight_jax.weights import WeightBounds
 
 PROGRAMS = 384  # at most, where chunks are long enough: three for each processor of an H100, all at work at once
 SCORE_WARPS = 4  # few, each with many codes on their way: what scoring waits for is memory
 COMPACT_WARPS = 8
-STEP = 1024  # tokens that a program scores together
+STEP = TOKENS * 32 * SCORE_WARPS  # tokens that a program scores together
 WIDE_STEP = 2048  # ranks that it counts or compacts together; a chunk is one step or some wide ones
 LONGEST_CHUNK = 14 * STEP  # its ranks fit the registers of the program that compacts them
 
@@ -71,10 +71,9 @@ def _score_kernel(
     @pl.when(start < end)  # nothing is written of other chunks
     def count():
         counted = walk(chunk // STEP, load_words, score_step, start_counting(STEP, plan))
-        bins_of_part = plan.bins // PARTS
-        for index, counts in enumerate(read_counts(counted, STEP, plan)):
-            counts_ref[pl.ds(index * STEP, STEP)] = counts.astype(counts_ref.dtype)
-            parts = jnp.sum(counts.reshape(-1, bins_of_part), axis=1)
+        for index, counts in enumerate(read_counts(counted, plan)):
+            counts_ref[pl.ds(index * counts.size, counts.size)] = counts.astype(counts_ref.dtype)
+            parts = jnp.sum(counts.reshape(-1, plan.bins_of_part), axis=1)
             parts_ref[pl.ds(index * parts.size, parts.size)] = parts
 
 
@@ -126,7 +125,7 @@ def _compact_kernel(bounds_ref, counts_ref, parts_ref, ranks_ref, places_ref, *,
     ranks = _load_ranks(ranks_ref, chunk, plan)  # these are on their way while the cut is found
     end, budget, own, count = bounds_ref[0], bounds_ref[1], pl.program_id(1), counts_ref.shape[0]
     chunks = jnp.arange(1 << (count - 1).bit_length(), dtype=jnp.int32)
-    is_filled, width = chunks * chunk < end, plan.bins // PARTS
+    is_filled, width = chunks * chunk < end, plan.bins_of_part
     part, above_part, above, _ = _look(parts_ref, 0, PARTS, budget, is_filled)
     found, above_bin, above_in_part, ties = _look(counts_ref, part * width, width, budget - above_part, is_filled)
     cut, above, wanted = plan.bins - 1 - part * width - found, above + above_in_part, budget - above_part - above_bin
@@ -205,7 +204,7 @@ def score_select_pallas_triton(
     heads, sums = weights.shape[1:3]
     plan = Plan(
         batch=batch, heads=heads, code_heads=code_heads, words=words, kv_len=kv_len,
-        sums=sums, least=bounds.score_range[0], rank_bits=rank_bits_of(bounds),
+        sums=sums, least=bounds.score_range[0], rank_bits=bounds.rank_bits,
         planes=bounds.limit.bit_length() + 1, sink_tokens=sink_tokens,
         recent_tokens=recent_tokens, max_budget=max_budget, interpret=interpret,
     )  # fmt: skip

@@ -8,9 +8,8 @@ from jax import lax
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Int32
 
-from spotlight_jax.weights import WeightBounds
-
 LEAST_BITS, MOST_BITS = 10, 12  # of ranks that a program counts: a histogram fills its threads, and fits its memory
+PARTS = 32  # of a histogram, added up: a cut is looked for among these first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +45,10 @@ class Plan:
         """Of a histogram: one for every rank."""
         return 1 << max(self.rank_bits, LEAST_BITS)
 
-
-def rank_bits_of(bounds: WeightBounds) -> int:
-    """Bits of ranks: scores from 1 on, below what no score has."""
-    least, greatest = bounds.score_range
-    return (greatest - least + 2).bit_length()
+    @property
+    def bins_of_part(self) -> int:
+        """Of a histogram's part."""
+        return self.bins // PARTS
 
 
 def positions_of(start, step, width: int) -> Int32[Array, "width"]:
