@@ -20,7 +20,7 @@ from spotlight_jax.kernels import hash_append, score_select
 from spotlight_jax.kernels.hash_append import Transform
 from spotlight_jax.kernels.sparse_attention import sparse_attention
 from spotlight_jax.scoring import hash_score_range, output_scores
-from spotlight_jax.selection import SelectionConfig, select_by_codes, select_by_packed, select_tokens
+from spotlight_jax.selection import SelectionConfig, select_by_codes, select_tokens
 
 AttentionImpl = Literal["auto", "xla", "cudnn"]
 
@@ -227,7 +227,7 @@ def _append_and_select(
             layer.keys, layer.values, layer.codes, lengths,
         )  # fmt: skip
         layer = LayerCache(cached_keys, cached_values, codes)
-        return copied[:, None], layer, *select_by_packed(codes, weights, bounds, ends, selection)
+        return copied[:, None], layer, *select_by_codes(codes, weights, bounds, ends, selection)
     layer = _remember(layer, keys, values, lengths, selector)
     assert layer.codes is not None
     outputs = hashing.hash_queries(params, queries, cfg)

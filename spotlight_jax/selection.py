@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32, UInt32
 
 from spotlight_jax.errors import InputError
 from spotlight_jax.kernels.match_score import match_score
-from spotlight_jax.kernels.score_select import is_fused, pack_weights, score_select
+from spotlight_jax.kernels.score_select import is_fused, score_select
 from spotlight_jax.kernels.select_top import mask_top, select_top
 from spotlight_jax.weights import WeightBounds
 
@@ -166,7 +166,7 @@ def select_tokens(
 
 def select_by_codes(
     codes: UInt32[Array, "batch code_heads words max_len"],
-    weights: Int32[Array, "batch heads sums code_bits"],
+    weights: Int[Array, "batch heads sums code_bits"],
     bounds: WeightBounds,
     lengths: Int32[Array, "batch"],
     cfg: SelectionConfig,
@@ -179,21 +179,11 @@ def select_by_codes(
         lengths: filled slots, the newest token's included.
     """
     if is_fused(bounds):
-        return select_by_packed(codes, pack_weights(weights), bounds, lengths, cfg)
-    scores = match_score(codes, weights[:, None], bounds.bits)[:, 0]
+        budgets, most = budget_of(lengths, cfg), max_budget(codes.shape[-1], cfg)
+        always = {"sink_tokens": cfg.sink_tokens, "recent_tokens": max(cfg.recent_tokens, 1)}
+        return score_select(codes, weights.astype(jnp.int8), lengths, budgets, most, bounds, **always)
+    scores = match_score(codes, weights[:, None].astype(jnp.int32), bounds.bits)[:, 0]
     return select_tokens(scores, lengths, cfg, bounds.score_range)
-
-
-def select_by_packed(
-    codes: UInt32[Array, "batch code_heads words max_len"],
-    weights: Int32[Array, "batch heads sums packed"],
-    bounds: WeightBounds,
-    lengths: Int32[Array, "batch"],
-    cfg: SelectionConfig,
-) -> tuple[Int32[Array, "batch heads budget"], Bool[Array, "batch heads budget"]]:
-    """`select_by_codes` where the fused kernels run and the weights are packed already."""
-    budgets, most = budget_of(lengths, cfg), max_budget(codes.shape[-1], cfg)
-    return score_select(codes, weights, lengths, budgets, most, bounds, cfg.sink_tokens, max(cfg.recent_tokens, 1))
 
 
 def select_mask(

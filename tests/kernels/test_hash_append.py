@@ -57,7 +57,7 @@ def draw_call(batch, q_heads, kv_heads, head_dim, code_bits, sums, max_len=9, dt
 
 
 def hash_by_numpy(queries, keys, transform):
-    """Weights before they are rounded and packed codes, head by head in float64, as the docstrings say."""
+    """Weights before they are rounded, and codes, head by head in float64, as the docstrings say."""
     queries, keys = np.asarray(queries, np.float64), np.asarray(keys, np.float64)
     mean, axes, cells, decode, members, log_gain = (np.asarray(leaf, np.float64) for leaf in transform)
     group, code_bits = queries.shape[1] // keys.shape[1], axes.shape[2]
@@ -74,13 +74,6 @@ def hash_by_numpy(queries, keys, transform):
     return np.stack(weights, axis=1), np.packbits(np.stack(bits, axis=1), axis=-1, bitorder="little").view("<u4")
 
 
-def unpack(packed):
-    """Eight planes of bits, packed like codes: two's complement."""
-    planes = np.ascontiguousarray(packed).reshape(*packed.shape[:-1], 8, -1)
-    bits = np.unpackbits(planes.view(np.uint8), axis=-1, bitorder="little").astype(int)
-    return np.einsum("p,...pb->...b", [1, 2, 4, 8, 16, 32, 64, -128], bits)
-
-
 SHAPES = {
     "one sequence": ((1, 6, 2, 64, 128, 2), {"dtype": "bfloat16", "of_cache": "bfloat16"}),
     "odd widths, two tiles": ((35, 2, 1, 80, 96, 1), {}),
@@ -94,11 +87,11 @@ SHAPES = {
 def test_every_implementation_equals_numpy(impl, name):
     shape, dtypes = SHAPES[name]
     call = draw_call(*shape, **dtypes)
-    copied, packed, *caches = IMPLEMENTATIONS[impl](*call)
+    copied, weights, *caches = IMPLEMENTATIONS[impl](*call)
     queries, keys, values, transform, *cached, lengths = call
     np.testing.assert_array_equal(copied, queries)
     scaled, codes = hash_by_numpy(queries, keys, transform)
-    weights = unpack(np.asarray(packed))
+    weights = np.asarray(weights, int)
     assert np.abs(weights - scaled).max() < 0.5 + 1e-3
     assert np.abs(weights).max() <= 127 and np.abs(weights).sum(-1).max() <= 1020
     expected = [np.array(cache) for cache in cached]
@@ -127,11 +120,11 @@ def test_digits_and_weights_by_hand(impl):
     queries = jnp.broadcast_to(jnp.array([3.0, -5.0])[None, :, None], (batch, 2, 1))
     cached = jnp.zeros((batch, 2, 1, 1)), jnp.zeros((batch, 2, 1, 1)), jnp.zeros((batch, 1, 1, 2), jnp.uint32)
     new = queries, keys[:, None, None], keys[:, None, None]
-    _, packed, _, _, codes = IMPLEMENTATIONS[impl](*new, transform, *cached, jnp.ones((batch,), jnp.int32))
+    _, weights, _, _, codes = IMPLEMENTATIONS[impl](*new, transform, *cached, jnp.ones((batch,), jnp.int32))
     # coordinates below 0, of .01, .19, .44, .57, .95, and above 1 lie in eighths 0, 0, 1, 3, 4, 7, 7: digit 0 counts 4
     assert codes[:, 0, 0, 1].tolist() == [0b000, 0b000, 0b100, 0b110, 0b001, 0b111, 0b111]
     assert not codes[..., 0].any()
-    weights = unpack(np.asarray(packed))  # 3 and -2 times (5, 2, -1), each brought to one length; 127 for the greatest
+    # 3 and -2 times (5, 2, -1), each brought to one length; 127 for the greatest
     assert weights[0, 0, :, :3].tolist() == [[127, 51, -25], [-127, -51, 25]] and not weights[..., 3:].any()
 
 
@@ -152,11 +145,11 @@ def test_a_selectors_codes_and_weights_are_those_of_hashing(impl):
     coder, weights = params.stats, params.weights
     transform = Transform(coder.mean, coder.axes, coder.cells, weights.decode, coder.members, weights.log_gain)
     queries, keys, values, _, *caches, lengths = draw_call(20, 12, 3, 64, 128, 2)
-    _, packed, _, _, cached_codes = IMPLEMENTATIONS[impl](queries, keys, values, transform, *caches, lengths)
+    _, found, _, _, cached_codes = IMPLEMENTATIONS[impl](queries, keys, values, transform, *caches, lengths)
     codes = pack_bits(hashing.hash_keys(params, keys, cfg) > 0)
     np.testing.assert_array_equal(cached_codes[np.arange(20), :, :, lengths], codes)
     weights = hashing.integer_weights(params, hashing.hash_queries(params, queries[:, None], cfg), cfg, True)[:, 0]
-    off = np.abs(unpack(np.asarray(packed)) - np.asarray(weights))
+    off = np.abs(np.asarray(found, int) - np.asarray(weights))
     assert off.max() <= 1 and off.mean() < 1e-3
 
 
@@ -242,7 +235,7 @@ def test_the_kernel_lowers_for_cuda_at_every_real_shape(case):
 def test_the_kernel_equals_the_reference_on_a_gpu(case):
     call = call_of(case)
     found, expected = jax.jit(hash_append)(*call), IMPLEMENTATIONS["reference"](*call)
-    off = np.abs(unpack(np.asarray(found[1])) - unpack(np.asarray(expected[1])))
+    off = np.abs(np.asarray(found[1], int) - np.asarray(expected[1], int))
     assert off.max() <= 1 and off.mean() < 0.02
     for place in (0, 2, 3):
         np.testing.assert_array_equal(found[place], expected[place])

@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spotlight_jax.errors import InputError
-from spotlight_jax.kernels.score_select import pack_weights, score_select
+from spotlight_jax.kernels.score_select import score_select
 from spotlight_jax.kernels.score_select.cases import CASES
-from spotlight_jax.kernels.score_select.packing import unpack_weights
 from spotlight_jax.kernels.score_select.pallas_triton import (
     LONGEST_CHUNK,
     STEP,
@@ -27,14 +26,14 @@ STATIC = ("max_budget", "bounds", "sink_tokens", "recent_tokens")
 REAL = WeightBounds(127, 1020)
 
 
-def packing(run):
-    """The call with plain weights."""
-    packed = jax.jit(run, static_argnames=STATIC)
-    return lambda codes, weights, *args, **static: packed(codes, pack_weights(jnp.asarray(weights)), *args, **static)
+def compiled(run):
+    """The call with weights of any integers."""
+    call = jax.jit(run, static_argnames=STATIC)
+    return lambda codes, weights, *args, **static: call(codes, jnp.asarray(weights, jnp.int8), *args, **static)
 
 
-kernels = packing(functools.partial(score_select_pallas_triton, interpret=True))
-reference = packing(functools.partial(score_select, impl="reference"))
+kernels = compiled(functools.partial(score_select_pallas_triton, interpret=True))
+reference = compiled(functools.partial(score_select, impl="reference"))
 
 
 def choose_by_numpy(codes, weights, end, budget, sinks, recent):
@@ -155,7 +154,7 @@ def test_the_longest_chunk_counts_ties_of_every_token():
 
 def shapes_of(case):
     codes = jax.ShapeDtypeStruct((case.batch, case.code_heads, case.code_bits // 32, case.kv_len), jnp.uint32)
-    weights = jax.ShapeDtypeStruct((case.batch, case.heads, case.sums, case.code_bits // 4), jnp.int32)
+    weights = jax.ShapeDtypeStruct((case.batch, case.heads, case.sums, case.code_bits), jnp.int8)
     return codes, weights, *(jax.ShapeDtypeStruct((case.batch,), jnp.int32),) * 2
 
 
@@ -176,7 +175,7 @@ def test_the_kernels_equal_the_reference_on_a_gpu(case):
     budgets = rng.integers(1, case.budget, case.batch, endpoint=True).astype(np.int32)
     static = {"max_budget": case.budget, "bounds": case.bounds}
     found, expected = (
-        packing(functools.partial(score_select, impl=impl))(codes, weights, ends, budgets, **static)
+        compiled(functools.partial(score_select, impl=impl))(codes, weights, ends, budgets, **static)
         for impl in ("pallas_triton", "reference")
     )
     for one, other in zip(found, expected, strict=True):
@@ -184,22 +183,13 @@ def test_the_kernels_equal_the_reference_on_a_gpu(case):
 
 
 def test_shapes_that_do_not_fit_are_refused():
-    codes, weights = map(jnp.asarray, draw_call(0, 1, 2, 3, 2, 64, 40, REAL, False)[:2])
-    one = jnp.ones((1,), jnp.int32)
+    codes, weights, _ = draw_call(0, 1, 2, 3, 2, 64, 40, REAL, False)
+    codes, weights, one = jnp.asarray(codes), jnp.asarray(weights, jnp.int8), jnp.ones((1,), jnp.int32)
     with pytest.raises(InputError, match="multiple of code_heads"):
-        score_select(codes, pack_weights(weights), one, one, 4, REAL)
+        score_select(codes, weights, one, one, 4, REAL)
     with pytest.raises(InputError, match="do not fit int8"):
-        score_select(codes, pack_weights(weights[:, :2]), one, one, 4, WeightBounds(128, 1020))
+        score_select(codes, weights[:, :2], one, one, 4, WeightBounds(128, 1020))
     with pytest.raises(InputError, match="need more than 12 bits"):
-        score_select(codes, pack_weights(weights[:, :2]), one, one, 4, WeightBounds(127, 4096))
-    with pytest.raises(InputError, match="do not fit: batch"):
-        score_select(codes, weights[:, :2], one, one, 4, REAL)
-
-
-def test_packed_weights_by_hand():
-    weights = jnp.asarray([[1, -1, 0, 127] + [0] * 28 + [-127] + [0] * 30 + [4]], jnp.int32)
-    packed = np.asarray(pack_weights(weights)).view(np.uint32)
-    low, high = [0b1011, 0b1010, 0b1010], 0b0010  # planes of 1, 2 and 4 to 64, then of the sign
-    assert packed.shape == (1, 16) and packed[0, ::2].tolist() == [*low[:2], *[low[2]] * 5, high]
-    assert packed[0, 1::2].tolist() == [1, 0, 1 << 31, 0, 0, 0, 0, 1]
-    np.testing.assert_array_equal(unpack_weights(jnp.asarray(packed.view(np.int32))), weights)
+        score_select(codes, weights[:, :2], one, one, 4, WeightBounds(127, 4096))
+    with pytest.raises(InputError, match="code_bits 32 x words"):
+        score_select(codes, weights[:, :2, :, :32], one, one, 4, REAL)

@@ -16,11 +16,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Int32, Shaped, UInt32
+from jaxtyping import Array, Int8, Int32, Shaped, UInt32
 
 from spotlight_jax.bits import WORD_BITS, pack_bits
 from spotlight_jax.kernels.hash_append.reference import Transform
-from spotlight_jax.kernels.score_select.packing import PLANES, planes_of
 from spotlight_jax.weights import INT8_LIMIT, real_room
 
 ROWS = 16  # of a product on tensor cores, at least: a row is one sum of one sequence
@@ -114,7 +113,7 @@ def _ask_rows(ref, sequences, head, plan: Plan) -> list[_Asked]:
 
 
 def _weigh_queries(heads_ref, decode_ref, members_ref, log_gain_ref, weights_ref, first, head, plan: Plan) -> None:
-    """Integer weights of each sum, packed; one scale for all sums of a sequence."""
+    """Integer weights of each sum; one scale for all sums of a sequence."""
     rows = jnp.arange(ROWS)
     sequences, sums = first + rows // plan.sums, rows % plan.sums
     decode = _ask_matrix(decode_ref, head, jnp.arange(plan.bits), plan)
@@ -136,15 +135,10 @@ def _weigh_queries(heads_ref, decode_ref, members_ref, log_gain_ref, weights_ref
     scale = jnp.minimum(INT8_LIMIT / jnp.maximum(largest * norm, 1e-30), room / jnp.maximum(total * norm, 1e-30))
     scale = jnp.min(scale.reshape(plan.tile, plan.sums), axis=1)[:, None]
     scale = norm * jnp.broadcast_to(scale, (plan.tile, plan.sums)).reshape(ROWS)
-    whole = jnp.floor(weights * scale[:, None] + 0.5).astype(jnp.int32)
-    # all planes at once: warps wait for each other at every sum
-    packed = lax.bitcast_convert_type(pack_bits(planes_of(whole)), jnp.int32)
-    planes = jnp.arange(PLANES)[None, :, None]
-    words, code_words = jnp.arange(plan.bits // WORD_BITS)[None, None, :], plan.code_bits // WORD_BITS
-    sequences, sums = sequences[:, None, None], sums[:, None, None]
-    is_there = (sequences < plan.batch) & (words < code_words)
-    places = weights_ref.at[sequences, head, sums, planes * code_words + words]
-    plgpu.store(places, packed, mask=jnp.broadcast_to(is_there, packed.shape))
+    whole = jnp.floor(weights * scale[:, None] + 0.5).astype(jnp.int8)
+    bits = jnp.arange(plan.bits)[None, :]
+    is_there = (sequences < plan.batch)[:, None] & (bits < plan.code_bits)
+    plgpu.store(weights_ref.at[sequences[:, None], head, sums[:, None], bits], whole, mask=is_there)
 
 
 def _places_of(lengths_ref, first, plan: Plan) -> tuple[Array, Array]:
@@ -224,7 +218,7 @@ def hash_append_pallas_triton(
     interpret: bool = False,
 ) -> tuple[
     Shaped[Array, "batch q_heads head_dim"],
-    Int32[Array, "batch kv_heads sums packed"],
+    Int8[Array, "batch kv_heads sums code_bits"],
     Shaped[Array, "batch max_len kv_heads head_dim"],
     Shaped[Array, "batch max_len kv_heads head_dim"],
     UInt32[Array, "batch kv_heads words max_len"],
@@ -238,12 +232,12 @@ def hash_append_pallas_triton(
     group, max_len = queries.shape[1] // kv_heads, cached_keys.shape[1]
     plan = Plan(batch, kv_heads, group, sums, head_dim, code_bits, max_len, interpret)
     caches = cached_keys, cached_values, cached_codes
-    queries, packed, *caches = pl.pallas_call(
+    queries, weights, *caches = pl.pallas_call(
         functools.partial(_kernel, plan=plan),
         grid=((plan.code_parts + 2) * kv_heads, -(-batch // plan.tile)),
         out_shape=(
             jax.ShapeDtypeStruct(queries.shape, queries.dtype),
-            jax.ShapeDtypeStruct((batch, kv_heads, sums, code_bits // WORD_BITS * PLANES), jnp.int32),
+            jax.ShapeDtypeStruct((batch, kv_heads, sums, code_bits), jnp.int8),
             *(jax.ShapeDtypeStruct(cache.shape, cache.dtype) for cache in caches),
         ),
         input_output_aliases={8: 2, 9: 3, 10: 4},  # the caches stay where they are
@@ -251,4 +245,4 @@ def hash_append_pallas_triton(
         interpret=interpret,
         name="hash_append",
     )(jnp.concatenate([queries, keys, values], axis=1), *transform, lengths, *caches)
-    return queries, packed, *caches
+    return queries, weights, *caches

@@ -4,10 +4,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32, Shaped, UInt32
+from jaxtyping import Array, Float, Int8, Int32, Shaped, UInt32
 
 from spotlight_jax.bits import pack_bits
-from spotlight_jax.kernels.score_select.packing import pack_weights
 from spotlight_jax.weights import quantise
 
 
@@ -33,7 +32,7 @@ def hash_append_reference(
     lengths: Int32[Array, "batch"],
 ) -> tuple[
     Shaped[Array, "batch q_heads head_dim"],
-    Int32[Array, "batch kv_heads sums packed"],
+    Int8[Array, "batch kv_heads sums code_bits"],
     Shaped[Array, "batch max_len kv_heads head_dim"],
     Shaped[Array, "batch max_len kv_heads head_dim"],
     UInt32[Array, "batch kv_heads words max_len"],
@@ -57,7 +56,7 @@ def hash_append_reference(
     at = jnp.minimum(lengths, cached_keys.shape[1] - 1)
     return (
         queries,
-        pack_weights(quantise(weights)),
+        quantise(weights).astype(jnp.int8),
         cached_keys.at[rows, at].set(keys.astype(cached_keys.dtype)),
         cached_values.at[rows, at].set(values.astype(cached_values.dtype)),
         cached_codes.at[rows, :, :, at].set(codes),

@@ -5,17 +5,17 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int32, UInt32
+from jaxtyping import Array, Bool, Int8, Int32, UInt32
 
+from spotlight_jax.bits import WORD_BITS
 from spotlight_jax.errors import InputError
-from spotlight_jax.kernels.score_select.packing import pack_weights
 from spotlight_jax.kernels.score_select.pallas_triton import score_select_pallas_triton
 from spotlight_jax.kernels.score_select.plan import MOST_BITS
 from spotlight_jax.kernels.score_select.reference import score_select_reference
 from spotlight_jax.kernels.trust import is_trusted
 from spotlight_jax.weights import INT8_LIMIT, WeightBounds
 
-__all__ = ["ScoreSelectImpl", "is_fused", "pack_weights", "score_select"]
+__all__ = ["ScoreSelectImpl", "is_fused", "score_select"]
 
 ScoreSelectImpl = Literal["reference", "pallas_triton"]
 
@@ -30,13 +30,13 @@ def _agree() -> bool:
     batch, heads, kv_len = 16, 4, 25000
     keys = jax.random.split(jax.random.key(0), 4)
     codes = jax.random.bits(keys[0], (batch, 1, 2, kv_len), jnp.uint32)
-    weights = jax.random.randint(keys[1], (batch, heads, 2, 64), -9, 10, jnp.int32)
+    weights = jax.random.randint(keys[1], (batch, heads, 2, 64), -9, 10, jnp.int8)
     ends = jax.random.randint(keys[2], (batch,), kv_len // 2, kv_len + 1, jnp.int32)
     budgets = jax.random.randint(keys[3], (batch,), 10, 101, jnp.int32)
     bounds = WeightBounds(9, 9 * 64)
     run = functools.partial(score_select, max_budget=100, bounds=bounds, sink_tokens=2, recent_tokens=8)
     found, expected = (
-        jax.jit(functools.partial(run, impl=impl))(codes, pack_weights(weights), ends, budgets)
+        jax.jit(functools.partial(run, impl=impl))(codes, weights, ends, budgets)
         for impl in ("pallas_triton", "reference")
     )
     return all(bool(jnp.array_equal(*pair)) for pair in zip(found, expected, strict=True))
@@ -44,7 +44,7 @@ def _agree() -> bool:
 
 def score_select(
     codes: UInt32[Array, "batch code_heads words kv_len"],
-    weights: Int32[Array, "batch heads sums packed"],
+    weights: Int8[Array, "batch heads sums code_bits"],
     ends: Int32[Array, "batch"],
     budgets: Int32[Array, "batch"],
     max_budget: int,
@@ -57,8 +57,7 @@ def score_select(
 
     Args:
         codes: word-major packed codes; bit c of a code is bit c % 32 of word c // 32.
-        weights: some sums for each selecting head, packed by `pack_weights`; head h reads the codes of code head
-            h // (heads // code_heads).
+        weights: some sums for each selecting head; head h reads the codes of code head h // (heads // code_heads).
         ends: filled slots of each sequence, at least 1.
         budgets: tokens each head of a sequence reads, 1 to max_budget.
         max_budget: static width of the result.
@@ -72,10 +71,10 @@ def score_select(
         the weights or their scores.
     """
     batch, code_heads, words, _ = codes.shape
-    if weights.shape[0] != batch or weights.shape[1] % code_heads or weights.shape[3] != 8 * words:
+    if weights.shape[0] != batch or weights.shape[1] % code_heads or weights.shape[3] != WORD_BITS * words:
         raise InputError(
-            f"codes {codes.shape} and packed weights {weights.shape} do not fit: batch must be equal, heads a multiple "
-            f"of code_heads ({code_heads}) and packed numbers 8 x words ({8 * words})"
+            f"codes {codes.shape} and weights {weights.shape} do not fit: batch must be equal, heads a multiple of "
+            f"code_heads ({code_heads}) and code_bits {WORD_BITS} x words ({WORD_BITS * words})"
         )
     if bounds.limit > INT8_LIMIT:
         raise InputError(f"weights up to {bounds.limit} do not fit int8 (at most {INT8_LIMIT})")

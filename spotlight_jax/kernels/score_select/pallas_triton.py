@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Bool, Int32, UInt32
+from jaxtyping import Array, Bool, Int8, Int32, UInt32
 
 from spotlight_jax.kernels.score_select.counting import TOKENS, count_ranks, find_bin, read_counts, start_counting
 from spotlight_jax.kernels.score_select.plan import PARTS, Plan, clear_free_slots, positions_of, walk
@@ -146,7 +146,7 @@ def _compact_kernel(bounds_ref, counts_ref, parts_ref, ranks_ref, places_ref, *,
 
 def _select(
     codes: UInt32[Array, "batch code_heads words kv_len"],
-    weights: Int32[Array, "rows packed"],
+    weights: Int8[Array, "rows bits_of_sums"],
     bounds: Int32[Array, "batch 2"],
     plan: Plan,
 ) -> Int32[Array, "rows max_budget"]:
@@ -190,7 +190,7 @@ def _select(
 
 def score_select_pallas_triton(
     codes: UInt32[Array, "batch code_heads words kv_len"],
-    weights: Int32[Array, "batch heads sums packed"],
+    weights: Int8[Array, "batch heads sums code_bits"],
     ends: Int32[Array, "batch"],
     budgets: Int32[Array, "batch"],
     max_budget: int,

@@ -1,17 +1,16 @@
 """What the fused operation means: score every code, then sort by score and position."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int32, UInt32
+from jaxtyping import Array, Bool, Int8, Int32, UInt32
 
 from spotlight_jax.kernels.match_score import match_score
-from spotlight_jax.kernels.score_select.packing import unpack_weights
 from spotlight_jax.kernels.select_top.reference import select_top_reference
 from spotlight_jax.weights import WeightBounds
 
 
 def score_select_reference(
     codes: UInt32[Array, "batch code_heads words kv_len"],
-    weights: Int32[Array, "batch heads sums packed"],
+    weights: Int8[Array, "batch heads sums code_bits"],
     ends: Int32[Array, "batch"],
     budgets: Int32[Array, "batch"],
     max_budget: int,
@@ -20,8 +19,7 @@ def score_select_reference(
     recent_tokens: int = 1,
 ) -> tuple[Int32[Array, "batch heads max_budget"], Bool[Array, "batch heads max_budget"]]:
     """`score_select` by sorting."""
-    bit_weights = unpack_weights(weights)
-    scores = match_score(codes, bit_weights[:, None], bounds.bits, impl="reference")[:, 0]
+    scores = match_score(codes, weights[:, None].astype(jnp.int32), bounds.bits, impl="reference")[:, 0]
     least, greatest = bounds.score_range
     positions = jnp.arange(codes.shape[-1], dtype=jnp.int32)[None, None, :]
     ends = ends[:, None, None]

@@ -10,10 +10,11 @@ import functools
 
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Int32
 
-from spotlight_jax.kernels.score_select.packing import PLANES
+from spotlight_jax.bits import WORD_BITS, pack_bits
 from spotlight_jax.kernels.score_select.plan import Plan, positions_of, run_instruction
 
 TOKENS = 2  # of a thread, that one product counts
@@ -58,43 +59,55 @@ def _count_planes(words: list[Array], weights: list[list[Array]], offset: Array)
     return total + offset
 
 
-def _own_columns(weights: list[list[Array]], others: list[list[Array]]) -> list[Int32[Array, "1"]]:
-    """What this thread holds of a product's columns: planes of the one sum or the other where it meets its own rows.
+def _lane() -> Int32[Array, "1"]:
+    """This thread's number in its warp.
 
     Every thread has its own copy of an array of one number, which may be another number than its neighbours'.
     """
-    lane = run_instruction("mov.u32 $0, %laneid;", jnp.zeros((1,), jnp.int32))
+    return run_instruction("mov.u32 $0, %laneid;", jnp.zeros((1,), jnp.int32))
+
+
+# Bit `place` of the numbers of a warp's threads, as one word that all of them get.
+_PLANE_PROGRAM = (
+    "{{ .reg .b32 bit; .reg .pred is_set; and.b32 bit, $1, {mask}; setp.ne.b32 is_set, bit, 0; "
+    "vote.sync.ballot.b32 $0, is_set, 0xffffffff; }}"
+)
+_ADD_PROGRAM = "redux.sync.add.s32 $0, $1, 0xffffffff;"  # of the numbers of a warp's threads
+
+
+def _weights_of(weights_ref, one: int, plan: Plan) -> tuple[list[list[Array]], Array]:
+    """A sum's weights in planes of bits, packed like codes, from the highest plane down; half of their sum.
+
+    A thread loads the weight of its bit of every word.
+    """
+    first, places = one * plan.words * WORD_BITS, list(reversed(range(plan.planes)))
+    if plan.interpret:
+        weights = weights_ref[pl.ds(first, plan.words * WORD_BITS)].astype(jnp.int32)
+        planes = [list(pack_bits((weights >> place) & 1)[:, None]) for place in places]
+        return planes, jnp.sum(weights, keepdims=True) >> 1
+    at = first + _lane()
+    own = [plgpu.load(weights_ref.at[at + word * WORD_BITS]).astype(jnp.int32) for word in range(plan.words)]
+    masks = [_PLANE_PROGRAM.format(mask=1 << place) for place in places]
+    total = run_instruction(_ADD_PROGRAM, functools.reduce(jnp.add, own))
+    return [[run_instruction(mask, of_word) for of_word in own] for mask in masks], total >> 1
+
+
+def _own_columns(weights: list[list[Array]], others: list[list[Array]]) -> list[Int32[Array, "1"]]:
+    """What this thread holds of a product's columns: planes of the one sum or the other where it meets its own rows."""
+    lane = _lane()
     is_own = (lane >> 3) == (lane & 3)
     first, second = (jnp.where(is_own & (((lane >> 2) & 1) == one), -1, 0) for one in range(SUMS))
     return [
-        (one[None] & first) | (other[None] & second)
+        (one & first) | (other & second)
         for of_words in zip(weights, others, strict=True)
         for one, other in zip(*of_words, strict=True)
     ]
 
 
-def _half_of(weights_ref, first: int, plan: Plan) -> Int32[Array, ""]:
-    """Half of a sum's weights (`weights.halves`)."""
-    length = plan.words * PLANES
-    places = jnp.arange(1 << (length - 1).bit_length(), dtype=jnp.int32)
-    packed = plgpu.load(weights_ref.at[first + places], mask=places < length, other=0)
-    plane = places // plan.words
-    worth = jnp.where(plane == PLANES - 1, -(1 << plane), 1 << plane)
-    return jnp.sum(worth * lax.population_count(packed)) >> 1
-
-
 def ranker_of(weights_ref, end: Int32[Array, ""], width: int, plan: Plan):
     """A row's function from a step's codes, and the position where the step starts, to ranks."""
-    length = plan.words * PLANES
-    offsets = [1 - plan.least - _half_of(weights_ref, one * length, plan) for one in range(plan.sums)]
-
-    def planes_of(one: int) -> list[list[Array]]:
-        return [
-            [weights_ref[one * length + plane * plan.words + word] for word in range(plan.words)]
-            for plane in reversed(range(plan.planes))
-        ]
-
-    sums = [planes_of(one) for one in range(plan.sums)]
+    sums, halves = zip(*(_weights_of(weights_ref, one, plan) for one in range(plan.sums)), strict=True)
+    offsets = [1 - plan.least - half for half in halves]
     pairs = [(first, min(first + 1, plan.sums - 1)) for first in range(0, plan.sums, SUMS)]
     columns = [] if plan.interpret else [_own_columns(*(sums[one] for one in pair)) for pair in pairs]
 
