@@ -64,7 +64,7 @@ def _score_kernel(
 
     def score_step(step, words, counted):
         ranks = rank(words, start + step * STEP)
-        at, is_there = _slots_of(step, STEP, there)
+        at, is_there = _slots_of(step, STEP, jnp.minimum(chunk, plan.rank_len - start))
         plgpu.store(ranks_ref.at[at], ranks.astype(ranks_ref.dtype), mask=is_there, eviction_policy="evict_last")
         return count_ranks(ranks, counted, plan)
 
@@ -77,34 +77,66 @@ def _score_kernel(
             parts_ref[pl.ds(index * parts.size, parts.size)] = parts
 
 
-def _load_ranks(ranks_ref, chunk: int, plan: Plan) -> list[Array]:
-    """All of this program's ranks, in wide steps; 0 behind those that there are."""
-    width, there = min(WIDE_STEP, chunk), jnp.minimum(chunk, plan.kv_len - pl.program_id(1) * chunk)
-    slots = (_slots_of(step, width, there) for step in range(chunk // width))
-    return [plgpu.load(ranks_ref.at[at], mask=is_there, other=0) for at, is_there in slots]
+def _load_words(words_ref, chunk: int, plan: Plan) -> list[Array]:
+    """All of this program's ranks, two in a word, in wide steps, each thread's own in a row; 0 behind those there are."""
+    words, width = chunk // 2, min(WIDE_STEP, chunk) // 2
+    there = jnp.minimum(words, plan.rank_len // 2 - pl.program_id(1) * words)
+    slots = (_slots_of(step, width, there) for step in range(words // width))
+    loaded = [plgpu.load(words_ref.at[at], mask=is_there, other=0) for at, is_there in slots]
+    return [words.reshape(32 * COMPACT_WARPS, -1) for words in loaded]
 
 
-def _store_chosen(ranks: list[Array], cut, dropped, first, start, places_ref, plan: Plan) -> None:
-    """Positions of a chunk's chosen tokens, from slot `first` on, wide step by wide step.
+def _reaches(words: Int32[Array, "threads words"], least) -> Int32[Array, "threads"]:
+    """A bit for each token of a thread, the first one's the lowest: whether its rank is at least `least`."""
+    count = words.shape[1]
+    reaches = (words + (0x8000 - least) * 0x10001) & -0x7FFF8000  # bits 15 and 31: ranks have fewer
+    shifts = 15 - 2 * jnp.arange(count, dtype=jnp.int32)[None, :]
+    bits = jnp.sum(lax.shift_right_logical(reaches, jnp.broadcast_to(shifts, words.shape)), axis=1)
+    return (bits | lax.shift_right_logical(bits, 15)) & ((1 << 2 * count) - 1)
 
-    Chosen are ranks above the cut, and those at it but for the first `dropped`. What is carried counts ranks above the
-    cut and, sixteen bits higher, ties that are chosen: below zero first.
+
+def _drop_first(bits: Int32[Array, "threads"], dropped: Int32[Array, "threads"], most: int) -> Int32[Array, "threads"]:
+    """Without the lowest `dropped` of the bits that are set."""
+    for count in range(most):
+        bits = jnp.where(count < dropped, bits & (bits - 1), bits)
+    return bits
+
+
+def _store_chosen(words: list[Array], cut, own_ties, dropped, first, start, places_ref, plan: Plan) -> None:
+    """Positions of a chunk's chosen tokens, from slot `first` on.
+
+    Chosen are ranks above the cut, and those at it but for the first `dropped`. A thread counts ranks above the cut
+    and, sixteen bits higher, those at it, of which the first are below zero. What threads count is added up for all
+    steps together: warps wait for each other in every sum.
     """
-    before = -(dropped << 16)
-    for step, of_step in enumerate(ranks):
-        of_step = of_step.astype(jnp.int32)
-        counted = jnp.where(of_step > cut, 1, jnp.where(of_step == cut, 1 << 16, 0))
-        reached = before + jnp.cumsum(counted)
-        kept_ties = jnp.maximum(reached >> 16, 0)
-        is_chosen = of_step + jnp.minimum(kept_ties, 1) > cut
-        slots = first - 1 + (reached & 0xFFFF) + kept_ties
+    tokens = 2 * words[0].shape[1]  # of a thread, in each step
+    above = [_reaches(of_step, cut + 1) for of_step in words]
+    ties = [_reaches(of_step, cut) & ~bits for of_step, bits in zip(words, above, strict=True)]
+    counts = [lax.population_count(one) + (lax.population_count(other) << 16) for one, other in zip(above, ties)]
+    steps = jnp.arange(1 << (len(words) - 1).bit_length(), dtype=jnp.int32)[None, :]
+    of_steps = functools.reduce(jnp.add, [jnp.where(steps == step, n[:, None], 0) for step, n in enumerate(counts)])
+    of_all = jnp.sum(of_steps, axis=0, keepdims=True)
+    before = jnp.cumsum(of_steps, axis=0) - of_steps + jnp.cumsum(of_all, axis=1) - of_all - (dropped << 16)
+    reached = [jnp.sum(jnp.where(steps == step, before, 0), axis=1) for step in range(len(words))]
+
+    def keep_some():
+        return [_drop_first(bits, -(of_step >> 16), tokens) for bits, of_step in zip(ties, reached, strict=True)]
+
+    def keep_all_or_none():
+        return [jnp.where(dropped == 0, bits, 0) for bits in ties]
+
+    ties = lax.cond((dropped > 0) & (dropped < own_ties), keep_some, keep_all_or_none)
+    for step in range(len(words)):
+        bits = above[step] | ties[step]
+        slots = first + (reached[step] & 0xFFFF) + jnp.maximum(reached[step] >> 16, 0)
+        token = jnp.arange(tokens, dtype=jnp.int32)[None, :]
+        is_chosen = (bits[:, None] >> token) & 1
+        slots = slots[:, None] + jnp.cumsum(is_chosen, axis=1) - is_chosen
         if plan.interpret:  # which writes what is masked, too
-            slots = jnp.where(is_chosen, slots, plan.max_budget)
-        call = slots, positions_of(start, step, of_step.size), is_chosen
-        # a column holds the tokens of a thread, so that none are sent to others for the sake of slots side by side
-        slots, places, is_chosen = (of_tokens.reshape(32 * COMPACT_WARPS, -1).T for of_tokens in call)
-        plgpu.store(places_ref.at[slots], places, mask=is_chosen)
-        before = before + jnp.sum(counted)
+            slots = jnp.where(is_chosen != 0, slots, plan.max_budget)
+        places = positions_of(start, step, slots.size).reshape(slots.shape)
+        # turned, so that none are sent to other threads for the sake of slots side by side
+        plgpu.store(places_ref.at[slots.T], places.T, mask=(is_chosen != 0).T)
 
 
 def _look(counts_ref, start, bins: int, wanted, is_filled: Bool[Array, "lanes"]) -> tuple:
@@ -121,8 +153,8 @@ def _look(counts_ref, start, bins: int, wanted, is_filled: Bool[Array, "lanes"])
     return found, before, both & 0xFFFF, lax.shift_right_logical(both, 16)
 
 
-def _compact_kernel(bounds_ref, counts_ref, parts_ref, ranks_ref, places_ref, *, plan: Plan, chunk: int) -> None:
-    ranks = _load_ranks(ranks_ref, chunk, plan)  # these are on their way while the cut is found
+def _compact_kernel(bounds_ref, counts_ref, parts_ref, words_ref, places_ref, *, plan: Plan, chunk: int) -> None:
+    words = _load_words(words_ref, chunk, plan)  # these are on their way while the cut is found
     end, budget, own, count = bounds_ref[0], bounds_ref[1], pl.program_id(1), counts_ref.shape[0]
     chunks = jnp.arange(1 << (count - 1).bit_length(), dtype=jnp.int32)
     is_filled, width = chunks * chunk < end, plan.bins_of_part
@@ -137,7 +169,7 @@ def _compact_kernel(bounds_ref, counts_ref, parts_ref, ranks_ref, places_ref, *,
 
     @pl.when(own_above + taken > 0)
     def compact():
-        _store_chosen(ranks, cut, own_ties - taken, first, own * chunk, places_ref, plan)
+        _store_chosen(words, cut, own_ties, own_ties - taken, first, own * chunk, places_ref, plan)
 
     @pl.when(own == count - 1)
     def clear():
@@ -162,10 +194,10 @@ def _select(
         (None, None, plan.words, chunk), lambda row, chunk: (row // heads, row % heads // group, 0, chunk)
     )
     of_bounds = pl.BlockSpec((None, 2), lambda row, chunk: (row // heads, 0))
-    of_ranks = pl.BlockSpec((None, chunk), lambda row, chunk: (row, chunk))
+    of_ranks, of_words = (pl.BlockSpec((None, width), lambda row, chunk: (row, chunk)) for width in (chunk, chunk // 2))
     own_bins, own_parts = (pl.BlockSpec((None, None, places), lambda *at: (*at, 0)) for places in (plan.bins, PARTS))
     out_shape = [
-        jax.ShapeDtypeStruct((rows, plan.kv_len), jnp.int16),
+        jax.ShapeDtypeStruct((rows, plan.rank_len), jnp.int16),
         jax.ShapeDtypeStruct((rows, chunks, plan.bins), jnp.int16),
         jax.ShapeDtypeStruct((rows, chunks, PARTS), jnp.int32),
     ]
@@ -181,11 +213,12 @@ def _select(
         _score_kernel, "score_ranks", SCORE_WARPS, in_specs=[of_bounds, row_of(weights.shape[1]), of_codes],
         out_specs=[of_ranks, own_bins, own_parts], out_shape=out_shape,
     )(bounds, weights, codes)  # fmt: skip
+    words = lax.bitcast_convert_type(ranks.reshape(rows, -1, 2), jnp.int32)
     return call(
         _compact_kernel, "compact_chosen", COMPACT_WARPS,
-        in_specs=[of_bounds, row_of(chunks, plan.bins), row_of(chunks, PARTS), of_ranks],
+        in_specs=[of_bounds, row_of(chunks, plan.bins), row_of(chunks, PARTS), of_words],
         out_specs=row_of(plan.max_budget), out_shape=jax.ShapeDtypeStruct((rows, plan.max_budget), jnp.int32),
-    )(bounds, counts, parts, ranks)  # fmt: skip
+    )(bounds, counts, parts, words)  # fmt: skip
 
 
 def score_select_pallas_triton(

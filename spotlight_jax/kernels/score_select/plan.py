@@ -41,6 +41,11 @@ class Plan:
         return (1 << self.rank_bits) - 1
 
     @property
+    def rank_len(self) -> int:
+        """Ranks of a row: whole words."""
+        return self.kv_len + self.kv_len % 2
+
+    @property
     def bins(self) -> int:
         """Of a histogram: one for every rank."""
         return 1 << max(self.rank_bits, LEAST_BITS)
