@@ -24,16 +24,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Int8, Int32, UInt32
 
+from spotlight_jax.kernels.score_select.compaction import COMPACT_WARPS, WIDE_STEP, choose, load_ranks, store_chosen
 from spotlight_jax.kernels.score_select.counting import TOKENS, count_ranks, find_bin, read_counts, start_counting
-from spotlight_jax.kernels.score_select.plan import PARTS, Plan, clear_free_slots, positions_of, walk
+from spotlight_jax.kernels.score_select.plan import PARTS, Plan, clear_free_slots, slots_of, walk
 from spotlight_jax.kernels.score_select.scoring import ranker_of
 from spotlight_jax.weights import WeightBounds
 
 PROGRAMS = 384  # at most, where chunks are long enough: three for each processor of an H100, all at work at once
 SCORE_WARPS = 4  # few, each with many codes on their way: what scoring waits for is memory
-COMPACT_WARPS = 8
 STEP = TOKENS * 32 * SCORE_WARPS  # tokens that a program scores together
-WIDE_STEP = 2048  # ranks that it counts or compacts together; a chunk is one step or some wide ones
 LONGEST_CHUNK = 14 * STEP  # its ranks fit the registers of the program that compacts them
 
 
@@ -43,14 +42,6 @@ def choose_chunk(rows: int, kv_len: int) -> int:
     return STEP if rows * kv_len <= PROGRAMS * STEP else min(chunk, LONGEST_CHUNK)
 
 
-def _slots_of(step, width: int, there: Int32[Array, ""]) -> tuple:
-    """A step's slots in a program's chunk, and whether they are among the `there` that the cache has of it.
-
-    None lie past the chunk: what is asked for ahead of its last step is not read.
-    """
-    return pl.ds(step * width, width), positions_of(0, step, width) < there
-
-
 def _score_kernel(
     bounds_ref, weights_ref, codes_ref, ranks_ref, counts_ref, parts_ref, *, plan: Plan, chunk: int
 ) -> None:
@@ -58,13 +49,13 @@ def _score_kernel(
     rank, there = ranker_of(weights_ref, end, STEP, plan), jnp.minimum(chunk, plan.kv_len - start)
 
     def load_words(step):
-        at, is_there = _slots_of(step, STEP, there)
+        at, is_there = slots_of(step, STEP, there)
         words = [codes_ref.at[jnp.int32(word), at] for word in range(plan.words)]
         return [plgpu.load(word, mask=is_there, other=0, eviction_policy="evict_first") for word in words]
 
     def score_step(step, words, counted):
         ranks = rank(words, start + step * STEP)
-        at, is_there = _slots_of(step, STEP, jnp.minimum(chunk, plan.rank_len - start))
+        at, is_there = slots_of(step, STEP, jnp.minimum(chunk, plan.rank_len - start))
         plgpu.store(ranks_ref.at[at], ranks.astype(ranks_ref.dtype), mask=is_there, eviction_policy="evict_last")
         return count_ranks(ranks, counted, plan)
 
@@ -75,68 +66,6 @@ def _score_kernel(
             counts_ref[pl.ds(index * counts.size, counts.size)] = counts.astype(counts_ref.dtype)
             parts = jnp.sum(counts.reshape(-1, plan.bins_of_part), axis=1)
             parts_ref[pl.ds(index * parts.size, parts.size)] = parts
-
-
-def _load_words(words_ref, chunk: int, plan: Plan) -> list[Array]:
-    """All of this program's ranks, two in a word, in wide steps, each thread's own in a row; 0 behind those there are."""
-    words, width = chunk // 2, min(WIDE_STEP, chunk) // 2
-    there = jnp.minimum(words, plan.rank_len // 2 - pl.program_id(1) * words)
-    slots = (_slots_of(step, width, there) for step in range(words // width))
-    loaded = [plgpu.load(words_ref.at[at], mask=is_there, other=0) for at, is_there in slots]
-    return [words.reshape(32 * COMPACT_WARPS, -1) for words in loaded]
-
-
-def _reaches(words: Int32[Array, "threads words"], least) -> Int32[Array, "threads"]:
-    """A bit for each token of a thread, the first one's the lowest: whether its rank is at least `least`."""
-    count = words.shape[1]
-    reaches = (words + (0x8000 - least) * 0x10001) & -0x7FFF8000  # bits 15 and 31: ranks have fewer
-    shifts = 15 - 2 * jnp.arange(count, dtype=jnp.int32)[None, :]
-    bits = jnp.sum(lax.shift_right_logical(reaches, jnp.broadcast_to(shifts, words.shape)), axis=1)
-    return (bits | lax.shift_right_logical(bits, 15)) & ((1 << 2 * count) - 1)
-
-
-def _drop_first(bits: Int32[Array, "threads"], dropped: Int32[Array, "threads"], most: int) -> Int32[Array, "threads"]:
-    """Without the lowest `dropped` of the bits that are set."""
-    for count in range(most):
-        bits = jnp.where(count < dropped, bits & (bits - 1), bits)
-    return bits
-
-
-def _store_chosen(words: list[Array], cut, own_ties, dropped, first, start, places_ref, plan: Plan) -> None:
-    """Positions of a chunk's chosen tokens, from slot `first` on.
-
-    Chosen are ranks above the cut, and those at it but for the first `dropped`. A thread counts ranks above the cut
-    and, sixteen bits higher, those at it, of which the first are below zero. What threads count is added up for all
-    steps together: warps wait for each other in every sum.
-    """
-    tokens = 2 * words[0].shape[1]  # of a thread, in each step
-    above = [_reaches(of_step, cut + 1) for of_step in words]
-    ties = [_reaches(of_step, cut) & ~bits for of_step, bits in zip(words, above, strict=True)]
-    counts = [lax.population_count(one) + (lax.population_count(other) << 16) for one, other in zip(above, ties)]
-    steps = jnp.arange(1 << (len(words) - 1).bit_length(), dtype=jnp.int32)[None, :]
-    of_steps = functools.reduce(jnp.add, [jnp.where(steps == step, n[:, None], 0) for step, n in enumerate(counts)])
-    of_all = jnp.sum(of_steps, axis=0, keepdims=True)
-    before = jnp.cumsum(of_steps, axis=0) - of_steps + jnp.cumsum(of_all, axis=1) - of_all - (dropped << 16)
-    reached = [jnp.sum(jnp.where(steps == step, before, 0), axis=1) for step in range(len(words))]
-
-    def keep_some():
-        return [_drop_first(bits, -(of_step >> 16), tokens) for bits, of_step in zip(ties, reached, strict=True)]
-
-    def keep_all_or_none():
-        return [jnp.where(dropped == 0, bits, 0) for bits in ties]
-
-    ties = lax.cond((dropped > 0) & (dropped < own_ties), keep_some, keep_all_or_none)
-    for step in range(len(words)):
-        bits = above[step] | ties[step]
-        slots = first + (reached[step] & 0xFFFF) + jnp.maximum(reached[step] >> 16, 0)
-        token = jnp.arange(tokens, dtype=jnp.int32)[None, :]
-        is_chosen = (bits[:, None] >> token) & 1
-        slots = slots[:, None] + jnp.cumsum(is_chosen, axis=1) - is_chosen
-        if plan.interpret:  # which writes what is masked, too
-            slots = jnp.where(is_chosen != 0, slots, plan.max_budget)
-        places = positions_of(start, step, slots.size).reshape(slots.shape)
-        # turned, so that none are sent to other threads for the sake of slots side by side
-        plgpu.store(places_ref.at[slots.T], places.T, mask=(is_chosen != 0).T)
 
 
 def _look(counts_ref, start, bins: int, wanted, is_filled: Bool[Array, "lanes"]) -> tuple:
@@ -154,7 +83,7 @@ def _look(counts_ref, start, bins: int, wanted, is_filled: Bool[Array, "lanes"])
 
 
 def _compact_kernel(bounds_ref, counts_ref, parts_ref, words_ref, places_ref, *, plan: Plan, chunk: int) -> None:
-    words = _load_words(words_ref, chunk, plan)  # these are on their way while the cut is found
+    words = load_ranks(words_ref, chunk, plan)  # these are on their way while the cut is found
     end, budget, own, count = bounds_ref[0], bounds_ref[1], pl.program_id(1), counts_ref.shape[0]
     chunks = jnp.arange(1 << (count - 1).bit_length(), dtype=jnp.int32)
     is_filled, width = chunks * chunk < end, plan.bins_of_part
@@ -169,7 +98,8 @@ def _compact_kernel(bounds_ref, counts_ref, parts_ref, words_ref, places_ref, *,
 
     @pl.when(own_above + taken > 0)
     def compact():
-        _store_chosen(words, cut, own_ties, own_ties - taken, first, own * chunk, places_ref, plan)
+        chosen = choose(words, cut, own_ties, own_ties - taken)
+        store_chosen(chosen, 2 * words[0].shape[1], first, own * chunk, places_ref, plan)
 
     @pl.when(own == count - 1)
     def clear():

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Int32
 
@@ -59,6 +60,14 @@ class Plan:
 def positions_of(start, step, width: int) -> Int32[Array, "width"]:
     """Of a step's tokens, from a start on."""
     return start + step * width + jnp.arange(width, dtype=jnp.int32)
+
+
+def slots_of(step, width: int, there: Int32[Array, ""]) -> tuple:
+    """A step's slots in a program's chunk, and whether they are among the `there` that the cache has of it.
+
+    None lie past the chunk: what is asked for ahead of its last step is not read.
+    """
+    return pl.ds(step * width, width), positions_of(0, step, width) < there
 
 
 def walk(steps, load, work, start):
