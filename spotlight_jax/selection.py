@@ -180,8 +180,8 @@ def select_by_codes(
     """
     if is_fused(bounds):
         budgets, most = budget_of(lengths, cfg), max_budget(codes.shape[-1], cfg)
-        always = {"sink_tokens": cfg.sink_tokens, "recent_tokens": max(cfg.recent_tokens, 1)}
-        return score_select(codes, weights.astype(jnp.int8), lengths, budgets, most, bounds, **always)
+        weights, recent = weights.astype(jnp.int8), max(cfg.recent_tokens, 1)
+        return score_select(codes, weights, lengths, budgets, most, bounds, cfg.sink_tokens, recent)
     scores = match_score(codes, weights[:, None].astype(jnp.int32), bounds.bits)[:, 0]
     return select_tokens(scores, lengths, cfg, bounds.score_range)
 

@@ -20,10 +20,10 @@ HIGHEST_BITS = -0x7FFF8000  # of both halves
 
 
 def load_ranks(words_ref, chunk: int, plan: Plan) -> list[Int32[Array, "threads words"]]:
-    """All of this program's ranks, two in a word, in wide steps of which threads have a row; 0 behind those there are.
+    """All of this program's ranks, two in a word, by wide steps, of which each thread has a row; 0 where there are none.
 
-    Words are counted from whole numbers of words: a mask that Triton knows to end with a thread's words is no obstacle
-    to loading them together.
+    The mask ends at a multiple of a chunk's words, or where the row does: halved any later, Triton could not tell that
+    it never parts a thread's words, and would load them one by one.
     """
     words, width = chunk // 2, min(WIDE_STEP, chunk) // 2
     there = jnp.minimum(words, plan.rank_len // 2 - pl.program_id(1) * words)
@@ -35,14 +35,12 @@ def load_ranks(words_ref, chunk: int, plan: Plan) -> list[Int32[Array, "threads 
 def _reaches(words: Int32[Array, "threads words"], least: Int32[Array, ""]) -> Int32[Array, "threads"]:
     """A bit for each token of a thread, the lowest for the first: whether its rank is at least `least`.
 
-    A sum for both ranks of a word: each carries to the highest bit of its half, which ranks do not have.
+    One sum raises both ranks of a word so that these reach the highest bit of their half, which ranks do not have.
     """
     count = words.shape[1]
-    carried = (words + ((1 << 15) - least) * BOTH_HALVES) & HIGHEST_BITS
+    raised = (words + ((1 << 15) - least) * BOTH_HALVES) & HIGHEST_BITS
     shifts = jnp.broadcast_to(15 - 2 * jnp.arange(count, dtype=jnp.int32), words.shape)
-    bits = jnp.sum(
-        lax.shift_right_logical(carried, shifts), axis=1
-    )  # of the lower halves even, 16 higher those of others
+    bits = jnp.sum(lax.shift_right_logical(raised, shifts), axis=1)  # lower halves: 0, 2, 4, ...; others: 16, 18, ...
     return (bits | lax.shift_right_logical(bits, 15)) & ((1 << 2 * count) - 1)
 
 
@@ -67,8 +65,7 @@ def choose(words: list[Array], cut, own_ties, dropped) -> list[tuple[Int32[Array
         for bits, of_cut in zip(above, ties, strict=True)
     ]
     steps = jnp.arange(1 << (len(words) - 1).bit_length(), dtype=jnp.int32)[None, :]
-    of_steps = [jnp.where(steps == step, count[:, None], 0) for step, count in enumerate(counts)]
-    of_steps = functools.reduce(jnp.add, of_steps)
+    of_steps = functools.reduce(jnp.add, [jnp.where(steps == step, n[:, None], 0) for step, n in enumerate(counts)])
     of_all = jnp.sum(of_steps, axis=0, keepdims=True)
     before = jnp.cumsum(of_steps, axis=0) - of_steps + jnp.cumsum(of_all, axis=1) - of_all - (dropped << 16)
     reached = [jnp.sum(jnp.where(steps == step, before, 0), axis=1) for step in range(len(words))]
