@@ -20,7 +20,7 @@ HIGHEST_BITS = -0x7FFF8000  # of both halves
 
 
 def load_ranks(words_ref, chunk: int, plan: Plan) -> list[Int32[Array, "threads words"]]:
-    """All of this program's ranks, two in a word, by wide steps, of which each thread has a row; 0 where there are none.
+    """All of this program's ranks, two in a word, by wide steps; each thread has a row of those. 0: no token.
 
     The mask ends at a multiple of a chunk's words, or where the row does: halved any later, Triton could not tell that
     it never parts a thread's words, and would load them one by one.
