@@ -191,5 +191,5 @@ def test_shapes_that_do_not_fit_are_refused():
         score_select(codes, weights[:, :2], one, one, 4, WeightBounds(128, 1020))
     with pytest.raises(InputError, match="need more than 12 bits"):
         score_select(codes, weights[:, :2], one, one, 4, WeightBounds(127, 4096))
-    with pytest.raises(InputError, match="code_bits 32 x words"):
+    with pytest.raises(InputError, match="do not fit: batch"):
         score_select(codes, weights[:, :2, :, :32], one, one, 4, REAL)

@@ -51,8 +51,10 @@ def _drop_lowest(bits: Int32[Array, "threads"], dropped: Int32[Array, "threads"]
     return bits
 
 
-def choose(words: list[Array], cut, own_ties, dropped) -> list[tuple[Int32[Array, "threads"], Int32[Array, "threads"]]]:
-    """Which of its tokens of every wide step a thread chooses, a bit each; how many are chosen before, of the chunk.
+def _choose(
+    words: list[Array], tokens: int, cut, own_ties, dropped
+) -> list[tuple[Int32[Array, "threads"], Int32[Array, "threads"]]]:
+    """Which of its `tokens` of every wide step a thread chooses, a bit each; how many are chosen before, of the chunk.
 
     Chosen are ranks above the cut, and those at it but for the first `dropped` of the chunk's `own_ties`. A count is of
     ranks above the cut and, sixteen bits higher, of those at it, below zero for those that are dropped. What threads
@@ -71,8 +73,7 @@ def choose(words: list[Array], cut, own_ties, dropped) -> list[tuple[Int32[Array
     reached = [jnp.sum(jnp.where(steps == step, before, 0), axis=1) for step in range(len(words))]
 
     def drop_some():
-        most = 2 * words[0].shape[1]
-        return [_drop_lowest(bits, -(of_step >> 16), most) for bits, of_step in zip(ties, reached, strict=True)]
+        return [_drop_lowest(bits, -(of_step >> 16), tokens) for bits, of_step in zip(ties, reached, strict=True)]
 
     def keep_all_or_none():
         return [jnp.where(dropped == 0, bits, 0) for bits in ties]
@@ -84,10 +85,11 @@ def choose(words: list[Array], cut, own_ties, dropped) -> list[tuple[Int32[Array
     ]
 
 
-def store_chosen(chosen: list[tuple[Array, Array]], tokens: int, first, start, places_ref, plan: Plan) -> None:
-    """Positions of what each thread has chosen of its `tokens` of every wide step, from slot `first` on."""
+def store_chosen(words: list[Array], cut, own_ties, dropped, first, start, places_ref, plan: Plan) -> None:
+    """Positions of a chunk's chosen tokens (`_choose`), from slot `first` on."""
+    tokens = 2 * words[0].shape[1]
     token = jnp.arange(tokens, dtype=jnp.int32)[None, :]
-    for step, (bits, before) in enumerate(chosen):
+    for step, (bits, before) in enumerate(_choose(words, tokens, cut, own_ties, dropped)):
         is_chosen = (bits[:, None] >> token) & 1
         slots = (first + before)[:, None] + jnp.cumsum(is_chosen, axis=1) - is_chosen
         if plan.interpret:  # which writes what is masked, too

@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Int8, Int32, UInt32
 
-from spotlight_jax.kernels.score_select.compaction import COMPACT_WARPS, WIDE_STEP, choose, load_ranks, store_chosen
+from spotlight_jax.kernels.score_select.compaction import COMPACT_WARPS, WIDE_STEP, load_ranks, store_chosen
 from spotlight_jax.kernels.score_select.counting import TOKENS, count_ranks, find_bin, read_counts, start_counting
 from spotlight_jax.kernels.score_select.plan import PARTS, Plan, clear_free_slots, slots_of, walk
 from spotlight_jax.kernels.score_select.scoring import ranker_of
@@ -98,8 +98,7 @@ def _compact_kernel(bounds_ref, counts_ref, parts_ref, words_ref, places_ref, *,
 
     @pl.when(own_above + taken > 0)
     def compact():
-        chosen = choose(words, cut, own_ties, own_ties - taken)
-        store_chosen(chosen, 2 * words[0].shape[1], first, own * chunk, places_ref, plan)
+        store_chosen(words, cut, own_ties, own_ties - taken, first, own * chunk, places_ref, plan)
 
     @pl.when(own == count - 1)
     def clear():

@@ -67,11 +67,12 @@ def _lane() -> Int32[Array, "1"]:
     return run_instruction("mov.u32 $0, %laneid;", jnp.zeros((1,), jnp.int32))
 
 
-# Bit `place` of the numbers of a warp's threads, as one word that all of them get.
-_PLANE_PROGRAM = (
-    "{{ .reg .b32 bit; .reg .pred is_set; and.b32 bit, $1, {mask}; setp.ne.b32 is_set, bit, 0; "
-    "vote.sync.ballot.b32 $0, is_set, 0xffffffff; }}"
-)
+def _plane_program(place: int) -> str:
+    """PTX for bit `place` of the numbers of a warp's threads, as one word that all of them get."""
+    test = f"and.b32 bit, $1, {1 << place}; setp.ne.b32 is_set, bit, 0;"
+    return f"{{ .reg .b32 bit; .reg .pred is_set; {test} vote.sync.ballot.b32 $0, is_set, 0xffffffff; }}"
+
+
 _ADD_PROGRAM = "redux.sync.add.s32 $0, $1, 0xffffffff;"  # of the numbers of a warp's threads
 
 
@@ -87,9 +88,8 @@ def _weights_of(weights_ref, one: int, plan: Plan) -> tuple[list[list[Array]], A
         return planes, jnp.sum(weights, keepdims=True) >> 1
     at = first + _lane()
     own = [plgpu.load(weights_ref.at[at + word * WORD_BITS]).astype(jnp.int32) for word in range(plan.words)]
-    masks = [_PLANE_PROGRAM.format(mask=1 << place) for place in places]
     total = run_instruction(_ADD_PROGRAM, functools.reduce(jnp.add, own))
-    return [[run_instruction(mask, of_word) for of_word in own] for mask in masks], total >> 1
+    return [[run_instruction(_plane_program(place), of_word) for of_word in own] for place in places], total >> 1
 
 
 def _own_columns(weights: list[list[Array]], others: list[list[Array]]) -> list[Int32[Array, "1"]]:
