@@ -30,6 +30,7 @@ from spotlight_jax.compiled import compile_with
 from spotlight_jax.errors import InputError
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import apply_layer, embed_tokens, unembed
+from spotlight_jax.models.split_k import FEW_ROWS
 from spotlight_jax.sampling import SamplingConfig, sample
 from spotlight_jax.selection import SelectionConfig, sparse_from
 
@@ -39,9 +40,8 @@ SMALLEST_CHUNK = 16
 CHUNK = {"cpu": 512}  # tokens prefilled at once: more use the device better, and take more workspace
 GPU_CHUNK = 2048
 # A step's products with the same input become one, however large their weights (XLA stops at 64 MiB): it reads them
-# as they lie, in one launch. Not for more sequences: there XLA may take a library's product, and copy weights for it.
+# as they lie, in one launch. Not for many sequences: there XLA may take a library's product, and copy weights for it.
 MERGED_PRODUCTS = {"xla_gpu_dot_merger_threshold_mb": 1 << 14}
-MOST_MERGED = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -370,7 +370,7 @@ class Engine:
         mode, steps = self.mode_of(np.asarray(state.cache.lengths), np.asarray(state.is_done))
         args = (self.params, self.selectors, state, np.int32(min(steps, limit or steps)))
         static = {"model_cfg": self.model_cfg, "cfg": self.cfg, "mode": mode}
-        is_merged = jax.default_backend() == "gpu" and state.tokens.shape[0] <= MOST_MERGED
+        is_merged = jax.default_backend() == "gpu" and state.tokens.shape[0] <= FEW_ROWS
         options = MERGED_PRODUCTS if is_merged else None
         state, tokens, steps = self.run("decode", decode_block, args, (2,), options, **static)
         # fetched at once, with what the next call looks at: an array keeps what was fetched of it

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int32, PyTree
 from spotlight_jax.attention import causal_attention
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.rope import Angles, apply_rope, rope_angles
+from spotlight_jax.models.split_k import split_k_dot
 
 # (queries, keys, values) -> (outputs like queries, anything the caller wants back); queries and keys are after RoPE
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
@@ -65,14 +66,15 @@ class DecoderLayer(nn.Module):
         hidden = RmsNorm(self.cfg.norm_eps, self.dtype, name="mlp_norm")(x)
         dense = partial(nn.Dense, use_bias=self.cfg.mlp_bias, dtype=self.dtype, param_dtype=self.dtype)
         gated = nn.silu(dense(self.cfg.mlp, name="gate")(hidden)) * dense(self.cfg.mlp, name="up")(hidden)
-        return x + dense(self.cfg.embed, name="down")(gated), aux
+        return x + dense(self.cfg.embed, name="down", dot_general=split_k_dot)(gated), aux
 
     def _attention(self, x: Array, angles: Angles, attend: Attend) -> tuple[Array, Any]:
         cfg = self.cfg
         dense = partial(nn.Dense, dtype=self.dtype, param_dtype=self.dtype)
-        queries = dense(cfg.q_heads * cfg.head_dim, use_bias=cfg.qkv_bias, name="q")(x)
-        keys = dense(cfg.kv_heads * cfg.head_dim, use_bias=cfg.qkv_bias, name="k")(x)
-        values = dense(cfg.kv_heads * cfg.head_dim, use_bias=cfg.qkv_bias, name="v")(x)
+        split = partial(dense, use_bias=cfg.qkv_bias, dot_general=split_k_dot)
+        queries = split(cfg.q_heads * cfg.head_dim, name="q")(x)
+        keys = split(cfg.kv_heads * cfg.head_dim, name="k")(x)
+        values = split(cfg.kv_heads * cfg.head_dim, name="v")(x)
         queries = queries.reshape(*x.shape[:2], cfg.q_heads, cfg.head_dim)
         keys = keys.reshape(*x.shape[:2], cfg.kv_heads, cfg.head_dim)
         values = values.reshape(*x.shape[:2], cfg.kv_heads, cfg.head_dim)

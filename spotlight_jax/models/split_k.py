@@ -1,0 +1,48 @@
+"""Split-K: a few rows times a weight, the weight's rows in pieces that are multiplied side by side and added up.
+
+A decoding step's products read weights and little else, so enough programs must run at once to keep a GPU's memory
+busy. XLA splits them by a formula that was right for neither the projections to queries, keys and values, which it
+merges, nor the one back from the MLP. What is split here stays as it is: XLA tunes it, merges it and adds the pieces
+up in the launch that adds the bias or the residual.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+FEW_ROWS = 64  # rows from which on a product is no longer bound by the weights that it reads
+LEAST_DEPTH = 2048  # rows of the smallest weight that is worth it
+DEEP = 8192
+
+
+def pieces_of(rows: int, depth: int, backend: str) -> int:
+    """Pieces for `rows` times a weight of `depth` rows; 1: not split (another device, many rows, small weights).
+
+    Measured on an H100 at 6 to 64 rows and the shapes of Qwen2.5-7B and Llama-3-8B: docs/performance.md.
+    """
+    pieces = 8 if depth >= DEEP else 4
+    is_worth_it = backend == "gpu" and 1 < rows <= FEW_ROWS and depth >= LEAST_DEPTH and depth % pieces == 0
+    return pieces if is_worth_it else 1
+
+
+def split_k_dot(x: Array, kernel: Array, dimension_numbers: Any, precision: Any = None) -> Array:
+    """`lax.dot_general` for `flax.linen.Dense`: the last axis of `x` with the first of `kernel`, split where it pays.
+
+    The pieces are multiplied and added in float32. Returns: `x`'s dtype.
+    """
+    depth, width = kernel.shape
+    rows = x.size // depth
+    pieces = pieces_of(rows, depth, jax.default_backend())
+    if pieces == 1:
+        return lax.dot_general(x, kernel, dimension_numbers, precision=precision)
+    sums = jnp.einsum(
+        "rpk,pkn->prn",
+        x.reshape(rows, pieces, depth // pieces),
+        kernel.reshape(pieces, depth // pieces, width),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+    return jnp.sum(sums, axis=0).astype(x.dtype).reshape(*x.shape[:-1], width)
