@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from spotlight_jax.models import split_k
-from spotlight_jax.models.decoder import forward
+from spotlight_jax.models.decoder import apply_layer, attend_densely, embed_tokens
 from spotlight_jax.models.split_k import pieces_of, split_k_dot
 from tests.models import tiny
 from tests.models.test_decoder import build
@@ -49,15 +49,15 @@ def test_few_rows_of_deep_weights_are_split_on_a_gpu(rows: int, depth: int, back
     assert pieces_of(rows, depth, backend) == pieces
 
 
-@pytest.mark.parametrize("case", ["qwen25_tied", "llama_yarn"])
-def test_a_model_whose_products_are_split_gives_the_same_logits(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    cfg, params = build(case)
-    tokens = jnp.asarray(tiny.tokens())[:, :9]
-    whole = forward(params, tokens, cfg)
-    jax.clear_caches()
-    seen = []
+def test_a_layer_whose_products_are_split_gives_the_same_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg, params = build("qwen25_tied")
+    x = embed_tokens(params, jnp.asarray(tiny.tokens())[:, :9], cfg)
+    positions = jnp.broadcast_to(jnp.arange(9, dtype=jnp.int32)[None, :], x.shape[:2])
+
+    def run():
+        return jax.jit(lambda *args: apply_layer(*args, attend_densely, cfg)[0])(params["layer_0"], x, positions)
+
+    whole, seen = run(), []
     monkeypatch.setattr(split_k, "pieces_of", lambda rows, depth, backend: seen.append(depth) or 4)
-    split = forward(params, tokens, cfg)
-    jax.clear_caches()
-    assert seen and set(seen) == {cfg.embed, cfg.mlp}
-    np.testing.assert_allclose(split, whole, **tolerance(jnp.float32))
+    np.testing.assert_allclose(run(), whole, **tolerance(jnp.float32))
+    assert seen == [cfg.embed] * 3 + [cfg.mlp]  # queries, keys, values; back from the MLP
