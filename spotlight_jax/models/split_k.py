@@ -1,9 +1,9 @@
 """Split-K: a few rows times a weight, the weight's rows in pieces that are multiplied side by side and added up.
 
 A decoding step's products read weights and little else, so enough programs must run at once to keep a GPU's memory
-busy. XLA splits them by a formula that was right for neither the projections to queries, keys and values, which it
-merges, nor the one back from the MLP. What is split here stays as it is: XLA tunes it, merges it and adds the pieces
-up in the launch that adds the bias or the residual.
+busy. XLA splits them by a formula that is wrong for the projections to queries, keys and values, which it merges, and
+for very deep weights. What is split here stays as it is: XLA tunes it, merges it and adds the pieces up in the launch
+that adds the bias or the residual.
 """
 
 from typing import Any
@@ -13,19 +13,16 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-FEW_ROWS = 64  # rows from which on a product is no longer bound by the weights that it reads
-LEAST_DEPTH = 2048  # rows of the smallest weight that is worth it
-DEEP = 8192
+FEW_ROWS = 64  # up to which what a product takes is what reading its weights takes
 
 
 def pieces_of(rows: int, depth: int, backend: str) -> int:
-    """Pieces for `rows` times a weight of `depth` rows; 1: not split (another device, many rows, small weights).
+    """Pieces for `rows` times a weight of `depth` rows; 1: as XLA splits it, which is as fast or faster elsewhere.
 
-    Measured on an H100 at 6 to 64 rows and the shapes of Qwen2.5-7B and Llama-3-8B: docs/performance.md.
+    Measured on an H100 at the shapes of LLaMA and Qwen models from 1B to 8B: docs/performance.md.
     """
-    pieces = 8 if depth >= DEEP else 4
-    is_worth_it = backend == "gpu" and 1 < rows <= FEW_ROWS and depth >= LEAST_DEPTH and depth % pieces == 0
-    return pieces if is_worth_it else 1
+    pieces = 4 if 2048 <= depth < 8192 else 8 if depth >= 16384 else 1
+    return pieces if backend == "gpu" and 1 < rows <= FEW_ROWS and depth % pieces == 0 else 1
 
 
 def split_k_dot(x: Array, kernel: Array, dimension_numbers: Any, precision: Any = None) -> Array:

@@ -37,16 +37,28 @@ def test_pieces_are_added_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (24, 3584, "gpu", 4),  # Qwen2.5-7B's queries, keys and values
         (24, 18944, "gpu", 8),  # its MLP
-        (64, 14336, "gpu", 8),  # Llama-3-8B's
-        (65, 14336, "gpu", 1),  # a prompt
-        (1, 14336, "gpu", 1),
+        (64, 18944, "gpu", 8),
+        (65, 18944, "gpu", 1),  # a prompt
+        (1, 18944, "gpu", 1),
+        (24, 14336, "gpu", 1),  # Llama-3-8B's MLP: XLA's pieces are right
         (24, 576, "gpu", 1),  # SmolLM2-135M
-        (24, 8194, "gpu", 1),  # eight pieces do not fit
+        (24, 18946, "gpu", 1),  # eight pieces do not fit
         (24, 18944, "cpu", 1),
     ],
 )
 def test_few_rows_of_deep_weights_are_split_on_a_gpu(rows: int, depth: int, backend: str, pieces: int) -> None:
     assert pieces_of(rows, depth, backend) == pieces
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("depth", "width"), [(3584, 4608), (18944, 3584)])
+def test_products_of_a_step_on_a_gpu(depth: int, width: int) -> None:
+    assert pieces_of(24, depth, jax.default_backend()) > 1
+    x = jax.random.normal(jax.random.key(0), (24, 1, depth), jnp.bfloat16)
+    kernel = jax.random.normal(jax.random.key(1), (depth, width), jnp.bfloat16) / depth**0.5
+    product = jax.jit(split_k_dot, static_argnums=2)(x, kernel, LAST_WITH_FIRST)
+    expected = np.asarray(x, np.float32) @ np.asarray(kernel, np.float32)
+    np.testing.assert_allclose(np.asarray(product, np.float32), expected, **tolerance(jnp.bfloat16))
 
 
 def test_a_layer_whose_products_are_split_gives_the_same_stream(monkeypatch: pytest.MonkeyPatch) -> None:
