@@ -21,8 +21,13 @@ def pieces_of(rows: int, depth: int, backend: str) -> int:
 
     Measured on an H100 at the shapes of LLaMA and Qwen models from 1B to 8B: docs/performance.md.
     """
-    pieces = 4 if 2048 <= depth < 8192 else 8 if depth >= 16384 else 1
-    return pieces if backend == "gpu" and 1 < rows <= FEW_ROWS and depth % pieces == 0 else 1
+    pieces = 1
+    if backend == "gpu" and 1 < rows <= FEW_ROWS:
+        if 2048 <= depth < 8192:
+            pieces = 4
+        elif depth >= 16384:
+            pieces = 8
+    return pieces if depth % pieces == 0 else 1
 
 
 def split_k_dot(x: Array, kernel: Array, dimension_numbers: Any, precision: Any = None) -> Array:
