@@ -23,13 +23,16 @@ _SPECIAL, _USER_DEFINED = 3, 4  # token types of the GGUF specification
 def load_tokenizer(folder: pathlib.Path) -> transformers.PreTrainedTokenizerBase:
     """The tokenizer of a folder in Hugging Face's layout.
 
-    Raises InputError naming the folder when there is none or it cannot be read.
+    Code that the folder holds is never run: left to itself, transformers would ask on standard input whether to, where
+    prompts come from.
+
+    Raises InputError naming the folder when there is none, it cannot be read, or it needs code of its own.
     """
     # from config.json alone transformers would make a tokenizer without a vocabulary
     if not any((folder / name).exists() for name in _VOCABULARIES):
         raise InputError(f"{folder}: holds no tokenizer (none of {', '.join(_VOCABULARIES)})")
     try:
-        return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the library raises many kinds, for files that are missing, cut short or of no use
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"{folder}: its tokenizer cannot be loaded: {reason}") from error

@@ -1,3 +1,6 @@
+import contextlib
+import io
+import json
 import pathlib
 
 import huggingface_hub
@@ -177,3 +180,26 @@ def test_a_file_that_is_not_gguf_is_refused(tmp_path: pathlib.Path) -> None:
     file.write_bytes(b"x")
     with pytest.raises(InputError, match=r"neither a folder nor a \.gguf file"):
         load.load_config(str(file))
+
+
+@pytest.mark.parametrize("carriers", [("config.json",), ("config.json", "tokenizer_config.json")])
+def test_code_in_a_model_folder_never_runs_whatever_is_piped_in(
+    carriers: tuple[str, ...], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, ran = write_complete(tmp_path / "model"), tmp_path / "ran"
+    (folder / "own.py").write_text(
+        f"open({str(ran)!r}, 'w').close()\n"
+        "from transformers import PretrainedConfig, PreTrainedTokenizerFast\n"
+        "class Own(PreTrainedTokenizerFast): pass\n"
+        "class OwnConfig(PretrainedConfig): model_type = 'own'\n"
+    )
+    classes = {"AutoTokenizer": [None, "own.Own"], "AutoConfig": "own.OwnConfig"}
+    for carrier in carriers:
+        fields = json.loads((folder / carrier).read_text()) | {"auto_map": classes, "model_type": "own"}
+        (folder / carrier).write_text(json.dumps(fields | {"tokenizer_class": "Own"}))
+    piped = io.StringIO("y\n" * 50)
+    monkeypatch.setattr("sys.stdin", piped)
+    for load_part in (load_model, load.open_tokenizer):
+        with contextlib.suppress(InputError):  # without its code the folder may be of no use
+            load_part(str(folder))
+    assert not ran.exists() and piped.tell() == 0
