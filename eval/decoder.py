@@ -21,7 +21,6 @@ from spotlight_jax.cache import LayerCache, append
 from spotlight_jax.checkpoint import Selector
 from spotlight_jax.engine import DecodeConfig, DecodeState, Engine
 from spotlight_jax.errors import InputError
-from spotlight_jax.generate import context_limit
 from spotlight_jax.memory import step_reads
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import Params, apply_layer, embed_tokens, unembed
@@ -95,7 +94,7 @@ class Decoder:
 
     def write(self, prompt: Sequence[int], max_new_tokens: int) -> Written:
         """Continue a prompt; raises InputError where it is empty or passes the model's context."""
-        limit = context_limit(self.subject.cfg)
+        limit = self.subject.cfg.max_context
         if not prompt or len(prompt) + max_new_tokens > limit:
             raise InputError(
                 f"a prompt of {len(prompt)} tokens with {max_new_tokens} new ones does not fit the context of {limit}"

@@ -12,7 +12,6 @@ from jaxtyping import Array, Bool, Float, Int32, PyTree
 from eval.attend import attend_with, causal_budgets, default_chunk, dense_reads
 from eval.methods.base import Method
 from spotlight_jax.errors import InputError
-from spotlight_jax.generate import context_limit
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import Params, apply_layer, attend_densely, embed_tokens, unembed, unembed_params
 from spotlight_jax.selection import SelectionConfig
@@ -119,8 +118,8 @@ def check_length(length: int, cfg: DecoderConfig, what: str = "the window") -> N
     """Raise InputError where a sequence is longer than the model's context, or has nothing to foretell."""
     if length < 2:
         raise InputError(f"{what} has {length} tokens; at least 2 are needed, one to read and one to foretell")
-    if length > context_limit(cfg):
-        raise InputError(f"{what} has {length} tokens and passes the model's context of {context_limit(cfg)}")
+    if length > cfg.max_context:
+        raise InputError(f"{what} has {length} tokens and passes the model's context of {cfg.max_context}")
 
 
 def pass_sequence(

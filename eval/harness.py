@@ -29,7 +29,6 @@ from spotlight_jax import cli
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.display import make_table
 from spotlight_jax.errors import InputError
-from spotlight_jax.generate import context_limit
 
 EXTRA = "pip install 'spotlight-jax[eval]' (lm_eval, without torch)"
 
@@ -149,7 +148,7 @@ def main(cfg: HarnessConfig) -> dict[str, Any]:
     subject = load_subject(cfg)
     if subject.tokenizer is None:
         raise InputError(f"{cfg.model} has no tokenizer, and the harness gives texts; name a real model")
-    limit = context_limit(subject.cfg)
+    limit = subject.cfg.max_context
     if cfg.max_length is not None and cfg.max_length >= limit:
         raise InputError(f"max_length {cfg.max_length} with the token after it passes the model's context of {limit}")
     with Record.open(cfg, "harness", (*FREE_FIELDS, "tasks", "batch")) as record:

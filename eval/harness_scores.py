@@ -17,7 +17,7 @@ from eval.prefilled import Prefilled, pass_tail, prefill
 from spotlight_jax.cache import bucket_length
 from spotlight_jax.engine import Engine
 from spotlight_jax.errors import InputError
-from spotlight_jax.generate import GenerateConfig, context_limit, generate, make_engine
+from spotlight_jax.generate import GenerateConfig, generate, make_engine
 from spotlight_jax.memory import step_reads
 from spotlight_jax.models.decoder import embed_tokens, unembed_params
 from spotlight_jax.models.load import BaseModel
@@ -123,7 +123,7 @@ class Reader:
         self.trial, self.batch = trial, batch
         self.subject, name = subject.reading(trial.method)
         self.method = self.subject.open_method(name, trial.selection, seed)
-        self.limit = context_limit(subject.cfg)
+        self.limit = subject.cfg.max_context
         self.is_dense = len(set(self.method.dense_layers) & set(range(subject.cfg.layers))) == subject.cfg.layers
         self.seed = seed
         self._engines: dict[SamplingConfig, Engine] = {}

@@ -23,7 +23,6 @@ from eval.text_metrics import open_package
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.display import make_table
 from spotlight_jax.errors import InputError
-from spotlight_jax.generate import context_limit
 
 FREE_FIELDS = ("out", "resume", "methods", "keep", "settings", "tasks")
 _MIB = 2**20
@@ -79,7 +78,7 @@ class Desk:
 
     def encode(self, task: Task, sample: Sample) -> Prompt:
         """A question as the model is asked it; without --max-length, as much of it as the context holds."""
-        room = context_limit(self.subject.cfg) - task.max_new_tokens
+        room = self.subject.cfg.max_context - task.max_new_tokens
         longest = self.cfg.max_length or room - (chat_tokens(self.tokenizer) if self.cfg.chat else 0)
         return encode_prompt(self.tokenizer, task, sample, longest, room, self.cfg.chat)
 
@@ -101,7 +100,7 @@ def check_room(cfg: LongBenchConfig, subject: Subject, names: Sequence[str]) -> 
     """Raise InputError for a model without a tokenizer, and for a context that has no room for prompts."""
     if subject.tokenizer is None:
         raise InputError(f"{subject.source} has no tokenizer, and LongBench is text; give a real model")
-    limit, around = context_limit(subject.cfg), chat_tokens(subject.tokenizer) if cfg.chat else 0
+    limit, around = subject.cfg.max_context, chat_tokens(subject.tokenizer) if cfg.chat else 0
     for name in names:
         new, wanted = TASKS[name].max_new_tokens, cfg.max_length or 2
         if wanted + around + new > limit:

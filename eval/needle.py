@@ -36,7 +36,6 @@ from spotlight_jax import cli
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.display import make_table
 from spotlight_jax.errors import InputError
-from spotlight_jax.generate import context_limit
 
 _MIB = 2**20
 _WIDTH = 64  # what follows a haystack is padded to a multiple of this, so that few shapes are compiled
@@ -87,7 +86,7 @@ class NeedleConfig(EvalConfig):
 
 def check_subject(cfg: NeedleConfig, subject: Subject) -> transformers.PreTrainedTokenizerBase:
     """The model's tokenizer; raises InputError where there is none, and for lengths that pass the model's context."""
-    limit = context_limit(subject.cfg)
+    limit = subject.cfg.max_context
     if over := [length for length in cfg.lengths if length > limit]:
         raise InputError(
             f"lengths {', '.join(map(str, over))} pass the model's context of {limit}; give shorter --lengths"

@@ -30,6 +30,7 @@ class Selector:
     params: hashing.HashParams
     base_model: str  # as it was named when the selector was trained
     info: dict[str, Any]  # recipe and metrics, for people
+    positions: int | None = None  # tokens of the longest sequence that it was fitted to; None: not known
 
 
 def flatten(params: hashing.HashParams) -> dict[str, jax.Array]:
@@ -50,6 +51,7 @@ def save_selector(folder: pathlib.Path, selector: Selector, card: str) -> None:
     config = {
         "format": FORMAT,
         "base_model": selector.base_model,
+        "positions": selector.positions,
         "hash": dataclasses.asdict(selector.cfg),
         "shape": dataclasses.asdict(selector.shape),
         **selector.info,
@@ -88,9 +90,29 @@ def load_selector(folder: str | pathlib.Path, shape: hashing.HeadShape | None = 
     template = dict(zip(seen["names"], shapes, strict=True))
     arrays = _read_arrays(folder / "selector.safetensors", template)
     params = jax.tree.unflatten(seen["structure"], [jax.numpy.asarray(arrays[name]) for name in template])
-    known = ("format", "base_model", "hash", "shape")
+    known = ("format", "base_model", "positions", "hash", "shape")
     info = {name: value for name, value in config.items() if name not in known}
-    return Selector(cfg=cfg, shape=own, params=params, base_model=config.get("base_model", ""), info=info)
+    return Selector(cfg, own, params, config.get("base_model", ""), info, _positions(config))
+
+
+def _positions(config: dict[str, Any]) -> int | None:
+    """Positions covered; selectors of before there was a field for them cover those of the windows they saw."""
+    if "positions" in config:
+        return config["positions"]
+    try:
+        return int(config["recipe"]["data"]["window"])
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def describe_range(selector: Selector, tokens: int) -> str | None:
+    """What to say where a sequence of so many tokens goes beyond the positions that a selector was fitted to."""
+    if selector.positions is None or tokens <= selector.positions:
+        return None
+    return (
+        f"this selector was fitted to positions up to {selector.positions:,} and the sequence goes to {tokens:,}; "
+        f"beyond them it misses tokens that matter: train one with --length {tokens} or more"
+    )
 
 
 def check_shape(own: hashing.HeadShape, model: hashing.HeadShape, what: str) -> None:

@@ -16,6 +16,8 @@ from spotlight_jax.documents import Source
 from spotlight_jax.encoding import Encoder
 from spotlight_jax.errors import InputError
 
+LONG_WINDOWS = 2  # of a whole context's length, set aside where there is text for them
+_LONG_SHARE = 8  # a source gives at most this part of its windows to one of them
 _FULL_SHARE = 1_000_000  # integer weights, so that whose turn it is is exact, sum to about this
 
 
@@ -68,7 +70,11 @@ class SourceSummary:
 
 
 def open_windows(
-    cfg: DataConfig, tokenizer: Any, vocab_size: int | None = None, progress: texts.Progress | None = None
+    cfg: DataConfig,
+    tokenizer: Any,
+    vocab_size: int | None = None,
+    progress: texts.Progress | None = None,
+    length: int | None = None,
 ) -> Windows:
     """Read, tokenise (once; later runs use the cache) and pack the text.
 
@@ -76,6 +82,7 @@ def open_windows(
       tokenizer: of `transformers` or `tokenizers`; None if every text is a `.npy` file.
       vocab_size: the model's; ids in `.npy` files must be below it. Without it, the tokenizer's.
       progress: called with what is being done, how much is done, and how much there is in all.
+      length: also set aside windows of this many tokens, more than `cfg.window`.
     """
     encoder = Encoder(tokenizer, vocab_size, progress)
     train = documents.find_sources(cfg.train)
@@ -90,9 +97,11 @@ def open_windows(
         test_pools = [_open_source(source, cfg, encoder) for source in held_out]
         test_weights = _integer_weights(held_out, test_pools, ())
         kept = _set_aside(test_pools, test_weights, cfg, spare=0)
+        long = _set_aside_long(test_pools, length or cfg.window, cfg.window, share=1)
     else:
         kept = _set_aside(pools, weights, cfg, spare=1)
-    return Windows(cfg, pools, weights, kept)
+        long = _set_aside_long(pools, length or cfg.window, cfg.window, share=_LONG_SHARE)
+    return Windows(cfg, pools, weights, kept, long)
 
 
 def read_windows(
@@ -170,13 +179,32 @@ def _set_aside(
     return np.stack(rows) if rows else np.zeros((0, cfg.window), np.int32)
 
 
+def _set_aside_long(
+    pools: Sequence[_Local | _Stream], length: int, window: int, share: int
+) -> Int32[np.ndarray, "windows length"]:
+    """Up to `LONG_WINDOWS` windows of `length` tokens from the largest local sources; none where they are too small."""
+    cells = -(-length // window)
+    able = [pool for pool in pools if isinstance(pool, _Local) and pool.train_windows >= share * cells]
+    able.sort(key=lambda pool: -pool.train_windows)
+    rows: list[np.ndarray] = []
+    if length > window:
+        rows = [row for pool in able if (row := pool.set_aside_long(length)) is not None][:LONG_WINDOWS]
+    return np.stack(rows) if rows else np.zeros((0, length), np.int32)
+
+
 class Windows:
     """Held-out windows, and training windows one after another without end."""
 
     def __init__(
-        self, cfg: DataConfig, pools: Sequence[_Local | _Stream], weights: Sequence[int], held_out: np.ndarray
+        self,
+        cfg: DataConfig,
+        pools: Sequence[_Local | _Stream],
+        weights: Sequence[int],
+        held_out: np.ndarray,
+        long: np.ndarray,
     ) -> None:
         self.held_out: Int32[np.ndarray, "windows window"] = held_out
+        self.held_out_long: Int32[np.ndarray, "windows length"] = long
         self._pools = pools
         self._turns = _Turns(weights)
         total = sum(weights)
@@ -185,7 +213,8 @@ class Windows:
             for pool, weight in zip(pools, weights, strict=True)
         )
         self._copies, self._seed, self._drawn = cfg.copies, cfg.seed, 0
-        order = [cfg.window, cfg.seed, cfg.copies]
+        order: list[Any] = [cfg.window, cfg.seed, cfg.copies]
+        order += [list(long.shape)] if len(long) else []
         identity = [[pool.identity for pool in pools], list(weights), held_out.shape[0], *order]
         self._fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
@@ -264,7 +293,7 @@ class _Local:
         self._order: tuple[int, np.ndarray] | None = None
 
     @property
-    def train_windows(self) -> int | None:
+    def train_windows(self) -> int:
         return len(self._grid)
 
     def set_aside(self, count: int) -> list[np.ndarray]:
@@ -273,6 +302,18 @@ class _Local:
         kept = [self._read(index) for index in self._grid[chosen].tolist()]
         self._grid = np.delete(self._grid, chosen)
         return kept
+
+    def set_aside_long(self, length: int) -> np.ndarray | None:
+        """One window of `length` tokens near the middle, which training then never sees; None without such a place."""
+        cells = -(-length // self._window)
+        run = self._grid[cells - 1 :] - self._grid[: len(self._grid) - cells + 1] == cells - 1  # no cell is missing
+        starts = np.flatnonzero(run)
+        if not len(starts):
+            return None
+        start = int(starts[np.argmin(np.abs(starts - (len(self._grid) - cells) // 2))])
+        first = int(self._grid[start]) * self._window
+        self._grid = np.delete(self._grid, np.s_[start : start + cells])
+        return np.asarray(self._ids[first : first + length]).astype(np.int32)
 
     def take(self) -> np.ndarray:
         epoch, position = divmod(self._drawn, len(self._grid))

@@ -33,8 +33,10 @@ _ROOM = 1.25  # cells reach that much further than is best for a normal variable
 
 @flax.struct.dataclass
 class Moments:
-    """Means over keys and queries of a text; the first key of a window, far from all others, is left out."""
+    """Means over some keys and queries, and their counts, so that moments of parts add up to those of a whole."""
 
+    keys: Float[Array, "*layers"]  # how many
+    rows: Float[Array, "*layers"]  # positions of queries
     mean: Float[Array, "*layers kv_heads head_dim"]  # of the keys
     covariance: Float[Array, "*layers kv_heads head_dim head_dim"]
     queries: Float[Array, "*layers kv_heads group head_dim head_dim"]  # second moment of each query head
@@ -42,14 +44,20 @@ class Moments:
 
 
 def measure_moments(
-    keys: Shaped[Array, "kv_len kv_heads head_dim"], queries: Shaped[Array, "q_len q_heads head_dim"]
+    keys: Shaped[Array, "kv_len kv_heads head_dim"], queries: Shaped[Array, "q_len q_heads head_dim"], skip: int = 1
 ) -> Moments:
-    """Moments of one layer on one window; keys and queries after RoPE, all keys and some of the queries."""
-    keys, queries = keys[1:].astype(jnp.float32), queries.astype(jnp.float32)
+    """Moments of one layer on some tokens; keys and queries after RoPE, all keys and some of the queries.
+
+    Args:
+        skip: first keys to leave out: that of a text's first token, far from all others, but not those of a later part.
+    """
+    keys, queries = keys[skip:].astype(jnp.float32), queries.astype(jnp.float32)
     grouped = queries.reshape(queries.shape[0], keys.shape[1], -1, queries.shape[-1])
     mean, exact = jnp.mean(keys, axis=0), jax.lax.Precision.HIGHEST
     centred = keys - mean[None]
     return Moments(
+        keys=jnp.float32(keys.shape[0]),
+        rows=jnp.float32(queries.shape[0]),
         mean=mean,
         covariance=jnp.einsum("skd,ske->kde", centred, centred, precision=exact) / keys.shape[0],
         queries=jnp.einsum("tkgd,tkge->kgde", grouped, grouped, precision=exact) / queries.shape[0],
@@ -57,15 +65,27 @@ def measure_moments(
     )
 
 
-def average(moments: list[Moments]) -> Moments:
-    """Moments of windows of one length together; the spread of their means is part of the covariance."""
-    stacked = jax.tree.map(
-        lambda *leaves: np.stack([np.asarray(leaf, np.float64) for leaf in leaves]),
-        *[{field.name: getattr(each, field.name) for field in dataclasses.fields(each)} for each in moments],
-    )
-    found = {name: leaf.mean(axis=0) for name, leaf in stacked.items()}
+def merge(moments: list[Moments]) -> Moments:
+    """Moments of the parts of a text together; the spread of the parts' means is part of the covariance.
+
+    Parts add up as in Chan, Golub and LeVeque, Updating formulae and a pairwise algorithm (1979).
+    """
+    stacked = {
+        field.name: np.stack([np.asarray(getattr(each, field.name), np.float64) for each in moments])
+        for field in dataclasses.fields(Moments)
+    }
+
+    def weigh(name: str, counts: np.ndarray) -> np.ndarray:
+        values = stacked[name]
+        weights = counts / counts.sum(axis=0)
+        return (weights.reshape(*weights.shape, *[1] * (values.ndim - weights.ndim)) * values).sum(axis=0)
+
+    of_keys, of_queries = stacked["keys"], stacked["rows"]
+    found = {"keys": of_keys.sum(axis=0), "rows": of_queries.sum(axis=0), "mean": weigh("mean", of_keys)}
     away = stacked["mean"] - found["mean"]
-    found["covariance"] += np.einsum("w...d,w...e->...de", away, away) / len(moments)
+    stacked["covariance"] = stacked["covariance"] + away[..., :, None] * away[..., None, :]
+    found |= {"covariance": weigh("covariance", of_keys)}
+    found |= {name: weigh(name, of_queries) for name in ("queries", "summed")}
     return Moments(**{name: jnp.asarray(leaf, jnp.float32) for name, leaf in found.items()})
 
 
@@ -73,7 +93,7 @@ def fit_params(params: hashing.HashParams, moments: Moments, cfg: hashing.HashCo
     """Params of `hashing.init_params` for these keys and queries; not centred ones stay as they are.
 
     Args:
-        moments: of all layers, from `average`.
+        moments: of all layers, from `merge`.
     """
     if isinstance(params.weights, hashing.TransformWeights):
         assert isinstance(params.stats, hashing.Coder)
@@ -182,7 +202,7 @@ def split_groups(
     true dot products, each sum's divided by its standard deviation, on windows of text.
 
     Args:
-        moments: of the same text, from `average`.
+        moments: of the same text, from `merge`.
         windows: keys, queries and positions of queries of all layers.
         selection: how many tokens are read.
     """

@@ -87,15 +87,6 @@ def head_shape(cfg: DecoderConfig) -> HeadShape:
     return HeadShape(cfg.layers, cfg.q_heads, cfg.kv_heads, cfg.head_dim)
 
 
-def context_limit(cfg: DecoderConfig) -> int:
-    """Most tokens of a sequence: the config's, stretched only by the config's own RoPE scaling."""
-    if cfg.rope.kind in ("linear", "dynamic"):
-        return int(cfg.max_len * cfg.rope.factor)
-    if cfg.rope.kind in ("yarn", "llama3"):
-        return max(cfg.max_len, int(cfg.rope.trained_len * cfg.rope.factor))
-    return cfg.max_len
-
-
 def encode_prompts(
     tokenizer,
     prompts: Sequence[str | Sequence[int]],
@@ -112,7 +103,7 @@ def encode_prompts(
         most: only so many tokens of each prompt, the first ones.
     """
     encoded = []
-    limit = context_limit(model_cfg)
+    limit = model_cfg.max_context
     for number, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
             tokens = list(prompt)

@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 
 from spotlight_jax import checkpoint, hashing
-from spotlight_jax.checkpoint import Selector, load_selector, save_selector
+from spotlight_jax.checkpoint import Selector, describe_range, load_selector, save_selector
 from spotlight_jax.errors import InputError
 from spotlight_jax.hashing import HashConfig, HeadShape
 
@@ -54,6 +54,25 @@ def copy(saved, tmp_path):
     for name in ("config.json", "selector.safetensors"):
         (folder / name).write_bytes((saved[1] / name).read_bytes())
     return folder
+
+
+def test_positions_covered_are_kept_and_old_selectors_cover_those_of_their_windows(copy):
+    file = copy / "config.json"
+    config = json.loads(file.read_text())
+
+    def positions_of(**fields):
+        file.write_text(json.dumps({name: config[name] for name in config if name != "positions"} | fields))
+        return load_selector(copy).positions
+
+    assert positions_of(positions=5000) == 5000
+    assert positions_of(recipe={"data": {"window": 2048}}) == 2048  # from before the field
+    assert positions_of() is None
+
+
+def test_only_a_sequence_beyond_the_positions_covered_gets_a_line(saved):
+    selector = dataclasses.replace(saved[0], positions=5000)
+    assert describe_range(selector, 5000) is None and describe_range(saved[0], 10**6) is None
+    assert "up to 5,000" in describe_range(selector, 5001) and "--length 5001" in describe_range(selector, 5001)
 
 
 def refusal(folder, shape=None):

@@ -5,6 +5,7 @@ import functools
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from spotlight_jax import fitting, hashing
-from spotlight_jax.fitting import MOST_DIGITS, allot_digits, average, fit_axes, measure_moments
+from spotlight_jax.fitting import MOST_DIGITS, allot_digits, fit_axes, measure_moments, merge
 from spotlight_jax.hashing import HashConfig, HeadShape
 from spotlight_jax.selection import SelectionConfig
 
@@ -39,7 +40,7 @@ def draw_windows(seed=0, windows=WINDOWS):
 
 
 def moments_of(keys, queries):
-    return average([measure_layers(*window) for window in zip(keys, queries, strict=True)])
+    return merge([measure_layers(*window) for window in zip(keys, queries, strict=True)])
 
 
 def assert_same(found, expected):
@@ -84,6 +85,19 @@ def test_the_first_key_of_a_window_is_left_out_and_no_other():
         far = keys.copy()
         far[place] = 1e6
         assert np.abs(np.asarray(measure(far, queries).mean)).min() > 1e3
+
+
+@pytest.mark.parametrize("cuts", [(1,), (3, 4), (1, 2, 5)])
+def test_moments_of_chunks_are_those_of_the_whole(cuts):
+    keys, queries = (x[0, 0] for x in draw_windows())
+    key_parts, query_parts = np.split(keys, [1 + cut for cut in cuts]), np.split(queries, cuts)
+    parts = [
+        measure_moments(*map(jnp.asarray, part), skip=int(place == 0))
+        for place, part in enumerate(zip(key_parts, query_parts, strict=True))
+    ]
+    whole = measure_moments(jnp.asarray(keys), jnp.asarray(queries))
+    for found, expected in zip(jax.tree.leaves(merge(parts)), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_balanced_statistics_centre_keys_and_give_both_sides_equal_spreads():
@@ -390,7 +404,7 @@ def draw_planted(seed):
 
 
 def split(windows, cfg=TRANSFORM, selection=SELECTION):
-    moments = average([measure_layers(keys, queries) for keys, queries, _ in windows])
+    moments = merge([measure_layers(keys, queries) for keys, queries, _ in windows])
     params = hashing.init_params(jax.random.key(0), cfg, SHAPE)
     return params, fitting.split_groups(params, moments, windows, selection, 1)
 
@@ -454,6 +468,6 @@ def test_splitting_moves_members_alone_and_leaves_what_has_no_two_sums():
 def test_layers_worked_on_together_change_no_split(at_once):
     windows = [draw_planted(seed) for seed in range(2)]
     start, alone = split(windows)
-    moments = average([measure_layers(keys, queries) for keys, queries, _ in windows])
+    moments = merge([measure_layers(keys, queries) for keys, queries, _ in windows])
     together = fitting.split_groups(start, moments, windows, SELECTION, at_once)
     np.testing.assert_array_equal(together.stats.members, alone.stats.members)

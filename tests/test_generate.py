@@ -1,5 +1,6 @@
 """Texts from prompts, with a tiny model whose tokens are bytes."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,7 +12,6 @@ from spotlight_jax.errors import InputError
 from spotlight_jax.generate import (
     GenerateConfig,
     Run,
-    context_limit,
     encode_chat,
     encode_prompts,
     generate,
@@ -151,9 +151,9 @@ def test_progress_counts_the_tokens_of_the_longest_prompt():
 
 def test_a_context_is_extended_only_by_the_models_own_scaling():
     def scaled(**fields):
-        return context_limit(type(MODEL)(**{**vars(MODEL), "rope": RopeConfig(**fields)}))
+        return dataclasses.replace(MODEL, rope=RopeConfig(**fields)).max_context
 
-    assert context_limit(MODEL) == 512
+    assert MODEL.max_context == 512
     assert scaled(kind="linear", factor=4.0) == 2048
     assert scaled(kind="dynamic", factor=2.0, trained_len=512) == 1024
     assert scaled(kind="yarn", factor=4.0, trained_len=512) == 2048

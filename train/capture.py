@@ -1,6 +1,7 @@
 """One forward pass of the frozen model that hands out what the losses need: sampled queries and keys of all layers."""
 
 import functools
+from collections.abc import Iterator
 
 import flax.struct
 import jax
@@ -27,12 +28,12 @@ class Captured:
     """Post-RoPE queries and keys of some windows; leaves of a whole model lead with a layer axis."""
 
     queries: Shaped[Array, "*lead picks q_heads head_dim"]
-    picks: Int32[Array, "*lead picks"]  # positions of the queries
+    picks: Int32[Array, "*lead picks"]  # places of the queries in the window
     keys: Shaped[Array, "*lead kv_len kv_heads head_dim"]
 
 
 def draw_picks(key: PRNGKeyArray, window: int, count: int, draws: int) -> Int32[Array, "picks"]:
-    """Positions of `draws` independent samples of `count` queries without repeats, each in ascending order."""
+    """Places in a window of `draws` independent samples of `count` queries without repeats, each in ascending order."""
     keys = jax.random.split(key, draws)
     return jax.vmap(lambda k: jnp.sort(jax.random.permutation(k, window)[:count]))(keys).reshape(-1).astype(jnp.int32)
 
@@ -41,6 +42,7 @@ def draw_picks(key: PRNGKeyArray, window: int, count: int, draws: int) -> Int32[
 def capture_layer(
     layer_params: Params,
     x: Shaped[Array, "windows window embed"],
+    positions: Int32[Array, "windows window"],
     picks: Int32[Array, "windows picks"],
     cfg: DecoderConfig,
     mesh: Mesh,
@@ -49,13 +51,12 @@ def capture_layer(
     """The stream after one layer, and what the layer sees; both spread over the mesh by window.
 
     Args:
+        positions: of the tokens, for RoPE; a query sees the tokens before it in the window, wherever they stand.
         passes_on: False leaves attention and MLP out, since queries and keys need only the layer's input, and passes
             on None.
     """
 
-    def capture_own(layer_params, x, picks):
-        positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None, :], x.shape[:2])
-
+    def capture_own(layer_params, x, positions, picks):
         def attend(queries, keys, values):
             picked = jnp.take_along_axis(queries, picks[:, :, None, None], axis=1)
             outputs = causal_attention(queries, keys, values) if passes_on else queries
@@ -64,8 +65,9 @@ def capture_layer(
         after, seen = apply_layer(layer_params, x, positions, attend, cfg)
         return after if passes_on else None, seen
 
-    return jax.shard_map(capture_own, mesh=mesh, in_specs=(P(), P(AXIS), P(AXIS)), out_specs=P(AXIS), check_vma=False)(
-        layer_params, x, picks
+    in_specs = (P(), P(AXIS), P(AXIS), P(AXIS))
+    return jax.shard_map(capture_own, mesh=mesh, in_specs=in_specs, out_specs=P(AXIS), check_vma=False)(
+        layer_params, x, positions, picks
     )
 
 
@@ -80,6 +82,7 @@ def stack_layers(captured: list[Captured], mesh: Mesh) -> Captured:
 def capture(
     params: Params,
     tokens: Int32[Array, "windows window"],
+    positions: Int32[Array, "windows window"],
     picks: Int32[Array, "windows picks"],
     cfg: DecoderConfig,
     mesh: Mesh,
@@ -91,20 +94,31 @@ def capture(
     Layers run one by one, one compiled layer serving all. Where the mesh does not divide the layers, the last one is
     repeated. Weights that are NumPy arrays stay with the host, but for the layer that is at work.
     """
+    return stack_layers(list(capture_layers(params, tokens, positions, picks, cfg, mesh)), mesh)
+
+
+def capture_layers(
+    params: Params,
+    tokens: Int32[Array, "windows window"],
+    positions: Int32[Array, "windows window"],
+    picks: Int32[Array, "windows picks"],
+    cfg: DecoderConfig,
+    mesh: Mesh,
+) -> Iterator[Captured]:
+    """What one layer after the other sees of some windows: leaves `[windows, ...]`. Args as `capture`."""
     spread = NamedSharding(mesh, P(AXIS))
-    table, picks = params["embed"]["table"], jax.device_put(picks, spread)
+    positions, picks = jax.device_put((positions, picks), spread)
+    table = params["embed"]["table"]
     is_on_host = isinstance(table, np.ndarray)
     if is_on_host:
         x = jax.device_put(table[np.asarray(tokens)], spread)
     else:
         x = embed_tokens(params, jax.device_put(tokens, spread), cfg)
-    captured = []
     for layer in range(cfg.layers):
-        x, seen = capture_layer(params[f"layer_{layer}"], x, picks, cfg, mesh)
-        captured.append(seen)
+        x, seen = capture_layer(params[f"layer_{layer}"], x, positions, picks, cfg, mesh)
+        yield seen
         if is_on_host:
             jax.block_until_ready(x)  # else all layers would be sent ahead
-    return stack_layers(captured, mesh)
 
 
 def padded_layers(layers: int, mesh: Mesh) -> int:

@@ -6,6 +6,7 @@ from typing import Literal
 from spotlight_jax.data import DataConfig
 from spotlight_jax.errors import InputError
 from spotlight_jax.hashing import HashConfig
+from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.ranking import RankingConfig
 from train.measure import MeasureConfig
 from train.step import OptimizerConfig
@@ -26,6 +27,9 @@ class LayerwiseConfig:
     """Continue the run in --out from its newest checkpoint, with the flags it was started with."""
     dry_run: bool = False
     """Compile one step, print peak memory, time per step and time to finish, and stop."""
+    length: int | Literal["context", "window"] = "context"
+    """Tokens of the longest sequence that the selector is meant for: windows stand anywhere below it, so that codes fit
+    keys at every position. context: the model's own, stretched by its RoPE scaling; window: the window's."""
     steps: int = 200
     """Optimiser steps."""
     fit_windows: int = 8
@@ -64,6 +68,8 @@ class LayerwiseConfig:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; give at least 1")
         window = self.data.window
+        if isinstance(self.length, int) and self.length < window:
+            raise InputError(f"length is {self.length}, less than the {window} tokens of a window; raise it")
         for what, count in (("ranking.queries", self.ranking.queries), ("measure.queries", self.measure.queries)):
             if count > window:
                 raise InputError(f"{what} is {count}, more than the {window} tokens of a window; lower it")
@@ -76,6 +82,18 @@ class LayerwiseConfig:
             raise InputError(f"{given} sums scores of one key code; give --ranking.target query_head")
         if self.cache_gib <= 0:
             raise InputError(f"cache_gib is {self.cache_gib}; give the GiB of disk the cache may take")
+
+
+def positions_covered(cfg: LayerwiseConfig, model: DecoderConfig) -> int:
+    """Tokens of the longest sequence that a run's selector is meant for; raises InputError past the model's context."""
+    named = {"context": model.max_context, "window": cfg.data.window}
+    length = named[cfg.length] if isinstance(cfg.length, str) else cfg.length
+    window, context = cfg.data.window, model.max_context
+    if window > context:
+        raise InputError(f"--data.window {window} is more than the {context} tokens of '{cfg.model}'")
+    if length > context:
+        raise InputError(f"--length {length} is more than the {context} tokens of '{cfg.model}'")
+    return length
 
 
 PRESETS = {
@@ -91,6 +109,7 @@ PRESETS = {
     ),
     "paper": LayerwiseConfig(
         preset="paper",
+        length="window",
         steps=8192,
         data=DataConfig(window=8192),
         hash=HashConfig("symmetric", skip="none", code_heads="query", centre=False),

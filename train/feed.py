@@ -11,9 +11,11 @@ from jaxtyping import Array, Int32, PRNGKeyArray
 
 from spotlight_jax.data import Windows
 from train.capture import Captured, draw_picks, take_step
+from train.positions import draw_positions
 
-# (first window, tokens [windows, window], picks [windows, picks]) -> leaves [layers, windows, ...]
-CaptureWindows = Callable[[int, Int32[np.ndarray, "windows window"], Int32[Array, "windows picks"]], Captured]
+Rows = Int32[np.ndarray, "windows window"]
+# (first window, tokens, positions, picks [windows, picks]) -> leaves [layers, windows, ...]
+CaptureWindows = Callable[[int, Rows, Rows, Int32[Array, "windows picks"]], Captured]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +23,8 @@ class FeedConfig:
     """How steps use windows."""
 
     window: int
+    length: int  # positions stand below it; see `draw_positions`
+    seed: int  # of the positions
     queries: int  # per step
     steps_per_window: int
     windows_at_once: int  # captured together: one per device
@@ -46,11 +50,18 @@ class Feed:
         self._windows.restore(position)
         self._first, self._drawn, self._round = step // self._cfg.steps_per_window, [], None
 
-    def tokens(self, first: int, count: int) -> Int32[np.ndarray, "windows window"]:
+    def tokens(self, first: int, count: int) -> Rows:
         """Windows `first` to `first + count - 1`; those before the earliest one kept are gone."""
         while len(self._drawn) < first + count - self._first:
             self._drawn.append((self._windows.state(), self._windows.next()))
         return np.stack([tokens for _, tokens in self._drawn[first - self._first :][:count]])
+
+    def positions(self, first: int, count: int) -> Rows:
+        """Where the tokens of windows `first` to `first + count - 1` stand."""
+        cfg = self._cfg
+        return np.stack(
+            [draw_positions(cfg.window, cfg.length, cfg.seed, number) for number in range(first, first + count)]
+        )
 
     def position(self, step: int) -> dict[str, Any]:
         """Where in the text the window of a step begins: the step about to be taken."""
@@ -92,4 +103,4 @@ class Feed:
             return draw_picks(jax.random.fold_in(self._key, number), cfg.window, cfg.queries, cfg.steps_per_window)
 
         picks = jax.vmap(draw)(jnp.arange(window, window + count))
-        return self._capture(window, self.tokens(window, count), picks)
+        return self._capture(window, self.tokens(window, count), self.positions(window, count), picks)

@@ -29,7 +29,7 @@ def fit(
         if cfg.hash.form == "transform":
             kept.append(_thin(seen))
         progress(number, cfg.fit_windows)
-    together = fitting.average(moments)
+    together = fitting.merge(moments)
     hashes = fitting.fit_params(hashes, together, cfg.hash)
     reading = SelectionConfig(keep=cfg.ranking.top_share, min_tokens=cfg.ranking.min_top)
     return fitting.split_groups(hashes, together, kept, reading, cfg.layers_at_once)

@@ -116,24 +116,25 @@ class HiddenCache:
         return np.load(self.file(window)).view(dtype)
 
 
-def identify(source: str, cfg: DecoderConfig, data: object, dtype: np.dtype) -> dict[str, object]:
+def identify(source: str, cfg: DecoderConfig, data: object, length: int, dtype: np.dtype) -> dict[str, object]:
     """What a cache's contents depend on."""
-    digest = hashlib.sha256(repr((cfg, data)).encode()).hexdigest()
+    digest = hashlib.sha256(repr((cfg, data, length)).encode()).hexdigest()
     return {"model": source, "dtype": str(dtype), "config": digest}
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def _pass_layer(layer_params, x, cfg):
-    positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None, :], x.shape[:2])
+def _pass_layer(layer_params, x, positions, cfg):
     return apply_layer(layer_params, x, positions, attend_densely, cfg)[0]
 
 
-def hidden_states(params: Params, tokens: Int32[Array, "one window"], cfg: DecoderConfig) -> np.ndarray:
+def hidden_states(
+    params: Params, tokens: Int32[Array, "one window"], positions: Int32[Array, "one window"], cfg: DecoderConfig
+) -> np.ndarray:
     """Hidden states before each layer of one window: `[layers, window, embed]` on the host."""
     x = embed_tokens(params, tokens, cfg)
     states = [x]
     for layer in range(cfg.layers - 1):
-        x = _pass_layer(params[f"layer_{layer}"], x, cfg)
+        x = _pass_layer(params[f"layer_{layer}"], x, positions, cfg)
         states.append(x)
     return np.stack([np.asarray(state[0]) for state in states])
 
@@ -142,6 +143,7 @@ def capture_cached(
     cache: HiddenCache,
     params: Params,
     draw: Callable[[int, int], np.ndarray],
+    place: Callable[[int, int], np.ndarray],
     first: int,
     picks: Int32[Array, "windows picks"],
     cfg: DecoderConfig,
@@ -152,6 +154,7 @@ def capture_cached(
 
     Args:
         draw: tokens of `count` windows from a first one on.
+        place: their positions.
         progress: windows filled so far, and in all.
     """
     dtype = np.dtype(params["embed"]["table"].dtype)
@@ -163,13 +166,13 @@ def capture_cached(
         cache.drop_outside(range(first, max(span.stop, wanted.stop)))
     for done, number in enumerate(missing):
         progress(done, len(missing))
-        tokens = jnp.asarray(draw(number, 1))
-        cache.write(number, hidden_states(params, tokens, cfg))
+        tokens, positions = jnp.asarray(draw(number, 1)), jnp.asarray(place(number, 1))
+        cache.write(number, hidden_states(params, tokens, positions, cfg))
     hidden = np.stack([cache.read(number, dtype) for number in wanted], axis=1)
     spread = NamedSharding(mesh, P(AXIS))
-    picks = jax.device_put(picks, spread)
+    positions, picks = jax.device_put((jnp.asarray(place(first, picks.shape[0])), picks), spread)
     captured = []
     for layer in range(cfg.layers):
         x = jax.device_put(hidden[layer], spread)
-        captured.append(capture_layer(params[f"layer_{layer}"], x, picks, cfg, mesh, passes_on=False)[1])
+        captured.append(capture_layer(params[f"layer_{layer}"], x, positions, picks, cfg, mesh, passes_on=False)[1])
     return stack_layers(captured, mesh)

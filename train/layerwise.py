@@ -157,7 +157,8 @@ def _dry_run(session: Session, display: Display) -> dict[str, Any]:
             started = time.monotonic()
             check_finite(session.take_step(captured), session)
             loss.append(time.monotonic() - started)
-    forward_seconds, loss_seconds = statistics.median(forward), statistics.median(loss)
+    # a forward pass takes a window for each device at once
+    forward_seconds, loss_seconds = statistics.median(forward) / session.mesh.size, statistics.median(loss)
     seconds = forward_seconds / cfg.steps_per_window + loss_seconds
     stats = jax.devices()[0].memory_stats() or {}
     result = {

@@ -10,7 +10,7 @@ from spotlight_jax.memory import GIB, available_bytes
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import param_shapes
 from spotlight_jax.ranking import most_top
-from train.config import LayerwiseConfig
+from train.config import LayerwiseConfig, positions_covered
 
 
 def estimate_memory(cfg: LayerwiseConfig, model: DecoderConfig, dtype: np.dtype, devices: int) -> dict[str, int]:
@@ -75,6 +75,7 @@ def describe(cfg: LayerwiseConfig, model: DecoderConfig, dtype: np.dtype, disk: 
         f"skip {cfg.hash.skip}",
         f"text      {', '.join(cfg.data.train)}: {windows} windows of {cfg.data.window} tokens, "
         f"{windows * cfg.data.window:,} in all; {cfg.data.held_out_windows} held out",
+        f"length    positions up to {positions_covered(cfg, model):,} tokens",
         f"steps     {cfg.steps}, {cfg.steps_per_window} per window, {cfg.ranking.queries} queries each",
         f"device    {len(devices)} x {devices[0].device_kind}",
         f"memory    about {sum(memory.values()) / GIB:.1f} GiB per device: "

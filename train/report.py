@@ -27,6 +27,7 @@ def summarise(session: Session, selector: str) -> dict[str, Any]:
         "keep": cfg.measure.keep,
         "per": cfg.measure.per,
         "window": cfg.data.window,
+        "length": session.length,
         "iou": session.mean("iou"),
         "iou_lsh": session.mean("iou", "lsh"),
         "mass": session.mean("mass"),
@@ -37,6 +38,15 @@ def summarise(session: Session, selector: str) -> dict[str, Any]:
         "tokens_per_second": tokens / max(session.seconds, 1e-9),
         "selector": selector,
     }
+    if "far" in session.quality:
+        summary |= {
+            "length_windows": "whole" if session.is_far_whole else "short, with positions up to the length",
+            "iou_at_length": session.mean("iou", "far"),
+            "iou_lsh_at_length": session.mean("iou", "far_lsh"),
+            "mass_at_length": session.mean("mass", "far"),
+            "mass_lsh_at_length": session.mean("mass", "far_lsh"),
+            "mass_oracle_at_length": session.mean("oracle_mass", "far"),
+        }
     stats = jax.devices()[0].memory_stats()
     if stats:  # a CPU keeps none
         summary["peak_gib"] = stats["peak_bytes_in_use"] / GIB
@@ -46,6 +56,7 @@ def summarise(session: Session, selector: str) -> dict[str, Any]:
 def write_results(session: Session, folder: runs.RunFolder) -> dict[str, Any]:
     """Export the selector, draw the pictures, write the summary."""
     path = folder.path / "selector"
+    session.measure_length()
     summary = summarise(session, str(path))
     selector = Selector(
         cfg=session.cfg.hash,
@@ -53,6 +64,7 @@ def write_results(session: Session, folder: runs.RunFolder) -> dict[str, Any]:
         params=jax.tree.map(jnp.asarray, jax.device_get(gather_state(session.state, session.shape.layers).selector)),
         base_model=session.cfg.model,
         info={"recipe": runs.to_plain(session.cfg), "metrics": summary},
+        positions=session.length,
     )
     save_selector(path, selector, _card(session, summary))
     plot_curves(folder.path / "curves.png", folder.metrics(), summary, session.cfg.ranking.loss)
@@ -67,20 +79,36 @@ def print_results(
     console: rich.console.Console, session: Session, summary: dict[str, Any], folder: runs.RunFolder
 ) -> None:
     """The table a person reads at the end."""
-    rows = [
-        [f"orthogonal LSH, {summary['code_bits']} bits", _cell(summary["iou_lsh"]), _cell(summary["mass_lsh"])],
-        [f"trained, {summary['code_bits']} bits", _cell(summary["iou"]), _cell(summary["mass"])],
-        ["oracle (true top tokens)", _cell(1.0), _cell(summary["mass_oracle"])],
-    ]
+    start = []
     if "start" in session.quality:
-        start = ["before training", _cell(session.mean("iou", "start")), _cell(session.mean("mass", "start"))]
-        rows.insert(1, start)
-    title = f"held-out text, {100 * summary['keep']:g} % of the cached tokens read, {summary['window']} tokens"
-    console.print(make_table(title, ["selection", "IoU with oracle", "attention mass read"], rows))
+        start = [["before training", _cell(session.mean("iou", "start")), _cell(session.mean("mass", "start"))]]
+    bits, window = summary["code_bits"], summary["window"]
+    title = f"held-out text, {100 * summary['keep']:g} % of the cached tokens read, windows of {window:,} tokens"
+    columns = ["selection", "IoU with oracle", "attention mass read"]
+    console.print(make_table(title, columns, _quality_rows(summary, bits, *start)))
+    if "iou_at_length" in summary:
+        far = {name.removesuffix("_at_length"): value for name, value in summary.items() if name.endswith("_at_length")}
+        length = summary["length"]
+        kind = (
+            f"windows of {length:,} tokens, their last quarter"
+            if session.is_far_whole
+            else f"positions that jump to {length:,}"
+        )
+        console.print(make_table(f"at the far end of the context: {kind}", columns, _quality_rows(far, bits)))
     speed = f"{summary['steps']} steps in {summary['seconds']:.0f} s, {summary['tokens_per_second']:.0f} tokens/s"
     console.print(
         f"{speed}; pictures: {folder.path}/curves.png, {folder.path}/layers.png", markup=False, soft_wrap=True
     )
+
+
+def _quality_rows(found: dict[str, Any], bits: int, *between: list[str]) -> list[list[str]]:
+    """Rows of LSH, of what lies between, of the trained selector and of the oracle."""
+    return [
+        [f"orthogonal LSH, {bits} bits", _cell(found["iou_lsh"]), _cell(found["mass_lsh"])],
+        *between,
+        [f"trained, {bits} bits", _cell(found["iou"]), _cell(found["mass"])],
+        ["oracle (true top tokens)", _cell(1.0), _cell(found["mass_oracle"])],
+    ]
 
 
 def _cell(value: float) -> str:
@@ -98,6 +126,7 @@ The base model is not changed and not included.
 
 - base model: {cfg.model}: {shape.layers} layers, {shape.q_heads} query / {shape.kv_heads} KV heads x {shape.head_dim}
 - training text: {", ".join(cfg.data.train)}, {summary["steps"]} steps, windows of {cfg.data.window} tokens
+- positions covered: up to {summary["length"]:,} tokens; longer sequences need another selector
 - held-out text, {100 * summary["keep"]:g} % of the cached tokens read, bare (no sinks, no recent tokens):
 
 | | IoU with the oracle | attention mass read |
@@ -105,9 +134,24 @@ The base model is not changed and not included.
 | orthogonal LSH, same bits | {summary["iou_lsh"]:.3f} | {summary["mass_lsh"]:.3f} |
 | this selector | {summary["iou"]:.3f} | {summary["mass"]:.3f} |
 | oracle | 1 | {summary["mass_oracle"]:.3f} |
-
+{_far_section(summary)}
 Use: `spotlight generate --model {cfg.model} --selector THIS_FOLDER --prompt-file book.txt`
 
 Files: `config.json` (base model, sizes, hash functions, recipe, metrics), `selector.safetensors`, and the same arrays
 through Orbax in `orbax/`.
+"""
+
+
+def _far_section(summary: dict[str, Any]) -> str:
+    """The same at the far end of the positions covered, where that is farther than a window's."""
+    if "iou_at_length" not in summary:
+        return ""
+    return f"""
+At the far end of the context (windows {summary["length_windows"]}: {summary["length"]:,} tokens):
+
+| | IoU with the oracle | attention mass read |
+|---|---|---|
+| orthogonal LSH, same bits | {summary["iou_lsh_at_length"]:.3f} | {summary["mass_lsh_at_length"]:.3f} |
+| this selector | {summary["iou_at_length"]:.3f} | {summary["mass_at_length"]:.3f} |
+| oracle | 1 | {summary["mass_oracle_at_length"]:.3f} |
 """

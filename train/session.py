@@ -23,9 +23,10 @@ from spotlight_jax.models.load import load_config, load_weights, open_tokenizer
 from spotlight_jax.models.params import resolve_dtype
 from train import hidden_cache, plan
 from train.capture import Captured, capture, make_mesh, padded_layers
-from train.config import LayerwiseConfig
+from train.config import LayerwiseConfig, positions_covered
 from train.feed import Feed, FeedConfig
 from train.fit import fit, needs_windows
+from train.length import choose_windows, measure_far
 from train.measure import MeasureConfig, mean_over_sparse, measure
 from train.states import StateStore
 from train.step import (
@@ -46,9 +47,7 @@ class Session:
     def __init__(self, cfg: LayerwiseConfig, display: Display) -> None:
         self.cfg, self._display = cfg, display
         self.model_cfg = load_config(cfg.model)
-        if cfg.data.window > self.model_cfg.max_len:
-            length = self.model_cfg.max_len
-            raise InputError(f"--data.window {cfg.data.window} is more than the {length} tokens of '{cfg.model}'")
+        self.length = positions_covered(cfg, self.model_cfg)
         self.dtype = resolve_dtype(cfg.dtype)
         self.shape = head_shape(self.model_cfg)
         check_tracker(cfg.track)
@@ -68,8 +67,11 @@ class Session:
         self.step_cfg = StepConfig(cfg.hash, cfg.ranking, cfg.optimizer, cfg.steps, cfg.layers_at_once, self.mesh)
         self.feed: Feed  # this and the next after `prepare`
         self._held_out_tokens: np.ndarray
+        self._held_out_long: np.ndarray
         self._held_out: list[Captured]  # after `start`
-        self.quality: dict[str, SelectionQuality] = {}  # newest measurement of "trained", "lsh", "start"
+        # newest measurement of "trained", "lsh", "start"; at the far end of the covered positions "far" and "far_lsh"
+        self.quality: dict[str, SelectionQuality] = {}
+        self.is_far_whole = False  # whether those are of whole contexts
 
     @property
     def folder_path(self) -> pathlib.Path:
@@ -89,7 +91,8 @@ class Session:
         else:
             self._params = beside._params
         if beside is not None and (beside.cfg.data, beside.cfg.seed) == (cfg.data, cfg.seed):
-            self.feed, self._held_out_tokens = beside.feed, beside._held_out_tokens
+            self.feed = beside.feed
+            self._held_out_tokens, self._held_out_long = beside._held_out_tokens, beside._held_out_long
         else:
             self._open_text()
         hashes = hashing.init_params(self._init_key, cfg.hash, self.shape)
@@ -110,9 +113,11 @@ class Session:
         cfg = self.cfg
         is_tokenized = all(source.endswith(".npy") for source in (*cfg.data.train, *cfg.data.held_out))
         tokenizer = None if is_tokenized else open_tokenizer(cfg.model)
-        windows = open_windows(cfg.data, tokenizer, self.model_cfg.vocab, self._display.update)
-        feed_cfg = FeedConfig(cfg.data.window, cfg.ranking.queries, cfg.steps_per_window, self.mesh.size)
-        self._held_out_tokens = windows.held_out
+        windows = open_windows(cfg.data, tokenizer, self.model_cfg.vocab, self._display.update, self.length)
+        feed_cfg = FeedConfig(
+            cfg.data.window, self.length, cfg.data.seed, cfg.ranking.queries, cfg.steps_per_window, self.mesh.size
+        )
+        self._held_out_tokens, self._held_out_long = windows.held_out, windows.held_out_long
         self.feed = Feed(windows, self._capture_function(), self._feed_key, feed_cfg)
 
     def start(self, folder: runs.RunFolder, beside: "Session | None" = None) -> None:
@@ -126,10 +131,7 @@ class Session:
         self._store = StateStore(folder.path / "checkpoints", self.cfg.keep_checkpoints)
         self._track = open_tracker(self.cfg.track, folder.path, runs.to_plain(self.cfg))
         self._held_out = self._capture_held_out() if beside is None else beside._held_out
-        lsh_cfg = hashing.HashConfig(
-            form="symmetric", skip="rotation", code_bits=self.cfg.hash.code_bits, hidden=1, centre=False
-        )
-        lsh = hashing.init_params(self._init_key, lsh_cfg, self.shape)
+        lsh, lsh_cfg = self._lsh()
         if (
             beside is not None
             and beside.cfg.hash.code_bits == lsh_cfg.code_bits
@@ -208,8 +210,34 @@ class Session:
 
     def quality_by(self, cfg: MeasureConfig) -> SelectionQuality:
         """Quality of the hash functions as they are, on the held-out windows."""
-        params = gather_state(self.state, self.shape.layers).selector
-        return measure(params, self._held_out, self.cfg.hash, cfg, self.cfg.layers_at_once)
+        return measure(self._selector(), self._held_out, self.cfg.hash, cfg, self.cfg.layers_at_once)
+
+    def _lsh(self) -> tuple[hashing.HashParams, hashing.HashConfig]:
+        """Orthogonal LSH of as many bits: what a selector is compared with."""
+        bits = self.cfg.hash.code_bits
+        cfg = hashing.HashConfig(form="symmetric", skip="rotation", code_bits=bits, hidden=1, centre=False)
+        return hashing.init_params(self._init_key, cfg, self.shape), cfg
+
+    def _selector(self) -> hashing.HashParams:
+        """The hash functions as they are."""
+        return gather_state(self.state, self.shape.layers).selector
+
+    def measure_length(self) -> None:
+        """Measure the hash functions, and LSH, at the far end of the positions that they cover, where that is farther
+        than a window's."""
+        if self.length == self.cfg.data.window:
+            return
+        size = self.dtype.itemsize
+        far = choose_windows(self._held_out_long, self._held_out_tokens, self.length, self.model_cfg, size)
+        self._display.say(
+            f"measuring at {self.length:,} tokens"
+            if far.is_whole
+            else f"measuring windows of {self.cfg.data.window:,} tokens whose positions reach {self.length:,}"
+        )
+        hashes = {"far": (self._selector(), self.cfg.hash), "far_lsh": self._lsh()}
+        args = far, self._params, self.model_cfg, hashes, self.cfg.measure, self.mesh
+        self.quality |= measure_far(*args)
+        self.is_far_whole = far.is_whole
 
     def save(self) -> None:
         """Checkpoint in the background."""
@@ -254,11 +282,12 @@ class Session:
     def _capture_held_out(self) -> list[Captured]:
         """Queries and keys of the held-out windows, kept for all measurements."""
         tokens, at_once, seen = self._held_out_tokens, self.mesh.size, []
-        picks = spread_positions(self.cfg.data.window, self.cfg.measure.queries)
+        window = self.cfg.data.window
+        picks, positions = spread_positions(window, self.cfg.measure.queries), np.arange(window, dtype=np.int32)
+        places, at = (jnp.asarray(np.tile(row, (at_once, 1))) for row in (positions, picks))
         for first in range(0, len(tokens), at_once):
             numbers = np.minimum(np.arange(first, first + at_once), len(tokens) - 1)
-            many = jnp.asarray(np.broadcast_to(picks, (at_once, len(picks))))
-            captured = capture(self._params, jnp.asarray(tokens[numbers]), many, self.model_cfg, self.mesh)
+            captured = capture(self._params, jnp.asarray(tokens[numbers]), places, at, self.model_cfg, self.mesh)
             for index in range(min(at_once, len(tokens) - first)):
                 seen.append(jax.tree.map(lambda leaf: leaf[: self.shape.layers, index], captured))  # noqa: B023
             self._display.update("held-out windows", min(first + at_once, len(tokens)), len(tokens))
@@ -266,18 +295,18 @@ class Session:
 
     def _capture_function(self):
         if self._cache_plan is None:
-            return lambda first, tokens, picks: capture(
-                self._params, jnp.asarray(tokens), picks, self.model_cfg, self.mesh
+            return lambda first, tokens, positions, picks: capture(
+                self._params, jnp.asarray(tokens), jnp.asarray(positions), picks, self.model_cfg, self.mesh
             )
-        identity = hidden_cache.identify(self.cfg.model, self.model_cfg, self.cfg.data, self.dtype)
+        identity = hidden_cache.identify(self.cfg.model, self.model_cfg, self.cfg.data, self.length, self.dtype)
         assert self.cfg.cache_dir is not None
         cache = hidden_cache.HiddenCache(pathlib.Path(self.cfg.cache_dir), self._cache_plan, identity)
         progress = functools.partial(self._display.update, "hidden states to disk")
 
-        def from_disk(first, tokens, picks):
-            draw = self.feed.tokens
+        def from_disk(first, tokens, positions, picks):
+            feed = self.feed
             return hidden_cache.capture_cached(
-                cache, self._params, draw, first, picks, self.model_cfg, self.mesh, progress
+                cache, self._params, feed.tokens, feed.positions, first, picks, self.model_cfg, self.mesh, progress
             )
 
         return from_disk

@@ -19,7 +19,7 @@ from spotlight_jax.commands.session import SessionConfig, decode, describe, load
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.engine import DecodeState, Engine
 from spotlight_jax.errors import InputError
-from spotlight_jax.generate import GenerateConfig, Run, context_limit, encode_chat
+from spotlight_jax.generate import GenerateConfig, Run, encode_chat
 from spotlight_jax.models.load import BaseModel, open_tokenizer
 
 HELP = "Ctrl-C cuts an answer short, /new starts again, Ctrl-D ends"
@@ -93,7 +93,7 @@ def main(cfg: ChatCommandConfig, read: Callable[[str], str] = input) -> list[dic
     use_compile_cache()
     name, model_cfg, selector = read_configs(cfg)
     encode_chat(open_tokenizer(name), [{"role": "user", "content": "Hello"}])  # refuses a model without template
-    limit = _talk_limit(cfg, context_limit(model_cfg))
+    limit = _talk_limit(cfg, model_cfg.max_context)
     model, engine = load_fitting(cfg, name, model_cfg, selector, [limit - cfg.generation.max_new_tokens], notes)
     talk = Talk(model, engine, cfg, limit, notes)
     with contextlib.suppress(ImportError):  # not everywhere

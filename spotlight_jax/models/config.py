@@ -78,6 +78,15 @@ class DecoderConfig:
         """Query heads that read one KV head."""
         return self.q_heads // self.kv_heads
 
+    @property
+    def max_context(self) -> int:
+        """Most tokens of a sequence: `max_len`, stretched only by the config's own RoPE scaling."""
+        if self.rope.kind in ("linear", "dynamic"):
+            return int(self.max_len * self.rope.factor)
+        if self.rope.kind in ("yarn", "llama3"):
+            return max(self.max_len, int(self.rope.trained_len * self.rope.factor))
+        return self.max_len
+
 
 # What the `model_type` (or the class in `architectures`) fixes without a field of its own in config.json.
 _FAMILIES: dict[str, dict[str, Any]] = {

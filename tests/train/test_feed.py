@@ -10,7 +10,7 @@ from train.feed import Feed, FeedConfig
 WINDOW, QUERIES, PER_WINDOW = 16, 3, 2
 
 
-def _capture(first, tokens, picks):
+def _capture(first, tokens, positions, picks):
     """Stands in for the model: queries and keys tell which token, position and layer they come from."""
     layers, windows = 2, tokens.shape[0]
     tokens, layer = jnp.asarray(tokens, jnp.float32), jnp.arange(layers, dtype=jnp.float32)
@@ -25,7 +25,7 @@ def open_feed(tmp_path):
 
     def open_one(windows_at_once=1):
         cfg = DataConfig(train=(str(tmp_path / "t.npy"),), window=WINDOW, held_out_windows=2)
-        feed_cfg = FeedConfig(WINDOW, QUERIES, PER_WINDOW, windows_at_once)
+        feed_cfg = FeedConfig(WINDOW, WINDOW, 0, QUERIES, PER_WINDOW, windows_at_once)
         return Feed(open_windows(cfg, None, 400), _capture, jax.random.key(5), feed_cfg)
 
     return open_one

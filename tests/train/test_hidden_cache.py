@@ -8,8 +8,9 @@ from tests.models import tiny
 from train import hidden_cache
 from train.capture import capture, make_mesh
 from train.hidden_cache import GIB, CachePlan, HiddenCache, capture_cached, plan_cache
+from train.positions import draw_positions
 
-WINDOWS, WINDOW = 5, 24
+WINDOWS, WINDOW, LENGTH = 5, 24, 60
 TOKENS = np.random.default_rng(3).integers(0, tiny.VOCAB, (WINDOWS, WINDOW)).astype(np.int32)
 PICKS = np.asarray([[2, 7, 23]], np.int32)
 IDENTITY = {"model": "a"}
@@ -19,6 +20,10 @@ def _draw(first, count):
     return TOKENS[first : first + count]
 
 
+def _place(first, count):
+    return np.stack([draw_positions(WINDOW, LENGTH, 0, number) for number in range(first, first + count)])
+
+
 @pytest.fixture
 def read(inputs):
     """Captures one window from a cache and streaming, compares them bit for bit."""
@@ -26,9 +31,18 @@ def read(inputs):
 
     def read_one(cache, window):
         got = capture_cached(
-            cache, params, _draw, window, jnp.asarray(PICKS), cfg, make_mesh(), progress=lambda done, total: None
+            cache,
+            params,
+            _draw,
+            _place,
+            window,
+            jnp.asarray(PICKS),
+            cfg,
+            make_mesh(),
+            progress=lambda done, total: None,
         )
-        want = capture(params, jnp.asarray(_draw(window, 1)), jnp.asarray(PICKS), cfg, make_mesh())
+        rows = _draw(window, 1), _place(window, 1), PICKS
+        want = capture(params, *map(jnp.asarray, rows), cfg, make_mesh())
         np.testing.assert_array_equal(got.queries, want.queries)
         np.testing.assert_array_equal(got.keys, want.keys)
 
@@ -40,9 +54,9 @@ def filled(monkeypatch):
     """Numbers of windows that went through the model."""
     numbers, real = [], hidden_cache.hidden_states
 
-    def counted(params, tokens, cfg):
+    def counted(params, tokens, positions, cfg):
         numbers.append(next(n for n in range(WINDOWS) if np.array_equal(TOKENS[n], tokens[0])))
-        return real(params, tokens, cfg)
+        return real(params, tokens, positions, cfg)
 
     monkeypatch.setattr(hidden_cache, "hidden_states", counted)
     return numbers
