@@ -8,7 +8,7 @@ import transformers
 
 from eval.methods import UNBUDGETED, Method, base_name, check_names, open_method, selector_of
 from spotlight_jax.checkpoint import Selector, load_selector
-from spotlight_jax.errors import InputError
+from spotlight_jax.errors import InputError, check_numbers
 from spotlight_jax.generate import head_shape
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import Params
@@ -71,6 +71,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be evaluated."""
+        check_numbers(self)
         check_names(self.methods)
         if not self.keep or len(set(self.keep)) < len(self.keep):
             raise InputError("give --keep at least one share, each once")

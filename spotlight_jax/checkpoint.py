@@ -40,11 +40,13 @@ def flatten(params: hashing.HashParams) -> dict[str, jax.Array]:
 
 def save_selector(folder: pathlib.Path, selector: Selector, card: str) -> None:
     """Write a selector folder, Orbax and safetensors side by side."""
-    arrays = flatten(selector.params)
+    arrays = {name: np.asarray(array) for name, array in flatten(selector.params).items()}
+    for name, array in arrays.items():
+        _check_finite(name, array, "it is not exported")
     folder.mkdir(parents=True, exist_ok=True)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((folder / "orbax").absolute(), arrays, force=True)
-    whole = safetensors.numpy.save({name: np.asarray(array) for name, array in arrays.items()})
+    whole = safetensors.numpy.save(arrays)
     files.write_bytes(folder / "selector.safetensors", whole)
     config = {
         "format": FORMAT,
@@ -126,4 +128,12 @@ def _read_arrays(file: pathlib.Path, template: dict[str, Any]) -> dict[str, np.n
             raise InputError(f"'{file}' holds no '{name}'; export the selector again")
         if arrays[name].shape != leaf.shape:
             raise InputError(f"'{file}': '{name}' is {arrays[name].shape}, its config asks for {leaf.shape}")
+        if arrays[name].dtype != leaf.dtype:
+            raise InputError(f"'{file}': '{name}' is {arrays[name].dtype} instead of {leaf.dtype}; export it again")
+        _check_finite(name, arrays[name], f"'{file}' cannot be used: train it again")
     return arrays
+
+
+def _check_finite(name: str, array: np.ndarray, so: str) -> None:
+    if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+        raise InputError(f"'{name}' of the hash functions holds NaN or infinite numbers; {so}")

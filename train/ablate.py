@@ -27,7 +27,7 @@ from spotlight_jax import cli, files, runs
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.data import DataConfig
 from spotlight_jax.display import Display, make_table
-from spotlight_jax.errors import InputError
+from spotlight_jax.errors import InputError, check_numbers
 from spotlight_jax.metrics import SelectionQuality
 from spotlight_jax.models.config import nearest
 from train.config import PRESETS, LayerwiseConfig
@@ -79,6 +79,7 @@ class AblateConfig:
 
     def __post_init__(self) -> None:
         """Refuse variants that there are not, and what cannot be resumed."""
+        check_numbers(self)
         for name in self.variants:
             if name not in VARIANTS:
                 raise InputError(f"there is no variant '{name}'{nearest(name, VARIANTS)}; see train/ablate.py")

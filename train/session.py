@@ -3,6 +3,7 @@
 import functools
 import pathlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ from spotlight_jax.models.load import load_config, load_weights, open_tokenizer
 from spotlight_jax.models.params import resolve_dtype
 from train import hidden_cache, plan
 from train.capture import Captured, capture, make_mesh, padded_layers
-from train.config import LayerwiseConfig
+from train.config import PRESETS, LayerwiseConfig
 from train.feed import Feed, FeedConfig
 from train.fit import fit, needs_windows
 from train.measure import MeasureConfig, mean_over_sparse, measure
@@ -34,10 +35,14 @@ from train.step import (
     gamma_at,
     gather_state,
     init_state,
+    is_finite,
     spread_state,
     train_step,
 )
 from train.track import check_tracker, open_tracker
+
+_MODEL_ADVICE = "its weights are damaged, or too large for --dtype bfloat16 (try float32)"
+_TUNING = ("--optimizer.", "--ranking.", "--hash.")  # flags that can make a loss diverge
 
 
 class Session:
@@ -95,7 +100,7 @@ class Session:
         hashes = hashing.init_params(self._init_key, cfg.hash, self.shape)
         if needs_windows(cfg.hash) and not (cfg.resume or cfg.dry_run):  # were fitted, or are only timed
             progress = functools.partial(self._display.update, "fitting to windows")
-            hashes = fit(hashes, self.feed.first_windows(cfg.fit_windows, self.shape.layers), cfg, progress)
+            hashes = fit(hashes, self._first_windows(), cfg, progress)
         state = init_state(hashes, cfg.optimizer, cfg.steps)
         self.state = spread_state(state, self.shape.layers, self.mesh)
 
@@ -114,6 +119,12 @@ class Session:
         feed_cfg = FeedConfig(cfg.data.window, cfg.ranking.queries, cfg.steps_per_window, self.mesh.size)
         self._held_out_tokens = windows.held_out
         self.feed = Feed(windows, self._capture_function(), self._feed_key, feed_cfg)
+
+    def _first_windows(self) -> Iterator[Captured]:
+        """What hash functions are fitted to, checked: a NaN in a moment would be in all that follows."""
+        for seen in self.feed.first_windows(self.cfg.fit_windows, self.shape.layers):
+            _check_finite_keys(seen, "the training text")
+            yield seen
 
     def start(self, folder: runs.RunFolder, beside: "Session | None" = None) -> None:
         """Continue from the newest checkpoint, or measure the start of a new run; measure LSH in any case.
@@ -209,12 +220,25 @@ class Session:
     def quality_by(self, cfg: MeasureConfig) -> SelectionQuality:
         """Quality of the hash functions as they are, on the held-out windows."""
         params = gather_state(self.state, self.shape.layers).selector
+        self._check_state()
         return measure(params, self._held_out, self.cfg.hash, cfg, self.cfg.layers_at_once)
 
     def save(self) -> None:
         """Checkpoint in the background."""
+        self._check_state()
         position = {"text": self.feed.position(self.step), "key": self._key_data, "seconds": self.seconds}
         self._store.save(self.step, gather_state(self.state, self.shape.layers), position)
+
+    def _check_state(self) -> None:
+        """Raise InputError where the state is not finite: it is neither measured, nor saved, nor exported."""
+        numbers = [leaf for leaf in jax.tree.leaves(self.state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+        if not is_finite(*numbers):
+            kept = self.last_checkpoint()
+            saved = f"checkpoint {kept} is kept" if kept is not None else "there is no checkpoint yet"
+            raise InputError(
+                f"the hash functions are not finite after step {self.step}; {saved}; "
+                "lower --optimizer.learning-rate or --optimizer.weight-decay and start again"
+            )
 
     def close(self) -> None:
         """Wait until everything is on disk."""
@@ -261,6 +285,7 @@ class Session:
             captured = capture(self._params, jnp.asarray(tokens[numbers]), many, self.model_cfg, self.mesh)
             for index in range(min(at_once, len(tokens) - first)):
                 seen.append(jax.tree.map(lambda leaf: leaf[: self.shape.layers, index], captured))  # noqa: B023
+                _check_finite_keys(seen[-1], "the held-out text")
             self._display.update("held-out windows", min(first + at_once, len(tokens)), len(tokens))
         return seen
 
@@ -300,15 +325,27 @@ class Session:
 
 
 def check_finite(report: StepReport, session: Session) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Loss, share that is wrong and gradient norm of each layer; stops the run where a loss is not a number."""
+    """Loss, share that is wrong and gradient norm of each layer; stops the run where a loss is not a number.
+
+    Raises: InputError that names what is at fault: the model, the flags that differ from the preset, or the rate.
+    """
     layers = session.shape.layers
     loss, wrong, norm = (np.asarray(leaf)[:layers] for leaf in (report.loss, report.wrong, report.grad_norm))
     bad = np.flatnonzero(~(np.isfinite(loss) & np.isfinite(norm)))
     if len(bad):
         kept = session.last_checkpoint()
         saved = f"checkpoint {kept} is kept" if kept is not None else "there is no checkpoint yet"
-        raise InputError(
-            f"the loss of {session.layer_name(int(bad[0]))} is {loss[bad[0]]} before step {session.step}; {saved}; "
-            "lower --optimizer.learning-rate or --optimizer.gamma-end and start again"
-        )
+        what = f"the loss of {session.layer_name(int(bad[0]))} is {loss[bad[0]]} before step {session.step}; {saved}"
+        if not np.asarray(report.is_input_finite)[:layers].all():
+            raise InputError(f"{what}; the model itself gives keys or queries that are not finite: {_MODEL_ADVICE}")
+        own = [name for name in runs.differences(session.cfg, PRESETS[session.cfg.preset]) if name.startswith(_TUNING)]
+        if own:
+            raise InputError(f"{what}; start again with {', '.join(own)} nearer to what the preset has")
+        raise InputError(f"{what}; lower --optimizer.learning-rate or --optimizer.gamma-end and start again")
     return loss, wrong, norm
+
+
+def _check_finite_keys(seen: Captured, what: str) -> None:
+    """Raise InputError where the model gives keys or queries that are not finite."""
+    if not is_finite(seen.queries, seen.keys):
+        raise InputError(f"the model gives keys or queries that are not finite on {what}: {_MODEL_ADVICE}")

@@ -1,4 +1,5 @@
 import collections
+import dataclasses
 import json
 import os
 import pathlib
@@ -14,11 +15,14 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
+from spotlight_jax import hashing
 from spotlight_jax.checkpoint import load_selector
+from spotlight_jax.errors import InputError
 from spotlight_jax.models.config import config_from_hf
 from tests.models import tiny
 from tests.train.conftest import LAYERS, SAVE_EVERY, STEPS, WINDOW
-from train import hidden_cache, layerwise, plan, session
+from train import hidden_cache, layerwise, plan, session, step
+from train.config import PRESETS
 from train.session import Session
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -187,6 +191,51 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoi
     assert "checkpoint 5 is kept" in told
     assert _checkpoints(path) == [5]
     assert not (path / "selector").exists()
+
+
+def test_a_state_that_is_no_number_is_neither_saved_nor_exported(inputs, tmp_path, capsys, monkeypatch):
+    path, real = tmp_path / "run", Session.take_step
+
+    def take_step(self, captured=None):
+        report = real(self, captured)
+        if self.step == STEPS:  # the last one: no later loss shows it
+            spoiled = jax.tree.map(lambda leaf: leaf * jnp.inf, self.state.params.weights)
+            self.state = self.state.replace(params=self.state.params.replace(weights=spoiled))
+        return report
+
+    monkeypatch.setattr(Session, "take_step", take_step)
+    told = "the hash functions are not finite after step 12; checkpoint 10 is kept"
+    _assert_refused(inputs.flags(path), told, capsys)
+    assert 12 not in _checkpoints(path) and not (path / "selector").exists()
+
+
+def test_a_model_that_gives_no_numbers_is_blamed_for_it(inputs, tmp_path, capsys, monkeypatch):
+    real = session.load_weights
+
+    def load_weights(source, dtype):
+        cfg, params = real(source, dtype)
+        return cfg, params | {"layer_1": jax.tree.map(lambda leaf: leaf * jnp.inf, params["layer_1"])}
+
+    monkeypatch.setattr(session, "load_weights", load_weights)
+    _assert_refused(inputs.flags(tmp_path / "run"), "the model gives keys or queries that are not finite", capsys)
+
+
+def test_a_loss_that_is_no_number_names_what_is_at_fault():
+    def told(flags=None, is_input_finite=True):
+        nan, fine = np.full(3, np.nan), np.full(3, is_input_finite)
+        report = step.StepReport(jnp.asarray(nan), jnp.asarray(nan), jnp.asarray(nan), jnp.asarray(fine))
+        cfg = dataclasses.replace(PRESETS["default"], **(flags or {}))
+        run = object.__new__(Session)  # of which only these are read
+        run.cfg, run.step, run.shape = cfg, 3, hashing.HeadShape(layers=3, q_heads=2, kv_heads=1, head_dim=8)
+        with pytest.raises(InputError) as caught:
+            session.check_finite(report, run)
+        return str(caught.value)
+
+    assert "the model itself gives keys or queries" in told(is_input_finite=False)
+    ranking = dataclasses.replace(PRESETS["default"].ranking, softness=1e30)
+    assert "start again with --ranking.softness nearer to what the preset has" in told({"ranking": ranking})
+    assert "learning-rate" not in told({"ranking": ranking}) + told(is_input_finite=False)
+    assert "lower --optimizer.learning-rate" in told()
 
 
 @pytest.mark.parametrize("where", [(), ("--weights", "host")])
