@@ -1,13 +1,17 @@
 """Run folders: the resolved config, versions and device, one line of metrics a measurement, a summary."""
 
+import contextlib
 import dataclasses
 import datetime
+import fcntl
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
 import typing
-from typing import Any, TypeVar
+from collections.abc import Collection, Iterator
+from typing import Any, TextIO, TypeVar
 
 import jax
 import yaml
@@ -16,6 +20,8 @@ from spotlight_jax import files
 from spotlight_jax.errors import InputError
 
 Config = TypeVar("Config")
+
+LOCK = ".lock"  # the file in a run folder that says who writes to it
 
 _PACKAGES = ("spotlight-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
 
@@ -29,7 +35,7 @@ class RunFolder:
     @staticmethod
     def check_free(path: pathlib.Path) -> None:
         """Raise InputError where a new run cannot have this folder."""
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and (not path.is_dir() or any(file.name != LOCK for file in path.iterdir())):
             raise InputError(f"'{path}' exists already; give another --out, or --resume to continue that run")
 
     @classmethod
@@ -72,11 +78,10 @@ class RunFolder:
 
     def discard_if_unused(self) -> None:
         """Remove the folder where it holds nothing but what `create` wrote: a run that was refused keeps no name."""
-        found = list(self.path.iterdir())
+        found = [file for file in self.path.iterdir() if file.name != LOCK]
         if {file.name for file in found} <= {"config.yaml", "env.json"}:
             for file in found:
                 file.unlink()
-            self.path.rmdir()
 
     def keep_metrics_before(self, step: int) -> None:
         """Drop rows from `step` on, which a resumed run will write again."""
@@ -87,6 +92,55 @@ class RunFolder:
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write `summary.json`."""
         files.write_json(self.path / "summary.json", summary)
+
+
+@contextlib.contextmanager
+def hold(path: pathlib.Path) -> Iterator[None]:
+    """Keep a folder for this process while the block runs; the folder is made, and removed again if it stays empty.
+
+    The lock is the system's and ends with the process, however that ends. File systems without locks have none.
+
+    Raises: InputError where another process holds the folder, which it names, or where it cannot be written.
+    """
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = _lock(path)
+    except FileExistsError:
+        raise InputError(f"'{path}' exists already and is no folder; give another --out") from None
+    except OSError as error:
+        raise InputError(f"cannot write the run folder '{path}': {error.strerror}") from None
+    with lock:
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                (path / LOCK).unlink()
+                for folder in made if not any(path.iterdir()) else ():
+                    folder.rmdir()
+
+
+def _lock(path: pathlib.Path) -> TextIO:
+    """The folder's lock file, locked by this process, which it names."""
+    lock = (path / LOCK).open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read(200).strip() or "another process"
+        lock.close()
+        raise InputError(f"'{path}' is being written by {holder}") from None
+    except OSError:
+        pass  # this file system has no locks
+    if not (path / LOCK).exists():  # its last holder took it away between our two calls
+        lock.close()
+        return _lock(path)
+    with contextlib.suppress(OSError):
+        lock.truncate(0)
+        now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        lock.write(f"process {os.getpid()} on {platform.node()}, which began at {now}\n")
+        lock.flush()
+    return lock
 
 
 def next_free(parent: pathlib.Path, name: str) -> pathlib.Path:
@@ -149,3 +203,20 @@ def differences(first: Any, second: Any, prefix: str = "") -> list[str]:
             names += differences(*pair, prefix=f"{prefix}{field.name.replace('_', '-')}.")
         return names
     return [] if first == second else ["--" + prefix.rstrip(".")]
+
+
+def given_flags(cfg: Any, default: Any, leave_out: Collection[str] = ()) -> list[str]:
+    """The flags, as words of a command line, that make `cfg` of `default`; bools are named, None is left out."""
+    words: list[str] = []
+    for flag in differences(cfg, default):
+        value = cfg
+        for name in flag.removeprefix("--").split("."):
+            value = getattr(value, name.replace("-", "_"))
+        if flag in leave_out or value is None:
+            continue
+        if isinstance(value, bool):
+            head, dot, last = flag.removeprefix("--").rpartition(".")
+            words.append(f"--{head}{dot}{'' if value else 'no-'}{last}")
+        else:
+            words += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
+    return words

@@ -2,13 +2,19 @@
 
 import dataclasses
 import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import pytest
 
-from spotlight_jax import runs
+from spotlight_jax import cli, runs
 from spotlight_jax.errors import InputError
 from spotlight_jax.runs import RunFolder
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,3 +131,45 @@ def test_the_next_free_folder_counts_up_from_2(tmp_path):
         free.mkdir()
         names.append(free.name)
     assert names == ["run", "run-2", "run-3"]
+
+
+HOLDER = """
+import pathlib, sys
+from spotlight_jax import runs
+with runs.hold(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_folder_is_held_by_one_process_which_is_named_until_it_dies(tmp_path):
+    path = tmp_path / "a" / "run"
+    command = [sys.executable, "-c", HOLDER, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        told = rf"is being written by process {holder.pid} on .*, which began at"
+        with pytest.raises(InputError, match=told), runs.hold(path):
+            pass
+        holder.kill()
+    with runs.hold(path):
+        RunFolder.create(path, CFG)
+        with pytest.raises(InputError, match=f"is being written by process {os.getpid()} on"), runs.hold(path):
+            pass
+    assert sorted(file.name for file in path.iterdir()) == ["config.yaml", "env.json"]
+
+
+def test_holding_leaves_nothing_where_nothing_is_written(tmp_path):
+    with pytest.raises(KeyError), runs.hold(tmp_path / "a" / "b" / "run"):
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(InputError, match=r"is no folder|cannot write the run folder"), runs.hold(path):
+            pass
+
+
+def test_given_flags_make_the_config_again():
+    words = runs.given_flags(CFG, Outer(), ("--model",))
+    assert words[:5] == ["--hash-cfg.code-bits", "64", "--hash-cfg.weights", "0.5", "0.25"]
+    assert words[5:] == ["--rate", "2e-05", "--texts", "text: é", "no", "--resume"]
+    assert cli.parse(Outer, "x", "", words) == CFG

@@ -10,10 +10,11 @@ so far; --resume begins those anew. Perplexities come from the evaluation, whose
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import pathlib
-import signal
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -158,17 +159,37 @@ def main(cfg: AblateConfig) -> dict[str, Any]:
     if not cfg.resume:
         runs.RunFolder.check_free(out)
     left = [name for name in names if not _is_finished(out / name)]
-    with Display() as display, cli.noted_signals(signal.SIGINT, signal.SIGTERM) as stop:
-        _train_together(cfg, {name: variant_config(name, cfg) for name in left}, out, display, stop)
+    variants = {name: variant_config(name, cfg) for name in left}
+    with contextlib.ExitStack() as held:
+        held.enter_context(runs.hold(out))
+        with Display() as display, cli.noted_signals(*cli.STOPPING) as stop:
+            _train_together(cfg, variants, out, display, stop)
+        rows = _report(cfg, names, out)
+    print(json.dumps({"ablation": str(out), "results": rows}))
+    if stop:
+        told = shlex.join(
+            [
+                "python",
+                "-m",
+                "train.ablate",
+                "--resume",
+                *runs.given_flags(cfg, AblateConfig(), ("--out", "--resume")),
+                "--out",
+                str(out),
+            ]
+        )
+        print(f"stopped; train the rest with: {told}", file=sys.stderr)
+        raise SystemExit(128 + stop[0])
+    return {"results": rows}
+
+
+def _report(cfg: AblateConfig, names: Sequence[str], out: pathlib.Path) -> list[dict[str, Any]]:
+    """Write and print the table of the variants that have a row; returns the rows."""
     found = [out / name / _ROW for name in names]
     rows = [json.loads(file.read_text(encoding="utf-8")) for file in found if file.is_file()]
     _add_perplexities(rows, cfg.perplexity, out)
     _write_table(rows, out)
-    print(json.dumps({"ablation": str(out), "results": rows}))
-    if stop:
-        print(f"stopped; train the rest with --resume --out {out}", file=sys.stderr)
-        raise SystemExit(128 + stop[0])
-    return {"results": rows}
+    return rows
 
 
 def _is_finished(folder: pathlib.Path) -> bool:

@@ -72,9 +72,8 @@ def print_results(
         [f"trained, {summary['code_bits']} bits", _cell(summary["iou"]), _cell(summary["mass"])],
         ["oracle (true top tokens)", _cell(1.0), _cell(summary["mass_oracle"])],
     ]
-    if "start" in session.quality:
-        start = ["before training", _cell(session.mean("iou", "start")), _cell(session.mean("mass", "start"))]
-        rows.insert(1, start)
+    if session.before is not None:
+        rows.insert(1, ["before training", _cell(session.before["iou"]), _cell(session.before["mass"])])
     title = f"held-out text, {100 * summary['keep']:g} % of the cached tokens read, {summary['window']} tokens"
     console.print(make_table(title, ["selection", "IoU with oracle", "attention mass read"], rows))
     speed = f"{summary['steps']} steps in {summary['seconds']:.0f} s, {summary['tokens_per_second']:.0f} tokens/s"

@@ -74,7 +74,10 @@ class Session:
         self.feed: Feed  # this and the next after `prepare`
         self._held_out_tokens: np.ndarray
         self._held_out: list[Captured]  # after `start`
-        self.quality: dict[str, SelectionQuality] = {}  # newest measurement of "trained", "lsh", "start"
+        self.quality: dict[str, SelectionQuality] = {}  # newest measurement of "trained" and "lsh"
+        self.before: dict[str, float] | None = (
+            None  # IoU and mass before the first step, of the run's first measurement
+        )
 
     @property
     def folder_path(self) -> pathlib.Path:
@@ -127,7 +130,7 @@ class Session:
             yield seen
 
     def start(self, folder: runs.RunFolder, beside: "Session | None" = None) -> None:
-        """Continue from the newest checkpoint, or measure the start of a new run; measure LSH in any case.
+        """Continue from the newest checkpoint, or measure and save the start of a new run; measure LSH in any case.
 
         Args:
             folder: of the run.
@@ -153,15 +156,18 @@ class Session:
         if self.cfg.resume:
             self._resume()
         else:
-            self.measure("start")
+            self.measure()
+        self.before = next(({"iou": row["iou"], "mass": row["mass"]} for row in folder.metrics() if "iou" in row), None)
 
     def _resume(self) -> None:
         template = gather_state(self.state, self.shape.layers)
-        self.step, state, position = self._store.load(template)
+        self.step, state, position, damaged = self._store.load(template)
         if position["key"] != self._key_data:
             raise InputError("the checkpoint belongs to another seed; resume with the flags the run was started with")
         self.seconds = position["seconds"]
         self.state = spread_state(state, self.shape.layers, self.mesh)
+        for line in damaged:
+            self._display.say(line)
         self.feed.restore(self.step, position["text"])
         self._folder.keep_metrics_before(self.step + 1)
         self._display.say(f"resumed at step {self.step} of {self.cfg.steps}")
@@ -207,10 +213,10 @@ class Session:
         self._display.update("training", step, self.cfg.steps, note)
         self.seconds += time.monotonic() - started
 
-    def measure(self, name: str = "trained") -> None:
+    def measure(self) -> None:
         """Measure the hash functions on the held-out windows and record it."""
         self._display.say(f"measuring at step {self.step}")
-        self.quality[name] = self.quality["trained"] = self.quality_by(self.cfg.measure)
+        self.quality["trained"] = self.quality_by(self.cfg.measure)
         row = {"step": self.step, "iou": self.mean("iou"), "recall": self.mean("recall"), "mass": self.mean("mass")}
         row |= {"iou_lsh": self.mean("iou", "lsh"), "mass_lsh": self.mean("mass", "lsh")}
         row["mass_oracle"] = self.mean("oracle_mass")
@@ -241,8 +247,9 @@ class Session:
             )
 
     def close(self) -> None:
-        """Wait until everything is on disk."""
-        self._store.close()
+        """Wait until everything is on disk; may be called again, and before `start`."""
+        if hasattr(self, "_store"):
+            self._store.close()
 
     def mean(self, what: str, which: str = "trained") -> float:
         """Mean of a quality over heads and the layers that select."""
