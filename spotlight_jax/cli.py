@@ -53,8 +53,8 @@ def run(
     """Parse flags into a config, call `main` with it, and return the exit code.
 
     0: done; 2: the input cannot be used or the disk fails, which one line on stderr explains; 130: interrupted; 141:
-    who reads our output wants no more (`| head`). Any other exception is our bug and keeps its traceback. Flags and their
-    help come from the config's fields and the docstrings under them.
+    who reads our output wants no more (`| head`). Any other exception is our bug and keeps its traceback. Flags and
+    their help come from the config's fields and the docstrings under them.
     """
     try:
         try:

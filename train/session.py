@@ -301,7 +301,7 @@ class Session:
             return lambda first, tokens, picks: capture(
                 self._params, jnp.asarray(tokens), picks, self.model_cfg, self.mesh
             )
-        identity = hidden_cache.identify(self.cfg.model, self.model_cfg, self.cfg.data, self.dtype)
+        identity = hidden_cache.identify(self._params, self.model_cfg, self.cfg.data, self.dtype)
         assert self.cfg.cache_dir is not None
         cache = hidden_cache.HiddenCache(pathlib.Path(self.cfg.cache_dir), self._cache_plan, identity)
         progress = functools.partial(self._display.update, "hidden states to disk")
