@@ -35,7 +35,7 @@ class RunFolder:
     @staticmethod
     def check_free(path: pathlib.Path) -> None:
         """Raise InputError where a new run cannot have this folder."""
-        if path.exists() and (not path.is_dir() or any(file.name != LOCK for file in path.iterdir())):
+        if path.exists() and (not path.is_dir() or any(not _is_before_run(file) for file in path.iterdir())):
             raise InputError(f"'{path}' exists already; give another --out, or --resume to continue that run")
 
     @classmethod
@@ -141,6 +141,11 @@ def _lock(path: pathlib.Path) -> TextIO:
         lock.write(f"process {os.getpid()} on {platform.node()}, which began at {now}\n")
         lock.flush()
     return lock
+
+
+def _is_before_run(file: pathlib.Path) -> bool:
+    """Whether a file is there before the config is, which makes a folder a run: its process ended before that."""
+    return file.name in (LOCK, "env.json") or file.name.endswith(".partial")
 
 
 def next_free(parent: pathlib.Path, name: str) -> pathlib.Path:

@@ -173,3 +173,12 @@ def test_given_flags_make_the_config_again():
     assert words[:5] == ["--hash-cfg.code-bits", "64", "--hash-cfg.weights", "0.5", "0.25"]
     assert words[5:] == ["--rate", "2e-05", "--texts", "text: é", "no", "--resume"]
     assert cli.parse(Outer, "x", "", words) == CFG
+
+
+def test_a_folder_whose_process_ended_before_the_config_was_written_is_free(tmp_path):
+    for name in (runs.LOCK, "env.json", "config.yaml.123.partial"):
+        (tmp_path / name).write_text("x")
+    RunFolder.check_free(tmp_path)
+    assert RunFolder.create(tmp_path, CFG).config(Outer) == CFG
+    with pytest.raises(InputError, match="exists already"):
+        RunFolder.check_free(tmp_path)

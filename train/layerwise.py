@@ -138,7 +138,7 @@ def _train(session: Session, stop: list[int], display: Display) -> None:
     """Steps, measurements and checkpoints until the last step or a signal."""
     cfg = session.cfg
     if session.step == 0:
-        session.save()
+        session.save(is_awaited=True)  # a run that has rows of steps has a checkpoint to resume from
     pending = None  # the step before this one: its report is read while this one runs
     while session.step < cfg.steps and not stop:
         report = session.take_step()

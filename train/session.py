@@ -229,11 +229,13 @@ class Session:
         self._check_state()
         return measure(params, self._held_out, self.cfg.hash, cfg, self.cfg.layers_at_once)
 
-    def save(self) -> None:
-        """Checkpoint in the background."""
+    def save(self, is_awaited: bool = False) -> None:
+        """Checkpoint in the background, or have it on disk before this returns."""
         self._check_state()
         position = {"text": self.feed.position(self.step), "key": self._key_data, "seconds": self.seconds}
         self._store.save(self.step, gather_state(self.state, self.shape.layers), position)
+        if is_awaited:
+            self._store.wait()
 
     def _check_state(self) -> None:
         """Raise InputError where the state is not finite: it is neither measured, nor saved, nor exported."""

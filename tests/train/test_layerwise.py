@@ -164,6 +164,16 @@ def test_a_run_that_ended_before_it_trained_is_resumed_from_the_start(
     _assert_resumes_equal(path, finished, capsys)
 
 
+def test_the_first_checkpoint_is_whole_before_the_first_step(inputs, tmp_path, monkeypatch):
+    def take_step(self, captured=None):
+        assert newest_step(self.folder_path / "checkpoints") == (0, {})
+        raise Killed
+
+    monkeypatch.setattr(Session, "take_step", take_step)
+    with pytest.raises(Killed):
+        layerwise.command(inputs.flags(tmp_path / "run"))
+
+
 def test_a_damaged_checkpoint_is_said_and_the_one_before_it_continued(finished, tmp_path, capsys):
     path = tmp_path / "run"
     shutil.copytree(finished.path, path)
