@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import platform
+import types
 import typing
 from collections.abc import Collection, Iterator
 from typing import Any, TextIO, TypeVar
@@ -57,7 +58,7 @@ class RunFolder:
             raise InputError(f"'{self.path}' is no run folder (it has no config.yaml); start the run without --resume")
         try:
             plain = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError):
+        except (yaml.YAMLError, ValueError, RecursionError):  # bytes that are no text, days that no month has, nesting
             raise InputError(f"'{file}' is not readable YAML; start a new run") from None
         return from_plain(config_class, plain, str(file))
 
@@ -148,6 +149,23 @@ def _is_before_run(file: pathlib.Path) -> bool:
     return file.name in (LOCK, "env.json") or file.name.endswith(".partial")
 
 
+def check_destination(out: str | None, resume: bool) -> None:
+    """Raise InputError where results cannot be written: called before anything that takes long.
+
+    Args:
+        out: folder that the user named, None for a new one under runs/.
+        resume: whether it is to be a run already.
+    """
+    path = pathlib.Path("runs/new") if out is None else pathlib.Path(out)
+    if resume:
+        if not (path / "config.yaml").is_file():
+            raise InputError(f"'{path}' is no run folder (it has no config.yaml); start the run without --resume")
+    elif out is not None:
+        RunFolder.check_free(path)
+    with hold(path):
+        pass
+
+
 def next_free(parent: pathlib.Path, name: str) -> pathlib.Path:
     """`parent/name`, or `parent/name-2`, `-3`, ... where that is taken."""
     candidate, number = parent / name, 1
@@ -184,19 +202,36 @@ def to_plain(cfg: Any) -> Any:
 
 
 def from_plain(config_class: type[Config], plain: Any, source: str) -> Config:
-    """The config that `to_plain` gave; raises InputError on fields that are missing or unknown."""
+    """The config that `to_plain` gave; raises InputError on fields that are missing, unknown or of another type."""
     fields = {field.name for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
     if not isinstance(plain, dict) or set(plain) != fields:
-        unfit = sorted(fields ^ set(plain)) if isinstance(plain, dict) else ["all"]
+        unfit = sorted(map(str, fields ^ set(plain))) if isinstance(plain, dict) else ["all"]
         raise InputError(f"'{source}' does not fit this version ({', '.join(unfit)} missing or unknown)")
     kinds = typing.get_type_hints(config_class)
-    return config_class(**{name: _from_plain_value(kinds[name], value, source) for name, value in plain.items()})
+    values: dict[str, Any] = {}
+    for name, value in plain.items():
+        kind = kinds[name]
+        if dataclasses.is_dataclass(kind):
+            values[name] = from_plain(typing.cast(type, kind), value, source)
+        elif not _fits(kind, value):
+            raise InputError(f"'{source}': {name} is {value!r}, which this field cannot be; start a new run")
+        else:
+            values[name] = tuple(value) if isinstance(value, list) else value
+    return config_class(**values)
 
 
-def _from_plain_value(kind: Any, value: Any, source: str) -> Any:
-    if dataclasses.is_dataclass(kind):
-        return from_plain(typing.cast(type, kind), value, source)
-    return tuple(value) if isinstance(value, list) else value
+def _fits(kind: Any, value: Any) -> bool:
+    """Whether a value that was read is of a field's type."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return any(value == choice and type(value) is type(choice) for choice in args)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(each, value) for each in args)
+    if origin is tuple:
+        return isinstance(value, list) and all(_fits(args[0], item) for item in value)
+    if kind in (int, float):
+        return isinstance(value, int | kind) and not isinstance(value, bool)
+    return isinstance(value, kind)
 
 
 def differences(first: Any, second: Any, prefix: str = "") -> list[str]:

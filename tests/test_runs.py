@@ -9,6 +9,7 @@ import sys
 
 import jax
 import pytest
+import yaml
 
 from spotlight_jax import cli, runs
 from spotlight_jax.errors import InputError
@@ -182,3 +183,46 @@ def test_a_folder_whose_process_ended_before_the_config_was_written_is_free(tmp_
     assert RunFolder.create(tmp_path, CFG).config(Outer) == CFG
     with pytest.raises(InputError, match="exists already"):
         RunFolder.check_free(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model", 3),
+        ("rate", "fast"),
+        ("rate", True),
+        ("texts", "a"),
+        ("texts", [1]),
+        ("resume", "yes please"),
+        ("resume", 1),
+        ("limit", 1.5),
+        ("hash_cfg", [1]),
+    ],
+)
+def test_a_value_of_another_type_is_one_line_that_names_it(field, value, tmp_path):
+    plain = runs.to_plain(CFG) | {field: value}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(plain))
+    with pytest.raises(InputError, match=f"{field} is .*, which this field cannot be|does not fit this version"):
+        RunFolder(tmp_path).config(Outer)
+
+
+@pytest.mark.parametrize("content", ["model: 2001-99-99", "[" * 5000, "1: 2\nmodel: a"])
+def test_a_config_of_anything_else_is_one_line(content, tmp_path):
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(InputError, match=r"not readable YAML|does not fit this version"):
+        RunFolder(tmp_path).config(Outer)
+
+
+def test_where_results_cannot_go_is_said_and_nothing_is_left(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs.check_destination(None, resume=False)
+    runs.check_destination("a/b", resume=False)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(InputError, match="is no run folder"):
+        runs.check_destination("a", resume=True)
+    with pytest.raises(InputError, match="cannot write the run folder"):
+        runs.check_destination("/proc/nope", resume=False)
+    RunFolder.create(tmp_path / "run", CFG)
+    with pytest.raises(InputError, match="exists already"):
+        runs.check_destination("run", resume=False)
+    runs.check_destination("run", resume=True)
