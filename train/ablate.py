@@ -10,7 +10,6 @@ so far; --resume begins those anew. Perplexities come from the evaluation, whose
 """
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import json
 import pathlib
@@ -158,44 +157,45 @@ def main(cfg: AblateConfig) -> dict[str, Any]:
     out = pathlib.Path(cfg.out) if cfg.out else runs.next_free(pathlib.Path("runs"), "ablation")
     if not cfg.resume:
         runs.RunFolder.check_free(out)
-    left = [name for name in names if not _is_finished(out / name)]
+    evaluations = [_read_evaluation(pathlib.Path(folder)) for folder in cfg.perplexity]  # before anything is trained
+    left = [name for name in names if not (row := _read_row(out / name)) or not row["is_finished"]]
     variants = {name: variant_config(name, cfg) for name in left}
-    with contextlib.ExitStack() as held:
-        held.enter_context(runs.hold(out))
+    with runs.hold(out):
         with Display() as display, cli.noted_signals(*cli.STOPPING) as stop:
             _train_together(cfg, variants, out, display, stop)
-        rows = _report(cfg, names, out)
+        rows = [row for name in names if (row := _read_row(out / name))]
+        _add_perplexities(rows, evaluations, out)
+        _write_table(rows, out)
     print(json.dumps({"ablation": str(out), "results": rows}))
     if stop:
-        told = shlex.join(
-            [
-                "python",
-                "-m",
-                "train.ablate",
-                "--resume",
-                *runs.given_flags(cfg, AblateConfig(), ("--out", "--resume")),
-                "--out",
-                str(out),
-            ]
-        )
+        flags = runs.given_flags(cfg, AblateConfig(), ("--out", "--resume"))
+        told = shlex.join(["python", "-m", "train.ablate", "--resume", "--out", str(out), *flags])
         print(f"stopped; train the rest with: {told}", file=sys.stderr)
         raise SystemExit(128 + stop[0])
     return {"results": rows}
 
 
-def _report(cfg: AblateConfig, names: Sequence[str], out: pathlib.Path) -> list[dict[str, Any]]:
-    """Write and print the table of the variants that have a row; returns the rows."""
-    found = [out / name / _ROW for name in names]
-    rows = [json.loads(file.read_text(encoding="utf-8")) for file in found if file.is_file()]
-    _add_perplexities(rows, cfg.perplexity, out)
-    _write_table(rows, out)
-    return rows
+def _read_row(folder: pathlib.Path) -> dict[str, Any] | None:
+    """A variant's row; None where it has none. One that was stopped has a row too."""
+    return _read_json(folder / _ROW, "is_finished") if (folder / _ROW).is_file() else None
 
 
-def _is_finished(folder: pathlib.Path) -> bool:
-    """Whether a variant was trained to its end; one that was stopped has a row too."""
-    file = folder / _ROW
-    return file.is_file() and json.loads(file.read_text(encoding="utf-8"))["is_finished"]
+def _read_evaluation(folder: pathlib.Path) -> dict[str, Any]:
+    """The summary of a finished evaluation."""
+    if not (folder / "summary.json").is_file():
+        raise InputError(f"'{folder}' is no finished evaluation (it has no summary.json)")
+    return _read_json(folder / "summary.json", "results")
+
+
+def _read_json(file: pathlib.Path, field: str) -> dict[str, Any]:
+    """An object that has a field; raises InputError where it is none."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or field not in found:
+        raise InputError(f"'{file}' is damaged: it is no JSON object with '{field}'; remove it to make it again")
+    return found
 
 
 def _train_together(
@@ -275,13 +275,9 @@ def _means(quality: SelectionQuality, suffix: str, cfg: MeasureConfig) -> dict[s
     }
 
 
-def _add_perplexities(rows: list[dict[str, Any]], folders: Sequence[str], out: pathlib.Path) -> None:
+def _add_perplexities(rows: list[dict[str, Any]], evaluations: Sequence[dict[str, Any]], out: pathlib.Path) -> None:
     """Perplexities over all texts that evaluations measured of these selectors, as `ppl_0.02` or `ppl_sinks_0.02`."""
-    for folder in folders:
-        file = pathlib.Path(folder) / "summary.json"
-        if not file.is_file():
-            raise InputError(f"'{folder}' is no finished evaluation (it has no summary.json)")
-        found = json.loads(file.read_text(encoding="utf-8"))
+    for found in evaluations:
         metric = "copy" if found["eval"] == "copy" else "ppl"
         for result in found["results"]:
             for row in rows:
