@@ -218,8 +218,10 @@ class Campaign:
 
     def repeat(self, name: str, once: Callable[[], str], count: int) -> None:
         """Do one kind many times, and count what it came to."""
-        for _ in range(count):
+        for number in range(1, count + 1):
             self.counts[name, once()] += 1
+            if number % 25 == 0:
+                print(f"{number} of {count} {name}, {self.bad} bad so far", file=sys.stderr, flush=True)
 
     @property
     def bad(self) -> int:
