@@ -7,8 +7,9 @@ from typing import Any, Literal
 import transformers
 
 from eval.methods import UNBUDGETED, Method, base_name, check_names, open_method, selector_of
+from spotlight_jax import runs
 from spotlight_jax.checkpoint import Selector, load_selector
-from spotlight_jax.errors import InputError
+from spotlight_jax.errors import InputError, check_numbers
 from spotlight_jax.generate import head_shape
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import Params
@@ -71,6 +72,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be evaluated."""
+        check_numbers(self)
         check_names(self.methods)
         if not self.keep or len(set(self.keep)) < len(self.keep):
             raise InputError("give --keep at least one share, each once")
@@ -166,7 +168,11 @@ class Subject:
 
 
 def load_subject(cfg: EvalConfig) -> Subject:
-    """Weights, tokenizer and selector; raises InputError where one is missing or does not fit the others."""
+    """Weights, tokenizer and selector; raises InputError where one is missing or does not fit the others.
+
+    Where the results go is looked at first: loading and measuring take long.
+    """
+    runs.check_destination(cfg.out, cfg.resume)
     model_cfg, params = load_weights(cfg.model, resolve_dtype(cfg.dtype))
     selector = None if cfg.selector is None else load_selector(cfg.selector, head_shape(model_cfg))
     tokenizer = None if cfg.model.startswith(RANDOM) else open_tokenizer(cfg.model)

@@ -91,6 +91,7 @@ class DecodeSpeedConfig:
             raise InputError("give --methods dense, sparse or both, each once")
         if not self.lengths or min(self.lengths) < 1 or self.new_tokens < 1 or self.rounds < 1:
             raise InputError("lengths, new_tokens and rounds must be at least 1")
+        _ = self.selection  # refuses what selects nothing
 
 
 def load(cfg: DecodeSpeedConfig, dtype: jnp.dtype) -> tuple[DecoderConfig, dict, Selector]:

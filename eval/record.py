@@ -1,5 +1,6 @@
 """An evaluation's run folder and what a person sees of it: parts that are finished are never measured twice."""
 
+import contextlib
 import dataclasses
 import json
 import urllib.parse
@@ -31,8 +32,9 @@ class Record:
     where the input was refused.
     """
 
-    def __init__(self, folder: runs.RunFolder, name: str) -> None:
+    def __init__(self, folder: runs.RunFolder, name: str, held: contextlib.ExitStack | None = None) -> None:
         self.folder, self.name = folder, name
+        self._held = held or contextlib.ExitStack()  # the folder, for this process
         self.rows: list[Row] = folder.metrics()
         self.display = Display()
         self._done = self._total = 0
@@ -50,7 +52,10 @@ class Record:
         """
         if not cfg.resume:
             path = Path(cfg.out) if cfg.out is not None else runs.next_free(Path("runs"), f"eval-{name}")
-            return cls(runs.RunFolder.create(path, cfg), name)
+            runs.RunFolder.check_free(path)
+            with contextlib.ExitStack() as held:
+                held.enter_context(runs.hold(path))
+                return cls(runs.RunFolder.create(path, cfg), name, held.pop_all())
         folder = runs.RunFolder(Path(cfg.out))
         first = folder.config(type(cfg))
         same = dataclasses.replace(first, **{field: getattr(cfg, field) for field in free_fields})
@@ -59,7 +64,9 @@ class Record:
                 f"the run in '{cfg.out}' was started with other flags ({', '.join(changed)}); "
                 "resume with those, or give another --out"
             )
-        return cls(folder, name)
+        with contextlib.ExitStack() as held:
+            held.enter_context(runs.hold(folder.path))
+            return cls(folder, name, held.pop_all())
 
     def __enter__(self) -> "Record":
         self.display.start()
@@ -69,6 +76,7 @@ class Record:
         self.display.stop()
         if isinstance(error, InputError):
             self.folder.discard_if_unused()
+        self._held.close()
 
     def begin(self, parts: Sequence[Part]) -> list[Part]:
         """Say how much there is to do; returns the parts that are not finished."""

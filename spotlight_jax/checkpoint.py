@@ -7,6 +7,8 @@ and a model card. Loading reads the safetensors file; the two are checked to be 
 import dataclasses
 import json
 import pathlib
+import shutil
+import tempfile
 from typing import Any
 
 import jax
@@ -15,10 +17,11 @@ import orbax.checkpoint as ocp
 import safetensors
 import safetensors.numpy
 
-from spotlight_jax import hashing
+from spotlight_jax import files, hashing, manifest
 from spotlight_jax.errors import InputError
 
 FORMAT = 2
+_READ = ("config.json", "selector.safetensors")  # the files that loading reads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +44,12 @@ def flatten(params: hashing.HashParams) -> dict[str, jax.Array]:
 
 def save_selector(folder: pathlib.Path, selector: Selector, card: str) -> None:
     """Write a selector folder, Orbax and safetensors side by side."""
-    arrays = flatten(selector.params)
+    arrays = {name: np.asarray(array) for name, array in flatten(selector.params).items()}
+    for name, array in arrays.items():
+        _check_finite(name, array, "it is not exported")
     folder.mkdir(parents=True, exist_ok=True)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save((folder / "orbax").absolute(), arrays, force=True)
-    safetensors.numpy.save_file(
-        {name: np.asarray(array) for name, array in arrays.items()}, folder / "selector.safetensors"
-    )
+    whole = safetensors.numpy.save(arrays)
+    files.write_bytes(folder / "selector.safetensors", whole)
     config = {
         "format": FORMAT,
         "base_model": selector.base_model,
@@ -56,8 +58,23 @@ def save_selector(folder: pathlib.Path, selector: Selector, card: str) -> None:
         "shape": dataclasses.asdict(selector.shape),
         **selector.info,
     }
-    (folder / "README.md").write_text(card, encoding="utf-8")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    files.write_text(folder / "README.md", card)
+    _write_orbax(folder / "orbax", arrays)
+    files.write_json(folder / "config.json", config)
+    manifest.seal_folder(folder)
+
+
+def _write_orbax(folder: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write arrays through Orbax, by way of a temporary folder: a full disk is then met in one line."""
+    with tempfile.TemporaryDirectory() as scratch:
+        source = pathlib.Path(scratch) / "orbax"
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(source, arrays)
+        shutil.rmtree(folder, ignore_errors=True)
+        for file in (path for path in source.rglob("*") if path.is_file()):
+            target = folder / file.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            files.write_bytes(target, file.read_bytes())
 
 
 def load_selector(folder: str | pathlib.Path, shape: hashing.HeadShape | None = None) -> Selector:
@@ -73,6 +90,11 @@ def load_selector(folder: str | pathlib.Path, shape: hashing.HeadShape | None = 
     if not (folder / "config.json").is_file() and (folder / "selector" / "config.json").is_file():
         folder = folder / "selector"
     config = _read_config(folder)
+    if (folder / manifest.FILE).is_file() and (damage := manifest.find_damage(folder, _READ)):  # old ones have none
+        raise InputError(
+            f"selector '{folder}' is damaged: {damage}; export it again with --resume (or, where you changed it "
+            f"yourself, delete {manifest.FILE})"
+        )
     try:
         cfg, own = hashing.HashConfig(**config["hash"]), hashing.HeadShape(**config["shape"])
     except (KeyError, TypeError) as error:
@@ -149,4 +171,12 @@ def _read_arrays(file: pathlib.Path, template: dict[str, Any]) -> dict[str, np.n
             raise InputError(f"'{file}' holds no '{name}'; export the selector again")
         if arrays[name].shape != leaf.shape:
             raise InputError(f"'{file}': '{name}' is {arrays[name].shape}, its config asks for {leaf.shape}")
+        if arrays[name].dtype != leaf.dtype:
+            raise InputError(f"'{file}': '{name}' is {arrays[name].dtype} instead of {leaf.dtype}; export it again")
+        _check_finite(name, arrays[name], f"'{file}' cannot be used: train it again")
     return arrays
+
+
+def _check_finite(name: str, array: np.ndarray, so: str) -> None:
+    if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+        raise InputError(f"'{name}' of the hash functions holds NaN or infinite numbers; {so}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import errno
 import importlib
 import importlib.util
 import io
@@ -12,6 +13,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +24,13 @@ from spotlight_jax.errors import InputError
 Config = TypeVar("Config")
 
 BROKEN_PIPE = 128 + 13  # what a shell reports for a program that SIGPIPE ended
+_DISK_ADVICE = {
+    errno.ENOSPC: "; free some space",
+    errno.EDQUOT: "; free some space, or ask for a larger quota",
+    errno.EROFS: "; give a folder on a disk that can be written",
+    errno.EACCES: "; give a folder that you may write",
+    errno.EIO: "; the disk or the connection to it fails",
+}
 
 # Command name, the module whose `command(args) -> int` runs it, and what it is for.
 _COMMANDS = (
@@ -43,9 +52,9 @@ def run(
 ) -> int:
     """Parse flags into a config, call `main` with it, and return the exit code.
 
-    0: done; 2: the input cannot be used, which one line on stderr explains; 130: interrupted; 141: who read our output
-    wants no more (`| head`). Any other exception is our bug and keeps its traceback. Flags and their help come from the
-    config's fields and the docstrings under them.
+    0: done; 2: the input cannot be used or the disk fails, which one line on stderr explains; 130: interrupted; 141:
+    who reads our output wants no more (`| head`). Any other exception is our bug and keeps its traceback. Flags and
+    their help come from the config's fields and the docstrings under them.
     """
     try:
         try:
@@ -55,13 +64,25 @@ def run(
     except InputError as error:
         return _fail(prog, str(error))
     except BrokenPipeError:
-        with contextlib.suppress(OSError):  # no file behind stdout
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
+        _drop_stdout()
         return BROKEN_PIPE
+    except OSError as error:  # a full or failing disk, a folder that may not be written
+        _drop_stdout()
+        where = f"'{error.filename}': " if error.filename else ""
+        return _fail(prog, f"{where}{error.strerror or error}{_DISK_ADVICE.get(error.errno or 0, '')}")
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _drop_stdout() -> None:
+    """Send what is still buffered for stdout nowhere where it cannot be written: Python would try again at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError):  # no file behind stdout
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def parse(
@@ -95,9 +116,16 @@ def parse(
     return cfg
 
 
+# What ends a run after its step: Ctrl-C, `kill`, a terminal that is closed.
+STOPPING = tuple(number for name in ("SIGINT", "SIGTERM", "SIGHUP") if (number := getattr(signal, name, None)))
+
+
 @contextlib.contextmanager
 def noted_signals(*numbers: int) -> Iterator[list[int]]:
-    """These signals end what is under way by being in the list; a second one does what it always did, at once."""
+    """These signals end what is under way by being in the list; a second one does what it always did, at once.
+
+    One that is ignored, as `nohup` ignores SIGHUP, stays ignored.
+    """
     received: list[int] = []
     previous: dict[int, Any] = {}
 
@@ -110,6 +138,8 @@ def noted_signals(*numbers: int) -> Iterator[list[int]]:
         restore()
 
     for number in numbers:
+        if signal.getsignal(number) is signal.SIG_IGN:
+            continue
         with contextlib.suppress(ValueError):  # not in the main thread: signals are somebody else's
             previous[number] = signal.signal(number, note)
     try:
@@ -118,8 +148,34 @@ def noted_signals(*numbers: int) -> Iterator[list[int]]:
         restore()
 
 
+@contextlib.contextmanager
+def insistent_interrupt(again_after: float = 1.0) -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, and does so again until the block is left: libraries swallow some.
+
+    asyncio takes over Ctrl-C and loses it where its task ends first, and what is raised while Python frees an object
+    or runs a callback of C++ is only printed.
+    """
+
+    def interrupt(number: int, frame: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, again_after)
+        raise KeyboardInterrupt
+
+    previous: dict[int, Any] = {}
+    is_main = threading.current_thread() is threading.main_thread()  # else signals are somebody else's
+    if is_main and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGALRM)}
+    try:
+        yield
+    finally:
+        if previous:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 def _fail(prog: str, message: str) -> int:
-    print(f"{prog}: {' '.join(message.split())}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # the terminal may be closed
+        print(f"{prog}: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 

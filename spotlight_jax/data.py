@@ -14,7 +14,7 @@ from jaxtyping import Int32
 from spotlight_jax import documents, texts
 from spotlight_jax.documents import Source
 from spotlight_jax.encoding import Encoder
-from spotlight_jax.errors import InputError
+from spotlight_jax.errors import InputError, check_numbers
 
 LONG_WINDOWS = 2  # of a whole context's length, set aside where there is text for them
 _LONG_SHARE = 8  # a source gives at most this part of its windows to one of them
@@ -45,6 +45,7 @@ class DataConfig:
     """Seed of the training order; the held-out windows do not depend on it."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if not self.train:
             raise InputError("no training text is given; name a file, or 'embedded'")
         if self.window < 2:
@@ -55,7 +56,7 @@ class DataConfig:
             raise InputError(f"weights has {len(self.weights)} numbers for {len(self.train)} training texts")
         if not 0 <= self.copies <= 1:
             raise InputError(f"copies is {self.copies}; give a share of the windows from 0 to 1")
-        if any(not 0 < weight < float("inf") for weight in self.weights):
+        if any(weight <= 0 for weight in self.weights):
             raise InputError(f"weights must be positive, not {self.weights}")
 
 

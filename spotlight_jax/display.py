@@ -1,5 +1,6 @@
 """What a person sees: progress on stderr, live in a terminal and in plain lines elsewhere, and tables of results."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Sequence
@@ -51,7 +52,8 @@ class Display:
     def stop(self) -> None:
         """Take the live line off the terminal."""
         if self._live is not None:
-            self._live.stop()
+            with _may_be_closed():
+                self._live.stop()
 
     def begin(self, what: str, done: int, total: int) -> None:
         """Begin a task of which `done` is there already: only what comes after tells how long the rest will take."""
@@ -66,7 +68,8 @@ class Display:
         if is_new:
             self.begin(what, done, total)
         if self._live is not None:
-            self._live.update(self._task, completed=done, total=total, note=note)
+            with _may_be_closed():
+                self._live.update(self._task, completed=done, total=total, note=note)
             return
         now = time.monotonic()
         if is_new or done == total or now - self._last_line >= _PLAIN_EVERY:
@@ -74,14 +77,20 @@ class Display:
             own = done - self._before
             left = (now - self._started) / own * (total - done) if own > 0 else 0.0
             rest = f", {left:.0f} s left" if left else ""
-            print(f"{what}: {done}/{total}{rest}{'; ' + note if note else ''}", file=sys.stderr, flush=True)
+            self.say(f"{what}: {done}/{total}{rest}{'; ' + note if note else ''}")
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        if self._live is not None:
-            self._live.console.print(text, markup=False)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        with _may_be_closed():
+            if self._live is not None:
+                self._live.console.print(text, markup=False)
+            else:
+                print(text, file=sys.stderr, flush=True)
+
+
+def _may_be_closed() -> contextlib.suppress:
+    """Progress that nobody can see, because the terminal was closed or its disk is full, stops nothing."""
+    return contextlib.suppress(OSError)
 
 
 def make_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], names: int = 1) -> rich.table.Table:

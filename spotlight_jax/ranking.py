@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray, Shaped
 
 from spotlight_jax import hashing
-from spotlight_jax.errors import InputError
+from spotlight_jax.errors import InputError, check_numbers
 from spotlight_jax.kernels.pair_cost import SLOPES, pair_cost
 from spotlight_jax.kernels.select_top import select_top
 from spotlight_jax.selection import ordered_ranks
@@ -68,6 +68,7 @@ class RankingConfig:
 
     def __post_init__(self) -> None:
         """Refuse what no loss can be computed from."""
+        check_numbers(self)
         if not 0 < self.top_share < 1:
             raise InputError(f"top_share is {self.top_share}; give a share above 0 and below 1, such as 0.02")
         for name in ("queries", "tops", "others", "queries_at_once", "min_top"):
@@ -78,6 +79,8 @@ class RankingConfig:
         for name in ("beta", "softness"):
             if getattr(self, name) <= 0:
                 raise InputError(f"{name} is {getattr(self, name)}; give a number above 0")
+        if self.alpha < 0:
+            raise InputError(f"alpha is {self.alpha}; give a margin of 0 or more")
         if not 0 <= self.always_top <= self.tops:
             raise InputError(f"always_top is {self.always_top}; give 0 to {self.tops}, the number of tops")
 

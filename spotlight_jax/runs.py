@@ -1,20 +1,28 @@
 """Run folders: the resolved config, versions and device, one line of metrics a measurement, a summary."""
 
+import contextlib
 import dataclasses
 import datetime
+import fcntl
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
+import types
 import typing
-from typing import Any, TypeVar
+from collections.abc import Collection, Iterator
+from typing import Any, TextIO, TypeVar
 
 import jax
 import yaml
 
+from spotlight_jax import files
 from spotlight_jax.errors import InputError
 
 Config = TypeVar("Config")
+
+LOCK = ".lock"  # the file in a run folder that says who writes to it
 
 _PACKAGES = ("spotlight-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
 
@@ -28,7 +36,7 @@ class RunFolder:
     @staticmethod
     def check_free(path: pathlib.Path) -> None:
         """Raise InputError where a new run cannot have this folder."""
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and (not path.is_dir() or any(not _is_before_run(file) for file in path.iterdir())):
             raise InputError(f"'{path}' exists already; give another --out, or --resume to continue that run")
 
     @classmethod
@@ -37,8 +45,8 @@ class RunFolder:
         cls.check_free(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            (path / "config.yaml").write_text(yaml.safe_dump(to_plain(cfg), sort_keys=False), encoding="utf-8")
-            (path / "env.json").write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
+            files.write_json(path / "env.json", environment())
+            files.write_text(path / "config.yaml", yaml.safe_dump(to_plain(cfg), sort_keys=False))
         except OSError as error:
             raise InputError(f"cannot write the run folder '{path}': {error.strerror}") from None
         return cls(path)
@@ -50,20 +58,19 @@ class RunFolder:
             raise InputError(f"'{self.path}' is no run folder (it has no config.yaml); start the run without --resume")
         try:
             plain = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError):
+        except (yaml.YAMLError, ValueError, RecursionError):  # bytes that are no text, days that no month has, nesting
             raise InputError(f"'{file}' is not readable YAML; start a new run") from None
         return from_plain(config_class, plain, str(file))
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Add one line to `metrics.jsonl`."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        files.append_lines(self.path / "metrics.jsonl", json.dumps(row) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
         """All rows so far; a line that a crash cut short is dropped."""
         file = self.path / "metrics.jsonl"
         rows = []
-        for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        for line in file.read_text(encoding="utf-8").split("\n") if file.exists() else []:
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError:
@@ -72,21 +79,91 @@ class RunFolder:
 
     def discard_if_unused(self) -> None:
         """Remove the folder where it holds nothing but what `create` wrote: a run that was refused keeps no name."""
-        files = list(self.path.iterdir())
-        if {file.name for file in files} <= {"config.yaml", "env.json"}:
-            for file in files:
+        found = [file for file in self.path.iterdir() if file.name != LOCK]
+        if {file.name for file in found} <= {"config.yaml", "env.json"}:
+            for file in found:
                 file.unlink()
-            self.path.rmdir()
 
     def keep_metrics_before(self, step: int) -> None:
         """Drop rows from `step` on, which a resumed run will write again."""
         rows = [row for row in self.metrics() if row.get("step", 0) < step]
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        (self.path / "metrics.jsonl").write_text(text, encoding="utf-8")
+        files.write_text(self.path / "metrics.jsonl", text)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write `summary.json`."""
-        (self.path / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        files.write_json(self.path / "summary.json", summary)
+
+
+@contextlib.contextmanager
+def hold(path: pathlib.Path) -> Iterator[None]:
+    """Keep a folder for this process while the block runs; the folder is made, and removed again if it stays empty.
+
+    The lock is the system's and ends with the process, however that ends. File systems without locks have none.
+
+    Raises: InputError where another process holds the folder, which it names, or where it cannot be written.
+    """
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = _lock(path)
+    except FileExistsError:
+        raise InputError(f"'{path}' exists already and is no folder; give another --out") from None
+    except OSError as error:
+        raise InputError(f"cannot write the run folder '{path}': {error.strerror}") from None
+    with lock:
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                (path / LOCK).unlink()
+                for folder in made if not any(path.iterdir()) else ():
+                    folder.rmdir()
+
+
+def _lock(path: pathlib.Path) -> TextIO:
+    """The folder's lock file, locked by this process, which it names."""
+    lock = (path / LOCK).open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read(200).strip() or "another process"
+        lock.close()
+        raise InputError(f"'{path}' is being written by {holder}") from None
+    except OSError:
+        pass  # this file system has no locks
+    if not (path / LOCK).exists():  # its last holder took it away between our two calls
+        lock.close()
+        return _lock(path)
+    with contextlib.suppress(OSError):
+        lock.truncate(0)
+        now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        lock.write(f"process {os.getpid()} on {platform.node()}, which began at {now}\n")
+        lock.flush()
+    return lock
+
+
+def _is_before_run(file: pathlib.Path) -> bool:
+    """Whether a file is there before the config is, which makes a folder a run: its process ended before that."""
+    return file.name in (LOCK, "env.json") or file.name.endswith(".partial")
+
+
+def check_destination(out: str | None, resume: bool) -> None:
+    """Raise InputError where results cannot be written: called before anything that takes long.
+
+    Args:
+        out: folder that the user named, None for a new one under runs/.
+        resume: whether it is to be a run already.
+    """
+    path = pathlib.Path("runs/new") if out is None else pathlib.Path(out)
+    if resume:
+        if not (path / "config.yaml").is_file():
+            raise InputError(f"'{path}' is no run folder (it has no config.yaml); start the run without --resume")
+    elif out is not None:
+        RunFolder.check_free(path)
+    with hold(path):
+        pass
 
 
 def next_free(parent: pathlib.Path, name: str) -> pathlib.Path:
@@ -125,19 +202,36 @@ def to_plain(cfg: Any) -> Any:
 
 
 def from_plain(config_class: type[Config], plain: Any, source: str) -> Config:
-    """The config that `to_plain` gave; raises InputError on fields that are missing or unknown."""
+    """The config that `to_plain` gave; raises InputError on fields that are missing, unknown or of another type."""
     fields = {field.name for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
     if not isinstance(plain, dict) or set(plain) != fields:
-        unfit = sorted(fields ^ set(plain)) if isinstance(plain, dict) else ["all"]
+        unfit = sorted(map(str, fields ^ set(plain))) if isinstance(plain, dict) else ["all"]
         raise InputError(f"'{source}' does not fit this version ({', '.join(unfit)} missing or unknown)")
     kinds = typing.get_type_hints(config_class)
-    return config_class(**{name: _from_plain_value(kinds[name], value, source) for name, value in plain.items()})
+    values: dict[str, Any] = {}
+    for name, value in plain.items():
+        kind = kinds[name]
+        if dataclasses.is_dataclass(kind):
+            values[name] = from_plain(typing.cast(type, kind), value, source)
+        elif not _fits(kind, value):
+            raise InputError(f"'{source}': {name} is {value!r}, which this field cannot be; start a new run")
+        else:
+            values[name] = tuple(value) if isinstance(value, list) else value
+    return config_class(**values)
 
 
-def _from_plain_value(kind: Any, value: Any, source: str) -> Any:
-    if dataclasses.is_dataclass(kind):
-        return from_plain(typing.cast(type, kind), value, source)
-    return tuple(value) if isinstance(value, list) else value
+def _fits(kind: Any, value: Any) -> bool:
+    """Whether a value that was read is of a field's type."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return any(value == choice and type(value) is type(choice) for choice in args)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(each, value) for each in args)
+    if origin is tuple:
+        return isinstance(value, list) and all(_fits(args[0], item) for item in value)
+    if kind in (int, float):
+        return isinstance(value, int | kind) and not isinstance(value, bool)
+    return isinstance(value, kind)
 
 
 def differences(first: Any, second: Any, prefix: str = "") -> list[str]:
@@ -149,3 +243,20 @@ def differences(first: Any, second: Any, prefix: str = "") -> list[str]:
             names += differences(*pair, prefix=f"{prefix}{field.name.replace('_', '-')}.")
         return names
     return [] if first == second else ["--" + prefix.rstrip(".")]
+
+
+def given_flags(cfg: Any, default: Any, leave_out: Collection[str] = ()) -> list[str]:
+    """The flags, as words of a command line, that make `cfg` of `default`; bools are named, None is left out."""
+    words: list[str] = []
+    for flag in differences(cfg, default):
+        value = cfg
+        for name in flag.removeprefix("--").split("."):
+            value = getattr(value, name.replace("-", "_"))
+        if flag in leave_out or value is None:
+            continue
+        if isinstance(value, bool):
+            head, dot, last = flag.removeprefix("--").rpartition(".")
+            words.append(f"--{head}{dot}{'' if value else 'no-'}{last}")
+        else:
+            words += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
+    return words

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32, Key
 
-from spotlight_jax.errors import InputError
+from spotlight_jax.errors import InputError, check_numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +25,7 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         """Refuse what no distribution fits."""
+        check_numbers(self)
         if not self.temperature >= 0:
             raise InputError(f"temperature is {self.temperature}; give 0 or more")
         if self.top_k < 0:

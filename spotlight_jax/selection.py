@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int32, UInt32
 
-from spotlight_jax.errors import InputError
+from spotlight_jax.errors import InputError, check_numbers
 from spotlight_jax.kernels.match_score import match_score
 from spotlight_jax.kernels.score_select import is_fused, score_select
 from spotlight_jax.kernels.select_top import mask_top, select_top
@@ -47,6 +47,7 @@ class SelectionConfig:
 
     def __post_init__(self) -> None:
         """Refuse what selects nothing or more than there is."""
+        check_numbers(self)
         if not 1 / SHARE_STEPS <= self.keep <= 1:
             raise InputError(f"keep is {self.keep}; give a share above 0 (at least {1 / SHARE_STEPS}) and at most 1")
         if self.budget is not None and self.budget < 1:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -200,3 +201,35 @@ def test_arrays_of_another_model_are_named(copy):
     message = refusal(copy)
     assert "'stats.mean' is (2, 2, 32)" in message
     assert "(2, 3, 32)" in message
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_hash_functions_that_are_no_numbers_are_neither_exported_nor_loaded(value, saved, copy, tmp_path):
+    selector = saved[0]
+    spoiled = jax.tree.map(lambda leaf: leaf.at[..., -1].set(value), selector.params)
+    with pytest.raises(InputError, match="holds NaN or infinite numbers; it is not exported"):
+        save_selector(tmp_path / "new", dataclasses.replace(selector, params=spoiled), "# A card\n")
+    assert not (tmp_path / "new").exists()
+    arrays = {name: np.asarray(array) for name, array in checkpoint.flatten(spoiled).items()}
+    safetensors.numpy.save_file(arrays, copy / "selector.safetensors")
+    assert "holds NaN or infinite numbers" in refusal(copy)
+
+
+def test_arrays_of_another_type_are_refused(saved, copy):
+    arrays = {name: np.asarray(array) > 0 for name, array in checkpoint.flatten(saved[0].params).items()}
+    safetensors.numpy.save_file(arrays, copy / "selector.safetensors")
+    assert "is bool instead of float32" in refusal(copy)
+
+
+@pytest.mark.parametrize("name", ["config.json", "selector.safetensors"])
+def test_a_selector_that_is_not_as_it_was_written_is_refused(name, saved, tmp_path):
+    folder = tmp_path / "selector"
+    shutil.copytree(saved[1], folder)
+    (folder / "README.md").write_text("my own words")  # is not read
+    load_selector(folder)
+    content = bytearray((folder / name).read_bytes())
+    at = content.index(b"32") if name == "config.json" else -2  # a digit of a size, a bit of a number
+    content[at] ^= 1
+    (folder / name).write_bytes(content)
+    told = refusal(folder)
+    assert f"is damaged: {name} is not what was written" in told and "delete manifest.json" in told

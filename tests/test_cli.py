@@ -1,4 +1,6 @@
+import contextlib
 import dataclasses
+import errno
 import os
 import pty
 import re
@@ -186,3 +188,44 @@ def test_a_noted_signal_interrupts_only_the_second_time():
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_interrupt_that_a_library_swallows_comes_again():
+    with pytest.raises(KeyboardInterrupt), cli.insistent_interrupt(again_after=0.05):
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        time.sleep(5)
+        pytest.fail("was swallowed")
+    time.sleep(0.1)  # and never after the block
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with cli.noted_signals(*cli.STOPPING) as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert stop == []
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+    with cli.noted_signals(*cli.STOPPING) as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert stop == [signal.SIGHUP]
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        (errno.ENOSPC, "No space left on device; free some space"),
+        (errno.EDQUOT, "Disk quota exceeded; free some space, or ask for a larger quota"),
+        (errno.EROFS, "Read-only file system; give a folder on a disk that can be written"),
+        (errno.EIO, "Input/output error; the disk or the connection to it fails"),
+    ],
+)
+def test_a_disk_that_fails_is_one_line_that_names_the_file(code, told, capsys):
+    def main(cfg):
+        raise OSError(code, os.strerror(code), "some/file")
+
+    assert _run(main=main) == 2
+    assert capsys.readouterr().err == f"spotlight test: 'some/file': {told}\n"

@@ -1,9 +1,15 @@
 """A flag that nobody reads is a lie: every field of every config is read by some of our code."""
 
 import ast
+import importlib
+import math
+import re
+import typing
 from pathlib import Path
 
 import pytest
+
+from spotlight_jax.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 TREES = [
@@ -62,3 +68,35 @@ def f(cfg):
 """
     trees = [ast.parse(source)]
     assert [field for _, field in _config_fields(trees) if field not in _reads(trees)] == ["unused"]
+
+
+def _number_fields() -> list[tuple[type, str, bool]]:
+    """Config classes of flags, their fields of real numbers, and whether a field holds several."""
+    found = {}
+    for top in ("spotlight_jax", "train", "eval"):
+        for file in sorted((ROOT / top).rglob("*.py")):
+            has_class = re.search(r"^class \w+Config\b", file.read_text(encoding="utf-8"), re.MULTILINE)
+            if not has_class or "models" in file.parts:  # configs of models come from files
+                continue
+            module = importlib.import_module(".".join(file.relative_to(ROOT).with_suffix("").parts))
+            for name, kind in vars(module).items():
+                if name.endswith("Config") and isinstance(kind, type) and "models" not in kind.__module__:
+                    for field, hint in typing.get_type_hints(kind).items():
+                        if hint in (float, float | None, tuple[float, ...]):
+                            found[f"{kind.__module__}.{name}.{field}"] = (kind, field, hint == tuple[float, ...])
+    return list(found.values())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e39])
+@pytest.mark.parametrize(
+    ("kind", "field", "is_several"), _number_fields(), ids=lambda item: getattr(item, "__name__", str(item))
+)
+def test_every_real_number_of_every_config_is_finite_in_single_precision(kind, field, is_several, value):
+    with pytest.raises(InputError, match=rf"{field}|share|depths"):
+        kind(**{field: (value,) if is_several else value})
+
+
+def test_real_numbers_of_all_programs_are_tried():
+    names = {(kind.__name__, field) for kind, field, _ in _number_fields()}
+    assert {("OptimizerConfig", "b1"), ("RankingConfig", "softness"), ("SamplingConfig", "temperature")} <= names
+    assert {("DataConfig", "weights"), ("NeedleConfig", "depths"), ("LayerwiseConfig", "cache_gib")} <= names

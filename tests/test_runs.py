@@ -2,13 +2,20 @@
 
 import dataclasses
 import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import pytest
+import yaml
 
-from spotlight_jax import runs
+from spotlight_jax import cli, runs
 from spotlight_jax.errors import InputError
 from spotlight_jax.runs import RunFolder
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,3 +132,97 @@ def test_the_next_free_folder_counts_up_from_2(tmp_path):
         free.mkdir()
         names.append(free.name)
     assert names == ["run", "run-2", "run-3"]
+
+
+HOLDER = """
+import pathlib, sys
+from spotlight_jax import runs
+with runs.hold(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_folder_is_held_by_one_process_which_is_named_until_it_dies(tmp_path):
+    path = tmp_path / "a" / "run"
+    command = [sys.executable, "-c", HOLDER, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        told = rf"is being written by process {holder.pid} on .*, which began at"
+        with pytest.raises(InputError, match=told), runs.hold(path):
+            pass
+        holder.kill()
+    with runs.hold(path):
+        RunFolder.create(path, CFG)
+        with pytest.raises(InputError, match=f"is being written by process {os.getpid()} on"), runs.hold(path):
+            pass
+    assert sorted(file.name for file in path.iterdir()) == ["config.yaml", "env.json"]
+
+
+def test_holding_leaves_nothing_where_nothing_is_written(tmp_path):
+    with pytest.raises(KeyError), runs.hold(tmp_path / "a" / "b" / "run"):
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(InputError, match=r"is no folder|cannot write the run folder"), runs.hold(path):
+            pass
+
+
+def test_given_flags_make_the_config_again():
+    words = runs.given_flags(CFG, Outer(), ("--model",))
+    assert words[:5] == ["--hash-cfg.code-bits", "64", "--hash-cfg.weights", "0.5", "0.25"]
+    assert words[5:] == ["--rate", "2e-05", "--texts", "text: é", "no", "--resume"]
+    assert cli.parse(Outer, "x", "", words) == CFG
+
+
+def test_a_folder_whose_process_ended_before_the_config_was_written_is_free(tmp_path):
+    for name in (runs.LOCK, "env.json", "config.yaml.123.partial"):
+        (tmp_path / name).write_text("x")
+    RunFolder.check_free(tmp_path)
+    assert RunFolder.create(tmp_path, CFG).config(Outer) == CFG
+    with pytest.raises(InputError, match="exists already"):
+        RunFolder.check_free(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model", 3),
+        ("rate", "fast"),
+        ("rate", True),
+        ("texts", "a"),
+        ("texts", [1]),
+        ("resume", "yes please"),
+        ("resume", 1),
+        ("limit", 1.5),
+        ("hash_cfg", [1]),
+    ],
+)
+def test_a_value_of_another_type_is_one_line_that_names_it(field, value, tmp_path):
+    plain = runs.to_plain(CFG) | {field: value}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(plain))
+    with pytest.raises(InputError, match=f"{field} is .*, which this field cannot be|does not fit this version"):
+        RunFolder(tmp_path).config(Outer)
+
+
+@pytest.mark.parametrize("content", ["model: 2001-99-99", "[" * 5000, "1: 2\nmodel: a"])
+def test_a_config_of_anything_else_is_one_line(content, tmp_path):
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(InputError, match=r"not readable YAML|does not fit this version"):
+        RunFolder(tmp_path).config(Outer)
+
+
+def test_where_results_cannot_go_is_said_and_nothing_is_left(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs.check_destination(None, resume=False)
+    runs.check_destination("a/b", resume=False)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(InputError, match="is no run folder"):
+        runs.check_destination("a", resume=True)
+    with pytest.raises(InputError, match="cannot write the run folder"):
+        runs.check_destination("/proc/nope", resume=False)
+    RunFolder.create(tmp_path / "run", CFG)
+    with pytest.raises(InputError, match="exists already"):
+        runs.check_destination("run", resume=False)
+    runs.check_destination("run", resume=True)

@@ -13,7 +13,7 @@ import concurrent.futures
 import dataclasses
 import json
 import pathlib
-import signal
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -23,11 +23,11 @@ import jax
 import numpy as np
 import rich.console
 
-from spotlight_jax import cli, runs
+from spotlight_jax import cli, files, runs
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.data import DataConfig
 from spotlight_jax.display import Display, make_table
-from spotlight_jax.errors import InputError
+from spotlight_jax.errors import InputError, check_numbers
 from spotlight_jax.metrics import SelectionQuality
 from spotlight_jax.models.config import nearest
 from train.config import PRESETS, LayerwiseConfig
@@ -79,6 +79,7 @@ class AblateConfig:
 
     def __post_init__(self) -> None:
         """Refuse variants that there are not, and what cannot be resumed."""
+        check_numbers(self)
         for name in self.variants:
             if name not in VARIANTS:
                 raise InputError(f"there is no variant '{name}'{nearest(name, VARIANTS)}; see train/ablate.py")
@@ -156,24 +157,45 @@ def main(cfg: AblateConfig) -> dict[str, Any]:
     out = pathlib.Path(cfg.out) if cfg.out else runs.next_free(pathlib.Path("runs"), "ablation")
     if not cfg.resume:
         runs.RunFolder.check_free(out)
-    left = [name for name in names if not _is_finished(out / name)]
-    with Display() as display, cli.noted_signals(signal.SIGINT, signal.SIGTERM) as stop:
-        _train_together(cfg, {name: variant_config(name, cfg) for name in left}, out, display, stop)
-    files = [out / name / _ROW for name in names]
-    rows = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
-    _add_perplexities(rows, cfg.perplexity, out)
-    _write_table(rows, out)
+    evaluations = [_read_evaluation(pathlib.Path(folder)) for folder in cfg.perplexity]  # before anything is trained
+    left = [name for name in names if not (row := _read_row(out / name)) or not row["is_finished"]]
+    variants = {name: variant_config(name, cfg) for name in left}
+    with runs.hold(out):
+        with Display() as display, cli.noted_signals(*cli.STOPPING) as stop:
+            _train_together(cfg, variants, out, display, stop)
+        rows = [row for name in names if (row := _read_row(out / name))]
+        _add_perplexities(rows, evaluations, out)
+        _write_table(rows, out)
     print(json.dumps({"ablation": str(out), "results": rows}))
     if stop:
-        print(f"stopped; train the rest with --resume --out {out}", file=sys.stderr)
+        flags = runs.given_flags(cfg, AblateConfig(), ("--out", "--resume"))
+        told = shlex.join(["python", "-m", "train.ablate", "--resume", "--out", str(out), *flags])
+        print(f"stopped; train the rest with: {told}", file=sys.stderr)
         raise SystemExit(128 + stop[0])
     return {"results": rows}
 
 
-def _is_finished(folder: pathlib.Path) -> bool:
-    """Whether a variant was trained to its end; one that was stopped has a row too."""
-    file = folder / _ROW
-    return file.is_file() and json.loads(file.read_text(encoding="utf-8"))["is_finished"]
+def _read_row(folder: pathlib.Path) -> dict[str, Any] | None:
+    """A variant's row; None where it has none. One that was stopped has a row too."""
+    return _read_json(folder / _ROW, "is_finished") if (folder / _ROW).is_file() else None
+
+
+def _read_evaluation(folder: pathlib.Path) -> dict[str, Any]:
+    """The summary of a finished evaluation."""
+    if not (folder / "summary.json").is_file():
+        raise InputError(f"'{folder}' is no finished evaluation (it has no summary.json)")
+    return _read_json(folder / "summary.json", "results")
+
+
+def _read_json(file: pathlib.Path, field: str) -> dict[str, Any]:
+    """An object that has a field; raises InputError where it is none."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or field not in found:
+        raise InputError(f"'{file}' is damaged: it is no JSON object with '{field}'; remove it to make it again")
+    return found
 
 
 def _train_together(
@@ -242,7 +264,7 @@ def _finish(name: str, session: Session, out: pathlib.Path) -> None:
     }
     for suffix, other in others.items():
         row |= _means(session.quality_by(other), suffix, other)
-    (out / name / _ROW).write_text(json.dumps(row, indent=2) + "\n", encoding="utf-8")
+    files.write_json(out / name / _ROW, row)
 
 
 def _means(quality: SelectionQuality, suffix: str, cfg: MeasureConfig) -> dict[str, float]:
@@ -253,13 +275,9 @@ def _means(quality: SelectionQuality, suffix: str, cfg: MeasureConfig) -> dict[s
     }
 
 
-def _add_perplexities(rows: list[dict[str, Any]], folders: Sequence[str], out: pathlib.Path) -> None:
+def _add_perplexities(rows: list[dict[str, Any]], evaluations: Sequence[dict[str, Any]], out: pathlib.Path) -> None:
     """Perplexities over all texts that evaluations measured of these selectors, as `ppl_0.02` or `ppl_sinks_0.02`."""
-    for folder in folders:
-        file = pathlib.Path(folder) / "summary.json"
-        if not file.is_file():
-            raise InputError(f"'{folder}' is no finished evaluation (it has no summary.json)")
-        found = json.loads(file.read_text(encoding="utf-8"))
+    for found in evaluations:
         metric = "copy" if found["eval"] == "copy" else "ppl"
         for result in found["results"]:
             for row in rows:
@@ -289,8 +307,8 @@ def _write_table(rows: list[dict[str, Any]], out: pathlib.Path) -> None:
     cells = [[_cell(row.get(name, "")) for name in columns] for row in rows]
     lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(row) + " |" for row in cells]
-    (out / "ablation.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (out / _ROW).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    files.write_text(out / "ablation.md", "\n".join(lines) + "\n")
+    files.write_json(out / _ROW, rows)
     plot_ablation(out / "ablation.png", rows)
     console = rich.console.Console() if sys.stdout.isatty() else rich.console.Console(width=200)
     console.print(make_table(f"{len(rows)} variants, 2 % of the tokens read", list(columns.values()), cells))

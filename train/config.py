@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 from spotlight_jax.data import DataConfig
-from spotlight_jax.errors import InputError
+from spotlight_jax.errors import InputError, check_numbers
 from spotlight_jax.hashing import HashConfig
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.ranking import RankingConfig
@@ -64,6 +64,7 @@ class LayerwiseConfig:
 
     def __post_init__(self) -> None:
         """Refuse what no run can be made of."""
+        check_numbers(self)
         for name in ("steps", "fit_windows", "steps_per_window", "layers_at_once", "save_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; give at least 1")

@@ -18,11 +18,12 @@ from typing import Any
 
 from spotlight_jax import cli, runs, texts
 from spotlight_jax.commands import generate
+from spotlight_jax.errors import InputError
 from spotlight_jax.generate import GenerateConfig
 from spotlight_jax.models.load import open_tokenizer
 from spotlight_jax.selection import SelectionConfig
 from train import layerwise
-from train.config import PRESETS
+from train.config import PRESETS, LayerwiseConfig
 
 _PASSAGE, _OPENING = 400, 60  # tokens of the passage, and of its opening at the end of the prompt
 
@@ -42,11 +43,28 @@ class DemoConfig:
     keep: float = 0.02
     """Share of the cached tokens a sparse step reads."""
 
+    def __post_init__(self) -> None:
+        """Refuse, before anything is trained, what training or generating would refuse."""
+        _ = self.training, self.generation
+        least = _PASSAGE + _OPENING + 1
+        if self.prompt_tokens < least:
+            raise InputError(f"prompt_tokens is {self.prompt_tokens}; the passage and its opening take {least}")
+
+    @property
+    def training(self) -> LayerwiseConfig:
+        """The training run."""
+        return dataclasses.replace(PRESETS["demo"], out=self.out, steps=self.steps)
+
+    @property
+    def generation(self) -> GenerateConfig:
+        """How the prompt is continued."""
+        return GenerateConfig(max_new_tokens=self.new_tokens, selection=SelectionConfig(keep=self.keep))
+
 
 def main(cfg: DemoConfig) -> dict[str, Any]:
     """Train, generate twice, and print what both came to."""
     out = cfg.out or str(runs.next_free(pathlib.Path("runs"), "demo"))
-    summary = layerwise.train(dataclasses.replace(PRESETS["demo"], out=out, steps=cfg.steps))
+    summary = layerwise.train(dataclasses.replace(cfg.training, out=out))
     prompt, expected = _long_prompt(PRESETS["demo"].model, cfg)
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder) / "prompt.txt"
@@ -55,7 +73,7 @@ def main(cfg: DemoConfig) -> dict[str, Any]:
             generate.GenerateCommandConfig(
                 selector=pathlib.Path(out),
                 prompt_file=(file,),
-                generation=GenerateConfig(max_new_tokens=cfg.new_tokens, selection=SelectionConfig(keep=cfg.keep)),
+                generation=cfg.generation,
                 compare=True,
             )
         )

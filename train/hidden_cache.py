@@ -12,6 +12,7 @@ import json
 import pathlib
 import shutil
 from collections.abc import Callable
+from typing import Any, BinaryIO
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int32
 
+from spotlight_jax import files
 from spotlight_jax.errors import InputError
 from spotlight_jax.memory import GIB
 from spotlight_jax.models.config import DecoderConfig
@@ -58,31 +60,42 @@ class HiddenCache:
     def __init__(self, folder: pathlib.Path, plan: CachePlan, identity: dict[str, object]) -> None:
         self._folder = folder
         self._plan = plan
+        self._sound: set[int] = set()  # windows that were written or compared with their hash by this process
         self._open(identity)
 
     def _open(self, identity: dict[str, object]) -> None:
         """Make or reopen the folder, and refuse one of another run or a disk that is too small."""
         text = json.dumps(identity, sort_keys=True)
         manifest = self._folder / "manifest.json"
-        if manifest.exists() and manifest.read_text(encoding="utf-8") != text:
+        is_new = not self._folder.exists()
+        found = _read_manifest(manifest) if manifest.exists() else None
+        if found not in (None, "", text):
             raise InputError(
                 f"'{self._folder}' caches hidden states of another model, text or seed; give another folder"
             )
-        if not manifest.exists() and self._folder.exists() and any(self._folder.iterdir()):
+        if found is None and not is_new and any(self._folder.iterdir()):
             raise InputError(f"'{self._folder}' is not empty and no cache of ours; give another --cache-dir")
         try:
-            held = sum(file.stat().st_size for file in self._folder.glob("window-*.npy"))
-            existing = next(path for path in (self._folder, *self._folder.absolute().parents) if path.exists())
-            free = shutil.disk_usage(existing).free
-            if self._plan.disk_bytes > free + held:
-                raise InputError(
-                    f"the cache needs {self._plan.disk_bytes / GIB:.1f} GiB and '{self._folder}' has "
-                    f"{(free + held) / GIB:.1f}; lower --cache-gib, --steps or --data.window, or train without it"
-                )
             self._folder.mkdir(parents=True, exist_ok=True)
-            manifest.write_text(text, encoding="utf-8")
+            self._check_disk(is_new)
+            files.remove_partial(self._folder)
+            if found != text:  # new, or cut short: then nothing says what the windows are of
+                self.drop_outside(range(0))
+                files.write_text(manifest, text)
         except OSError as error:
             raise InputError(f"cannot write to '{self._folder}': {error.strerror}") from None
+
+    def _check_disk(self, is_new: bool) -> None:
+        """Raise InputError where the windows do not fit; a folder that was just made is then removed."""
+        held = sum(file.stat().st_size for file in self._folder.glob("window-*.npy"))
+        free = shutil.disk_usage(self._folder).free
+        if self._plan.disk_bytes > free + held:
+            if is_new:
+                self._folder.rmdir()
+            raise InputError(
+                f"the cache needs {self._plan.disk_bytes / GIB:.1f} GiB and '{self._folder}' has "
+                f"{(free + held) / GIB:.1f}; lower --cache-gib, --steps or --data.window, or train without it"
+            )
 
     def file(self, window: int) -> pathlib.Path:
         """Where a window's hidden states lie."""
@@ -98,28 +111,66 @@ class HiddenCache:
         for file in self._folder.glob("window-*.npy"):
             if int(file.stem.removeprefix("window-")) not in span:
                 file.unlink()
+                self._sound.discard(int(file.stem.removeprefix("window-")))
 
-    def write(self, window: int, hidden: np.ndarray) -> None:
-        """Keep one window's states; the file appears when it is whole."""
-        part = self.file(window).with_suffix(".part")
-        try:
-            with part.open("wb") as out:
-                np.save(out, hidden.view(np.uint16) if hidden.dtype.itemsize == 2 else hidden)
-            part.replace(self.file(window))
-        except OSError as error:
-            raise InputError(
-                f"cannot write '{self.file(window)}': {error.strerror}; free some disk and --resume"
-            ) from None
+    def holds(self, window: int, tokens: np.ndarray) -> bool:
+        """Whether a window's states are on disk, whole, as they were written, and of these tokens."""
+        if window not in self._sound and self.file(window).exists():
+            digest, end = hashlib.sha256(np.asarray(tokens, np.int32).tobytes()), b""
+            with self.file(window).open("rb") as file:
+                while block := file.read(1 << 24):
+                    block = end + block
+                    end = block[-digest.digest_size :]
+                    digest.update(block[: -digest.digest_size])
+            if digest.digest() == end:
+                self._sound.add(window)
+        return window in self._sound
+
+    def write(self, window: int, hidden: np.ndarray, tokens: np.ndarray) -> None:
+        """Keep one window's states, and behind them a hash of them and their tokens; the file appears when it is whole.
+
+        Raises: OSError where it cannot be written.
+        """
+        with files.replace_file(self.file(window)) as out:
+            hashed = _Hashed(out, hashlib.sha256(np.asarray(tokens, np.int32).tobytes()))
+            np.save(hashed, hidden.view(np.uint16) if hidden.dtype.itemsize == 2 else hidden)
+            out.write(hashed.digest.digest())
+        self._sound.add(window)
 
     def read(self, window: int, dtype: np.dtype) -> np.ndarray:
         """One window's states `[layers, window, embed]`."""
         return np.load(self.file(window)).view(dtype)
 
 
-def identify(source: str, cfg: DecoderConfig, data: object, length: int, dtype: np.dtype) -> dict[str, object]:
-    """What a cache's contents depend on."""
+class _Hashed:
+    """A file whose content is hashed as it is written."""
+
+    def __init__(self, file: BinaryIO, digest: Any) -> None:
+        self._file, self.digest = file, digest
+
+    def write(self, content: bytes) -> int:
+        """Write and hash."""
+        self.digest.update(content)
+        return self._file.write(content)
+
+
+def _read_manifest(manifest: pathlib.Path) -> str:
+    """What the manifest holds; nothing where it is no JSON, as one that was cut short."""
+    try:
+        text = manifest.read_text(encoding="utf-8")
+        return text if isinstance(json.loads(text), dict) else ""
+    except (ValueError, RecursionError):
+        return ""
+
+
+def identify(params: Params, cfg: DecoderConfig, data: object, length: int, dtype: np.dtype) -> dict[str, object]:
+    """What a cache's contents depend on, beside the tokens, which each window's file has a hash of."""
+    weights = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        weights.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
+        weights.update(np.ascontiguousarray(jax.device_get(leaf)).view(np.uint8).data)
     digest = hashlib.sha256(repr((cfg, data, length)).encode()).hexdigest()
-    return {"model": source, "dtype": str(dtype), "config": digest}
+    return {"weights": weights.hexdigest(), "dtype": str(dtype), "config": digest}
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
@@ -161,13 +212,16 @@ def capture_cached(
     wanted = range(first, first + picks.shape[0])
     span = cache.span(first)
     needed = dict.fromkeys(number for number in (*span, *wanted) if number >= first)
+    for number in wanted:
+        if not cache.holds(number, draw(number, 1)):
+            cache.file(number).unlink(missing_ok=True)  # damaged, or of other text: made again
     missing = [number for number in needed if not cache.file(number).exists()]
     if missing:
         cache.drop_outside(range(first, max(span.stop, wanted.stop)))
     for done, number in enumerate(missing):
         progress(done, len(missing))
         tokens, positions = jnp.asarray(draw(number, 1)), jnp.asarray(place(number, 1))
-        cache.write(number, hidden_states(params, tokens, positions, cfg))
+        cache.write(number, hidden_states(params, tokens, positions, cfg), np.asarray(tokens))
     hidden = np.stack([cache.read(number, dtype) for number in wanted], axis=1)
     spread = NamedSharding(mesh, P(AXIS))
     positions, picks = jax.device_put((jnp.asarray(place(first, picks.shape[0])), picks), spread)

@@ -16,7 +16,7 @@ import dataclasses
 import itertools
 import json
 import pathlib
-import signal
+import shlex
 import statistics
 import sys
 import time
@@ -35,6 +35,7 @@ from train import plan
 from train.config import PRESETS, LayerwiseConfig
 from train.report import print_results, write_results
 from train.session import Session, check_finite
+from train.states import newest_step
 
 _TIMED_STEPS = 3  # of a dry run
 
@@ -64,43 +65,80 @@ def main(cfg: LayerwiseConfig) -> dict[str, Any]:
 def train(cfg: LayerwiseConfig) -> dict[str, Any]:
     """Train as `cfg` says; returns the summary that is also written to the run folder."""
     use_compile_cache()
-    cfg, path = _find_run(cfg)
-    with Display() as display:
-        session = Session(cfg, display)
-        plan.check_memory(cfg, session.model_cfg, session.dtype)
-        if cfg.dry_run:
-            return _dry_run(session, display)
-        session.prepare()
-        folder = runs.RunFolder(path) if cfg.resume else runs.RunFolder.create(path, cfg)
-        with _explained_memory():
-            session.start(folder)
-            with cli.noted_signals(signal.SIGINT, signal.SIGTERM) as stop:  # both end the run after its step
+    cfg, path, is_there = _find_run(cfg)
+    with Display() as display, contextlib.nullcontext() if cfg.dry_run else runs.hold(path):
+        with cli.insistent_interrupt():
+            session = Session(cfg, display)
+            plan.check_memory(cfg, session.model_cfg, session.dtype)
+            if cfg.dry_run:
+                return _dry_run(session, display)
+            session.prepare()
+        folder = runs.RunFolder(path) if is_there else runs.RunFolder.create(path, cfg)
+        if is_there and not cfg.resume:
+            folder.keep_metrics_before(0)
+        with _resumable(path), contextlib.closing(session):
+            with cli.insistent_interrupt():
+                session.start(folder)
+            with _explained_memory(), cli.noted_signals(*cli.STOPPING) as stop:  # each ends the run after its step
                 _train(session, stop, display)
-        summary = write_results(session, folder)
+            summary = write_results(session, folder)
     print_results(rich.console.Console(), session, summary, folder)
     return summary
 
 
-def _find_run(cfg: LayerwiseConfig) -> tuple[LayerwiseConfig, pathlib.Path]:
-    """The config of the run, on --resume the one it was started with, and its folder, not made yet."""
+def resume_command(path: pathlib.Path) -> str:
+    """The command that continues a run, to be pasted into a shell."""
+    return shlex.join(["spotlight", "train", "--resume", "--out", str(path)])
+
+
+@contextlib.contextmanager
+def _resumable(path: pathlib.Path) -> Iterator[None]:
+    """A disk that fails is told with the command that continues the run."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        what = f"'{error.filename or path}' cannot be written: {error.strerror or error}"
+        raise InputError(f"{what}; mend that, then continue with: {resume_command(path)}") from error
+
+
+def _find_run(cfg: LayerwiseConfig) -> tuple[LayerwiseConfig, pathlib.Path, bool]:
+    """The config of the run, on --resume the one it was started with, its folder, and whether that is there."""
     if not cfg.resume:
         name = f"{pathlib.PurePath(cfg.model).name.removesuffix('.gguf')}-{cfg.preset}"
         path = pathlib.Path(cfg.out) if cfg.out else runs.next_free(pathlib.Path("runs"), name)
         runs.RunFolder.check_free(path)
-        return cfg, path
+        return cfg, path, False
     assert cfg.out is not None
     path = pathlib.Path(cfg.out)
-    stored = runs.RunFolder(path).config(LayerwiseConfig)
+    folder = runs.RunFolder(path)
+    stored = folder.config(LayerwiseConfig)
     given = set(runs.differences(cfg, PRESETS[cfg.preset]))
     changed = sorted((given & set(runs.differences(cfg, stored))) - {"--out", "--resume", "--dry-run"})
     if changed:
         raise InputError(f"'{cfg.out}' was started with another {', '.join(changed)}; a resumed run keeps its flags")
-    return dataclasses.replace(stored, out=cfg.out, resume=True, dry_run=cfg.dry_run), path
+    found = dataclasses.replace(stored, out=cfg.out, resume=True, dry_run=cfg.dry_run)
+    return dataclasses.replace(found, resume=_has_checkpoint(folder)), path, True
+
+
+def _has_checkpoint(folder: runs.RunFolder) -> bool:
+    """Whether the run has a sound checkpoint; raises InputError where it had some and has none now.
+
+    A run that was killed before its first checkpoint was whole has not been trained: it begins again.
+    """
+    step, damaged = newest_step(folder.path / "checkpoints")
+    if step is None and any(row.get("step", 0) > 0 for row in folder.metrics()):
+        told = "; ".join(f"checkpoint {number} is damaged ({why})" for number, why in damaged.items())
+        raise InputError(f"{told or 'the run has no checkpoint to resume from'}; start it anew in another folder")
+    return step is not None
 
 
 def _train(session: Session, stop: list[int], display: Display) -> None:
     """Steps, measurements and checkpoints until the last step or a signal."""
     cfg = session.cfg
+    if session.step == 0:
+        session.save(is_awaited=True)  # a run that has rows of steps has a checkpoint to resume from
     pending = None  # the step before this one: its report is read while this one runs
     while session.step < cfg.steps and not stop:
         report = session.take_step()
@@ -120,9 +158,10 @@ def _train(session: Session, stop: list[int], display: Display) -> None:
     if stop:
         session.save()
         session.close()
-        display.say(f"stopped at step {session.step}; continue with: --resume --out {session.folder_path}")
+        with contextlib.suppress(OSError):  # the terminal may be what was closed
+            display.say(f"stopped at step {session.step}; continue with: {resume_command(session.folder_path)}")
         raise SystemExit(128 + stop[0])
-    session.close()
+    session.close()  # before the results: what could not be saved is not reported
 
 
 @contextlib.contextmanager

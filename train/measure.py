@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from spotlight_jax import hashing, metrics, scoring
-from spotlight_jax.errors import InputError
+from spotlight_jax.errors import InputError, check_numbers
 from spotlight_jax.selection import SelectionConfig, select_mask
 from train.capture import Captured
 
@@ -63,6 +63,7 @@ class MeasureConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""
+        check_numbers(self)
         if self.every < 1 or self.queries < 1:
             raise InputError(f"measure every {self.every} steps with {self.queries} queries; give at least 1 of each")
         _ = self.selection  # refuses what selects nothing

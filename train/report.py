@@ -80,8 +80,8 @@ def print_results(
 ) -> None:
     """The table a person reads at the end."""
     start = []
-    if "start" in session.quality:
-        start = [["before training", _cell(session.mean("iou", "start")), _cell(session.mean("mass", "start"))]]
+    if session.before is not None:
+        start = [["before training", _cell(session.before["iou"]), _cell(session.before["mass"])]]
     bits, window = summary["code_bits"], summary["window"]
     title = f"held-out text, {100 * summary['keep']:g} % of the cached tokens read, windows of {window:,} tokens"
     columns = ["selection", "IoU with oracle", "attention mass read"]

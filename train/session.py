@@ -3,6 +3,7 @@
 import functools
 import pathlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ from spotlight_jax.models.load import load_config, load_weights, open_tokenizer
 from spotlight_jax.models.params import resolve_dtype
 from train import hidden_cache, plan
 from train.capture import Captured, capture, make_mesh, padded_layers
-from train.config import LayerwiseConfig, positions_covered
+from train.config import PRESETS, LayerwiseConfig, positions_covered
 from train.feed import Feed, FeedConfig
 from train.fit import fit, needs_windows
 from train.length import choose_windows, measure_far
@@ -35,10 +36,14 @@ from train.step import (
     gamma_at,
     gather_state,
     init_state,
+    is_finite,
     spread_state,
     train_step,
 )
 from train.track import check_tracker, open_tracker
+
+_MODEL_ADVICE = "its weights are damaged, or too large for --dtype bfloat16 (try float32)"
+_TUNING = ("--optimizer.", "--ranking.", "--hash.")  # flags that can make a loss diverge
 
 
 class Session:
@@ -69,9 +74,10 @@ class Session:
         self._held_out_tokens: np.ndarray
         self._held_out_long: np.ndarray
         self._held_out: list[Captured]  # after `start`
-        # newest measurement of "trained", "lsh", "start"; at the far end of the covered positions "far" and "far_lsh"
+        # newest measurement of "trained" and "lsh"; at the far end of the covered positions "far" and "far_lsh"
         self.quality: dict[str, SelectionQuality] = {}
         self.is_far_whole = False  # whether those are of whole contexts
+        self.before: dict[str, float] | None = None  # IoU and mass before the first step, of the run's first row
 
     @property
     def folder_path(self) -> pathlib.Path:
@@ -98,7 +104,7 @@ class Session:
         hashes = hashing.init_params(self._init_key, cfg.hash, self.shape)
         if needs_windows(cfg.hash) and not (cfg.resume or cfg.dry_run):  # were fitted, or are only timed
             progress = functools.partial(self._display.update, "fitting to windows")
-            hashes = fit(hashes, self.feed.first_windows(cfg.fit_windows, self.shape.layers), cfg, progress)
+            hashes = fit(hashes, self._first_windows(), cfg, progress)
         state = init_state(hashes, cfg.optimizer, cfg.steps)
         self.state = spread_state(state, self.shape.layers, self.mesh)
 
@@ -120,8 +126,14 @@ class Session:
         self._held_out_tokens, self._held_out_long = windows.held_out, windows.held_out_long
         self.feed = Feed(windows, self._capture_function(), self._feed_key, feed_cfg)
 
+    def _first_windows(self) -> Iterator[Captured]:
+        """What hash functions are fitted to, checked: a NaN in a moment would be in all that follows."""
+        for seen in self.feed.first_windows(self.cfg.fit_windows, self.shape.layers):
+            _check_finite_keys(seen, "the training text")
+            yield seen
+
     def start(self, folder: runs.RunFolder, beside: "Session | None" = None) -> None:
-        """Continue from the newest checkpoint, or measure the start of a new run; measure LSH in any case.
+        """Continue from the newest checkpoint, or measure and save the start of a new run; measure LSH in any case.
 
         Args:
             folder: of the run.
@@ -144,15 +156,18 @@ class Session:
         if self.cfg.resume:
             self._resume()
         else:
-            self.measure("start")
+            self.measure()
+        self.before = next(({"iou": row["iou"], "mass": row["mass"]} for row in folder.metrics() if "iou" in row), None)
 
     def _resume(self) -> None:
         template = gather_state(self.state, self.shape.layers)
-        self.step, state, position = self._store.load(template)
+        self.step, state, position, damaged = self._store.load(template)
         if position["key"] != self._key_data:
             raise InputError("the checkpoint belongs to another seed; resume with the flags the run was started with")
         self.seconds = position["seconds"]
         self.state = spread_state(state, self.shape.layers, self.mesh)
+        for line in damaged:
+            self._display.say(line)
         self.feed.restore(self.step, position["text"])
         self._folder.keep_metrics_before(self.step + 1)
         self._display.say(f"resumed at step {self.step} of {self.cfg.steps}")
@@ -198,10 +213,10 @@ class Session:
         self._display.update("training", step, self.cfg.steps, note)
         self.seconds += time.monotonic() - started
 
-    def measure(self, name: str = "trained") -> None:
+    def measure(self) -> None:
         """Measure the hash functions on the held-out windows and record it."""
         self._display.say(f"measuring at step {self.step}")
-        self.quality[name] = self.quality["trained"] = self.quality_by(self.cfg.measure)
+        self.quality["trained"] = self.quality_by(self.cfg.measure)
         row = {"step": self.step, "iou": self.mean("iou"), "recall": self.mean("recall"), "mass": self.mean("mass")}
         row |= {"iou_lsh": self.mean("iou", "lsh"), "mass_lsh": self.mean("mass", "lsh")}
         row["mass_oracle"] = self.mean("oracle_mass")
@@ -210,6 +225,7 @@ class Session:
 
     def quality_by(self, cfg: MeasureConfig) -> SelectionQuality:
         """Quality of the hash functions as they are, on the held-out windows."""
+        self._check_state()
         return measure(self._selector(), self._held_out, self.cfg.hash, cfg, self.cfg.layers_at_once)
 
     def _lsh(self) -> tuple[hashing.HashParams, hashing.HashConfig]:
@@ -239,14 +255,29 @@ class Session:
         self.quality |= measure_far(*args)
         self.is_far_whole = far.is_whole
 
-    def save(self) -> None:
-        """Checkpoint in the background."""
+    def save(self, is_awaited: bool = False) -> None:
+        """Checkpoint in the background, or have it on disk before this returns."""
+        self._check_state()
         position = {"text": self.feed.position(self.step), "key": self._key_data, "seconds": self.seconds}
         self._store.save(self.step, gather_state(self.state, self.shape.layers), position)
+        if is_awaited:
+            self._store.wait()
+
+    def _check_state(self) -> None:
+        """Raise InputError where the state is not finite: it is neither measured, nor saved, nor exported."""
+        numbers = [leaf for leaf in jax.tree.leaves(self.state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+        if not is_finite(*numbers):
+            kept = self.last_checkpoint()
+            saved = f"checkpoint {kept} is kept" if kept is not None else "there is no checkpoint yet"
+            raise InputError(
+                f"the hash functions are not finite after step {self.step}; {saved}; "
+                "lower --optimizer.learning-rate or --optimizer.weight-decay and start again"
+            )
 
     def close(self) -> None:
-        """Wait until everything is on disk."""
-        self._store.close()
+        """Wait until everything is on disk; may be called again, and before `start`."""
+        if hasattr(self, "_store"):
+            self._store.close()
 
     def mean(self, what: str, which: str = "trained") -> float:
         """Mean of a quality over heads and the layers that select."""
@@ -290,6 +321,7 @@ class Session:
             captured = capture(self._params, jnp.asarray(tokens[numbers]), places, at, self.model_cfg, self.mesh)
             for index in range(min(at_once, len(tokens) - first)):
                 seen.append(jax.tree.map(lambda leaf: leaf[: self.shape.layers, index], captured))  # noqa: B023
+                _check_finite_keys(seen[-1], "the held-out text")
             self._display.update("held-out windows", min(first + at_once, len(tokens)), len(tokens))
         return seen
 
@@ -298,7 +330,7 @@ class Session:
             return lambda first, tokens, positions, picks: capture(
                 self._params, jnp.asarray(tokens), jnp.asarray(positions), picks, self.model_cfg, self.mesh
             )
-        identity = hidden_cache.identify(self.cfg.model, self.model_cfg, self.cfg.data, self.length, self.dtype)
+        identity = hidden_cache.identify(self._params, self.model_cfg, self.cfg.data, self.length, self.dtype)
         assert self.cfg.cache_dir is not None
         cache = hidden_cache.HiddenCache(pathlib.Path(self.cfg.cache_dir), self._cache_plan, identity)
         progress = functools.partial(self._display.update, "hidden states to disk")
@@ -329,15 +361,27 @@ class Session:
 
 
 def check_finite(report: StepReport, session: Session) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Loss, share that is wrong and gradient norm of each layer; stops the run where a loss is not a number."""
+    """Loss, share that is wrong and gradient norm of each layer; stops the run where a loss is not a number.
+
+    Raises: InputError that names what is at fault: the model, the flags that differ from the preset, or the rate.
+    """
     layers = session.shape.layers
     loss, wrong, norm = (np.asarray(leaf)[:layers] for leaf in (report.loss, report.wrong, report.grad_norm))
     bad = np.flatnonzero(~(np.isfinite(loss) & np.isfinite(norm)))
     if len(bad):
         kept = session.last_checkpoint()
         saved = f"checkpoint {kept} is kept" if kept is not None else "there is no checkpoint yet"
-        raise InputError(
-            f"the loss of {session.layer_name(int(bad[0]))} is {loss[bad[0]]} before step {session.step}; {saved}; "
-            "lower --optimizer.learning-rate or --optimizer.gamma-end and start again"
-        )
+        what = f"the loss of {session.layer_name(int(bad[0]))} is {loss[bad[0]]} before step {session.step}; {saved}"
+        if not np.asarray(report.is_input_finite)[:layers].all():
+            raise InputError(f"{what}; the model itself gives keys or queries that are not finite: {_MODEL_ADVICE}")
+        own = [name for name in runs.differences(session.cfg, PRESETS[session.cfg.preset]) if name.startswith(_TUNING)]
+        if own:
+            raise InputError(f"{what}; start again with {', '.join(own)} nearer to what the preset has")
+        raise InputError(f"{what}; lower --optimizer.learning-rate or --optimizer.gamma-end and start again")
     return loss, wrong, norm
+
+
+def _check_finite_keys(seen: Captured, what: str) -> None:
+    """Raise InputError where the model gives keys or queries that are not finite."""
+    if not is_finite(seen.queries, seen.keys):
+        raise InputError(f"the model gives keys or queries that are not finite on {what}: {_MODEL_ADVICE}")

@@ -1,62 +1,123 @@
-"""Training states on disk: Orbax keeps the last few, written in the background, each whole or not at all."""
+"""Training states on disk: the last few, written in the background, each whole or not at all.
 
+A checkpoint is a folder, `state.safetensors` and `position.json`. It counts when its manifest is there, which is
+written last, and its files are compared with that before use.
+"""
+
+import concurrent.futures
+import json
 import pathlib
+import shutil
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
+import numpy as np
+import safetensors.numpy
 
+from spotlight_jax import files, manifest
 from spotlight_jax.errors import InputError
 from train.step import TrainState
+
+_ARRAYS, _POSITION = "state.safetensors", "position.json"
 
 
 class StateStore:
     """Checkpoints of one run: training state, step, position in the text, PRNG key."""
 
     def __init__(self, folder: pathlib.Path, keep: int) -> None:
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        self._folder, self._keep = folder, keep
+        self._background = concurrent.futures.ThreadPoolExecutor(1)
+        self._writing: concurrent.futures.Future[None] | None = None
+        self._newest: int | None = None  # given to be written by this process, or loaded
 
     def latest(self) -> int | None:
         """Step of the newest whole checkpoint."""
-        return self._manager.latest_step()
+        return newest_step(self._folder)[0]
 
     def save(self, step: int, state: TrainState, position: dict[str, Any]) -> None:
-        """Save in the background; a step that is already saved is left as it is."""
-        if self.latest() == step:
-            return
-        args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
-            position=ocp.args.JsonSave(position),
-            shapes=ocp.args.JsonSave(_shapes(state)),
-        )
-        self._manager.save(step, args=args)
+        """Save in the background; a step that is already saved is left as it is.
 
-    def load(self, template: TrainState) -> tuple[int, TrainState, dict[str, Any]]:
-        """The newest checkpoint; raises InputError where there is none or its arrays have other shapes."""
-        step = self.latest()
+        Raises: OSError where the checkpoint before this one could not be written.
+        """
+        self.wait()
+        if step == self._newest:
+            return
+        arrays = {name: np.array(leaf) for name, leaf in _named(state).items()}  # copies: a step donates its state
+        self._newest = step
+        self._writing = self._background.submit(self._write, step, arrays, position)
+
+    def _write(self, step: int, arrays: dict[str, np.ndarray], position: dict[str, Any]) -> None:
+        folder = self._folder / str(step)
+        shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed while it wrote
+        try:
+            folder.mkdir(parents=True)
+            files.write_bytes(folder / _ARRAYS, safetensors.numpy.save(arrays))
+            files.write_json(folder / _POSITION, position)
+            manifest.seal_folder(folder)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        for old in _steps(self._folder)[self._keep :]:
+            shutil.rmtree(self._folder / str(old))
+
+    def wait(self) -> None:
+        """Wait for what is being written; raises OSError where it cannot be."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def load(self, template: TrainState) -> tuple[int, TrainState, dict[str, Any], list[str]]:
+        """The newest sound checkpoint, and a line for each newer one, which is damaged and is removed.
+
+        Raises: InputError where there is none or its arrays are other ones.
+        """
+        self.wait()
+        step, damaged = newest_step(self._folder)
         if step is None:
             raise InputError("the run has no checkpoint to resume from; start it anew in another folder")
-        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(shapes), position=ocp.args.JsonRestore())
-        try:
-            # Asked first: Orbax notices other shapes too, and leaves failed tasks behind that print their tracebacks.
-            saved = self._manager.restore(step, args=ocp.args.Composite(shapes=ocp.args.JsonRestore()))["shapes"]
-            if saved != _shapes(template):
-                raise ValueError("its arrays have other shapes")
-            restored = self._manager.restore(step, args=args)
-        except (ValueError, KeyError, FileNotFoundError) as error:
-            reason = str(error).splitlines()[0][:200]
-            raise InputError(f"checkpoint {step} is damaged or of another model or config: {reason}") from None
-        return step, restored["state"], restored["position"]
+        folder = self._folder / str(step)
+        arrays, expected = safetensors.numpy.load_file(folder / _ARRAYS), _named(template)
+        if _kinds(arrays) != _kinds(expected):
+            raise InputError(f"checkpoint {step} is of another model or config: its arrays have other names or shapes")
+        leaves = [jax.numpy.asarray(arrays[name]) for name in expected]
+        position = json.loads((folder / _POSITION).read_text(encoding="utf-8"))
+        for other in damaged:
+            shutil.rmtree(self._folder / str(other))
+        self._newest = step
+        told = [f"checkpoint {other} is damaged ({why}); taking {step}" for other, why in damaged.items()]
+        return step, jax.tree.unflatten(jax.tree.structure(template), leaves), position, told
 
     def close(self) -> None:
-        """Wait for what is being written."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Wait for what is being written; may be called again."""
+        try:
+            self.wait()
+        finally:
+            self._background.shutdown()
 
 
-def _shapes(tree: Any) -> dict[str, list[int]]:
-    """Shape of each array by its path."""
+def newest_step(folder: pathlib.Path) -> tuple[int | None, dict[int, str]]:
+    """Step of the newest sound checkpoint, None without one, and what is wrong with each newer one."""
+    damaged: dict[int, str] = {}
+    for step in _steps(folder):
+        damage = manifest.find_damage(folder / str(step))
+        if damage is None:
+            return step, damaged
+        damaged[step] = damage
+    return None, damaged
+
+
+def _steps(folder: pathlib.Path) -> list[int]:
+    """Steps that have a folder, the newest first."""
+    return sorted(
+        (int(path.name) for path in folder.glob("*") if path.name.isdecimal() and path.is_dir()), reverse=True
+    )
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """Arrays by their paths, in the tree's order."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): list(leaf.shape) for path, leaf in leaves}
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _kinds(arrays: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]:
+    return {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in arrays.items()}

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int32, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 
 from spotlight_jax import hashing
-from spotlight_jax.errors import InputError
+from spotlight_jax.errors import InputError, check_numbers
 from spotlight_jax.ranking import RankingConfig, ranking_loss
 from train.capture import AXIS, Captured, padded_layers
 
@@ -46,14 +46,18 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         """Refuse what no run can use."""
+        check_numbers(self)
         for name in ("learning_rate", "clip", "gamma_start", "gamma_end"):
             if getattr(self, name) <= 0:
                 raise InputError(f"{name} is {getattr(self, name)}; give a number above 0")
         for name in ("warmup", "anneal"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is {getattr(self, name)}; give a share of the steps from 0 to 1")
-        if not 0 <= self.ema < 1:
-            raise InputError(f"ema is {self.ema}; give a decay from 0 to below 1, such as 0.99")
+        for name in ("b1", "b2", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; give a decay from 0 to below 1, such as 0.99")
+        if self.weight_decay < 0:
+            raise InputError(f"weight_decay is {self.weight_decay}; give 0 or more")
 
 
 @flax.struct.dataclass
@@ -103,11 +107,12 @@ def init_state(params: hashing.HashParams, cfg: OptimizerConfig, steps: int) -> 
 @flax.struct.dataclass
 class StepReport:
     """Per layer: the loss, the share of sampled pairs ranked wrongly (or of attention mass missed), the gradient's norm
-    before clipping."""
+    before clipping, and whether the model's queries and keys are all finite."""
 
     loss: Float[Array, "layers"]
     wrong: Float[Array, "layers"]
     grad_norm: Float[Array, "layers"]
+    is_input_finite: Bool[Array, "layers"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +154,7 @@ def train_step(
         if averaged is not None:
             averaged = optax.incremental_update(weights, averaged, ema_share(step, cfg.optimizer.ema))
         stepped = TrainState(params=params.replace(weights=weights), opt_state=opt_state, averaged=averaged)
-        return stepped, StepReport(loss=loss, wrong=wrong, grad_norm=optax.tree.norm(grads))
+        return stepped, StepReport(loss, wrong, optax.tree.norm(grads), is_finite(seen.queries, seen.keys))
 
     def step_own_layers(state, captured, layer_keys):
         at_once = min(cfg.layers_at_once, layer_keys.shape[0])
@@ -167,6 +172,12 @@ def spread_state(state: TrainState, layers: int, mesh: Mesh) -> TrainState:
     missing = padded_layers(layers, mesh) - layers
     padded = jax.tree.map(lambda leaf: jnp.concatenate([leaf, *[leaf[-1:]] * missing]) if missing else leaf, state)
     return jax.device_put(padded, NamedSharding(mesh, P(AXIS)))
+
+
+@jax.jit
+def is_finite(*arrays: Array) -> Bool[Array, ""]:
+    """Whether no number of any array is NaN or infinite."""
+    return jnp.stack([jnp.isfinite(array).all() for array in arrays]).all()
 
 
 def gather_state(state: TrainState, layers: int) -> TrainState:

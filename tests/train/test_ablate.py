@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from spotlight_jax import runs
 from spotlight_jax.errors import InputError
 from tests.train.conftest import WINDOW
 from train import ablate, layerwise
@@ -118,3 +119,17 @@ def test_a_stopped_ablation_measures_what_is_trained_and_begins_it_anew(small, t
     monkeypatch.setattr(Session, "take_step", take_step)
     rows = ablate.main(ablate.AblateConfig(out=str(out), variants=("first",), resume=True, **small))["results"]
     assert rows[0]["steps"] == 4 and rows[0]["is_finished"]
+
+
+def test_what_the_end_of_an_ablation_needs_is_looked_at_first(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(ablate, "Session", lambda *args: pytest.fail("began"))
+    out = tmp_path / "all"
+    with pytest.raises(InputError, match="is no finished evaluation"):
+        ablate.main(ablate.AblateConfig(out=str(out), perplexity=(str(tmp_path / "none"),), **small))
+    (out / "first").mkdir(parents=True)
+    (out / "first" / "ablation.json").write_text("{")
+    with pytest.raises(InputError, match=r"ablation.json' is damaged: .* remove it to make it again"):
+        ablate.main(ablate.AblateConfig(out=str(out), resume=True, **small))
+    (out / "first" / "ablation.json").unlink()
+    with runs.hold(out), pytest.raises(InputError, match=f"is being written by process {os.getpid()}"):
+        ablate.main(ablate.AblateConfig(out=str(out), resume=True, **small))

@@ -1,3 +1,6 @@
+from pathlib import Path
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -88,11 +91,11 @@ def test_an_interrupted_filling_is_continued(tmp_path, read, filled):
     plan = CachePlan(1, WINDOWS, WINDOWS)
     real_write = HiddenCache.write
 
-    def interrupted(self, window, hidden):
+    def interrupted(self, window, hidden, tokens):
         if window == 3:
-            self.file(window).with_suffix(".part").write_bytes(b"half")
+            (tmp_path / "cache" / f"{self.file(window).name}.1234.partial").write_bytes(b"half")
             raise KeyboardInterrupt
-        real_write(self, window, hidden)
+        real_write(self, window, hidden, tokens)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(HiddenCache, "write", interrupted)
@@ -102,13 +105,13 @@ def test_an_interrupted_filling_is_continued(tmp_path, read, filled):
     for window in range(WINDOWS):
         read(again, window)
     assert filled == [0, 1, 2, 3, 3, 4]
-    assert not list((tmp_path / "cache").glob("*.part"))
+    assert not list((tmp_path / "cache").glob("*.partial"))
 
 
 def test_bfloat16_states_come_back_bit_for_bit(tmp_path):
     cache = HiddenCache(tmp_path / "cache", CachePlan(1, 1, 1), IDENTITY)
     states = np.asarray(jnp.linspace(-3, 3, 24).reshape(2, 3, 4).astype(jnp.bfloat16))
-    cache.write(0, states)
+    cache.write(0, states, TOKENS[0])
     got = cache.read(0, states.dtype)
     assert got.dtype == states.dtype
     np.testing.assert_array_equal(got.view(np.uint16), states.view(np.uint16))
@@ -134,3 +137,57 @@ def test_a_disk_too_small_is_refused_with_both_numbers(tmp_path, monkeypatch):
         HiddenCache(tmp_path / "cache", CachePlan(5 * GIB, 9, 2), IDENTITY)
     assert not (tmp_path / "cache").exists()
     HiddenCache(tmp_path / "cache", CachePlan(GIB, 9, 3), IDENTITY)
+
+
+DAMAGES = {
+    "one bit": lambda content: content[:-40] + bytes([content[-40] ^ 1]) + content[-39:],
+    "cut": lambda content: content[:-1],
+    "empty": lambda content: b"",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_states_that_are_damaged_are_made_again(damage, tmp_path, read, filled):
+    plan = CachePlan(1, WINDOWS, WINDOWS)
+    read(HiddenCache(tmp_path / "cache", plan, IDENTITY), 0)
+    cache = HiddenCache(tmp_path / "cache", plan, IDENTITY)
+    cache.file(2).write_bytes(DAMAGES[damage](cache.file(2).read_bytes()))
+    for window in range(WINDOWS):
+        read(cache, window)  # equal to streaming
+    assert filled == [0, 1, 2, 3, 4, 2]
+
+
+def test_states_of_other_tokens_are_made_again(tmp_path, read, monkeypatch):
+    plan = CachePlan(1, WINDOWS, WINDOWS)
+    read(HiddenCache(tmp_path / "cache", plan, IDENTITY), 0)
+    monkeypatch.setitem(globals(), "TOKENS", (TOKENS + 1) % tiny.VOCAB)  # the text was replaced in place
+    cache = HiddenCache(tmp_path / "cache", plan, IDENTITY)
+    for window in range(WINDOWS):
+        read(cache, window)  # equal to streaming
+
+
+def test_other_weights_of_the_same_model_are_another_cache(inputs, tmp_path):
+    cfg, params = load_weights(str(inputs.model), jnp.float32)
+    other = params | {"layer_1": jax.tree.map(lambda leaf: leaf.at[..., 0].multiply(2), params["layer_1"])}
+    dtype = np.dtype("float32")
+    identities = [hidden_cache.identify(each, cfg, "text", dtype) for each in (params, other, params)]
+    assert identities[0] == identities[2] != identities[1]
+    HiddenCache(tmp_path / "cache", CachePlan(1, 1, 1), identities[0])
+    with pytest.raises(InputError, match="another model, text or seed"):
+        HiddenCache(tmp_path / "cache", CachePlan(1, 1, 1), identities[1])
+
+
+@pytest.mark.parametrize("content", ["", '{"mod', "[]"])
+def test_a_manifest_that_was_cut_is_written_again_and_the_states_with_it(content, tmp_path, read, filled):
+    plan = CachePlan(1, WINDOWS, 1)
+    read(HiddenCache(tmp_path / "cache", plan, IDENTITY), 0)
+    (tmp_path / "cache" / "manifest.json").write_text(content)
+    read(HiddenCache(tmp_path / "cache", plan, IDENTITY), 0)
+    assert filled == [0, 0]
+    read(HiddenCache(tmp_path / "cache", plan, IDENTITY), 0)
+    assert filled == [0, 0]
+
+
+def test_a_folder_that_cannot_be_made_is_said_to_be_that(tmp_path):
+    with pytest.raises(InputError, match="cannot write to '/proc/nope': No such file or directory"):
+        HiddenCache(Path("/proc/nope"), CachePlan(1, 1, 1), IDENTITY)

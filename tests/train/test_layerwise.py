@@ -1,4 +1,6 @@
 import collections
+import dataclasses
+import errno
 import json
 import os
 import pathlib
@@ -14,12 +16,16 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
+from spotlight_jax import files, hashing, runs
 from spotlight_jax.checkpoint import load_selector
+from spotlight_jax.errors import InputError
 from spotlight_jax.models.config import config_from_hf
 from tests.models import tiny
 from tests.train.conftest import LAYERS, SAVE_EVERY, STEPS, WINDOW
-from train import hidden_cache, layerwise, plan, session
+from train import hidden_cache, layerwise, plan, session, step
+from train.config import PRESETS
 from train.session import Session
+from train.states import newest_step
 
 ROOT = pathlib.Path(__file__).parents[2]
 KILLED_AT = 8  # steps taken: between two checkpoints, and between two measurements' rows and the last
@@ -98,7 +104,7 @@ from train import layerwise, session
 take_step = session.Session.take_step
 def take_or_die(self, captured=None):
     if self.step == {KILLED_AT}:
-        self._store._manager.wait_until_finished()
+        self._store.wait()
         os.kill(os.getpid(), signal.SIGKILL)
     return take_step(self, captured)
 session.Session.take_step = take_or_die
@@ -111,27 +117,101 @@ def test_a_killed_run_resumes_bit_for_bit(inputs, finished, tmp_path, capsys):
     path = tmp_path / "run"
     ended = _spawn(KILLED, inputs.flags(path))
     assert ended.returncode == -signal.SIGKILL, ended.stderr
-    assert _checkpoints(path) == [SAVE_EVERY]
+    assert _checkpoints(path) == [0, SAVE_EVERY]
     assert max(row["step"] for row in _rows(path)) > SAVE_EVERY  # to be written again, once
     _assert_resumes_equal(path, finished, capsys)
 
 
-def test_sigterm_saves_tells_how_to_go_on_and_resumes_bit_for_bit(inputs, finished, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_saves_tells_how_to_go_on_and_resumes_bit_for_bit(
+    number, inputs, finished, tmp_path, capsys, monkeypatch
+):
     path, real = tmp_path / "run", Session.take_step
 
     def take_step(self, captured=None):
         if self.step == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return real(self, captured)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
         patch.setattr(Session, "take_step", take_step)
         layerwise.command(inputs.flags(path))
-    assert stopped.value.code == 143
+    assert stopped.value.code == 128 + number
     told = capsys.readouterr().err.splitlines()[-1]
-    assert told == f"stopped at step 7; continue with: --resume --out {path}"
+    assert told == f"stopped at step 7; continue with: spotlight train --resume --out {path}"
     assert _checkpoints(path) == [5, 7]
     assert not (path / "selector").exists()
+    _assert_resumes_equal(path, finished, capsys)
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.parametrize("when", ["start", "quality_by", "take_step"])
+def test_a_run_that_ended_before_it_trained_is_resumed_from_the_start(
+    when, inputs, finished, tmp_path, capsys, monkeypatch
+):
+    path = tmp_path / "run"
+
+    def end(*args, **more):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Session, when, end)
+        layerwise.command(inputs.flags(path))
+    assert (newest_step(path / "checkpoints")[0] == 0) == (when == "take_step")
+    _assert_resumes_equal(path, finished, capsys)
+
+
+def test_the_first_checkpoint_is_whole_before_the_first_step(inputs, tmp_path, monkeypatch):
+    def take_step(self, captured=None):
+        assert newest_step(self.folder_path / "checkpoints") == (0, {})
+        raise Killed
+
+    monkeypatch.setattr(Session, "take_step", take_step)
+    with pytest.raises(Killed):
+        layerwise.command(inputs.flags(tmp_path / "run"))
+
+
+def test_a_damaged_checkpoint_is_said_and_the_one_before_it_continued(finished, tmp_path, capsys):
+    path = tmp_path / "run"
+    shutil.copytree(finished.path, path)
+    position = path / "checkpoints" / "12" / "position.json"
+    position.write_text(position.read_text().replace("1", "2", 1))
+    assert layerwise.command(["--resume", "--out", str(path)]) == 0
+    out, err = capsys.readouterr()
+    told = "checkpoint 12 is damaged (position.json is not what was written); taking 10"
+    assert err.splitlines().count(told) == 1
+    assert "before training" in out  # the row of the run's start is there after resuming
+    _assert_same(path, finished.path)
+    for number in ("10", "12"):
+        (path / "checkpoints" / number / "state.safetensors").unlink()
+    told = "checkpoint 12 is damaged (state.safetensors is missing); checkpoint 10 is damaged"
+    _assert_refused(["--resume", "--out", str(path)], told, capsys)
+
+
+def test_a_run_that_another_process_writes_is_refused(finished, tmp_path, capsys):
+    shutil.copytree(finished.path, tmp_path / "run")
+    with runs.hold(tmp_path / "run"):
+        told = f"is being written by process {os.getpid()} on"
+        _assert_refused(["--resume", "--out", str(tmp_path / "run")], told, capsys)
+
+
+def test_a_disk_that_fails_is_one_line_with_the_command_that_goes_on(inputs, finished, tmp_path, capsys, monkeypatch):
+    path, real, count = tmp_path / "my run", files.os.fsync, 0
+
+    def fsync(descriptor):
+        nonlocal count
+        count += 1
+        if count >= 12:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "fsync", fsync)
+        told = f"No space left on device; mend that, then continue with: spotlight train --resume --out '{path}'"
+        _assert_refused(inputs.flags(path), told, capsys)
     _assert_resumes_equal(path, finished, capsys)
 
 
@@ -185,8 +265,53 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoi
     told = capsys.readouterr().err.splitlines()[-1]
     assert told.startswith("train.layerwise: the loss of layer_1 is nan")
     assert "checkpoint 5 is kept" in told
-    assert _checkpoints(path) == [5]
+    assert _checkpoints(path) == [0, 5]
     assert not (path / "selector").exists()
+
+
+def test_a_state_that_is_no_number_is_neither_saved_nor_exported(inputs, tmp_path, capsys, monkeypatch):
+    path, real = tmp_path / "run", Session.take_step
+
+    def take_step(self, captured=None):
+        report = real(self, captured)
+        if self.step == STEPS:  # the last one: no later loss shows it
+            spoiled = jax.tree.map(lambda leaf: leaf * jnp.inf, self.state.params.weights)
+            self.state = self.state.replace(params=self.state.params.replace(weights=spoiled))
+        return report
+
+    monkeypatch.setattr(Session, "take_step", take_step)
+    told = "the hash functions are not finite after step 12; checkpoint 10 is kept"
+    _assert_refused(inputs.flags(path), told, capsys)
+    assert 12 not in _checkpoints(path) and not (path / "selector").exists()
+
+
+def test_a_model_that_gives_no_numbers_is_blamed_for_it(inputs, tmp_path, capsys, monkeypatch):
+    real = session.load_weights
+
+    def load_weights(source, dtype):
+        cfg, params = real(source, dtype)
+        return cfg, params | {"layer_1": jax.tree.map(lambda leaf: leaf * jnp.inf, params["layer_1"])}
+
+    monkeypatch.setattr(session, "load_weights", load_weights)
+    _assert_refused(inputs.flags(tmp_path / "run"), "the model gives keys or queries that are not finite", capsys)
+
+
+def test_a_loss_that_is_no_number_names_what_is_at_fault():
+    def told(flags=None, is_input_finite=True):
+        nan, fine = np.full(3, np.nan), np.full(3, is_input_finite)
+        report = step.StepReport(jnp.asarray(nan), jnp.asarray(nan), jnp.asarray(nan), jnp.asarray(fine))
+        cfg = dataclasses.replace(PRESETS["default"], **(flags or {}))
+        run = object.__new__(Session)  # of which only these are read
+        run.cfg, run.step, run.shape = cfg, 3, hashing.HeadShape(layers=3, q_heads=2, kv_heads=1, head_dim=8)
+        with pytest.raises(InputError) as caught:
+            session.check_finite(report, run)
+        return str(caught.value)
+
+    assert "the model itself gives keys or queries" in told(is_input_finite=False)
+    ranking = dataclasses.replace(PRESETS["default"].ranking, softness=1e30)
+    assert "start again with --ranking.softness nearer to what the preset has" in told({"ranking": ranking})
+    assert "learning-rate" not in told({"ranking": ranking}) + told(is_input_finite=False)
+    assert "lower --optimizer.learning-rate" in told()
 
 
 @pytest.mark.parametrize("where", [(), ("--weights", "host")])
@@ -273,7 +398,7 @@ def test_a_checkpoint_of_another_model_is_refused(inputs, finished, tmp_path, ca
     tiny.write_folder(tmp_path / "other", tiny.CASES["llama2"] | {"max_position_embeddings": 256})
     plain = yaml.safe_load((path / "config.yaml").read_text())
     (path / "config.yaml").write_text(yaml.safe_dump(plain | {"model": str(tmp_path / "other")}))
-    _assert_refused(["--resume", "--out", str(path)], "checkpoint 12 is damaged or of another model", capsys)
+    _assert_refused(["--resume", "--out", str(path)], "checkpoint 12 is of another model", capsys)
     assert _rows(path) == _rows(finished.path)
     assert _checkpoints(path) == [10, 12]
 
