@@ -126,6 +126,8 @@ def _read(source: str) -> Iterator[str]:
         if found.hub is not None:
             raise InputError(f"the haystack '{source}' is a data set of the hub; give a local text or text:NAME")
         for document in documents.read_source(found, "text"):
+            if document is None:
+                continue
             if not isinstance(document, str):
                 raise InputError(f"the haystack '{source}' holds token ids; give a text")
             yield document

@@ -9,7 +9,7 @@ from typing import Any
 import transformers
 
 from eval.longbench_tasks import Task
-from spotlight_jax import documents
+from spotlight_jax import documents, text_files
 from spotlight_jax.errors import InputError
 from spotlight_jax.generate import encode_chat
 
@@ -62,22 +62,13 @@ def read_samples(data: str, name: str, limit: int | None = None) -> list[Sample]
 def _read_rows(data: str, name: str) -> Iterator[tuple[dict[str, Any], str]]:
     if data.startswith(_HUB):
         source = documents.HubId(data.removeprefix(_HUB), name, "test")
-        rows = documents.open_stream(source, "context")
+        rows = documents.open_stream(source)
         yield from ((row, f"{data}:{name}:{number}") for number, row in enumerate(rows, start=1))
         return
     file = find_file(data, name)
     assert file is not None
-    if file.suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet
-
-        try:
-            rows = pa.parquet.read_table(file).to_pylist()
-        except (pa.ArrowException, OSError) as error:
-            raise InputError(f"'{file}' is not a readable parquet file: {str(error).splitlines()[0]}") from None
-        yield from ((row, f"{file}:{number}") for number, row in enumerate(rows, start=1))
-        return
-    yield from documents.read_json_lines(file)
+    read = text_files.read_parquet_rows if file.suffix == ".parquet" else text_files.read_json_lines
+    yield from read(file)
 
 
 def _parse(row: dict[str, Any], where: str) -> Sample:

@@ -8,8 +8,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from spotlight_jax.documents import read_json_lines
 from spotlight_jax.errors import InputError
+from spotlight_jax.text_files import read_json_lines
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,9 @@ from jaxtyping import Int32
 
 from spotlight_jax import documents, texts
 from spotlight_jax.documents import Source
-from spotlight_jax.encoding import Encoder
+from spotlight_jax.encoding import Encoder, NullCount
 from spotlight_jax.errors import InputError
+from spotlight_jax.text_files import one_line, pick_text
 
 _FULL_SHARE = 1_000_000  # integer weights, so that whose turn it is is exact, sum to about this
 
@@ -24,8 +25,8 @@ class DataConfig:
     """Which text to train on and which to keep for measuring."""
 
     train: tuple[str, ...] = (documents.EMBEDDED,)
-    """Training text: .txt, .jsonl, .parquet or .npy (token ids) files, folders, globs, hub data sets
-    (hf:NAME[:CONFIG][:SPLIT]), or `embedded` (a mix that pip fetches)."""
+    """Training text: .txt, .md, .jsonl, .json, .csv, .parquet (.gz, .bz2, .xz, .zst too) or .npy (token ids) files,
+    folders, globs, hub data sets (hf:NAME[:CONFIG][:SPLIT]), or `embedded` (a mix that is fetched once)."""
     held_out: tuple[str, ...] = ()
     """Text to measure on, given in the same way; without it, windows spread over the training text are set aside."""
     window: int = 2048
@@ -35,7 +36,7 @@ class DataConfig:
     weights: tuple[float, ...] = ()
     """Share of the windows for each training text, in the same order; without it, by size."""
     text_column: str = "text"
-    """Key or column that holds the text in .jsonl, .parquet and hub data sets."""
+    """Key or column that holds the text in JSON, CSV, parquet and hub data sets; rows where it is null are left out."""
     copies: float = 0.0
     """Share of the training windows in which a passage comes a second time, in place of what was there: what a model
     copies, it must find far back, and few windows of plain text ask for that."""
@@ -305,6 +306,7 @@ class _Stream:
         self._data = documents.open_stream(source.hub, cfg.text_column)
         self._cfg = cfg
         self._encoder = encoder
+        self._nulls = NullCount(source.name, cfg.text_column)
         self._start = self._data.state_dict()
         self._go_to(self._start)
 
@@ -315,14 +317,23 @@ class _Stream:
         self._ids = np.zeros(0, np.int32)
         self._offset = 0
 
+    def _next_row(self) -> dict[str, Any] | None:
+        try:
+            return next(self._rows, None)
+        except Exception as error:  # of the network, of damaged files, of the library: each of a kind of its own
+            raise InputError(f"cannot read on in '{self.name}': {one_line(error)}") from error
+
     def _next_document(self) -> bool:
-        self._before = self._data.state_dict()
-        row = next(self._rows, None)
-        if row is None:
-            return False
-        text = row[self._cfg.text_column]
-        if not isinstance(text, str):
-            raise InputError(f"'{self.name}': '{self._cfg.text_column}' is not text but {type(text).__name__}")
+        text = None
+        while text is None:
+            self._before = self._data.state_dict()
+            if (row := self._next_row()) is None:
+                return False
+            text = pick_text(row, self._cfg.text_column, self.name)
+            if text is None:
+                self._nulls.count += 1
+                if str(self._nulls.count).strip("0") == "1":  # a stream need not end: said at 1, 10, 100, ...
+                    self._nulls.say()
         self._ids = np.concatenate([np.zeros(0, np.int32), *self._encoder.encode([text])])
         self._offset = 0
         return True

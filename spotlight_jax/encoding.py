@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,8 +15,10 @@ import numpy as np
 from spotlight_jax import documents, texts
 from spotlight_jax.documents import Source
 from spotlight_jax.errors import InputError
+from spotlight_jax.text_files import Documents, find_kind, holds_token_ids, read_token_ids
 
-_FORMAT = 2  # raised when packing changes, so that old token caches are not read
+_FORMAT = 3  # raised when packing changes, so that old token caches are not read
+_log = logging.getLogger(__name__)
 _PIECE_CHARS = 100_000  # a batch of pieces this long keeps every core busy
 _BATCH_CHARS = 4_000_000
 
@@ -65,9 +68,10 @@ class Encoder:
 
     def load(self, source: Source, hashes: Sequence[str], column: str) -> np.ndarray:
         """A local source's token ids, mapped from the cache; tokenised first if they are not there."""
-        if len(source.files) == 1 and source.files[0].suffix == ".npy":
-            return self._check_ids(documents.read_token_ids(source.files[0]), source.files[0])
-        key = "\n".join([self.identity(), column, str(self._vocab_size), *hashes])
+        if len(source.files) == 1 and holds_token_ids(source.files[0]):
+            return self._check_ids(read_token_ids(source.files[0]), source.files[0])
+        kinds = [find_kind(file) for file in source.files]
+        key = "\n".join([self.identity(), column, str(self._vocab_size), *hashes, *kinds])
         path = texts.cache_dir() / "tokens" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
         if not path.exists():
             dtype = np.dtype(np.uint16 if self._largest_id <= 1 << 16 else np.uint32)
@@ -78,16 +82,18 @@ class Encoder:
         files = iter(source.files)
         total = source_size(source)
         done = 0
-        for batch in _batches(documents.read_source(source, column)):
+        nulls = NullCount(source.name, column)
+        for batch in _batches(nulls.skip(documents.read_source(source, column))):
             for document in batch if isinstance(batch, list) else ():
                 done += len(document)
             if isinstance(batch, np.ndarray):
-                file = next(file for file in files if file.suffix == ".npy")
+                file = next(file for file in files if holds_token_ids(file))
                 yield self._check_ids(batch, file)
             else:
                 yield from self.encode(batch)
             if self._progress is not None:
                 self._progress(f"tokenising {source.name}", min(done, total), total)
+        nulls.say()
 
     def _check_ids(self, ids: np.ndarray, file: Path) -> np.ndarray:
         if self._vocab_size is None:
@@ -101,6 +107,28 @@ class Encoder:
                 f"0 to {self._vocab_size - 1}; tokenise it with this model's tokenizer"
             )
         return ids
+
+
+class NullCount:
+    """Rows of one text that hold null instead of a text: they are left out, counted, and the count is said."""
+
+    def __init__(self, name: str, column: str) -> None:
+        self._name, self._column = name, column
+        self.count = 0
+
+    def skip(self, stream: Documents) -> Iterator[str | np.ndarray]:
+        """The documents without the nulls."""
+        for document in stream:
+            if document is None:
+                self.count += 1
+            else:
+                yield document
+
+    def say(self) -> None:
+        """Say how many there were so far, if any."""
+        if self.count:
+            rows = "1 row is" if self.count == 1 else f"{self.count} rows are"
+            _log.warning("'%s': %s left out, because '%s' is null", self._name, rows, self._column)
 
 
 def source_size(source: Source) -> int:

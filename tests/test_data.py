@@ -127,6 +127,24 @@ def test_tokenising_that_breaks_leaves_nothing_half_written(tmp_path, own_cache)
     assert [path for path in own_cache.rglob("*") if path.is_file()] == []
 
 
+def test_the_same_bytes_under_another_suffix_are_another_text(tmp_path):
+    line = '{"text": "abcdefgh"}\n'
+    (tmp_path / "x.txt").write_text(line)
+    (tmp_path / "x.jsonl").write_text(line)
+    raw, parsed = (_open([str(tmp_path / name)], held_out_windows=0).next() for name in ("x.txt", "x.jsonl"))
+    assert TOKENIZER.decode(raw.tolist()) in line and TOKENIZER.decode(parsed.tolist()) == "abcdefgh"
+
+
+def test_rows_whose_text_is_null_are_left_out_and_counted(tmp_path, caplog):
+    rows = [{"text": None}, {"text": "abcd"}, {"text": None}, {"text": "efgh"}]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    for name in ("x.jsonl", "x.parquet"):
+        assert TOKENIZER.decode(_take(_open([str(tmp_path / name)], held_out_windows=0), 1)[0]) == "abcdefgh"
+        assert caplog.messages.pop() == f"'{tmp_path / name}': 2 rows are left out, because 'text' is null"
+        caplog.clear()
+
+
 @given(st.text(alphabet="ab \n.é7", max_size=400), st.integers(1, 40))
 def test_pieces_join_to_the_document(text, size):
     assert "".join(split_document(text, size)) == text
@@ -292,6 +310,28 @@ def test_a_stream_is_packed_in_order_and_repeats(hub_folder):
     assert TOKENIZER.decode(np.concatenate(rows).tolist()) == (2 * whole)[: 20 * len(rows)]
 
 
+def test_null_rows_of_a_stream_are_left_out_and_counted_as_they_come(tmp_path, caplog):
+    rows = [{"text": letter} for letter in ("abcd", None, "efgh")]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    name = f"hf:{tmp_path}"
+    windows = _open([name], window=8, held_out_windows=0)
+    assert [TOKENIZER.decode(row) for row in _take(windows, 10)] == ["abcdefgh"] * 10
+    assert caplog.messages[0] == f"'{name}': 1 row is left out, because 'text' is null"
+    assert caplog.messages[1:] == [f"'{name}': 10 rows are left out, because 'text' is null"]
+
+
+def test_a_stream_that_breaks_is_one_line(hub_folder, monkeypatch):
+    windows = _open([hub_folder], window=20, held_out_windows=0)
+
+    def rows():
+        yield {"text": "ab"}
+        raise ConnectionError("the server\nhung up")
+
+    windows._pools[0]._rows = rows()
+    with pytest.raises(InputError, match=r"cannot read on in 'hf:.*the server hung up"):
+        windows.next()
+
+
 def test_a_stream_trains_on_no_document_it_held_out(hub_folder):
     windows = _open([hub_folder], window=20, held_out_windows=3)
     held_out, train = _letters(windows.held_out), _letters(_take(windows, 60))
@@ -358,7 +398,7 @@ def _write(folder: Path, name: str, content: bytes) -> str:
         ("latin.txt", b"caf\xe9 au lait", r"latin.txt' is not UTF-8 \(byte 3\)"),
         ("bad.jsonl", b'{"text": "fine"}\n{"text": oops}\n', r"bad.jsonl:2' is not JSON"),
         ("list.jsonl", b'{"text": "fine"}\n[1]\n', r"list.jsonl:2' is not a JSON object"),
-        ("key.jsonl", b'{"body": "fine"}\n', r"key.jsonl:1' has no 'text', only 'body'.*text_column"),
+        ("key.jsonl", b'{"body": "fine"}\n', r"key.jsonl:1' has no 'text', only 'body'.*--data.text-column"),
         ("kind.jsonl", b'{"text": 3}\n', r"kind.jsonl:1': 'text' is not text but int"),
         ("latin.jsonl", b'{"text": "caf\xe9"}\n', r"latin.jsonl:1' is not UTF-8"),
         ("x.parquet", b"PAR1 no", r"x.parquet' is not a readable parquet file"),
