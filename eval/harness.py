@@ -25,7 +25,7 @@ from eval.config import FREE_FIELDS, EvalConfig, Subject, Trial, describe_part, 
 from eval.harness_scores import Reader, Tally
 from eval.labels import name_methods
 from eval.record import Record, Row, file_name
-from spotlight_jax import cli
+from spotlight_jax import cli, files
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.display import make_table
 from spotlight_jax.errors import InputError
@@ -139,7 +139,7 @@ def _write_samples(record: Record, trial: Trial, samples: dict[str, list[dict[st
         label = f"{trial.method}{keep}-{trial.setting.replace(' ', '')}-{task}"
         file = folder / f"{file_name(label)}.jsonl"
         lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
-        file.write_text("".join(lines), encoding="utf-8")
+        files.write_text(file, "".join(lines))
 
 
 def main(cfg: HarnessConfig) -> dict[str, Any]:

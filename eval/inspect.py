@@ -11,6 +11,7 @@ does. Means are over the layers that a method does not read densely.
 import csv
 import dataclasses
 import functools
+import io
 import itertools
 import sys
 from collections.abc import Sequence as Several
@@ -31,7 +32,7 @@ from eval.methods.base import rule_of
 from eval.methods.oracle import Oracle
 from eval.pictures import plot_heads
 from eval.record import ALL_TEXTS, Part, Record, Row
-from spotlight_jax import cli, metrics
+from spotlight_jax import cli, files, metrics
 from spotlight_jax.attention import causal_attention
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.data import DataConfig, read_windows
@@ -212,15 +213,16 @@ def _overall(record: Record, trial: Trial, texts: Several[str]) -> Row:
 
 def _write_csv(path: Path, rows: Several[Row]) -> None:
     """A line a method, share, setting, layer and head."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["method", "keep", "setting", "layer", "head", "read_densely", *MEASURES])
-        for row in rows:
-            shape = np.shape(row["by_head"]["iou"])
-            for layer, head in np.ndindex(shape):
-                values = [row["by_head"][name][layer][head] for name in MEASURES]
-                is_dense = int(layer not in row["sparse_layers"])
-                writer.writerow([row["method"], row["keep"], row["setting"], layer, head, is_dense, *values])
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["method", "keep", "setting", "layer", "head", "read_densely", *MEASURES])
+    for row in rows:
+        shape = np.shape(row["by_head"]["iou"])
+        for layer, head in np.ndindex(shape):
+            values = [row["by_head"][name][layer][head] for name in MEASURES]
+            is_dense = int(layer not in row["sparse_layers"])
+            writer.writerow([row["method"], row["keep"], row["setting"], layer, head, is_dense, *values])
+    files.write_text(path, text.getvalue())
 
 
 def _draw(folder: Path, rows: Several[Row]) -> None:

@@ -20,6 +20,7 @@ from eval.longbench_tasks import CATEGORIES, TASKS, TASKS_E, Task, find_task
 from eval.predictions import read_predictions
 from eval.record import Record, Row, file_name
 from eval.text_metrics import open_package
+from spotlight_jax import files
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.display import make_table
 from spotlight_jax.errors import InputError
@@ -116,27 +117,25 @@ def answer_task(desk: Desk, task: Task, samples: Sequence[Sample], trial: Trial,
     file = desk.file(trial, task.name)
     file.parent.mkdir(parents=True, exist_ok=True)
     done = _whole_lines(file)[: len(samples)]
-    file.write_text("".join(done), encoding="utf-8")  # without a line that an interruption cut short
-    with file.open("a", encoding="utf-8") as lines:
-        for number, sample in enumerate(samples[len(done) :], start=len(done) + 1):
-            desk.record.note(f"{label(trial)}, {task.name}, question {number} of {len(samples)}")
-            prompt = desk.encode(task, sample)
-            written = decoder.write(prompt.tokens, task.max_new_tokens)
-            text = str(desk.tokenizer.decode(written.tokens, skip_special_tokens=True))
-            if task.name == "samsum":  # a model would go on with dialogues of its own, as LongBench found
-                text = text.lstrip("\n").split("\n")[0]
-            row = {
-                "pred": text,
-                "answers": sample.answers,
-                "all_classes": sample.classes,
-                "length": sample.length,
-                "prompt_tokens": len(prompt.tokens),
-                "is_cut": prompt.is_cut,
-                "tokens_read": written.tokens_read,
-                "bytes_read": written.bytes_read,
-            }
-            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
-            lines.flush()
+    files.write_text(file, "".join(done))  # without a line that an interruption cut short
+    for number, sample in enumerate(samples[len(done) :], start=len(done) + 1):
+        desk.record.note(f"{label(trial)}, {task.name}, question {number} of {len(samples)}")
+        prompt = desk.encode(task, sample)
+        written = decoder.write(prompt.tokens, task.max_new_tokens)
+        text = str(desk.tokenizer.decode(written.tokens, skip_special_tokens=True))
+        if task.name == "samsum":  # a model would go on with dialogues of its own, as LongBench found
+            text = text.lstrip("\n").split("\n")[0]
+        row = {
+            "pred": text,
+            "answers": sample.answers,
+            "all_classes": sample.classes,
+            "length": sample.length,
+            "prompt_tokens": len(prompt.tokens),
+            "is_cut": prompt.is_cut,
+            "tokens_read": written.tokens_read,
+            "bytes_read": written.bytes_read,
+        }
+        files.append_lines(file, json.dumps(row, ensure_ascii=False) + "\n")
     return _row(desk, task, file)
 
 

@@ -32,7 +32,7 @@ from eval.needle_plot import Panel, plot_grids
 from eval.prefilled import Prefilled, Tail, pass_tail, prefill
 from eval.record import Record, Row
 from eval.text_metrics import lcs_rouge
-from spotlight_jax import cli
+from spotlight_jax import cli, files
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.display import make_table
 from spotlight_jax.errors import InputError
@@ -175,8 +175,8 @@ def ask_cell(desk: Desk, cell: Row, trials: Sequence[Trial], record: Record) -> 
             row, text = ask(desk, question, trial, prompt)
             rows[trial].append(row)
             answers.append(trial.part | cell | {"sample": sample, "wanted": wanted, "said": text})
-    with (record.folder.path / "answers.jsonl").open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+    lines = (json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+    files.append_lines(record.folder.path / "answers.jsonl", "".join(lines))
     for trial, measured in rows.items():
         means = {name: float(np.mean([row[name] for row in measured])) for name in measured[0]}
         record.add(trial.part | cell, {"samples": desk.cfg.samples, **means})

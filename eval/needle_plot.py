@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from eval.pictures import set_title, wrap
+from spotlight_jax.files import replace_file
 
 matplotlib.use("Agg")
 import matplotlib.colors
@@ -61,5 +62,6 @@ def plot_grids(
     figure.supylabel("depth in the haystack", fontsize=9)
     set_title(figure, title)
     figure.colorbar(image, ax=axes, label=label)
-    figure.savefig(path, dpi=130)
+    with replace_file(path) as file:
+        figure.savefig(file, format="png", dpi=130)
     plt.close(figure)

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from eval.labels import name_methods, style_methods
+from spotlight_jax.files import replace_file
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -61,7 +62,8 @@ def plot_tradeoff(path: Path, rows: Sequence[dict[str, Any]], metric: str, label
     set_title(figure, title)
     # of the last panel, so that the layout keeps it apart from the title
     axes[0][-1].legend(loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0, frameon=False)
-    figure.savefig(path, dpi=120)
+    with replace_file(path) as file:
+        figure.savefig(file, format="png", dpi=120)
     plt.close(figure)
 
 
@@ -154,5 +156,6 @@ def plot_heads(
         axis.set_xlabel(head)
     figure.colorbar(image, ax=axes, label=label)
     set_title(figure, title)
-    figure.savefig(path, dpi=120)
+    with replace_file(path) as file:
+        figure.savefig(file, format="png", dpi=120)
     plt.close(figure)

@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import io
 import json
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from typing import Any
 
 from eval.report_page import write_page
 from eval.report_plan import DEFAULT, Plan, PlannedPart, read_plan
-from spotlight_jax import cli, runs
+from spotlight_jax import cli, files, runs
 from spotlight_jax.errors import InputError
 
 
@@ -75,7 +74,7 @@ def main(cfg: ReportConfig) -> dict[str, Any]:
     plan = read_plan(source, given, cfg.fraction)
     if not cfg.resume:
         runs.RunFolder.create(path, cfg)
-        shutil.copyfile(source, path / "plan.yaml")
+        files.write_bytes(path / "plan.yaml", source.read_bytes())
     before = _seconds_before(path)
     parts: list[dict[str, Any]] = []
     for number, part in enumerate(plan.parts, start=1):
@@ -103,7 +102,7 @@ def run_part(part: PlannedPart, folder: Path, seconds: float) -> dict[str, Any]:
                 part.main(config)
             except InputError as error:
                 raise InputError(f"{part.name}: {error}") from None
-        (folder / "output.txt").write_text(output.getvalue(), encoding="utf-8")
+        files.write_text(folder / "output.txt", output.getvalue())
         seconds += time.monotonic() - started
     results = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["results"]
     config = runs.to_plain(part.config)
@@ -130,7 +129,7 @@ def write_results(path: Path, cfg: ReportConfig, plan: Plan, parts: Sequence[dic
     """`results.json` and `report.html`."""
     environment = json.loads((path / "env.json").read_text(encoding="utf-8"))
     whole = {"title": plan.title, "fraction": cfg.fraction, "environment": environment, "parts": list(parts)}
-    (path / "results.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    files.write_json(path / "results.json", whole, indent=1)
     missing = [part.name for part in plan.parts[len(parts) :]]
     write_page(path, whole, missing, (path / "plan.yaml").read_text(encoding="utf-8"))
 

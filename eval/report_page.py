@@ -13,6 +13,7 @@ from eval.config import describe_keep
 from eval.labels import explain_names, name_methods, style_methods
 from eval.record import ALL_TEXTS
 from eval.report_charts import Bar, draw_bars
+from spotlight_jax import files
 
 _MIB = 2**20
 Row = dict[str, Any]
@@ -271,7 +272,7 @@ def write_page(folder: Path, whole: dict[str, Any], missing: Sequence[str], plan
         model=next((part["config"]["model"] for part in whole["parts"] if "model" in part["config"]), None),
         selector=next((found for part in whole["parts"] if (found := part["config"].get("selector"))), None),
     )
-    (folder / "report.html").write_text(page, encoding="utf-8")
+    files.write_text(folder / "report.html", page)
 
 
 def _facts(part: dict[str, Any]) -> list[tuple[str, str]]:

@@ -10,6 +10,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from spotlight_jax.files import replace_file
+
 Row = dict[str, Any]
 
 # what is drawn of the operations, and how: the others are in the table
@@ -66,7 +68,8 @@ def plot_ops(path: Path, rows: Sequence[Row], title: str) -> None:
     panels[0][0].set_ylabel("time per layer (µs), median and range")
     figure.suptitle(title)
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
-    figure.savefig(path, dpi=120)
+    with replace_file(path) as file:
+        figure.savefig(file, format="png", dpi=120)
     plt.close(figure)
 
 
@@ -86,7 +89,8 @@ def plot_decode(path: Path, rows: Sequence[Row], title: str) -> None:
     axes.set_xticks(range(len(points)), [f"{length:,}\nbatch {batch}" for length, batch in points])
     axes.set(xlabel="cached tokens of each sequence", ylabel="tokens/s, all sequences together", title=title)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-    figure.savefig(path, dpi=120)
+    with replace_file(path) as file:
+        figure.savefig(file, format="png", dpi=120)
     plt.close(figure)
 
 

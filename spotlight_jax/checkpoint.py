@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 import safetensors
 import safetensors.numpy
 
-from spotlight_jax import hashing
+from spotlight_jax import files, hashing
 from spotlight_jax.errors import InputError
 
 FORMAT = 2
@@ -44,9 +44,8 @@ def save_selector(folder: pathlib.Path, selector: Selector, card: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((folder / "orbax").absolute(), arrays, force=True)
-    safetensors.numpy.save_file(
-        {name: np.asarray(array) for name, array in arrays.items()}, folder / "selector.safetensors"
-    )
+    whole = safetensors.numpy.save({name: np.asarray(array) for name, array in arrays.items()})
+    files.write_bytes(folder / "selector.safetensors", whole)
     config = {
         "format": FORMAT,
         "base_model": selector.base_model,
@@ -54,8 +53,8 @@ def save_selector(folder: pathlib.Path, selector: Selector, card: str) -> None:
         "shape": dataclasses.asdict(selector.shape),
         **selector.info,
     }
-    (folder / "README.md").write_text(card, encoding="utf-8")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    files.write_text(folder / "README.md", card)
+    files.write_json(folder / "config.json", config)
 
 
 def load_selector(folder: str | pathlib.Path, shape: hashing.HeadShape | None = None) -> Selector:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import jax
 import yaml
 
+from spotlight_jax import files
 from spotlight_jax.errors import InputError
 
 Config = TypeVar("Config")
@@ -37,8 +38,8 @@ class RunFolder:
         cls.check_free(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            (path / "config.yaml").write_text(yaml.safe_dump(to_plain(cfg), sort_keys=False), encoding="utf-8")
-            (path / "env.json").write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
+            files.write_json(path / "env.json", environment())
+            files.write_text(path / "config.yaml", yaml.safe_dump(to_plain(cfg), sort_keys=False))
         except OSError as error:
             raise InputError(f"cannot write the run folder '{path}': {error.strerror}") from None
         return cls(path)
@@ -56,14 +57,13 @@ class RunFolder:
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Add one line to `metrics.jsonl`."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        files.append_lines(self.path / "metrics.jsonl", json.dumps(row) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
         """All rows so far; a line that a crash cut short is dropped."""
         file = self.path / "metrics.jsonl"
         rows = []
-        for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        for line in file.read_text(encoding="utf-8").split("\n") if file.exists() else []:
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError:
@@ -72,9 +72,9 @@ class RunFolder:
 
     def discard_if_unused(self) -> None:
         """Remove the folder where it holds nothing but what `create` wrote: a run that was refused keeps no name."""
-        files = list(self.path.iterdir())
-        if {file.name for file in files} <= {"config.yaml", "env.json"}:
-            for file in files:
+        found = list(self.path.iterdir())
+        if {file.name for file in found} <= {"config.yaml", "env.json"}:
+            for file in found:
                 file.unlink()
             self.path.rmdir()
 
@@ -82,11 +82,11 @@ class RunFolder:
         """Drop rows from `step` on, which a resumed run will write again."""
         rows = [row for row in self.metrics() if row.get("step", 0) < step]
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        (self.path / "metrics.jsonl").write_text(text, encoding="utf-8")
+        files.write_text(self.path / "metrics.jsonl", text)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write `summary.json`."""
-        (self.path / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        files.write_json(self.path / "summary.json", summary)
 
 
 def next_free(parent: pathlib.Path, name: str) -> pathlib.Path:

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 import rich.console
 
-from spotlight_jax import cli, runs
+from spotlight_jax import cli, files, runs
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.data import DataConfig
 from spotlight_jax.display import Display, make_table
@@ -159,8 +159,8 @@ def main(cfg: AblateConfig) -> dict[str, Any]:
     left = [name for name in names if not _is_finished(out / name)]
     with Display() as display, cli.noted_signals(signal.SIGINT, signal.SIGTERM) as stop:
         _train_together(cfg, {name: variant_config(name, cfg) for name in left}, out, display, stop)
-    files = [out / name / _ROW for name in names]
-    rows = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
+    found = [out / name / _ROW for name in names]
+    rows = [json.loads(file.read_text(encoding="utf-8")) for file in found if file.is_file()]
     _add_perplexities(rows, cfg.perplexity, out)
     _write_table(rows, out)
     print(json.dumps({"ablation": str(out), "results": rows}))
@@ -242,7 +242,7 @@ def _finish(name: str, session: Session, out: pathlib.Path) -> None:
     }
     for suffix, other in others.items():
         row |= _means(session.quality_by(other), suffix, other)
-    (out / name / _ROW).write_text(json.dumps(row, indent=2) + "\n", encoding="utf-8")
+    files.write_json(out / name / _ROW, row)
 
 
 def _means(quality: SelectionQuality, suffix: str, cfg: MeasureConfig) -> dict[str, float]:
@@ -289,8 +289,8 @@ def _write_table(rows: list[dict[str, Any]], out: pathlib.Path) -> None:
     cells = [[_cell(row.get(name, "")) for name in columns] for row in rows]
     lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(row) + " |" for row in cells]
-    (out / "ablation.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (out / _ROW).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    files.write_text(out / "ablation.md", "\n".join(lines) + "\n")
+    files.write_json(out / _ROW, rows)
     plot_ablation(out / "ablation.png", rows)
     console = rich.console.Console() if sys.stdout.isatty() else rich.console.Console(width=200)
     console.print(make_table(f"{len(rows)} variants, 2 % of the tokens read", list(columns.values()), cells))

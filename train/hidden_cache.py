@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int32
 
+from spotlight_jax import files
 from spotlight_jax.errors import InputError
 from spotlight_jax.memory import GIB
 from spotlight_jax.models.config import DecoderConfig
@@ -80,7 +81,8 @@ class HiddenCache:
                     f"{(free + held) / GIB:.1f}; lower --cache-gib, --steps or --data.window, or train without it"
                 )
             self._folder.mkdir(parents=True, exist_ok=True)
-            manifest.write_text(text, encoding="utf-8")
+            files.write_text(manifest, text)
+            files.remove_partial(self._folder)
         except OSError as error:
             raise InputError(f"cannot write to '{self._folder}': {error.strerror}") from None
 
@@ -101,11 +103,9 @@ class HiddenCache:
 
     def write(self, window: int, hidden: np.ndarray) -> None:
         """Keep one window's states; the file appears when it is whole."""
-        part = self.file(window).with_suffix(".part")
         try:
-            with part.open("wb") as out:
+            with files.replace_file(self.file(window)) as out:
                 np.save(out, hidden.view(np.uint16) if hidden.dtype.itemsize == 2 else hidden)
-            part.replace(self.file(window))
         except OSError as error:
             raise InputError(
                 f"cannot write '{self.file(window)}': {error.strerror}; free some disk and --resume"

@@ -7,6 +7,7 @@ import matplotlib
 import numpy as np
 from jaxtyping import Float
 
+from spotlight_jax.files import replace_file
 from spotlight_jax.ranking import Loss
 
 matplotlib.use("Agg")
@@ -43,7 +44,8 @@ def plot_curves(path: pathlib.Path, rows: list[dict[str, Any]], summary: dict[st
         axes.margins(y=0.15)
         axes.grid(alpha=0.25)
     figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=3, frameon=False)
-    figure.savefig(path, dpi=120)
+    with replace_file(path) as file:
+        figure.savefig(file, format="png", dpi=120)
     plt.close(figure)
 
 
@@ -61,7 +63,8 @@ def plot_layers(
         axis.set_xticks(range(0, values.shape[1], max(1, values.shape[1] // 8)))
     axes[0].set_ylabel("layer")
     figure.colorbar(image, ax=axes, label="IoU with the oracle's choice, held-out text")
-    figure.savefig(path, dpi=120)
+    with replace_file(path) as file:
+        figure.savefig(file, format="png", dpi=120)
     plt.close(figure)
 
 
@@ -82,5 +85,6 @@ def plot_ablation(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
     left.set_yticks(places, names)
     left.invert_yaxis()
     figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-    figure.savefig(path, dpi=130)
+    with replace_file(path) as file:
+        figure.savefig(file, format="png", dpi=130)
     plt.close(figure)

@@ -76,7 +76,7 @@ def test_an_interrupted_filling_is_continued(tmp_path, read, filled):
 
     def interrupted(self, window, hidden):
         if window == 3:
-            self.file(window).with_suffix(".part").write_bytes(b"half")
+            (tmp_path / "cache" / f"{self.file(window).name}.1234.partial").write_bytes(b"half")
             raise KeyboardInterrupt
         real_write(self, window, hidden)
 
@@ -88,7 +88,7 @@ def test_an_interrupted_filling_is_continued(tmp_path, read, filled):
     for window in range(WINDOWS):
         read(again, window)
     assert filled == [0, 1, 2, 3, 3, 4]
-    assert not list((tmp_path / "cache").glob("*.part"))
+    assert not list((tmp_path / "cache").glob("*.partial"))
 
 
 def test_bfloat16_states_come_back_bit_for_bit(tmp_path):
