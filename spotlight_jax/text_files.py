@@ -34,6 +34,7 @@ _FOREIGN = re.compile(
 )
 _CSV_BLOCK = 1 << 26  # bytes; a row of a CSV file must fit into one block
 NAME_THE_COLUMN = "name the one that holds the text with --text-column (--data.text-column in training)"
+_SEPARATORS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -170,6 +171,11 @@ def parse_json(text: str, where: str) -> Any:
     except ValueError as error:  # a number of thousands of digits
         raise InputError(f"'{where}' is not usable JSON ({one_line(error)})") from error
     return value
+
+
+def json_line(row: Row, default: Callable[[Any], Any] | None = None) -> str:
+    """A row as one line of JSON: readable, and one line for readers that split at Unicode's line separators, too."""
+    return json.dumps(row, ensure_ascii=False, default=default).translate(_SEPARATORS) + "\n"
 
 
 def split_lines(text: str) -> list[str]:

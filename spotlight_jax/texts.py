@@ -27,6 +27,7 @@ from pathlib import Path
 import platformdirs
 
 from spotlight_jax.errors import InputError
+from spotlight_jax.text_files import json_line
 
 Progress = Callable[[str, int, int], None]  # what is being done, done so far, in all
 
@@ -354,7 +355,7 @@ def _write_documents(path: Path, documents: list[str]) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("w", encoding="utf-8") as lines:
-            lines.writelines(json.dumps({"text": document}, ensure_ascii=False) + "\n" for document in documents)
+            lines.writelines(json_line({"text": document}) for document in documents)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -138,3 +138,17 @@ def test_what_cannot_be_read_is_one_line_that_names_the_file_and_row(tmp_path, n
     with pytest.raises(InputError, match=told) as caught:
         _read(tmp_path / name)
     assert "\n" not in str(caught.value)
+
+
+def test_a_line_of_json_is_one_line_to_every_reader_and_reads_back(tmp_path):
+    row = {"text": "a\u2028b\u2029c\u0085d\x0ce\nf", "zh": "秋天"}
+    line = text_files.json_line(row)
+    assert len(line.splitlines()) == 1 and "秋天" in line
+    assert json.loads(line) == row
+    (tmp_path / "new.jsonl").write_text(2 * line)
+    (tmp_path / "old.jsonl").write_text(2 * (json.dumps(row, ensure_ascii=False) + "\n"))
+    for name in ("new.jsonl", "old.jsonl"):
+        assert [found for found, _ in text_files.read_json_lines(tmp_path / name)] == [row, row]
+        assert text_files.split_lines((tmp_path / name).read_text())[1:] == [
+            (tmp_path / name).read_text().split("\n")[1]
+        ]
