@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from spotlight_jax.encoding import Encoder, NullCount
 from spotlight_jax.errors import InputError
 from spotlight_jax.text_files import one_line, pick_text
 
+_log = logging.getLogger(__name__)
 _FULL_SHARE = 1_000_000  # integer weights, so that whose turn it is is exact, sum to about this
 
 
@@ -333,7 +335,7 @@ class _Stream:
             if text is None:
                 self._nulls.count += 1
                 if str(self._nulls.count).strip("0") == "1":  # a stream need not end: said at 1, 10, 100, ...
-                    self._nulls.say()
+                    _log.warning(self._nulls.note())
         self._ids = np.concatenate([np.zeros(0, np.int32), *self._encoder.encode([text])])
         self._offset = 0
         return True

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import logging
-import os
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from spotlight_jax import documents, texts
+from spotlight_jax.derived import Derived, find_derived, write_derived
 from spotlight_jax.documents import Source
 from spotlight_jax.errors import InputError
 from spotlight_jax.text_files import Documents, find_kind, holds_token_ids, read_token_ids
@@ -93,16 +95,18 @@ class Encoder:
         kinds = [find_kind(file) for file in source.files]
         key = "\n".join([self.identity(), column, str(self._vocab_size), *hashes, *kinds])
         path = texts.cache_dir() / "tokens" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
-        if not path.exists():
+        if (found := find_derived(path)) is None:
             dtype = np.dtype(np.uint16 if self._largest_id <= 1 << 16 else np.uint32)
-            _write_ids(path, self._encode_source(source, column), dtype)
+            nulls = NullCount(source.name, column)
+            found = _write_ids(path, self._encode_source(source, column, nulls), dtype, nulls.note)
+        if found.note:
+            _log.warning(found.note)
         return np.load(path, mmap_mode="r")
 
-    def _encode_source(self, source: Source, column: str) -> Iterator[np.ndarray]:
+    def _encode_source(self, source: Source, column: str, nulls: NullCount) -> Iterator[np.ndarray]:
         files = iter(source.files)
         total = source_size(source)
         done = 0
-        nulls = NullCount(source.name, column)
         for batch in _batches(nulls.skip(documents.read_source(source, column))):
             for document in batch if isinstance(batch, list) else ():
                 done += len(document)
@@ -113,7 +117,6 @@ class Encoder:
                 yield from self.encode(batch)
             if self._progress is not None:
                 self._progress(f"tokenising {source.name}", min(done, total), total)
-        nulls.say()
 
     def _check_ids(self, ids: np.ndarray, file: Path) -> np.ndarray:
         if self._vocab_size is None:
@@ -144,11 +147,10 @@ class NullCount:
             else:
                 yield document
 
-    def say(self) -> None:
-        """Say how many there were so far, if any."""
-        if self.count:
-            rows = "1 row is" if self.count == 1 else f"{self.count} rows are"
-            _log.warning("'%s': %s left out, because '%s' is null", self._name, rows, self._column)
+    def note(self) -> str:
+        """How many there were so far, in a sentence; nothing if there were none."""
+        rows = "1 row is" if self.count == 1 else f"{self.count} rows are"
+        return f"'{self._name}': {rows} left out, because '{self._column}' is null" if self.count else ""
 
 
 def source_size(source: Source) -> int:
@@ -207,23 +209,17 @@ def _batches(stream: Iterable[str | np.ndarray]) -> Iterator[list[str] | np.ndar
         yield batch
 
 
-def _write_ids(path: Path, parts: Iterator[np.ndarray], dtype: np.dtype) -> None:
+def _write_ids(path: Path, parts: Iterator[np.ndarray], dtype: np.dtype, note: Callable[[], str]) -> Derived:
     """Write a `.npy` file of unknown length; its name appears only when all ids are on disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    raw = path.with_name(f"{path.name}.{os.getpid()}.raw")
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
+    with tempfile.TemporaryFile(dir=path.parent) as ids:
         count = 0
-        with raw.open("wb") as ids:
-            for part in parts:
-                ids.write(part.astype(dtype).tobytes())
-                count += len(part)
-        with partial.open("wb") as whole, raw.open("rb") as ids:
-            header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
-            np.lib.format.write_array_header_1_0(whole, header)
-            while block := ids.read(1 << 24):
-                whole.write(block)
-        os.replace(partial, path)
-    finally:
-        raw.unlink(missing_ok=True)
-        partial.unlink(missing_ok=True)
+        for part in parts:
+            ids.write(part.astype(dtype).tobytes())
+            count += len(part)
+        header = io.BytesIO()
+        shape = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
+        np.lib.format.write_array_header_1_0(header, shape)
+        ids.seek(0)
+        blocks = iter(lambda: ids.read(1 << 24), b"")
+        return write_derived(path, itertools.chain([header.getvalue()], blocks), note)

