@@ -225,6 +225,8 @@ def _open_parquet(file: Path) -> Iterator[Any]:
     try:
         with pq.ParquetFile(file) as table:
             yield table
+    except InputError:
+        raise
     except (pa.ArrowException, OSError, ValueError) as error:
         raise InputError(f"'{file}' is not a readable parquet file: {one_line(error)}") from error
 
@@ -277,6 +279,8 @@ def _read_csv_rows(file: Path, column: str, delimiter: str) -> Iterator[tuple[Ro
                 for row in batch.to_pylist():
                     number += 1
                     yield row, f"{file}:{number}"
+    except InputError:
+        raise
     except KeyError as error:
         raise InputError(f"'{file}' has no '{column}' in its first line; {NAME_THE_COLUMN}") from error
     except (pa.ArrowException, ValueError) as error:

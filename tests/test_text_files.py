@@ -66,6 +66,13 @@ def test_zstandard_is_read_too(tmp_path):
     assert _read(tmp_path / "x.jsonl.zst") == TEXTS
 
 
+def test_what_a_table_lacks_is_said_without_calling_it_unreadable(tmp_path):
+    pq.write_table(pa.table({"body": ["a"]}), tmp_path / "x.parquet")
+    with pytest.raises(InputError) as caught:
+        _read(tmp_path / "x.parquet")
+    assert str(caught.value).startswith(f"'{tmp_path / 'x.parquet'}' has no 'text', only 'body'; ")
+
+
 def test_a_single_json_object_is_one_document(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps({"text": "alone"}, indent=2))
     assert _read(tmp_path / "x.json") == ["alone"]
