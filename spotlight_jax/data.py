@@ -16,7 +16,7 @@ from spotlight_jax import documents, texts
 from spotlight_jax.documents import Source
 from spotlight_jax.encoding import Encoder, NullCount
 from spotlight_jax.errors import InputError
-from spotlight_jax.text_files import one_line, pick_text
+from spotlight_jax.text_files import pick_text
 
 _log = logging.getLogger(__name__)
 _FULL_SHARE = 1_000_000  # integer weights, so that whose turn it is is exact, sum to about this
@@ -319,17 +319,11 @@ class _Stream:
         self._ids = np.zeros(0, np.int32)
         self._offset = 0
 
-    def _next_row(self) -> dict[str, Any] | None:
-        try:
-            return next(self._rows, None)
-        except Exception as error:  # of the network, of damaged files, of the library: each of a kind of its own
-            raise InputError(f"cannot read on in '{self.name}': {one_line(error)}") from error
-
     def _next_document(self) -> bool:
         text = None
         while text is None:
             self._before = self._data.state_dict()
-            if (row := self._next_row()) is None:
+            if (row := documents.next_row(self._rows, self.name)) is None:
                 return False
             text = pick_text(row, self._cfg.text_column, self.name)
             if text is None:

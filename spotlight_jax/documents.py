@@ -8,7 +8,7 @@ import glob
 import hashlib
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +140,14 @@ def read_source(source: Source, column: str) -> text_files.Documents:
         yield from texts.read_text(source.text)
     for file in source.files:
         yield from text_files.read_file(file, column)
+
+
+def next_row(rows: Iterator[dict[str, Any]], name: str) -> dict[str, Any] | None:
+    """The next row of a stream, None at its end; raises InputError where it cannot be read on."""
+    try:
+        return next(rows, None)
+    except Exception as error:  # of the network, of damaged files, of the library: each of a kind of its own
+        raise InputError(f"cannot read on in '{name}': {one_line(error)}") from error
 
 
 def open_stream(hub: HubId, column: str | None = None) -> Any:

@@ -197,6 +197,8 @@ def test_bad_flags_are_told_in_one_line(args, message, tiny, data, tmp_path, cap
         ("7", "trec.jsonl:1' is not a JSON object"),
         ('{"context": "a", "answers": ["b"], "length": 1}', "trec.jsonl:1' has no text 'input'"),
         ('{"context": "a", "input": "b", "answers": [], "length": 1}', "'answers' is not a list"),
+        ('{"context": "a", "input": "b", "answers": "bc", "length": 1}', "'answers' is not a list"),
+        ('{"context": "a", "input": "b", "answers": ["c"], "all_classes": 5, "length": 1}', "'all_classes' is neither"),
         ('{"context": "a", "input": "b", "answers": ["b"]}', "'length' is not a whole number"),
         ("", "holds no question of trec"),
     ],
