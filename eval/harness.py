@@ -13,7 +13,6 @@ any. --question-sparse passes the question (what follows the context's last blan
 
 import dataclasses
 import difflib
-import json
 import logging
 import sys
 import warnings
@@ -29,6 +28,7 @@ from spotlight_jax import cli, files
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.display import make_table
 from spotlight_jax.errors import InputError
+from spotlight_jax.text_files import json_line
 
 EXTRA = "pip install 'spotlight-jax[eval]' (lm_eval, without torch)"
 
@@ -137,7 +137,7 @@ def _write_samples(record: Record, trial: Trial, samples: dict[str, list[dict[st
         keep = "" if trial.keep is None else f"-{trial.keep:g}"
         label = f"{trial.method}{keep}-{trial.setting.replace(' ', '')}-{task}"
         file = folder / f"{file_name(label)}.jsonl"
-        lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
+        lines = [json_line(row, default=str) for row in rows]
         files.write_text(file, "".join(lines))
 
 

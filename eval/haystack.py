@@ -1,6 +1,7 @@
 """Questions whose answers lie far back: a text with something hidden in it, and what asks for it at the end."""
 
 import dataclasses
+import logging
 import re
 from collections.abc import Iterator
 from typing import Literal
@@ -10,7 +11,10 @@ import transformers
 from jaxtyping import Int32
 
 from spotlight_jax import documents
+from spotlight_jax.encoding import NullCount
 from spotlight_jax.errors import InputError
+
+_log = logging.getLogger(__name__)
 
 Variant = Literal["needle", "passkey", "copy"]
 
@@ -125,10 +129,13 @@ def _read(source: str) -> Iterator[str]:
     for found in documents.find_sources((source,)):
         if found.hub is not None:
             raise InputError(f"the haystack '{source}' is a data set of the hub; give a local text or text:NAME")
-        for document in documents.read_source(found, "text"):
+        nulls = NullCount(source, "text")
+        for document in nulls.skip(documents.read_source(found, "text")):
             if not isinstance(document, str):
                 raise InputError(f"the haystack '{source}' holds token ids; give a text")
             yield document
+        if nulls.count:
+            _log.warning(nulls.note())
 
 
 def _needle(rng: np.random.Generator) -> tuple[str, str, str]:

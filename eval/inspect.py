@@ -58,7 +58,7 @@ class InspectConfig(EvalConfig):
     windows_per_text: int = 1
     """Windows of each text, spread over it."""
     text_column: str = "text"
-    """Key or column that holds the text in .jsonl, .parquet and hub data sets."""
+    """Key or column that holds the text in JSON, CSV, parquet and hub data sets; rows where it is null are left out."""
     queries: int = 256
     """Queries of each window, spread over it."""
 

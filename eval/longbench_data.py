@@ -1,6 +1,7 @@
 """LongBench's texts: from its own files, a parquet mirror, or a hub id; and the prompts made of them."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 import transformers
 
 from eval.longbench_tasks import Task
-from spotlight_jax import documents
+from eval.predictions import check_answers
+from spotlight_jax import documents, text_files
 from spotlight_jax.errors import InputError
 from spotlight_jax.generate import encode_chat
 
@@ -62,22 +64,14 @@ def read_samples(data: str, name: str, limit: int | None = None) -> list[Sample]
 def _read_rows(data: str, name: str) -> Iterator[tuple[dict[str, Any], str]]:
     if data.startswith(_HUB):
         source = documents.HubId(data.removeprefix(_HUB), name, "test")
-        rows = documents.open_stream(source, "context")
-        yield from ((row, f"{data}:{name}:{number}") for number, row in enumerate(rows, start=1))
+        rows = documents.open_stream(source)
+        read_next = functools.partial(documents.next_row, iter(rows), data)
+        yield from ((row, f"{data}:{name}:{number}") for number, row in enumerate(iter(read_next, None), start=1))
         return
     file = find_file(data, name)
     assert file is not None
-    if file.suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet
-
-        try:
-            rows = pa.parquet.read_table(file).to_pylist()
-        except (pa.ArrowException, OSError) as error:
-            raise InputError(f"'{file}' is not a readable parquet file: {str(error).splitlines()[0]}") from None
-        yield from ((row, f"{file}:{number}") for number, row in enumerate(rows, start=1))
-        return
-    yield from documents.read_json_lines(file)
+    read = text_files.read_parquet_rows if file.suffix == ".parquet" else text_files.read_json_lines
+    yield from read(file)
 
 
 def _parse(row: dict[str, Any], where: str) -> Sample:
@@ -87,11 +81,10 @@ def _parse(row: dict[str, Any], where: str) -> Sample:
     for name, text in texts.items():
         if not isinstance(text, str):
             raise InputError(f"'{where}' has no text '{name}', only {', '.join(map(repr, row)) or 'nothing'}")
-    if not answers or not all(isinstance(answer, str) for answer in answers):
-        raise InputError(f"'{where}': 'answers' is not a list of at least one text")
-    if not isinstance(length, int):
-        raise InputError(f"'{where}': 'length' is not a whole number but {length!r}")
-    return Sample(row["context"], str(question), tuple(answers), tuple(classes) if classes else None, length)
+    check_answers(answers, classes, length, where)
+    if length is None:
+        raise InputError(f"'{where}': 'length' is not a whole number of words but None")
+    return Sample(row["context"], str(question), tuple(row["answers"]), tuple(classes) if classes else None, length)
 
 
 @dataclasses.dataclass(frozen=True)

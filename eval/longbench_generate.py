@@ -1,7 +1,6 @@
 """LongBench's questions answered by each method: predictions in its layout, scores, agreement with the dense model."""
 
 import dataclasses
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from spotlight_jax import files
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.display import make_table
 from spotlight_jax.errors import InputError
+from spotlight_jax.text_files import decode_text, json_line, read_json_lines, split_lines
 
 FREE_FIELDS = ("out", "resume", "methods", "keep", "settings", "tasks")
 _MIB = 2**20
@@ -116,7 +116,7 @@ def answer_task(desk: Desk, task: Task, samples: Sequence[Sample], trial: Trial,
     file = desk.file(trial, task.name)
     file.parent.mkdir(parents=True, exist_ok=True)
     done = _whole_lines(file)[: len(samples)]
-    files.write_text(file, "".join(done))  # without a line that an interruption cut short
+    files.write_text(file, "".join(line + "\n" for line in done))  # without a line that an interruption cut short
     for number, sample in enumerate(samples[len(done) :], start=len(done) + 1):
         desk.record.note(f"{label(trial)}, {task.name}, question {number} of {len(samples)}")
         prompt = desk.encode(task, sample)
@@ -134,19 +134,20 @@ def answer_task(desk: Desk, task: Task, samples: Sequence[Sample], trial: Trial,
             "tokens_read": written.tokens_read,
             "bytes_read": written.bytes_read,
         }
-        files.append_lines(file, json.dumps(row, ensure_ascii=False) + "\n")
+        files.append_lines(file, json_line(row))
     return _row(desk, task, file)
 
 
 def _whole_lines(file: Path) -> list[str]:
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
-    return lines[:-1] if lines and not lines[-1].endswith("\n") else lines
+    """The lines of a file without one that was cut short, perhaps within a character."""
+    content = file.read_bytes() if file.exists() else b""
+    return split_lines(decode_text(content[: content.rfind(b"\n") + 1], f"'{file}'"))
 
 
 def _row(desk: Desk, task: Task, file: Path) -> Row:
     """A task's score, and what its answers read."""
     score = score_task(task, read_predictions(file), by_length=desk.cfg.e)
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    rows = [row for row, _ in read_json_lines(file)]
     return {
         "score": score.score,
         "count": score.count,

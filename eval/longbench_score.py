@@ -11,7 +11,7 @@ import rich.table
 import tyro
 
 from eval.longbench_tasks import CATEGORIES, TASKS, Task, find_task
-from eval.predictions import Prediction, find_files, read_predictions
+from eval.predictions import Prediction, find_files, find_folders, read_predictions
 from eval.text_metrics import CLASSIFICATION, score_answers
 from spotlight_jax.errors import InputError
 
@@ -34,7 +34,7 @@ class ScoreConfig:
     """What is scored."""
 
     folders: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders of predictions, each with a `<task>.jsonl` for every task."""
+    """Folders of predictions, each with a `<task>.jsonl` for every task, or with such a folder for each method."""
     tasks: tuple[str, ...] = ()
     """Only these tasks; all that are there otherwise."""
     by_length: bool = False
@@ -101,7 +101,7 @@ def main(cfg: ScoreConfig) -> dict:
         raise InputError("give at least one folder of predictions")
     console = rich.console.Console(highlight=False)
     results = []
-    for folder in cfg.folders:
+    for folder in (inner for given in cfg.folders for inner in find_folders(given)):
         scores = score_folder(folder, cfg.tasks, cfg.by_length)
         console.print(table_of(f"{folder}: scores of 100", scores))
         if absent := [name for name in TASKS if name not in {score.task.name for score in scores}]:

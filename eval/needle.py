@@ -14,7 +14,6 @@ probable tokens. `--generate` writes answers token by token instead, and scores 
 """
 
 import dataclasses
-import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -36,6 +35,7 @@ from spotlight_jax import cli, files
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.display import make_table
 from spotlight_jax.errors import InputError
+from spotlight_jax.text_files import json_line
 
 _MIB = 2**20
 _WIDTH = 64  # what follows a haystack is padded to a multiple of this, so that few shapes are compiled
@@ -174,7 +174,7 @@ def ask_cell(desk: Desk, cell: Row, trials: Sequence[Trial], record: Record) -> 
             row, text = ask(desk, question, trial, prompt)
             rows[trial].append(row)
             answers.append(trial.part | cell | {"sample": sample, "wanted": wanted, "said": text})
-    lines = (json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+    lines = (json_line(answer) for answer in answers)
     files.append_lines(record.folder.path / "answers.jsonl", "".join(lines))
     for trial, measured in rows.items():
         means = {name: float(np.mean([row[name] for row in measured])) for name in measured[0]}

@@ -46,7 +46,7 @@ class PerplexityConfig(ForwardConfig, EvalConfig):
     windows_per_text: int = 2
     """Windows of each text, spread over it."""
     text_column: str = "text"
-    """Key or column that holds the text in .jsonl, .parquet and hub data sets."""
+    """Key or column that holds the text in JSON, CSV, parquet and hub data sets; rows where it is null are left out."""
     copy_test: bool = False
     """Instead of windows, texts in which a passage comes twice; the second copy alone is scored."""
     copy: CopyConfig = CopyConfig()

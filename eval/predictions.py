@@ -8,8 +8,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from spotlight_jax.documents import read_json_lines
 from spotlight_jax.errors import InputError
+from spotlight_jax.text_files import read_json_lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +35,12 @@ def find_files(folder: Path) -> dict[str, Path]:
     return files
 
 
+def find_folders(folder: Path) -> list[Path]:
+    """The folder, or where it holds one for each method (as a run's `predictions/` does), those."""
+    inner = sorted({file.parent for file in folder.glob("*/*.jsonl")})
+    return inner if inner and not any(folder.glob("*.jsonl")) else [folder]
+
+
 def read_predictions(file: Path) -> list[Prediction]:
     """All lines of a file; raises InputError that names the file and line of what is missing or malformed."""
     found = [_parse(row, where) for row, where in read_json_lines(file)]
@@ -49,13 +55,18 @@ def _parse(row: dict[str, Any], where: str) -> Prediction:
     if not isinstance(row["pred"], str):
         raise InputError(f"'{where}': 'pred' is not text but {type(row['pred']).__name__}")
     answers, classes, length = row["answers"], row.get("all_classes"), row.get("length")
+    check_answers(answers, classes, length, where)
+    return Prediction(row["pred"], tuple(answers), tuple(classes or ()), length, where)
+
+
+def check_answers(answers: Any, classes: Any, length: Any, where: str) -> None:
+    """Raise InputError where what LongBench gives with a question is not of the types that it has."""
     if not _is_texts(answers) or not answers:
         raise InputError(f"'{where}': 'answers' is not a list of at least one text")
     if classes is not None and not _is_texts(classes):
         raise InputError(f"'{where}': 'all_classes' is neither null nor a list of texts")
-    if length is not None and not isinstance(length, int):
-        raise InputError(f"'{where}': 'length' is not a whole number but {length!r}")
-    return Prediction(row["pred"], tuple(answers), tuple(classes or ()), length, where)
+    if length is not None and (type(length) is not int or length < 0):
+        raise InputError(f"'{where}': 'length' is not a whole number of words but {length!r}")
 
 
 def _is_texts(value: Any) -> bool:

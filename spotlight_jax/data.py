@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,9 +14,11 @@ from jaxtyping import Int32
 
 from spotlight_jax import documents, texts
 from spotlight_jax.documents import Source
-from spotlight_jax.encoding import Encoder
+from spotlight_jax.encoding import Encoder, NullCount
 from spotlight_jax.errors import InputError, check_numbers
+from spotlight_jax.text_files import pick_text
 
+_log = logging.getLogger(__name__)
 LONG_WINDOWS = 2  # of a whole context's length, set aside where there is text for them
 _LONG_SHARE = 8  # a source gives at most this part of its windows to one of them
 _FULL_SHARE = 1_000_000  # integer weights, so that whose turn it is is exact, sum to about this
@@ -26,8 +29,8 @@ class DataConfig:
     """Which text to train on and which to keep for measuring."""
 
     train: tuple[str, ...] = (documents.EMBEDDED,)
-    """Training text: .txt, .jsonl, .parquet or .npy (token ids) files, folders, globs, hub data sets
-    (hf:NAME[:CONFIG][:SPLIT]), or `embedded` (a mix that pip fetches)."""
+    """Training text: .txt, .md, .jsonl, .json, .csv, .parquet (.gz, .bz2, .xz, .zst too) or .npy (token ids) files,
+    folders, globs, hub data sets (hf:NAME[:CONFIG][:SPLIT]), or `embedded` (a mix that is fetched once)."""
     held_out: tuple[str, ...] = ()
     """Text to measure on, given in the same way; without it, windows spread over the training text are set aside."""
     window: int = 2048
@@ -37,7 +40,7 @@ class DataConfig:
     weights: tuple[float, ...] = ()
     """Share of the windows for each training text, in the same order; without it, by size."""
     text_column: str = "text"
-    """Key or column that holds the text in .jsonl, .parquet and hub data sets."""
+    """Key or column that holds the text in JSON, CSV, parquet and hub data sets; rows where it is null are left out."""
     copies: float = 0.0
     """Share of the training windows in which a passage comes a second time, in place of what was there: what a model
     copies, it must find far back, and few windows of plain text ask for that."""
@@ -347,6 +350,7 @@ class _Stream:
         self._data = documents.open_stream(source.hub, cfg.text_column)
         self._cfg = cfg
         self._encoder = encoder
+        self._nulls = NullCount(source.name, cfg.text_column)
         self._start = self._data.state_dict()
         self._go_to(self._start)
 
@@ -358,13 +362,16 @@ class _Stream:
         self._offset = 0
 
     def _next_document(self) -> bool:
-        self._before = self._data.state_dict()
-        row = next(self._rows, None)
-        if row is None:
-            return False
-        text = row[self._cfg.text_column]
-        if not isinstance(text, str):
-            raise InputError(f"'{self.name}': '{self._cfg.text_column}' is not text but {type(text).__name__}")
+        text = None
+        while text is None:
+            self._before = self._data.state_dict()
+            if (row := documents.next_row(self._rows, self.name)) is None:
+                return False
+            text = pick_text(row, self._cfg.text_column, self.name)
+            if text is None:
+                self._nulls.count += 1
+                if str(self._nulls.count).strip("0") == "1":  # a stream need not end: said at 1, 10, 100, ...
+                    _log.warning(self._nulls.note())
         self._ids = np.concatenate([np.zeros(0, np.int32), *self._encoder.encode([text])])
         self._offset = 0
         return True

@@ -6,22 +6,20 @@ import dataclasses
 import difflib
 import glob
 import hashlib
-import json
 import logging
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from spotlight_jax import texts
+from spotlight_jax import text_files, texts
 from spotlight_jax.errors import InputError
+from spotlight_jax.text_files import one_line
 
-KNOWN_SUFFIXES = (".txt", ".md", ".jsonl", ".parquet", ".npy")
 EMBEDDED = "embedded"  # the whole training mix
 EMBEDDED_TEST = "embedded-test"  # every test text
 
+_log = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.+%-]+){0,2}")
 
 
@@ -76,20 +74,35 @@ def _parse_hub_id(name: str) -> HubId:
 def _find_path(name: str, given: int) -> Source:
     path = Path(name).expanduser()
     if path.is_file():
-        return Source(name, given, 1.0, files=(path,))
+        return _as_given(name, given, [path])
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in KNOWN_SUFFIXES and not _is_hidden(file, path))
-        if not files:
-            raise InputError(f"the folder '{name}' holds no text; files read are {', '.join(KNOWN_SUFFIXES)}")
-        return Source(name, given, 1.0, files=tuple(files))
+        return Source(name, given, 1.0, files=_search_folder(path, name))
     if glob.has_magic(name):
         files = sorted(file for file in map(Path, glob.glob(str(path), recursive=True)) if file.is_file())
         if not files:
             raise InputError(f"no file matches '{name}'")
-        return Source(name, given, 1.0, files=tuple(files))
-    if _HUB_ID.fullmatch(name) and path.suffix not in KNOWN_SUFFIXES and not path.parent.exists():
+        return _as_given(name, given, files)
+    if _HUB_ID.fullmatch(name) and not text_files.is_known(path) and not path.parent.exists():
         return Source(name, given, 1.0, hub=_parse_hub_id(name))
     raise InputError(_missing(name, path))
+
+
+def _as_given(name: str, given: int, files: Sequence[Path]) -> Source:
+    for file in files:
+        text_files.check_kind(file)
+    return Source(name, given, 1.0, files=tuple(files))
+
+
+def _search_folder(folder: Path, name: str) -> tuple[Path, ...]:
+    """The files of a folder that are read, in order; what else is there is said."""
+    found = sorted(file for file in folder.rglob("*") if file.is_file() and not _is_hidden(file, folder))
+    files = tuple(file for file in found if text_files.is_known(file))
+    if not files:
+        raise InputError(f"the folder '{name}' holds no text; {text_files.KINDS_READ}")
+    if skipped := [str(file.relative_to(folder)) for file in found if file not in set(files)]:
+        more = f" and {len(skipped) - 5} more" if len(skipped) > 5 else ""
+        _log.warning("'%s': not read, by their suffix: %s%s", name, ", ".join(skipped[:5]), more)
+    return files
 
 
 def _is_hidden(file: Path, root: Path) -> bool:
@@ -113,113 +126,32 @@ def hash_source(source: Source) -> tuple[str, ...]:
         return tuple(hashlib.sha256(text.encode()).hexdigest() for text in texts.read_text(source.text))
     hashes = []
     for file in source.files:
-        with _open(file) as content:
-            hashes.append(hashlib.file_digest(content, "sha256").hexdigest())
+        try:
+            with file.open("rb") as content:
+                hashes.append(hashlib.file_digest(content, "sha256").hexdigest())
+        except OSError as error:
+            raise InputError(f"cannot read '{file}': {error.strerror}") from error
     return tuple(hashes)
 
 
-def read_source(source: Source, column: str) -> Iterator[str | np.ndarray]:
-    """Documents of a local source in order: strings, or an array for each `.npy` file."""
+def read_source(source: Source, column: str) -> text_files.Documents:
+    """Documents of a local source in order: strings, None for a row whose text is null, an array for `.npy` files."""
     if source.text is not None:
         yield from texts.read_text(source.text)
     for file in source.files:
-        yield from _read_file(file, column)
+        yield from text_files.read_file(file, column)
 
 
-def _read_file(file: Path, column: str) -> Iterator[str | np.ndarray]:
-    with _open(file) as content:
-        if not content.read(1):
-            raise InputError(f"'{file}' is empty")
-    if file.suffix == ".npy":
-        yield read_token_ids(file)
-    elif file.suffix == ".jsonl":
-        yield from _read_jsonl(file, column)
-    elif file.suffix == ".parquet":
-        yield from _read_parquet(file, column)
-    else:
-        yield _decode(file.read_bytes(), str(file))
-
-
-def _open(file: Path) -> Any:
+def next_row(rows: Iterator[dict[str, Any]], name: str) -> dict[str, Any] | None:
+    """The next row of a stream, None at its end; raises InputError where it cannot be read on."""
     try:
-        return file.open("rb")
-    except OSError as error:
-        raise InputError(f"cannot read '{file}': {error.strerror}") from error
+        return next(rows, None)
+    except Exception as error:  # of the network, of damaged files, of the library: each of a kind of its own
+        raise InputError(f"cannot read on in '{name}': {one_line(error)}") from error
 
 
-def _decode(content: bytes, where: str) -> str:
-    try:
-        return content.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise InputError(f"'{where}' is not UTF-8 (byte {error.start}); convert it with iconv -t utf-8") from error
-
-
-def _read_jsonl(file: Path, column: str) -> Iterator[str]:
-    for row, where in read_json_lines(file):
-        yield _pick(row, column, where)
-
-
-def read_json_lines(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """The objects of a file with one on each line, and where each is; raises InputError that names file and line."""
-    with _open(file) as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{file}:{number}"
-            try:
-                row = json.loads(_decode(line, where))
-            except json.JSONDecodeError as error:
-                raise InputError(f"'{where}' is not JSON ({error.msg}, column {error.colno})") from error
-            if not isinstance(row, dict):
-                raise InputError(f"'{where}' is not a JSON object; each line must be one")
-            yield row, where
-
-
-def _pick(row: dict[str, Any], column: str, where: str) -> str:
-    if column not in row:
-        raise InputError(f"'{where}' has no '{column}', only {_quoted(row)}; name the text's with text_column")
-    if not isinstance(row[column], str):
-        raise InputError(f"'{where}': '{column}' is not text but {type(row[column]).__name__}")
-    return row[column]
-
-
-def _quoted(names: Any) -> str:
-    return ", ".join(f"'{name}'" for name in list(names)[:8]) or "nothing"
-
-
-def _read_parquet(file: Path, column: str) -> Iterator[str]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.ParquetFile(file)
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"'{file}' is not a readable parquet file: {reason}") from error
-    with table:
-        if column not in table.schema_arrow.names:
-            columns = _quoted(table.schema_arrow.names)
-            raise InputError(f"'{file}' has no '{column}', only {columns}; name the text's with text_column")
-        kind = table.schema_arrow.field(column).type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise InputError(f"'{file}': '{column}' is not text but {kind}")
-        for batch in table.iter_batches(batch_size=1024, columns=[column]):
-            yield from (text for text in batch.column(0).to_pylist() if text is not None)
-
-
-def read_token_ids(file: Path) -> np.ndarray:
-    """A `.npy` file of token ids, mapped and not copied."""
-    try:
-        ids = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise InputError(f"'{file}' is not a readable .npy file of token ids") from error
-    if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise InputError(f"'{file}' must be one row of integer token ids, not {ids.dtype}{list(ids.shape)}")
-    return ids
-
-
-def open_stream(hub: HubId, column: str) -> Any:
-    """The data set as a `datasets.IterableDataset` with the text in a column of that name."""
+def open_stream(hub: HubId, column: str | None = None) -> Any:
+    """The data set as a `datasets.IterableDataset`; raises InputError where it has no column of that name."""
     import datasets
 
     name = f"hf:{hub.path}"
@@ -230,15 +162,11 @@ def open_stream(hub: HubId, column: str) -> Any:
         stream = datasets.load_dataset(hub.path, hub.config, split=hub.split, streaming=True)
         columns = stream.column_names or list(next(iter(stream.take(1)), {}))
     except ValueError as error:  # a split or config that is not there: the library names those that are
-        raise InputError(f"cannot open '{name}': {_one_line(error)}") from error
+        raise InputError(f"cannot open '{name}': {one_line(error)}") from error
     except (OSError, RuntimeError) as error:
-        raise InputError(f"cannot open '{name}': {_one_line(error)}; check the name and the network") from error
+        raise InputError(f"cannot open '{name}': {one_line(error)}; check the name and the network") from error
     finally:
         log.setLevel(level)
-    if column not in columns:
-        raise InputError(f"'{name}' has no '{column}', only {_quoted(columns)}; name the text's with text_column")
+    if column is not None and column not in columns:
+        text_files.pick_text(dict.fromkeys(columns), column, name)  # raises
     return stream
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

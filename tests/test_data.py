@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -127,10 +128,36 @@ def test_tokenising_that_breaks_leaves_nothing_half_written(tmp_path, own_cache)
     assert [path for path in own_cache.rglob("*") if path.is_file()] == []
 
 
+def test_the_same_bytes_under_another_suffix_are_another_text(tmp_path):
+    line = '{"text": "abcdefgh"}\n'
+    (tmp_path / "x.txt").write_text(line)
+    (tmp_path / "x.jsonl").write_text(line)
+    raw, parsed = (_open([str(tmp_path / name)], held_out_windows=0).next() for name in ("x.txt", "x.jsonl"))
+    assert TOKENIZER.decode(raw.tolist()) in line and TOKENIZER.decode(parsed.tolist()) == "abcdefgh"
+
+
+def test_rows_whose_text_is_null_are_left_out_and_counted(tmp_path, caplog):
+    rows = [{"text": None}, {"text": "abcd"}, {"text": None}, {"text": "efgh"}]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    for name in ("x.jsonl", "x.parquet"):
+        assert TOKENIZER.decode(_take(_open([str(tmp_path / name)], held_out_windows=0), 1)[0]) == "abcdefgh"
+        assert caplog.messages.pop() == f"'{tmp_path / name}': 2 rows are left out, because 'text' is null"
+        caplog.clear()
+
+
 @given(st.text(alphabet="ab \n.é7", max_size=400), st.integers(1, 40))
 def test_pieces_join_to_the_document(text, size):
-    assert "".join(split_document(text, size)) == text
-    assert all(len(piece) <= 2 * size for piece in split_document(text, size))
+    pieces = split_document(text, size)
+    assert "".join(pieces) == text
+    assert all(len(piece) >= size for piece in pieces[:-1])
+    for piece in pieces:  # a longer one holds no place for a cut
+        assert len(piece) <= 2 * size or not re.search(r"(?<=\S\n)(?=\S)|(?<=\S)(?= \S)", piece[2 * size :])
+
+
+@given(st.text(alphabet="ab \n.é7", max_size=400), st.integers(1, 40))
+def test_a_document_is_left_whole_where_no_cut_is_safe(text, size):
+    assert split_document(text, size, is_seam=lambda before, after: False) == [text]
 
 
 @pytest.mark.parametrize("indent", ["", "    "])  # with it, no line of a long function starts at the margin
@@ -143,6 +170,70 @@ def test_a_document_in_pieces_has_the_tokens_it_has_whole(indent):
     tokenizer.train_from_iterator([source], trainer)
     assert len(split_document(source)) > 2
     assert Encoder(tokenizer).encode([source])[0].tolist() == tokenizer.encode(source).ids
+
+
+def _sentence_pieces(prepend: str, alone: bool) -> tokenizers.Tokenizer:
+    """As LLaMA 2 (`alone` False: one merge table over whole texts) and T5 (word by word) cut: U+2581 begins a word."""
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=600, show_progress=False)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=prepend)
+    tokenizer.train_from_iterator(texts.read_text("python-source")[:2], trainer)
+    if not alone:
+        tokenizer.pre_tokenizer = None
+        tokenizer.normalizer = tokenizers.normalizers.Sequence(
+            [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+        )
+    return tokenizer
+
+
+@pytest.mark.parametrize(("prepend", "alone"), [("always", True), ("first", True), ("never", True), ("always", False)])
+def test_a_sentencepiece_document_has_no_false_word_start_at_a_seam(prepend, alone):
+    tokenizer = _sentence_pieces(prepend, alone)
+    source = "".join(texts.read_text("python-source")[:16])
+    encoder = Encoder(tokenizer)
+    assert len(split_document(source)) > 2
+    if alone:  # words are tokenised one by one: there are safe places before spaces
+        assert len(split_document(source, is_seam=encoder._is_seam)) > 2
+    assert encoder.encode([source])[0].tolist() == tokenizer.encode(source).ids
+
+
+def _with_start(tokenizer: tokenizers.Tokenizer, template: str) -> tokenizers.Tokenizer:
+    """The tokenizer with what generation gets from it: a BOS before every text, perhaps an end after it."""
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    ids = [(token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>")]
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single=template, special_tokens=ids)
+    return tokenizer
+
+
+@pytest.mark.parametrize("template", ["<s> $A", "<s> $A </s>"])
+def test_a_document_begins_with_the_bos_that_the_tokenizer_adds_as_a_prompt_does(tmp_path, own_cache, template):
+    plain, added = _byte_tokenizer(), _with_start(_byte_tokenizer(), template)
+    (tmp_path / "book").mkdir()
+    for name, text in (("a.txt", "abc"), ("b.txt", "de")):
+        (tmp_path / "book" / name).write_text(text)
+    letters = {char: plain.token_to_id(char) for char in "abcde"}
+    windows = _open([str(tmp_path / "book")], window=7, held_out_windows=0, tokenizer=added, vocab_size=None)
+    expected = [256, *(letters[char] for char in "abc"), 256, letters["d"], letters["e"]]
+    assert _take(windows, 1) == [expected]
+    assert expected[:4] == added.encode("abc").ids[:4]
+    without = _open([str(tmp_path / "book")], window=5, held_out_windows=0, tokenizer=plain, vocab_size=None)
+    assert _take(without, 1) == [[letters[char] for char in "abcde"]]
+    assert len(list(own_cache.rglob("*.npy"))) == 2
+
+
+def test_a_stream_of_documents_has_a_bos_before_each(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "abc"}\n{"text": "de"}\n')
+    added = _with_start(_byte_tokenizer(), "<s> $A")
+    windows = _open([f"hf:{tmp_path}"], window=7, held_out_windows=0, tokenizer=added)
+    letters = {char: added.token_to_id(char) for char in "abcde"}
+    assert windows.next().tolist() == [256, *(letters[char] for char in "abc"), 256, letters["d"], letters["e"]]
+
+
+def test_a_tokenizer_that_adds_only_an_end_gives_no_start():
+    assert (
+        Encoder(_with_start(_byte_tokenizer(), "$A </s>")).encode(["a"])[0].tolist()
+        == _byte_tokenizer().encode("a").ids
+    )
 
 
 # Held-out windows and order
@@ -292,6 +383,28 @@ def test_a_stream_is_packed_in_order_and_repeats(hub_folder):
     assert TOKENIZER.decode(np.concatenate(rows).tolist()) == (2 * whole)[: 20 * len(rows)]
 
 
+def test_null_rows_of_a_stream_are_left_out_and_counted_as_they_come(tmp_path, caplog):
+    rows = [{"text": letter} for letter in ("abcd", None, "efgh")]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    name = f"hf:{tmp_path}"
+    windows = _open([name], window=8, held_out_windows=0)
+    assert [TOKENIZER.decode(row) for row in _take(windows, 10)] == ["abcdefgh"] * 10
+    assert caplog.messages[0] == f"'{name}': 1 row is left out, because 'text' is null"
+    assert caplog.messages[1:] == [f"'{name}': 10 rows are left out, because 'text' is null"]
+
+
+def test_a_stream_that_breaks_is_one_line(hub_folder, monkeypatch):
+    windows = _open([hub_folder], window=20, held_out_windows=0)
+
+    def rows():
+        yield {"text": "ab"}
+        raise ConnectionError("the server\nhung up")
+
+    windows._pools[0]._rows = rows()
+    with pytest.raises(InputError, match=r"cannot read on in 'hf:.*the server hung up"):
+        windows.next()
+
+
 def test_a_stream_trains_on_no_document_it_held_out(hub_folder):
     windows = _open([hub_folder], window=20, held_out_windows=3)
     held_out, train = _letters(windows.held_out), _letters(_take(windows, 60))
@@ -358,7 +471,7 @@ def _write(folder: Path, name: str, content: bytes) -> str:
         ("latin.txt", b"caf\xe9 au lait", r"latin.txt' is not UTF-8 \(byte 3\)"),
         ("bad.jsonl", b'{"text": "fine"}\n{"text": oops}\n', r"bad.jsonl:2' is not JSON"),
         ("list.jsonl", b'{"text": "fine"}\n[1]\n', r"list.jsonl:2' is not a JSON object"),
-        ("key.jsonl", b'{"body": "fine"}\n', r"key.jsonl:1' has no 'text', only 'body'.*text_column"),
+        ("key.jsonl", b'{"body": "fine"}\n', r"key.jsonl:1' has no 'text', only 'body'.*--data.text-column"),
         ("kind.jsonl", b'{"text": 3}\n', r"kind.jsonl:1': 'text' is not text but int"),
         ("latin.jsonl", b'{"text": "caf\xe9"}\n', r"latin.jsonl:1' is not UTF-8"),
         ("x.parquet", b"PAR1 no", r"x.parquet' is not a readable parquet file"),

@@ -20,7 +20,7 @@ class LayerwiseConfig:
     """Starting values of all other flags: `default` (our recipe, needs a GPU), `demo` (the same recipe, small enough
     for two CPU cores), `paper` (Spotlight Attention as published)."""
     model: str = "smollm2-135m"
-    """Base model: a folder in Hugging Face's layout, a hub id, a .gguf file, or smollm2-135m (fetched by pip)."""
+    """Base model: a folder in Hugging Face's layout, a hub id, a .gguf file, or smollm2-135m (fetched once)."""
     out: str | None = None
     """Run folder; without it, a new one under runs/."""
     resume: bool = False

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from spotlight_jax import hashing, runs
+from spotlight_jax import hashing, runs, text_files
 from spotlight_jax.data import open_windows
 from spotlight_jax.display import Display
 from spotlight_jax.errors import InputError
@@ -117,7 +117,7 @@ class Session:
 
     def _open_text(self) -> None:
         cfg = self.cfg
-        is_tokenized = all(source.endswith(".npy") for source in (*cfg.data.train, *cfg.data.held_out))
+        is_tokenized = all(text_files.holds_token_ids(source) for source in (*cfg.data.train, *cfg.data.held_out))
         tokenizer = None if is_tokenized else open_tokenizer(cfg.model)
         windows = open_windows(cfg.data, tokenizer, self.model_cfg.vocab, self._display.update, self.length)
         feed_cfg = FeedConfig(

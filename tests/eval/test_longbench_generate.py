@@ -65,6 +65,26 @@ def run(capsys, *args) -> tuple[int, dict, str, str]:
 METHODS = ["--selector", "x", "--methods", "dense", "spotlight", "oracle", "--keep", 0.1]
 
 
+SEPARATORS = "\u2028\u2029\u0085"  # ends of lines to Unicode, and to str.splitlines, but not to JSON lines
+
+
+def test_unicode_line_separators_in_answers_are_no_ends_of_lines_and_old_files_resume(tiny, tmp_path, capsys):
+    rows = [row_of("Ann is here.", "Who?", f"Ann{SEPARATORS}{number}") for number in range(2)]
+    (tmp_path / "hotpotqa.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    args = ["--data", tmp_path, "--methods", "dense", "--out", tmp_path / "run"]
+    code, summary, _, _ = run(capsys, *args)
+    assert code == 0 and summary["results"][0]["count"] == 2
+    file = tmp_path / "run" / "predictions" / "dense" / "hotpotqa.jsonl"
+    written = file.read_text().splitlines()
+    assert [json.loads(line)["answers"] for line in written] == [row["answers"] for row in rows]
+    # as an older version wrote it, cut within a character
+    old = "".join(json.dumps(json.loads(line), ensure_ascii=False) + "\n" for line in written).encode()
+    file.write_bytes(old[: old.rindex(SEPARATORS.encode()) + 1])
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    assert run(capsys, *args, "--resume")[1]["results"] == summary["results"]
+    assert [json.loads(line) for line in file.read_text().split("\n")[:-1]] == list(map(json.loads, written))
+
+
 def test_answers_are_written_scored_and_resumed(tiny, data, tmp_path, capsys):
     out = tmp_path / "run"
     args = ["--data", data, *METHODS, "--max-length", 170, "--out", out]
@@ -177,6 +197,8 @@ def test_bad_flags_are_told_in_one_line(args, message, tiny, data, tmp_path, cap
         ("7", "trec.jsonl:1' is not a JSON object"),
         ('{"context": "a", "answers": ["b"], "length": 1}', "trec.jsonl:1' has no text 'input'"),
         ('{"context": "a", "input": "b", "answers": [], "length": 1}', "'answers' is not a list"),
+        ('{"context": "a", "input": "b", "answers": "bc", "length": 1}', "'answers' is not a list"),
+        ('{"context": "a", "input": "b", "answers": ["c"], "all_classes": 5, "length": 1}', "'all_classes' is neither"),
         ('{"context": "a", "input": "b", "answers": ["b"]}', "'length' is not a whole number"),
         ("", "holds no question of trec"),
     ],
