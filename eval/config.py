@@ -1,19 +1,21 @@
 """The flags that every evaluation of methods has, and what they open."""
 
 import dataclasses
+import sys
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import transformers
 
 from eval.methods import UNBUDGETED, Method, base_name, check_names, open_method, selector_of
-from spotlight_jax.checkpoint import Selector, load_selector
+from spotlight_jax.checkpoint import Selector, choose_model, load_selector
 from spotlight_jax.errors import InputError
 from spotlight_jax.generate import head_shape
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import Params
-from spotlight_jax.models.load import RANDOM, load_weights, open_tokenizer
+from spotlight_jax.models.load import load_weights, open_tokenizer
 from spotlight_jax.models.params import resolve_dtype
+from spotlight_jax.models.presets import RANDOM
 from spotlight_jax.selection import SelectionConfig
 
 # what a resumed run may add to or leave out, because each of its parts names it
@@ -47,8 +49,9 @@ class ReadingConfig:
 class EvalConfig:
     """What is evaluated."""
 
-    model: str = "smollm2-135m"
-    """A folder in Hugging Face's layout, a hub id, a .gguf file, smollm2-135m, or random:SHAPE (random weights)."""
+    model: str | None = None
+    """A folder in Hugging Face's layout, a hub id, a .gguf file, smollm2-135m, or random:SHAPE (random weights); None:
+    the model that the selector was trained for, or else smollm2-135m."""
     selector: str | None = None
     """Trained hash functions: a selector folder, or the run folder that holds it."""
     methods: tuple[str, ...] = ("dense", "oracle", "spotlight", "window")
@@ -93,6 +96,9 @@ class EvalConfig:
             for name in self.settings
         ]
         return tuple(found) or (self.selection,)
+
+
+Evaluation = TypeVar("Evaluation", bound=EvalConfig)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,8 +171,31 @@ class Subject:
         return open_method(name, self.selector, selection, head_shape(self.cfg), seed)
 
 
+def name_model(cfg: Evaluation) -> Evaluation:
+    """The config with the model's name filled in, where it was left to the selectors.
+
+    Raises: InputError where a selector cannot be read, or where selectors belong to different models.
+    """
+    return dataclasses.replace(cfg, model=choose_model(cfg.model, _open_selectors(cfg))[0])
+
+
+def _open_selectors(cfg: EvalConfig) -> dict[str, Selector]:
+    """All selectors of an evaluation by their folders: --selector's, and those that methods name."""
+    named = [name.partition("@")[2] for name in cfg.methods if "@" in name]
+    return {folder: load_selector(folder) for folder in (cfg.selector, *named) if folder is not None}
+
+
 def load_subject(cfg: EvalConfig) -> Subject:
-    """Weights, tokenizer and selector; raises InputError where one is missing or does not fit the others."""
+    """Weights, tokenizer and selector; a selector that was trained for another model is named on stderr.
+
+    Args:
+        cfg: with its model named, as `name_model` does.
+
+    Raises: InputError where one is missing or does not fit the others.
+    """
+    for remark in choose_model(cfg.model, _open_selectors(cfg))[1]:
+        print(remark, file=sys.stderr, flush=True)
+    assert cfg.model is not None
     model_cfg, params = load_weights(cfg.model, resolve_dtype(cfg.dtype))
     selector = None if cfg.selector is None else load_selector(cfg.selector, head_shape(model_cfg))
     tokenizer = None if cfg.model.startswith(RANDOM) else open_tokenizer(cfg.model)

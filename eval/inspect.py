@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from eval.attend import causal_budgets, default_chunk, dense_reads, sparse_reads
-from eval.config import FREE_FIELDS, EvalConfig, Subject, Trial, describe_part, list_trials, load_subject
+from eval.config import FREE_FIELDS, EvalConfig, Subject, Trial, describe_part, list_trials, load_subject, name_model
 from eval.forward import check_length
 from eval.labels import name_methods
 from eval.methods import Method, base_name
@@ -171,6 +171,7 @@ def _average(rows: Several[Row]) -> Row:
 def main(cfg: InspectConfig) -> dict[str, Any]:
     """Measure every part that is not finished; write pictures and the CSV, print tables and the line of JSON."""
     use_compile_cache()
+    cfg = name_model(cfg)
     subject = load_subject(cfg)
     check_length(cfg.window, subject.cfg)
     trials = [trial for trial in list_trials(cfg) if trial.method != "dense"]

@@ -24,7 +24,7 @@ import numpy as np
 import transformers
 from jaxtyping import Int32
 
-from eval.config import EvalConfig, Subject, Trial, describe_part, list_trials, load_subject
+from eval.config import EvalConfig, Subject, Trial, describe_part, list_trials, load_subject, name_model
 from eval.haystack import Haystack, Question, Variant
 from eval.labels import name_methods
 from eval.methods import Method
@@ -193,6 +193,7 @@ def combine(variant: Variant, rows: Sequence[Row]) -> Row:
 def main(cfg: NeedleConfig) -> dict[str, Any]:
     """Ask what is not answered; draw the map, print the table and one line of JSON, whose content is returned."""
     use_compile_cache()
+    cfg = name_model(cfg)
     subject = load_subject(cfg)
     tokenizer = check_subject(cfg, subject)
     trials = list_trials(cfg)

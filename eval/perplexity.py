@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
-from eval.config import FREE_FIELDS, EvalConfig, Subject, Trial, describe_part, list_trials, load_subject
+from eval.config import FREE_FIELDS, EvalConfig, Subject, Trial, describe_part, list_trials, load_subject, name_model
 from eval.copy_text import CopyConfig, copy_texts
 from eval.forward import ForwardConfig, Passed, Sequence, check_length, pass_sequence
 from eval.labels import name_methods
@@ -118,6 +118,7 @@ def combine(rows: Several[Row]) -> Row:
 def main(cfg: PerplexityConfig) -> dict[str, Any]:
     """Measure every part that is not finished; print the table and the line of JSON, which is returned."""
     use_compile_cache()
+    cfg = name_model(cfg)
     subject = load_subject(cfg)
     check_length(cfg.length, subject.cfg, "a copy text" if cfg.copy_test else "the window")
     # a copy text is made of other texts too, so that none may be added

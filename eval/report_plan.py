@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from eval.config import EvalConfig, name_model
 from spotlight_jax import cli
 from spotlight_jax.errors import InputError
 from spotlight_jax.models.config import nearest
@@ -123,7 +124,8 @@ def _configure(config_class: type, fields: dict[str, Any], where: str, fraction:
     """A config from a plan's fields, checked as flags are."""
     _check_fields(config_class, fields, where)
     try:
-        return cut_down(cli.parse(config_class, "spotlight eval report", "", list(_flags(fields))), fraction)
+        cfg = cut_down(cli.parse(config_class, "spotlight eval report", "", list(_flags(fields))), fraction)
+        return name_model(cfg) if isinstance(cfg, EvalConfig) else cfg
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
 

@@ -243,7 +243,7 @@ def time_parts(cfg: SpeedConfig, record: Record) -> list[Row]:
         else:
             if loaded is None:
                 point = decode.DecodeSpeedConfig(preset=cfg.preset or "", code_bits=cfg.code_bits)
-                loaded = decode.load(point, jnp.dtype(cfg.dtype))
+                loaded = decode.load(decode.name_model(point), jnp.dtype(cfg.dtype))
             rows = time_decoding(cfg, batch, length, loaded, bandwidth, record)
         record.add(part, {"copy_bandwidth": bandwidth, "rows": rows})
         for line in _told(rows):

@@ -31,6 +31,7 @@ from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.display import Display
 from spotlight_jax.errors import InputError
 from spotlight_jax.memory import GIB
+from spotlight_jax.models.source import lasting_name
 from train import plan
 from train.config import PRESETS, LayerwiseConfig
 from train.report import print_results, write_results
@@ -83,6 +84,7 @@ def train(cfg: LayerwiseConfig) -> dict[str, Any]:
 
 def _find_run(cfg: LayerwiseConfig) -> tuple[LayerwiseConfig, pathlib.Path]:
     """The config of the run, on --resume the one it was started with, and its folder, not made yet."""
+    cfg = dataclasses.replace(cfg, model=lasting_name(cfg.model))
     if not cfg.resume:
         name = f"{pathlib.PurePath(cfg.model).name.removesuffix('.gguf')}-{cfg.preset}"
         path = pathlib.Path(cfg.out) if cfg.out else runs.next_free(pathlib.Path("runs"), name)

@@ -91,7 +91,7 @@ def main(cfg: ChatCommandConfig, read: Callable[[str], str] = input) -> list[dic
     """Talk until the input ends; returns the messages."""
     notes = Console(stderr=True, highlight=False, style="dim")
     use_compile_cache()
-    name, model_cfg, selector = read_configs(cfg)
+    name, model_cfg, selector = read_configs(cfg, notes)
     encode_chat(open_tokenizer(name), [{"role": "user", "content": "Hello"}])  # refuses a model without template
     limit = _talk_limit(cfg, context_limit(model_cfg))
     model, engine = load_fitting(cfg, name, model_cfg, selector, [limit - cfg.generation.max_new_tokens], notes)

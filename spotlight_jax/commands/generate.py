@@ -65,7 +65,7 @@ def main(cfg: GenerateCommandConfig) -> dict:
     texts = _read_texts(cfg)
     if cfg.stream and len(texts) > 1:
         raise InputError(f"--stream shows one text; {len(texts)} prompts were given")
-    name, model_cfg, selector = read_configs(cfg)
+    name, model_cfg, selector = read_configs(cfg, notes)
     max_new = cfg.generation.max_new_tokens
     prompts = encode_prompts(open_tokenizer(name), texts, max_new, model_cfg, cfg.chat, cfg.prompt_tokens)
     model, engine = load_fitting(cfg, name, model_cfg, selector, [len(prompt) for prompt in prompts], notes)

@@ -14,7 +14,7 @@ from rich.progress import Progress, SpinnerColumn, TaskProgressColumn, TextColum
 from tyro.conf import OmitArgPrefixes
 
 from spotlight_jax import cli
-from spotlight_jax.checkpoint import Selector, check_shape, load_selector
+from spotlight_jax.checkpoint import Selector, check_shape, choose_model, load_selector
 from spotlight_jax.engine import DecodeState, Engine
 from spotlight_jax.generate import (
     STREAM_BLOCK,
@@ -30,7 +30,6 @@ from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.load import BaseModel, load_config, load_model
 from spotlight_jax.models.params import resolve_dtype
 
-DEFAULT_MODEL = "smollm2-135m"
 MIB = 2**20
 
 
@@ -47,14 +46,20 @@ class SessionConfig:
     generation: OmitArgPrefixes[GenerateConfig] = dataclasses.field(default_factory=GenerateConfig)
 
 
-def read_configs(cfg: SessionConfig) -> tuple[str, DecoderConfig, Selector | None]:
-    """The model's name, its config, and the selector, checked against each other; weights are not needed."""
+def read_configs(cfg: SessionConfig, console: Console) -> tuple[str, DecoderConfig, Selector | None]:
+    """The model's name, its config, and the selector, checked against each other; weights are not needed.
+
+    Args:
+        console: where it is said that the selector was trained for another model.
+    """
     selector = None if cfg.selector is None else load_selector(cfg.selector)
-    trained_for = selector.base_model if selector else ""
-    name = cfg.model or trained_for or DEFAULT_MODEL
+    name, remarks = choose_model(cfg.model, {} if selector is None else {str(cfg.selector): selector})
     model_cfg = load_config(name)
     if selector is not None:
-        check_shape(selector.shape, head_shape(model_cfg), f"selector '{cfg.selector}' (trained for {trained_for})")
+        what = f"selector '{cfg.selector}' (trained for {selector.base_model})"
+        check_shape(selector.shape, head_shape(model_cfg), what)
+    for remark in remarks:
+        console.print(remark, markup=False, soft_wrap=True)
     return name, model_cfg, selector
 
 

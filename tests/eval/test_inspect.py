@@ -146,3 +146,20 @@ def test_bad_input_is_told_in_one_line(tmp_path, capsys, more, message):
     assert inspect.command(flags) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_the_model_is_the_one_that_the_selector_was_trained_for(tmp_path, capsys):
+    flags = write_inputs(tmp_path)[2:]  # without --model
+    args = [*flags, "--methods", "spotlight", *SIZES, "--out", str(tmp_path / "run")]
+    assert inspect.command(args) == 0
+    assert "random:tiny, 96 tokens" in capsys.readouterr().out
+    assert "model: random:tiny" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_a_model_that_the_selector_was_not_trained_for_is_said(tmp_path, capsys):
+    flags = write_inputs(tmp_path)
+    config = tmp_path / "selector" / "config.json"
+    config.write_text(config.read_text().replace("random:tiny", "maker/model"))
+    assert inspect.command([*flags, "--methods", "spotlight", *SIZES, "--out", str(tmp_path / "run")]) == 0
+    told = f"selector '{tmp_path / 'selector'}' was trained for maker/model, and is used with random:tiny\n"
+    assert capsys.readouterr().err.startswith(told)
