@@ -13,10 +13,10 @@ from spotlight_jax.errors import InputError
 from spotlight_jax.generate import head_shape
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import Params
-from spotlight_jax.models.load import load_weights, open_tokenizer
+from spotlight_jax.models.load import load_config, load_weights, open_tokenizer
 from spotlight_jax.models.params import resolve_dtype
 from spotlight_jax.models.presets import RANDOM
-from spotlight_jax.selection import SelectionConfig
+from spotlight_jax.selection import DENSE_LAYERS, LONGEST, MIN_TOKENS, SelectionConfig, check_layers
 
 # what a resumed run may add to or leave out, because each of its parts names it
 FREE_FIELDS = ("out", "resume", "methods", "keep", "settings")
@@ -26,7 +26,7 @@ FREE_FIELDS = ("out", "resume", "methods", "keep", "settings")
 class ReadingConfig:
     """Which tokens are read beside how many; the shares are --keep."""
 
-    min_tokens: int = 20
+    min_tokens: int = MIN_TOKENS
     """The least a share gives."""
     sink_tokens: int = 0
     """First tokens of a sequence that are always read; counted in the budget."""
@@ -34,13 +34,16 @@ class ReadingConfig:
     """Newest tokens that are always read, the query's own included; counted in the budget."""
     per: Literal["kv_head", "query_head"] = "kv_head"
     """One selection for all query heads that share a KV head, or one per query head."""
-    dense_layers: tuple[int, ...] = (0, 1)
+    dense_layers: tuple[int, ...] = DENSE_LAYERS
     """Layers that read everything; quest and magicpig have their own, as published."""
 
     def at(self, keep: float) -> SelectionConfig:
         """The selection of a share of the tokens, or of a fixed number where `keep` is above 1."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         if keep > 1:
+            if keep != int(min(keep, LONGEST)):
+                raise InputError(f"keep is {keep:g}; above 1 it is a number of tokens: whole, and at most {LONGEST}")
+            del fields["min_tokens"]  # of shares alone
             return SelectionConfig(budget=int(keep), min_context=0, **fields)
         return SelectionConfig(keep=keep, min_context=0, **fields)
 
@@ -77,6 +80,8 @@ class EvalConfig:
         check_names(self.methods)
         if not self.keep or len(set(self.keep)) < len(self.keep):
             raise InputError("give --keep at least one share, each once")
+        if self.settings and (self.selection.sink_tokens, self.selection.recent_tokens) != (0, 0):
+            raise InputError("--settings and --selection both say which tokens are always read; give one of them")
         for reading in self.readings:
             for keep in self.keep:
                 reading.at(keep)  # refuses what selects nothing
@@ -167,8 +172,11 @@ class Subject:
         return dataclasses.replace(self, selector=selector), base_name(name)
 
     def open_method(self, name: str, selection: SelectionConfig, seed: int = 0) -> Method:
-        """A method for this model; see `eval.methods.open_method`."""
-        return open_method(name, self.selector, selection, head_shape(self.cfg), seed)
+        """A method for this model; see `eval.methods.open_method`. Raises InputError for one that never chooses."""
+        method = open_method(name, self.selector, selection, head_shape(self.cfg), seed)
+        if name != "dense" and set(range(self.cfg.layers)) <= set(method.dense_layers):
+            raise InputError(f"method '{name}' reads all {self.cfg.layers} layers of this model densely; leave it out")
+        return method
 
 
 def name_model(cfg: Evaluation) -> Evaluation:
@@ -196,6 +204,7 @@ def load_subject(cfg: EvalConfig) -> Subject:
     for remark in choose_model(cfg.model, _open_selectors(cfg))[1]:
         print(remark, file=sys.stderr, flush=True)
     assert cfg.model is not None
+    check_layers(cfg.selection.dense_layers, load_config(cfg.model).layers)
     model_cfg, params = load_weights(cfg.model, resolve_dtype(cfg.dtype))
     selector = None if cfg.selector is None else load_selector(cfg.selector, head_shape(model_cfg))
     tokenizer = None if cfg.model.startswith(RANDOM) else open_tokenizer(cfg.model)

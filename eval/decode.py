@@ -87,6 +87,8 @@ class DecodeSpeedConfig:
         """Refuse what cannot be timed."""
         if self.preset is not None and self.model is not None:
             raise InputError("--preset and --model both say what is timed; give one of them")
+        if self.selector is not None and self.code_bits != DecodeSpeedConfig.code_bits:
+            raise InputError("--code-bits is of random hash functions, and --selector brings its own; give one of them")
         if self.preset is not None and self.preset not in PRESETS:
             raise InputError(f"there is no preset {self.preset!r}{nearest(self.preset, tuple(PRESETS))}")
         if not self.methods or len(set(self.methods)) < len(self.methods):

@@ -63,6 +63,8 @@ class HarnessConfig(EvalConfig):
         for name in ("limit", "batch", "max_length"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; give at least 1")
+        if self.fewshot is not None and self.fewshot < 0:
+            raise InputError(f"fewshot is {self.fewshot}; give 0 examples or more")
         if self.task_folder is not None and not Path(self.task_folder).is_dir():
             raise InputError(f"there is no folder '{self.task_folder}' of tasks")
 

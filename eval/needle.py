@@ -75,10 +75,12 @@ class NeedleConfig(EvalConfig):
         for name in ("lengths", "depths"):
             if not getattr(self, name) or len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise InputError(f"give --{name} at least one, each once")
-        if min(self.depths) < 0 or max(self.depths) > 1:
+        if not all(0 <= depth <= 1 for depth in self.depths):
             raise InputError(f"depths are {self.depths}; give numbers from 0 (the start) to 1 (the end)")
         if self.samples < 1:
             raise InputError(f"samples is {self.samples}; give at least 1")
+        if self.variant != "copy" and self.passage != NeedleConfig.passage:
+            raise InputError(f"--passage is of --variant copy; a {self.variant} has none")
         if self.passage < 32:
             raise InputError(f"passage is {self.passage}; give at least 32 tokens, 16 of which ask for the rest")
         if min(self.lengths) < 1:

@@ -57,6 +57,10 @@ class PerplexityConfig(ForwardConfig, EvalConfig):
         ForwardConfig.__post_init__(self)
         if self.windows_per_text < 1:
             raise InputError(f"windows_per_text is {self.windows_per_text}; give at least 1")
+        if not self.copy_test and self.copy != CopyConfig():
+            raise InputError("--copy says how the texts of --copy-test are made; add --copy-test")
+        if self.dense_prefix >= self.length:
+            raise InputError(f"dense_prefix is {self.dense_prefix}, all of the {self.length} tokens; lower it")
 
     @property
     def length(self) -> int:

@@ -45,7 +45,7 @@ from spotlight_jax.errors import InputError
 from spotlight_jax.memory import available_bytes
 from spotlight_jax.models.config import DecoderConfig, nearest
 from spotlight_jax.models.presets import PRESETS
-from spotlight_jax.selection import SelectionConfig
+from spotlight_jax.selection import SelectionConfig, check_layers
 
 Kind = Literal["ops", "model"]
 
@@ -63,6 +63,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "model_lengths": (8192, 32768, 131072),
         "model_batches": (1, 4, 6, 24),
     },
+}
+
+
+# flags that matter to one part alone
+_FLAGS_OF = {
+    "ops": ("lengths", "batches", "ops", "caches"),
+    "model": ("model_lengths", "model_batches", "dense_layers", "profile"),
 }
 
 
@@ -114,6 +121,11 @@ class SpeedConfig:
         counts = (*self.lengths, *self.batches, *self.model_lengths, *self.model_batches, self.rounds, self.new_tokens)
         if min(*counts, self.caches) < 1 or not self.batches:
             raise InputError("lengths, batches, rounds, caches and new_tokens must be at least 1")
+        for part, names in _FLAGS_OF.items():
+            given = [name for name in names if getattr(self, name) != getattr(SpeedConfig, name)]
+            if part not in self.parts and given:
+                flag = "--" + given[0].replace("_", "-")
+                raise InputError(f"{flag} is about part '{part}', which is not timed; add it to --parts")
         if self.resume and self.out is None:
             raise InputError("--resume needs the run's folder: add --out RUN_FOLDER")
         SelectionConfig(keep=self.keep)
@@ -121,7 +133,9 @@ class SpeedConfig:
     def resolve(self) -> "SpeedConfig":
         """The same with this device's defaults in place of what was not given."""
         defaults = DEFAULTS.get(jax.default_backend(), DEFAULTS["gpu"])
-        given = {name: getattr(self, name) or value for name, value in defaults.items()}
+        elsewhere = {name for part, names in _FLAGS_OF.items() if part not in self.parts for name in names}
+        given = {name: getattr(self, name) or value for name, value in defaults.items() if name not in elsewhere}
+        check_layers(self.dense_layers, PRESETS[str(given["preset"])].layers)
         given["dtype"] = decode.resolve_dtype(self.dtype).name
         return dataclasses.replace(self, **given)
 

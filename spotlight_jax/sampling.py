@@ -1,6 +1,7 @@
 """The next token from logits: greedy, or drawn at a temperature from the most probable tokens."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int32, Key
 
 from spotlight_jax.errors import InputError
+
+LEAST_TEMPERATURE = 1e-6  # below it logits divided by it pass float32's range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +28,16 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         """Refuse what no distribution fits."""
-        if not self.temperature >= 0:
-            raise InputError(f"temperature is {self.temperature}; give 0 or more")
+        if not (self.temperature == 0 or LEAST_TEMPERATURE <= self.temperature < math.inf):
+            raise InputError(
+                f"temperature is {self.temperature}; give 0 (the most probable token) or at least {LEAST_TEMPERATURE}"
+            )
         if self.top_k < 0:
             raise InputError(f"top_k is {self.top_k}; give 0 (all tokens) or more")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p is {self.top_p}; give a probability above 0 and at most 1")
+        if self.temperature == 0 and (self.top_k, self.top_p) != (0, 1):
+            raise InputError("top_k and top_p say what is drawn from, and at temperature 0 nothing is drawn; raise it")
 
 
 def keep_top_p(logits: Float[Array, "batch vocab"], top_p: float) -> Float[Array, "batch vocab"]:

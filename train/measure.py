@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from spotlight_jax import hashing, metrics, scoring
 from spotlight_jax.errors import InputError
-from spotlight_jax.selection import SelectionConfig, select_mask
+from spotlight_jax.selection import DENSE_LAYERS, SelectionConfig, select_mask
 from train.capture import Captured
 
 Oracle = Literal["scores", "probabilities"]
@@ -58,7 +58,7 @@ class MeasureConfig:
     oracle: Oracle = "probabilities"
     """What the oracle of a KV head ranks tokens by: its query heads' summed attention probabilities, the most that one
     set can hold, or their summed dot products."""
-    dense_layers: tuple[int, ...] = (0, 1)
+    dense_layers: tuple[int, ...] = DENSE_LAYERS
     """Layers that decoding reads densely: trained, but not in the means."""
 
     def __post_init__(self) -> None:

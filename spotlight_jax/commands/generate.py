@@ -50,6 +50,7 @@ class GenerateCommandConfig(SessionConfig):
 
     def __post_init__(self) -> None:
         """Refuse what cannot be shown or continued."""
+        super().__post_init__()
         if self.prompt_tokens is not None and self.prompt_tokens < 1:
             raise InputError(f"prompt_tokens is {self.prompt_tokens}; give at least 1")
         if self.compare and self.selector is None:

@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from tyro.conf import OmitArgPrefixes
 
-from spotlight_jax import cli
+from spotlight_jax import cli, runs
 from spotlight_jax.checkpoint import Selector, check_shape, choose_model, load_selector
 from spotlight_jax.engine import DecodeState, Engine
+from spotlight_jax.errors import InputError
 from spotlight_jax.generate import (
     STREAM_BLOCK,
     GenerateConfig,
@@ -29,6 +30,7 @@ from spotlight_jax.memory import GIB, available_bytes, check_memory, plan_memory
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.load import BaseModel, load_config, load_model
 from spotlight_jax.models.params import resolve_dtype
+from spotlight_jax.selection import SelectionConfig
 
 MIB = 2**20
 
@@ -44,6 +46,12 @@ class SessionConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of weights and cache; auto: bfloat16 on an accelerator, float32 on a CPU."""
     generation: OmitArgPrefixes[GenerateConfig] = dataclasses.field(default_factory=GenerateConfig)
+
+    def __post_init__(self) -> None:
+        """Refuse ways of reading for which there is no selector."""
+        given = runs.differences(self.generation.selection, SelectionConfig())
+        if self.selector is None and given:
+            raise InputError(f"without a selector every token is read, whatever {given[0]} says; give --selector")
 
 
 def read_configs(cfg: SessionConfig, console: Console) -> tuple[str, DecoderConfig, Selector | None]:
@@ -163,7 +171,7 @@ def describe(report: Report, selector: Selector | None, cfg: GenerateConfig, mod
         return [*lines, f"read/step   all {reads.tokens} tokens{why}: K/V {dense_bytes}"]
     read = reads.bytes_keys_values + reads.bytes_codes
     dense = [layer for layer in cfg.selection.dense_layers if layer < model_cfg.layers]
-    budget = f"keep {cfg.selection.keep:g}" if cfg.selection.budget is None else f"budget {cfg.selection.budget}"
+    budget = f"keep {cfg.selection.share:g}" if cfg.selection.budget is None else f"budget {cfg.selection.budget}"
     lines.append(
         f"read/step   {reads.tokens} tokens per head ({budget}): K/V {reads.bytes_keys_values / MIB:,.1f} MiB + codes "
         f"{reads.bytes_codes / MIB:,.1f} MiB = {read / max(reads.bytes_dense, 1):.1%} of dense {dense_bytes}"

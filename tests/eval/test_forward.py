@@ -158,3 +158,8 @@ def test_a_layer_lowers_for_cuda(name):
     leaves, structure = jax.tree.flatten(args)  # tracing describes a tree's leaves by objects that are no arrays
     layer = jax.jit(lambda *leaves: pass_sparse_layer(*jax.tree.unflatten(structure, leaves), MODEL, 16))
     layer.trace(*leaves).lower(lowering_platforms=("cuda",))
+
+
+def test_a_method_that_reads_every_layer_densely_is_refused():
+    with pytest.raises(InputError, match="'window' reads all 3 layers of this model densely"):
+        subject().open_method("window", dataclasses.replace(SPARSE, dense_layers=(0, 1, 2)))

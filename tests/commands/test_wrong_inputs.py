@@ -1,0 +1,105 @@
+"""A hundred wrong inputs over all commands: each is one line on stderr that says what to do, and exit code 2, at once.
+
+None of them needs a model: what can be refused without one is refused before anything is loaded.
+"""
+
+import json
+import time
+
+import numpy as np
+import pytest
+
+import eval.decode
+import eval.fidelity
+import eval.harness
+import eval.inspect
+import eval.longbench
+import eval.needle
+import eval.perplexity
+import eval.report
+import eval.speed
+import train.ablate
+import train.demo
+import train.layerwise
+from spotlight_jax.checkpoint import save_selector
+from spotlight_jax.commands import chat, doctor, generate
+from tests.eval.subjects import make_selector
+from tests.models import tiny
+
+COMMANDS = {
+    "train": train.layerwise,
+    "demo": train.demo,
+    "ablate": train.ablate,
+    "generate": generate,
+    "chat": chat,
+    "doctor": doctor,
+    "decode": eval.decode,
+    "fidelity": eval.fidelity,
+    "harness": eval.harness,
+    "inspect": eval.inspect,
+    "longbench": eval.longbench,
+    "needle": eval.needle,
+    "perplexity": eval.perplexity,
+    "report": eval.report,
+    "speed": eval.speed,
+}
+
+# The command and its flags in one line, and what its one line on stderr says among other things. In the flags, MODEL is
+# a folder with a config of two layers and nothing else, SELECTOR one of random:tiny (three layers), SMALL fits MODEL.
+SMALL = "--data.window 32 --ranking.queries 16 --measure.queries 16"
+WRONG = [
+    # flags that contradict each other, or say nothing
+    ("generate --selector SELECTOR --prompt x --keep 0.5 --budget 30", "give one of them"),
+    ("generate --selector SELECTOR --prompt x --min-tokens 5 --budget 30", "give one of them"),
+    ("generate --prompt x --keep 0.5", "without a selector every token is read, whatever --keep says"),
+    ("chat --dense-layers 3", "without a selector every token is read, whatever --dense-layers says"),
+    ("generate --prompt x --top-k 5", "at temperature 0 nothing is drawn"),
+    ("generate --prompt x --temperature 1e-40", "give 0 (the most probable token) or at least 1e-06"),
+    ("generate --selector SELECTOR --model MODEL --prompt x --dense-layers 99", "does not fit this base model"),
+    ("generate --selector SELECTOR --prompt x --budget 3000000", "give at least 1 token and at most 2000000"),
+    ("generate --prompt x --compare", "--compare sets a selector beside dense reading"),
+    ("train SMALL --model MODEL --measure.dense-layers 99", "the model's 2 layers count from 0 to 1"),
+    ("train SMALL --model MODEL", "all 2 layers of"),
+    ("train --cache-gib 3", "give --cache-dir"),
+    ("perplexity --methods oracle --model MODEL --selection.dense-layers 2", "the model's 2 layers count from 0 to 1"),
+    ("needle --methods oracle --model MODEL --selection.dense-layers 2", "dense_layers has 2"),
+    ("perplexity --keep 1.5", "above 1 it is a number of tokens: whole"),
+    ("perplexity --keep inf", "above 1 it is a number of tokens: whole"),
+    ("perplexity --keep 0", "keep is 0.0; give a share above 0"),
+    ("inspect --settings sinks --selection.recent-tokens 5", "--settings and --selection both say"),
+    ("perplexity --methods oracle --copy.passage 100", "add --copy-test"),
+    ("perplexity --methods oracle --window 64 --dense-prefix 64", "all of the 64 tokens"),
+    ("needle --methods oracle --passage 64", "--passage is of --variant copy"),
+    ("needle --methods oracle --depths nan", "give numbers from 0 (the start) to 1 (the end)"),
+    ("harness --methods oracle --tasks arc_easy --fewshot -1", "fewshot is -1; give 0 examples or more"),
+    ("decode --preset tiny --model MODEL", "--preset and --model both say what is timed"),
+    ("decode --selector SELECTOR --code-bits 64", "--selector brings its own"),
+    ("decode --preset tiny --dense-layers 9", "the model's 3 layers count from 0 to 2"),
+    ("speed --preset tiny --dense-layers 9", "the model's 3 layers count from 0 to 2"),
+    ("speed --parts ops --model-lengths 64", "--model-lengths is about part 'model', which is not timed"),
+]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """What the table's words in capitals stand for."""
+    folder = tmp_path_factory.mktemp("wrong")
+    model = folder / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(tiny.CASES["llama3"]))
+    save_selector(folder / "selector", make_selector(), "card")
+    np.save(folder / "ids.npy", np.arange(500, dtype=np.uint16) % 50)
+    return {"MODEL": str(model), "SELECTOR": str(folder / "selector"), "IDS": str(folder / "ids.npy")}
+
+
+@pytest.mark.parametrize(("line", "told"), WRONG, ids=[line for line, _ in WRONG])
+def test_a_wrong_input_is_one_line_and_exit_code_2_at_once(line, told, places, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name, *args = (places.get(word, word) for word in line.replace("SMALL", SMALL).split())
+    started = time.monotonic()
+    code = COMMANDS[name].command(args)
+    seconds = time.monotonic() - started
+    out, err = capsys.readouterr()
+    assert code == 2 and err.count("\n") == 1 and told in err, (code, out, err)
+    assert not list(tmp_path.iterdir()), "nothing is left behind"
+    assert seconds < 2, f"{seconds:.1f} s"
