@@ -57,8 +57,8 @@ class EvalConfig:
     the model that the selector was trained for, or else smollm2-135m."""
     selector: str | None = None
     """Trained hash functions: a selector folder, or the run folder that holds it."""
-    methods: tuple[str, ...] = ("dense", "oracle", "spotlight", "window")
-    """Which methods read: dense, oracle (oracle-query, oracle-kv, oracle-mass), spotlight (spotlight@FOLDER: another
+    methods: tuple[str, ...] = ("dense", "oracle-scores", "spotlight", "window")
+    """Which methods read: dense, oracle-scores, oracle-mass, oracle-query, spotlight (spotlight@FOLDER: another
     selector), lsh (lsh-centred, lsh-gaussian, lsh-gaussian-centred), quest, magicpig, window, random, binary."""
     keep: tuple[float, ...] = (0.02,)
     """Shares of a sequence's tokens that a query reads; a number above 1 is that many tokens."""
@@ -147,6 +147,13 @@ def describe_part(row: dict[str, Any], names: Mapping[str, str]) -> list[str]:
         names: of `eval.labels.name_methods`.
     """
     return [names[row["method"]], describe_keep(row["keep"]), row["setting"]]
+
+
+def describe_reading(row: Mapping[str, Any]) -> str:
+    """The second line of a method's panel in a picture: what it was asked to read; "" where it reads everything."""
+    if row["keep"] == 1:
+        return ""
+    return f"\n{row['setting']}" if row["keep"] is None else f"\nkeep {row['keep']:g}, {row['setting']}"
 
 
 def describe_setting(reading: ReadingConfig) -> str:

@@ -111,8 +111,10 @@ def run_task(cfg: HarnessConfig, subject: Subject, trial: Trial, task: str, mana
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise InputError(f"the harness cannot run task '{task}': {reason}") from error
     assert found is not None, "one process"
-    _write_samples(record, trial, found.get("samples", {}))
-    return summarise_task(task, found["results"], lm.tallies)
+    samples = found.get("samples", {})
+    _write_samples(record, trial, samples)
+    asked = sum(len({row["doc_id"] for row in rows}) for rows in samples.values())  # a row a document and filter
+    return summarise_task(task, found["results"], lm.tallies) | {"questions": asked}
 
 
 def summarise_task(task: str, results: dict[str, dict[str, Any]], tallies: dict[str, Tally]) -> Row:
@@ -193,14 +195,17 @@ def describe_use(rows: Sequence[Row]) -> list[str]:
 
 
 def _table(cfg: HarnessConfig, rows: Sequence[Row]) -> Any:
-    columns = ["method", "keep", "always read", "task", "metric", "score", "tokens", "MiB", "by selection"]
+    columns = ["method", "keep", "always read", "task", "metric", "score", "of", "tokens", "MiB", "by selection"]
     lines, shown = [], name_methods(row["method"] for row in rows)
     for row in rows:
         share = f"{100 * row['tokens_by_selection'] / max(row['tokens_scored'], 1):.0f} %"
         moved = f"{row['bytes_read'] / 2**20:.2f}"
         names = [*describe_part(row, shown), row["task"], row["metric"]]
-        lines.append([*names, f"{row['score']:.4g}", f"{row['tokens_read']:,.0f}", moved, share])
-    note = "tokens, MiB: read for a token, mean; by selection: tokens scored or chosen by a query that left tokens out"
+        lines.append(
+            [*names, f"{row['score']:.4g}", str(row.get("questions", "-")), f"{row['tokens_read']:,.0f}", moved, share]
+        )
+    note = "of: questions; tokens, MiB: read for a token, mean; "
+    note += "by selection: tokens scored or chosen by a query that left tokens out"
     return make_table(f"lm-evaluation-harness, {cfg.model}\n{note}", columns, lines, names=5)
 
 

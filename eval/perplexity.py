@@ -2,7 +2,7 @@
 
     spotlight eval perplexity --selector runs/demo --texts text:alice --keep 0.02 0.05     # two CPU cores: minutes
     spotlight eval perplexity --selector runs/smollm2 --window 8192 --settings bare sinks \\
-        --methods dense oracle spotlight lsh quest magicpig window --keep 0.02 0.05 0.1    # for a GPU
+        --methods dense oracle-scores spotlight lsh quest magicpig window --keep 0.02 0.05 0.1    # for a GPU
     spotlight eval perplexity --selector runs/demo --copy-test                             # far tokens alone
 
 Teacher-forced: the query at each position reads what a decoding step there would, from the tokens before it
@@ -186,7 +186,8 @@ def _tables(cfg: PerplexityConfig, results: Several[Row], texts: Several[str], t
         if row["text"] == ALL_TEXTS or len(texts) == 1:
             line += [f"{row['ppl_pooled']:.4g}", f"{row['tokens_read']:,.0f}"]
             line += [f"{row['bytes_read'] / _MIB:.2f}", f"{row['index_bytes'] / _MIB:.2f}"]
-    note = "tokens: read per query, mean over heads of sparse layers; MiB: read per token, all layers"
+    note = "columns of texts: mean perplexity of documents; pooled: of all their tokens together; "
+    note += "tokens: read per query, mean over heads of sparse layers; MiB: read per token, all layers"
     return [make_table(f"perplexity, {title}; {rule}\n{note}", columns, list(lines.values()), names=3)]
 
 

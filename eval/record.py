@@ -12,7 +12,7 @@ import rich.console
 import rich.table
 
 from eval.config import FREE_FIELDS
-from eval.labels import explain_names
+from eval.labels import explain_methods, explain_names
 from spotlight_jax import runs
 from spotlight_jax.display import Display
 from spotlight_jax.errors import InputError
@@ -116,8 +116,9 @@ class Record:
             console = rich.console.Console(highlight=False, width=_FILE_WIDTH)
         for table in tables:
             console.print(table)
-        for shown, folder in explain_names(row["method"] for row in results if "method" in row):
-            console.print(f"{shown}: {folder}", markup=False, soft_wrap=True)
+        methods = [row["method"] for row in results if "method" in row]
+        for shown, about in (*explain_names(methods), *explain_methods(methods)):
+            console.print(f"{shown}: {about}", markup=False, soft_wrap=True)
         self.say(f"written: {self.folder.path}")
         print(json.dumps(summary), flush=True)
         return summary

@@ -320,7 +320,7 @@ def _ops_tables(cfg: SpeedConfig, rows: Sequence[Row]) -> list[Table]:
             times = [f"{row[name] * 1e6:,.1f}" for name in ("seconds", "least", "greatest", "floor_seconds")]
             ratio = _ratio(own, row) if "layer" in row["op"] else ""
             lines.append([row["op"], times[0], f"{times[1]} to {times[2]}", times[3], ratio])
-        title = f"{cfg.preset}, {cfg.dtype}, {batch} x {length:,} tokens, {100 * cfg.keep:g} % read: one layer"
+        title = f"{cfg.preset}, {cfg.dtype}, {batch} x {length:,} tokens, keep {cfg.keep:g}: one layer"
         tables.append(make_table(title, ["operation", "µs", "range", "floor", "speed"], lines))
     return tables
 
@@ -332,7 +332,7 @@ def _decode_tables(cfg: SpeedConfig, rows: Sequence[Row]) -> list[Table]:
         times = [f"{1e3 * row[name]:,.2f}" for name in ("seconds", "floor_seconds")]
         place = [f"{row['batch']} x {row['length']:,}", row["method"]]
         lines.append([*place, f"{row['tokens_per_second']:,.1f}", *times, _ratio(rows, row)])
-    title = f"{cfg.preset}, {cfg.dtype}, {100 * cfg.keep:g} % read: decoding"
+    title = f"{cfg.preset}, {cfg.dtype}, keep {cfg.keep:g}: decoding"
     tables = [make_table(title, ["tokens", "method", "tokens/s", "step, ms", "floor", "speed"], lines, names=2)]
     for row in rows:
         if "kernels" in row:

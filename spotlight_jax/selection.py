@@ -10,6 +10,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32, UInt32
 
 from spotlight_jax.errors import InputError
@@ -104,6 +105,11 @@ def budget_of(lengths: Int[Array, "*rows"] | int, cfg: SelectionConfig) -> Int32
         dropped = (lengths * whole + lengths * rest // THOUSAND) // THOUSAND
         wanted = jnp.maximum(lengths - dropped, max(cfg.min_tokens, cfg.always_read))
     return jnp.minimum(wanted, lengths)
+
+
+def share_read(lengths: Int[np.ndarray, " queries"], cfg: SelectionConfig) -> float:
+    """Share of their tokens that queries over these lengths read together: above `keep` where a minimum bites."""
+    return float(np.sum(budget_of(jnp.asarray(lengths), cfg))) / float(np.sum(lengths))
 
 
 def max_budget(max_len: int, cfg: SelectionConfig) -> int:

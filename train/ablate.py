@@ -30,6 +30,7 @@ from spotlight_jax.display import Display, make_table
 from spotlight_jax.errors import InputError
 from spotlight_jax.metrics import SelectionQuality
 from spotlight_jax.models.config import nearest
+from spotlight_jax.selection import MIN_TOKENS
 from train.config import PRESETS, LayerwiseConfig
 from train.measure import MeasureConfig, mean_over_sparse
 from train.plots import plot_ablation
@@ -273,9 +274,9 @@ _COLUMNS = {
     "bits": "bits",
     "steps": "steps",
     "window": "window",
-    "iou": "IoU",
+    "iou": "IoU with oracle-mass",
     "mass": "mass",
-    "iou_scores": "IoU, oracle by summed scores",
+    "iou_scores": "IoU with oracle-scores",
     "iou_query_head": "IoU per query head",
     "mass_query_head": "mass per query head",
     "seconds": "seconds of losses",
@@ -293,12 +294,17 @@ def _write_table(rows: list[dict[str, Any]], out: pathlib.Path) -> None:
     (out / _ROW).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     plot_ablation(out / "ablation.png", rows)
     console = rich.console.Console() if sys.stdout.isatty() else rich.console.Console(width=200)
-    console.print(make_table(f"{len(rows)} variants, 2 % of the tokens read", list(columns.values()), cells))
+    console.print(
+        make_table(
+            f"{len(rows)} variants, keep {MeasureConfig.keep:g} (at least {MIN_TOKENS} tokens)",
+            list(columns.values()),
+            cells,
+        )
+    )
     methods = " ".join(f"spotlight@{out / row['variant']}" for row in rows)
     keeps = " ".join(f"{keep:g}" for keep in _KEEPS)
-    print(
-        f"perplexities: spotlight eval perplexity --settings bare sinks --keep {keeps} --methods dense oracle {methods}"
-    )
+    flags = f"--settings bare sinks --keep {keeps} --methods dense oracle-scores {methods}"
+    print(f"perplexities: spotlight eval perplexity {flags}")
 
 
 def _cell(value: Any) -> str:

@@ -11,6 +11,9 @@ from spotlight_jax import runs
 from spotlight_jax.checkpoint import Selector, save_selector
 from spotlight_jax.display import make_table
 from spotlight_jax.memory import GIB
+from spotlight_jax.metrics import spread_positions
+from spotlight_jax.selection import MIN_TOKENS, share_read
+from train.measure import ORACLES
 from train.plots import plot_curves, plot_layers
 from train.session import Session
 from train.step import gather_state
@@ -25,7 +28,9 @@ def summarise(session: Session, selector: str) -> dict[str, Any]:
         "preset": cfg.preset,
         "code_bits": cfg.hash.code_bits,
         "keep": cfg.measure.keep,
+        "share_read": share_read(spread_positions(cfg.data.window, cfg.measure.queries) + 1, cfg.measure.selection),
         "per": cfg.measure.per,
+        "oracle": ORACLES[cfg.measure.oracle],
         "window": cfg.data.window,
         "iou": session.mean("iou"),
         "iou_lsh": session.mean("iou", "lsh"),
@@ -58,7 +63,8 @@ def write_results(session: Session, folder: runs.RunFolder) -> dict[str, Any]:
     plot_curves(folder.path / "curves.png", folder.metrics(), summary, session.cfg.ranking.loss)
     head = "KV head" if session.cfg.measure.per == "kv_head" else "query head"
     trained, lsh = (np.asarray(session.quality[name].iou) for name in ("trained", "lsh"))
-    plot_layers(folder.path / "layers.png", trained, lsh, head)
+    sparse = [layer for layer in range(session.shape.layers) if layer not in session.cfg.measure.dense_layers]
+    plot_layers(folder.path / "layers.png", trained, lsh, head, sparse, summary["oracle"])
     folder.write_summary(summary)
     return summary
 
@@ -70,17 +76,23 @@ def print_results(
     rows = [
         [f"orthogonal LSH, {summary['code_bits']} bits", _cell(summary["iou_lsh"]), _cell(summary["mass_lsh"])],
         [f"trained, {summary['code_bits']} bits", _cell(summary["iou"]), _cell(summary["mass"])],
-        ["oracle (true top tokens)", _cell(1.0), _cell(summary["mass_oracle"])],
+        [summary["oracle"], _cell(1.0), _cell(summary["mass_oracle"])],
     ]
     if "start" in session.quality:
         start = ["before training", _cell(session.mean("iou", "start")), _cell(session.mean("mass", "start"))]
         rows.insert(1, start)
-    title = f"held-out text, {100 * summary['keep']:g} % of the cached tokens read, {summary['window']} tokens"
-    console.print(make_table(title, ["selection", "IoU with oracle", "attention mass read"], rows))
+    title = f"held-out text, windows of {summary['window']} tokens, {describe_share(summary)}"
+    console.print(make_table(title, ["selection", f"IoU with {summary['oracle']}", "attention mass read"], rows))
     speed = f"{summary['steps']} steps in {summary['seconds']:.0f} s, {summary['tokens_per_second']:.0f} tokens/s"
     console.print(
         f"{speed}; pictures: {folder.path}/curves.png, {folder.path}/layers.png", markup=False, soft_wrap=True
     )
+
+
+def describe_share(summary: dict[str, Any]) -> str:
+    """What was asked for, and what was read: more where the least number of tokens is more than the share."""
+    read = f"{100 * summary['share_read']:.1f} % of the cached tokens read"
+    return f"{read} (keep {summary['keep']:g}, at least {MIN_TOKENS} tokens)"
 
 
 def _cell(value: float) -> str:
@@ -98,13 +110,13 @@ The base model is not changed and not included.
 
 - base model: {cfg.model}: {shape.layers} layers, {shape.q_heads} query / {shape.kv_heads} KV heads x {shape.head_dim}
 - training text: {", ".join(cfg.data.train)}, {summary["steps"]} steps, windows of {cfg.data.window} tokens
-- held-out text, {100 * summary["keep"]:g} % of the cached tokens read, bare (no sinks, no recent tokens):
+- held-out text, {describe_share(summary)}, bare (no sinks, no recent tokens):
 
-| | IoU with the oracle | attention mass read |
+| | IoU with {summary["oracle"]} | attention mass read |
 |---|---|---|
 | orthogonal LSH, same bits | {summary["iou_lsh"]:.3f} | {summary["mass_lsh"]:.3f} |
 | this selector | {summary["iou"]:.3f} | {summary["mass"]:.3f} |
-| oracle | 1 | {summary["mass_oracle"]:.3f} |
+| {summary["oracle"]} | 1 | {summary["mass_oracle"]:.3f} |
 
 Use: `spotlight generate --model {cfg.model} --selector THIS_FOLDER --prompt-file book.txt`
 
