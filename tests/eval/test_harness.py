@@ -262,6 +262,7 @@ def test_settings_of_a_task():
     assert lm.read_settings({"temperature": 0.7, "do_sample": False, "until": []}) == Wanted(256)
     drawn = lm.read_settings({"temperature": 0.7, "top_p": 0.9, "do_sample": True}, seed=3)
     assert drawn.sampling == SamplingConfig(0.7, 0, 0.9, 3)
+    assert lm.read_settings({"num_beams": 1, "top_p": 0.9, "do_sample": False}) == Wanted(256)
     with pytest.raises(harness.InputError, match="num_beams"):
         lm.read_settings({"num_beams": 4})
 
