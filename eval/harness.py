@@ -24,7 +24,7 @@ from typing import Any
 from eval.config import FREE_FIELDS, EvalConfig, Subject, Trial, describe_part, list_trials, load_subject, name_model
 from eval.harness_scores import Reader, Tally
 from eval.labels import name_methods
-from eval.record import Record, Row, file_name
+from eval.record import Record, Row, file_name, stored_by
 from spotlight_jax import cli
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.display import make_table
@@ -211,7 +211,7 @@ def _table(cfg: HarnessConfig, rows: Sequence[Row]) -> Any:
 
 def command(args: Sequence[str] | None = None) -> int:
     """`spotlight eval harness`."""
-    return cli.run(main, HarnessConfig, "spotlight eval harness", __doc__, args)
+    return cli.run(main, HarnessConfig, "spotlight eval harness", __doc__, args, stored_by(HarnessConfig))
 
 
 if __name__ == "__main__":

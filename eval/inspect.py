@@ -42,7 +42,7 @@ from eval.methods import Method, base_name
 from eval.methods.base import rule_of
 from eval.methods.oracle import Oracle
 from eval.pictures import plot_heads
-from eval.record import ALL_TEXTS, Part, Record, Row
+from eval.record import ALL_TEXTS, Part, Record, Row, stored_by
 from spotlight_jax import cli, metrics
 from spotlight_jax.attention import causal_attention
 from spotlight_jax.compiled import use_compile_cache
@@ -288,7 +288,7 @@ def _worst_table(rows: Several[Row]) -> Any:
 
 def command(args: Several[str] | None = None) -> int:
     """`spotlight eval inspect`."""
-    return cli.run(main, InspectConfig, "spotlight eval inspect", __doc__, args)
+    return cli.run(main, InspectConfig, "spotlight eval inspect", __doc__, args, stored_by(InspectConfig))
 
 
 if __name__ == "__main__":

@@ -25,8 +25,10 @@ def command(args: Sequence[str] | None = None) -> int:
 
         return cli.run(score.main, score.ScoreConfig, f"{PROG} score", score.__doc__ or "", given[1:])
     import eval.longbench_generate as generate
+    from eval.record import stored_by
 
-    return cli.run(generate.main, generate.LongBenchConfig, PROG, __doc__, given)
+    config_class = generate.LongBenchConfig
+    return cli.run(generate.main, config_class, PROG, __doc__, given, stored_by(config_class))
 
 
 if __name__ == "__main__":

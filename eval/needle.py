@@ -39,7 +39,7 @@ from eval.labels import name_methods
 from eval.methods import Method
 from eval.needle_plot import Panel, plot_grids
 from eval.prefilled import Prefilled, Tail, pass_tail, prefill
-from eval.record import Record, Row
+from eval.record import Record, Row, stored_by
 from eval.text_metrics import lcs_rouge
 from spotlight_jax import cli
 from spotlight_jax.compiled import use_compile_cache
@@ -271,7 +271,7 @@ def _table(cfg: NeedleConfig, results: Sequence[Row], title: str) -> Any:
 
 def command(args: Sequence[str] | None = None) -> int:
     """`spotlight eval needle`."""
-    return cli.run(main, NeedleConfig, "spotlight eval needle", __doc__, args)
+    return cli.run(main, NeedleConfig, "spotlight eval needle", __doc__, args, stored_by(NeedleConfig))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from eval.copy_text import CopyConfig, copy_texts
 from eval.forward import ForwardConfig, Passed, Sequence, check_length, pass_sequence
 from eval.labels import name_methods
 from eval.pictures import plot_tradeoff
-from eval.record import ALL_TEXTS, Record, Row
+from eval.record import ALL_TEXTS, Record, Row, stored_by
 from spotlight_jax import cli
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.data import DataConfig, read_windows
@@ -193,7 +193,7 @@ def _tables(cfg: PerplexityConfig, results: Several[Row], texts: Several[str], t
 
 def command(args: Several[str] | None = None) -> int:
     """`spotlight eval perplexity`."""
-    return cli.run(main, PerplexityConfig, "spotlight eval perplexity", __doc__, args)
+    return cli.run(main, PerplexityConfig, "spotlight eval perplexity", __doc__, args, stored_by(PerplexityConfig))
 
 
 if __name__ == "__main__":

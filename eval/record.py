@@ -1,12 +1,13 @@
 """An evaluation's run folder and what a person sees of it: parts that are finished are never measured twice."""
 
 import dataclasses
+import itertools
 import json
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import rich.console
 import rich.table
@@ -18,6 +19,7 @@ from spotlight_jax.display import Display
 from spotlight_jax.errors import InputError
 
 _FILE_WIDTH = 180
+Config = TypeVar("Config")
 
 ALL_TEXTS = "all texts"  # the `text` of a row about several
 Part = dict[str, Any]  # names one measurement: {"method": ..., "keep": ..., "text": ...}
@@ -122,6 +124,22 @@ class Record:
         self.say(f"written: {self.folder.path}")
         print(json.dumps(summary), flush=True)
         return summary
+
+
+def stored_by(config_class: type[Config]) -> Callable[[Sequence[str]], Config | None]:
+    """What gives the config that the flags of an evaluation start from: of the run that --resume continues in --out.
+
+    So `--resume --out FOLDER` alone goes on with the flags the run was started with.
+    """
+
+    def find(args: Sequence[str]) -> Config | None:
+        outs = [word.partition("=")[2] or following for word, following in itertools.zip_longest(args, args[1:])
+                if word == "--out" or word.startswith("--out=")]  # fmt: skip
+        if "--resume" not in args or not outs or outs[-1] is None:
+            return None
+        return runs.RunFolder(Path(outs[-1])).config(config_class)
+
+    return find
 
 
 def file_name(label: str) -> str:

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from eval import decode, speed_plots
 from eval.kernel_times import kernel_table
-from eval.record import Part, Record, Row
+from eval.record import Part, Record, Row, stored_by
 from eval.speed_checks import check_ops
 from eval.speed_ops import (
     count_copies,
@@ -343,7 +343,7 @@ def _decode_tables(cfg: SpeedConfig, rows: Sequence[Row]) -> list[Table]:
 
 def command(args: Sequence[str] | None = None) -> int:
     """`spotlight eval speed`."""
-    return cli.run(main, SpeedConfig, "spotlight eval speed", __doc__, args)
+    return cli.run(main, SpeedConfig, "spotlight eval speed", __doc__, args, stored_by(SpeedConfig))
 
 
 if __name__ == "__main__":

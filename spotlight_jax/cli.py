@@ -48,20 +48,25 @@ def run(
     prog: str,
     description: str,
     args: Sequence[str] | None = None,
-    default: Config | None = None,
+    default: Config | Callable[[Sequence[str]], Config | None] | None = None,
 ) -> int:
     """Parse flags into a config, call `main` with it, and return the exit code.
 
     0: done; 2: the input cannot be used, which one line on stderr explains; 130: interrupted; 141: who read our output
     wants no more (`| head`). Any other exception is our bug and keeps its traceback. Flags and their help come from the
     config's fields and the docstrings under them.
+
+    Args:
+        default: a config whose values the flags start from, or what finds it by the flags (of the run they resume).
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that knows ASCII alone still gets its text
     try:
         try:
-            main(parse(config_class, prog, description, args, default))
+            given = list(sys.argv[1:] if args is None else args)
+            start = default(given) if callable(default) else default
+            main(parse(config_class, prog, description, given, start))
         finally:
             sys.stdout.flush()  # a closed pipe is met here, not after the last line of ours
     except InputError as error:

@@ -148,6 +148,18 @@ def test_bad_input_is_told_in_one_line(tmp_path, capsys, more, message):
     assert message in error and error.count("\n") == 1
 
 
+def test_resuming_needs_no_flag_but_the_folder_and_refuses_others(tmp_path, capsys):
+    out = ["--out", str(tmp_path / "run")]
+    assert inspect.command([*write_inputs(tmp_path), *SIZES, "--methods", "spotlight", "--seed", "3", *out]) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    assert inspect.command(["--resume", *out]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["results"] == rows
+    assert inspect.command(["--resume", *out, "--methods", "spotlight", "window"]) == 0  # another one may be added
+    assert len(json.loads(capsys.readouterr().out.splitlines()[-1])["results"]) == 2 * len(rows)
+    assert inspect.command(["--resume", *out, "--seed", "0"]) == 2  # the default, but not what the run has
+    assert "was started with other flags (--seed" in capsys.readouterr().err
+
+
 def test_panels_say_what_each_method_was_asked_to_read():
     cfg = EvalConfig(methods=("dense", "window", "magicpig"), keep=(0.02,))
     told = [describe_reading(trial.part) for trial in list_trials(cfg)]
