@@ -10,7 +10,6 @@ falls on both. Single operations, and sweeps over lengths and batches: `eval.spe
 """
 
 import dataclasses
-import json
 import platform
 import statistics
 import sys
@@ -31,6 +30,7 @@ from spotlight_jax import cli, hashing
 from spotlight_jax.cache import Cache, bucket_length
 from spotlight_jax.cached_attention import AttentionImpl
 from spotlight_jax.checkpoint import Selector, choose_model, load_selector
+from spotlight_jax.display import print_result
 from spotlight_jax.engine import DecodeConfig, Engine
 from spotlight_jax.errors import InputError
 from spotlight_jax.generate import head_shape
@@ -236,7 +236,7 @@ def main(cfg: DecodeSpeedConfig) -> dict:
     if len(results) == 2:
         dense, sparse = (statistics.median(results[name]["step_seconds"]) for name in ("dense", "sparse"))
         summary["step_ratio"] = dense / sparse
-    print(json.dumps(summary))
+    print_result(summary)
     return summary
 
 

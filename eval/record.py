@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import urllib.parse
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ import rich.table
 from eval.config import FREE_FIELDS
 from eval.labels import explain_methods, explain_names
 from spotlight_jax import runs
-from spotlight_jax.display import Display
+from spotlight_jax.display import Display, print_result
 from spotlight_jax.errors import InputError
 
 _FILE_WIDTH = 180
@@ -122,7 +121,7 @@ class Record:
         for shown, about in (*explain_names(methods), *explain_methods(methods)):
             console.print(f"{shown}: {about}", markup=False, soft_wrap=True)
         self.say(f"written: {self.folder.path}")
-        print(json.dumps(summary), flush=True)
+        print_result(summary)
         return summary
 
 

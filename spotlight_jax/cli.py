@@ -164,8 +164,13 @@ def _explain_unknown(argument: str, config_class: type) -> str:
     if not argument.startswith("-"):
         return f"'{argument}' follows no flag; see --help"
     flag = argument.partition("=")[0].replace("_", "-")
-    near = difflib.get_close_matches(flag, [*_flags(config_class, "--"), "--help"], n=1)
-    return f"unknown flag '{argument}'; " + (f"did you mean '{near[0]}'?" if near else "see --help")
+    known = {name.lstrip("-"): name for name in (*_flags(config_class, "--"), "--help")}  # dashes make nothing alike
+    if flag.startswith("--no-") and "." in flag:  # a group's flag is turned off behind the group's name
+        group, _, name = flag.removeprefix("--no-").rpartition(".")
+        flag = f"--{group}.no-{name}"
+    name = flag.lstrip("-")
+    near = [name] if name in known else difflib.get_close_matches(name, known, n=1)
+    return f"unknown flag '{argument}'; " + (f"did you mean '{known[near[0]]}'?" if near else "see --help")
 
 
 def _flags(config_class: type, prefix: str, omits_prefixes: bool = False) -> list[str]:

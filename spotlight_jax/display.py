@@ -1,9 +1,11 @@
 """What a person sees: progress on stderr, live in a terminal and in plain lines elsewhere, and tables of results."""
 
+import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
+from typing import Any
 
 import rich.console
 import rich.progress
@@ -82,6 +84,12 @@ class Display:
             self._live.console.print(text, markup=False)
         else:
             print(text, file=sys.stderr, flush=True)
+
+
+def print_result(result: Mapping[str, Any]) -> None:
+    """The line of JSON that ends a command's output, for programs: a terminal, where people read, does without it."""
+    if not sys.stdout.isatty():
+        print(json.dumps(result), flush=True)
 
 
 def make_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], names: int = 1) -> rich.table.Table:

@@ -41,6 +41,7 @@ def test_flags_reach_the_config():
     [
         (["--data.windw", "3"], "unknown flag '--data.windw'; did you mean '--data.window'?"),
         (["--resum"], "unknown flag '--resum'; did you mean '--resume'?"),
+        (["--n", "3"], "unknown flag '--n'; see --help"),
         (["--mode", "strem"], "Did you mean 'stream'?"),
         (["--data.window", "many"], "'many'"),
         (["--data.window"], "--data.window"),

@@ -75,3 +75,10 @@ def test_a_table_aligns_names_left_and_numbers_right(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].strip() == "title"
     assert lines[4] == "│ lsh    │ 0.02 │     3 │" and lines[5] == "│ dense  │ 1    │  12.5 │"
+
+
+def test_the_last_line_of_json_is_for_programs_alone(capsys, monkeypatch):
+    display.print_result({"loss": 0.5})
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    display.print_result({"loss": 0.25})
+    assert capsys.readouterr().out == '{"loss": 0.5}\n'

@@ -26,7 +26,7 @@ import rich.console
 from spotlight_jax import cli, runs
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.data import DataConfig
-from spotlight_jax.display import Display, make_table
+from spotlight_jax.display import Display, make_table, print_result
 from spotlight_jax.errors import InputError
 from spotlight_jax.metrics import SelectionQuality
 from spotlight_jax.models.config import nearest
@@ -164,7 +164,7 @@ def main(cfg: AblateConfig) -> dict[str, Any]:
     rows = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
     _add_perplexities(rows, cfg.perplexity, out)
     _write_table(rows, out)
-    print(json.dumps({"ablation": str(out), "results": rows}))
+    print_result({"ablation": str(out), "results": rows})
     if stop:
         print(f"stopped; train the rest with --resume --out {out}", file=sys.stderr)
         raise SystemExit(128 + stop[0])

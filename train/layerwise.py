@@ -14,7 +14,6 @@ The last line on stdout is the summary as JSON.
 import contextlib
 import dataclasses
 import itertools
-import json
 import pathlib
 import signal
 import statistics
@@ -28,7 +27,7 @@ import rich.console
 
 from spotlight_jax import cli, runs
 from spotlight_jax.compiled import use_compile_cache
-from spotlight_jax.display import Display
+from spotlight_jax.display import Display, print_result
 from spotlight_jax.errors import InputError
 from spotlight_jax.memory import GIB
 from spotlight_jax.models.source import lasting_name
@@ -58,7 +57,7 @@ def _preset_of(args: Sequence[str]) -> str:
 def main(cfg: LayerwiseConfig) -> dict[str, Any]:
     """Train as `cfg` says; the last line on stdout is the summary as JSON."""
     summary = train(cfg)
-    print(json.dumps(summary))
+    print_result(summary)
     return summary
 
 

@@ -2,7 +2,7 @@
 
     spotlight chat --selector runs/demo
 
-An empty line does nothing, /new starts again, /quit or Ctrl-D ends, and Ctrl-C cuts an answer short.
+An empty line does nothing, /new starts again, /help shows these, /quit or Ctrl-D ends, and Ctrl-C cuts an answer short.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from spotlight_jax.errors import InputError
 from spotlight_jax.generate import GenerateConfig, Run, context_limit, encode_chat
 from spotlight_jax.models.load import BaseModel, open_tokenizer
 
-HELP = "Ctrl-C cuts an answer short, /new starts again, Ctrl-D ends"
+HELP = "Ctrl-C cuts an answer short, /new starts again, /help shows this, /quit or Ctrl-D ends"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +104,8 @@ def main(cfg: ChatCommandConfig, read: Callable[[str], str] = input) -> list[dic
     while (text := _read_line(read, notes)) is not None:
         if text == "/new":
             talk.start_anew()
+        elif text == "/help":
+            notes.print(HELP, markup=False, soft_wrap=True)
         elif text:
             _answer(talk, text, selector)
     return talk.messages

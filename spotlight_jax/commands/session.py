@@ -95,7 +95,7 @@ def load_fitting(
     free = available_bytes()
     known = "" if free is None else f" of {free / GIB:.2f} free"
     console.print(f"memory: {plan.describe()}{known}", style="dim", soft_wrap=True)
-    check_memory(plan, free)
+    check_memory(plan, free, dtype)
     with waiting(console, f"loading {name}"):
         model = load_model(name, dtype)
     return model, make_engine(model, generation, selector)

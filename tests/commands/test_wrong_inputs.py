@@ -60,6 +60,8 @@ WRONG = [
     ("generate --prompt x --compare", "--compare sets a selector beside dense reading"),
     ("train SMALL --model MODEL --measure.dense-layers 99", "the model's 2 layers count from 0 to 1"),
     ("train SMALL --model MODEL", "all 2 layers of"),
+    ("train --no-hash.centre", "did you mean '--hash.no-centre'?"),
+    ("generate --prompt x --json --stream", "leave out --stream"),
     ("train --cache-gib 3", "give --cache-dir"),
     (
         "perplexity --methods oracle-scores --model MODEL --selection.dense-layers 2",
