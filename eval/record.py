@@ -14,7 +14,7 @@ import rich.table
 from eval.config import FREE_FIELDS
 from eval.labels import explain_methods, explain_names
 from spotlight_jax import runs
-from spotlight_jax.display import Display, print_result
+from spotlight_jax.display import Display, print_result, print_table
 from spotlight_jax.errors import InputError
 
 _FILE_WIDTH = 180
@@ -116,7 +116,7 @@ class Record:
         if not console.is_terminal:  # a file takes lines of any length
             console = rich.console.Console(highlight=False, width=_FILE_WIDTH)
         for table in tables:
-            console.print(table)
+            print_table(console, table)
         methods = [row["method"] for row in results if "method" in row]
         for shown, about in (*explain_names(methods), *explain_methods(methods)):
             console.print(f"{shown}: {about}", markup=False, soft_wrap=True)

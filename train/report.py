@@ -9,7 +9,7 @@ import rich.console
 
 from spotlight_jax import runs
 from spotlight_jax.checkpoint import Selector, save_selector
-from spotlight_jax.display import make_table
+from spotlight_jax.display import make_table, print_table
 from spotlight_jax.memory import GIB
 from spotlight_jax.metrics import spread_positions
 from spotlight_jax.selection import MIN_TOKENS, share_read
@@ -82,7 +82,7 @@ def print_results(
         start = ["before training", _cell(session.mean("iou", "start")), _cell(session.mean("mass", "start"))]
         rows.insert(1, start)
     title = f"held-out text, windows of {summary['window']} tokens, {describe_share(summary)}"
-    console.print(make_table(title, ["selection", f"IoU with {summary['oracle']}", "attention mass read"], rows))
+    print_table(console, make_table(title, ["selection", f"IoU with {summary['oracle']}", "attention mass read"], rows))
     speed = f"{summary['steps']} steps in {summary['seconds']:.0f} s, {summary['tokens_per_second']:.0f} tokens/s"
     console.print(
         f"{speed}; pictures: {folder.path}/curves.png, {folder.path}/layers.png", markup=False, soft_wrap=True
