@@ -40,7 +40,7 @@ from spotlight_jax.models.load import load_config, load_weights
 from spotlight_jax.models.params import resolve_dtype
 from spotlight_jax.models.presets import PRESETS, RANDOM
 from spotlight_jax.models.source import DEFAULT_MODEL
-from spotlight_jax.selection import SelectionConfig
+from spotlight_jax.selection import SelectionConfig, check_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,8 +216,10 @@ def main(cfg: DecodeSpeedConfig) -> dict:
     console = Console(highlight=False)
     cfg = name_model(cfg)
     assert cfg.model is not None
+    model_cfg = load_config(cfg.model)
+    check_layers(cfg.dense_layers, model_cfg.layers)
     if cfg.model.startswith(RANDOM):
-        needed = plan(cfg, load_config(cfg.model), cfg.code_bits)
+        needed = plan(cfg, model_cfg, cfg.code_bits)
         console.print(f"memory: {needed.describe()}")
         check_memory(needed, available_bytes())
     results = measure(cfg, *load(cfg, resolve_dtype(cfg.dtype)))

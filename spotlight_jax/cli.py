@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from spotlight_jax.errors import InputError
+from spotlight_jax.errors import InputError, printable
 
 Config = TypeVar("Config")
 
@@ -135,7 +135,7 @@ def noted_signals(*numbers: int) -> Iterator[list[int]]:
 
 
 def _fail(prog: str, message: str) -> int:
-    print(f"{prog}: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{prog}: {printable(' '.join(message.split()))}", file=sys.stderr)
     return 2
 
 

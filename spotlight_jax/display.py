@@ -12,6 +12,8 @@ import rich.progress
 import rich.table
 import rich.text
 
+from spotlight_jax.errors import printable
+
 _PLAIN_EVERY = 10.0  # seconds between plain lines
 
 
@@ -78,6 +80,7 @@ class Display:
 
     def update(self, what: str, done: int, total: int, note: str = "") -> None:
         """Show how far a task is; a new name begins a new one."""
+        note = printable(note)
         is_new = what != self._what
         if is_new:
             self.begin(what, done, total)
@@ -93,7 +96,8 @@ class Display:
             print(f"{what}: {done}/{total}{rest}{'; ' + note if note else ''}", file=sys.stderr, flush=True)
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """A line that stays; control characters in names are shown, not sent."""
+        text = printable(text)
         if self._live is not None:
             self._live.console.print(text, markup=False)
         else:

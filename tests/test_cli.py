@@ -258,3 +258,11 @@ def test_own_packages_are_found_beside_a_users_train_and_eval(tmp_path):
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0 and "usage" in done.stdout, done.stderr
+
+
+def test_control_characters_of_names_are_shown_and_not_sent(capsys):
+    def main(cfg):
+        raise InputError("no such file: 'a\x1b[31mb\x07'")
+
+    assert _run(main=main) == 2
+    assert capsys.readouterr().err == "spotlight test: no such file: 'a\\x1b[31mb\\x07'\n"

@@ -265,3 +265,28 @@ def test_the_best_rival_of_each_share_is_marked():
         ("quest", 0.1),
         ("lsh", 0.2),
     ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: " + "[" * 3000,
+        "evaluations: {inspect: {texts: [[1]]}}",
+        "evaluations: {inspect: {1: 2}}",
+        "{1: 2, evaluations: {inspect: {}}}",
+        "evaluations: {inspect: {texts: 2020-01-01}}",
+        "evaluations: {inspect: {texts: 2020-99-99}}",
+        "title: {a: 1}\nevaluations: {inspect: {}}",
+        "&a {evaluations: *a}",
+        "a: \x00",
+        "- 1",
+        "",
+        "evaluations: [inspect]",
+        "evaluations: {inspect: {keep: .nan}}",
+    ],
+)
+def test_a_hostile_plan_is_one_line(tmp_path, text):
+    file = tmp_path / "plan.yaml"
+    file.write_text(text)
+    with pytest.raises(InputError):
+        report_plan.read_plan(file, {}, 1.0)
