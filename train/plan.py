@@ -59,7 +59,7 @@ def check_memory(cfg: LayerwiseConfig, model: DecoderConfig, dtype: np.dtype) ->
     if free is not None and need > free:
         narrower = "--dtype bfloat16, " if dtype.itemsize > 2 else ""
         raise InputError(
-            f"this takes about {need / GIB:.1f} GiB and {free / GIB:.1f} GiB are free; take {narrower}a smaller model, "
+            f"this takes about {need / GIB:.1f} GiB and {free / GIB:.1f} GiB are free; take a smaller model, {narrower}"
             "or lower --data.window, --data.held-out-windows or --layers-at-once"
         )
 
