@@ -1,21 +1,23 @@
 """The flags that every evaluation of methods has, and what they open."""
 
 import dataclasses
+import sys
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import transformers
 
 from eval.methods import UNBUDGETED, Method, base_name, check_names, open_method, selector_of
 from spotlight_jax import runs
-from spotlight_jax.checkpoint import Selector, load_selector
+from spotlight_jax.checkpoint import Selector, choose_model, load_selector
 from spotlight_jax.errors import InputError, check_numbers
 from spotlight_jax.generate import head_shape
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import Params
-from spotlight_jax.models.load import RANDOM, load_weights, open_tokenizer
+from spotlight_jax.models.load import load_config, load_weights, open_tokenizer
 from spotlight_jax.models.params import resolve_dtype
-from spotlight_jax.selection import SelectionConfig
+from spotlight_jax.models.presets import RANDOM
+from spotlight_jax.selection import DENSE_LAYERS, LONGEST, MIN_TOKENS, SelectionConfig, check_layers
 
 # what a resumed run may add to or leave out, because each of its parts names it
 FREE_FIELDS = ("out", "resume", "methods", "keep", "settings")
@@ -25,7 +27,7 @@ FREE_FIELDS = ("out", "resume", "methods", "keep", "settings")
 class ReadingConfig:
     """Which tokens are read beside how many; the shares are --keep."""
 
-    min_tokens: int = 20
+    min_tokens: int = MIN_TOKENS
     """The least a share gives."""
     sink_tokens: int = 0
     """First tokens of a sequence that are always read; counted in the budget."""
@@ -33,13 +35,16 @@ class ReadingConfig:
     """Newest tokens that are always read, the query's own included; counted in the budget."""
     per: Literal["kv_head", "query_head"] = "kv_head"
     """One selection for all query heads that share a KV head, or one per query head."""
-    dense_layers: tuple[int, ...] = (0, 1)
+    dense_layers: tuple[int, ...] = DENSE_LAYERS
     """Layers that read everything; quest and magicpig have their own, as published."""
 
     def at(self, keep: float) -> SelectionConfig:
         """The selection of a share of the tokens, or of a fixed number where `keep` is above 1."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         if keep > 1:
+            if keep != int(min(keep, LONGEST)):
+                raise InputError(f"keep is {keep:g}; above 1 it is a number of tokens: whole, and at most {LONGEST}")
+            del fields["min_tokens"]  # of shares alone
             return SelectionConfig(budget=int(keep), min_context=0, **fields)
         return SelectionConfig(keep=keep, min_context=0, **fields)
 
@@ -48,12 +53,13 @@ class ReadingConfig:
 class EvalConfig:
     """What is evaluated."""
 
-    model: str = "smollm2-135m"
-    """A folder in Hugging Face's layout, a hub id, a .gguf file, smollm2-135m, or random:SHAPE (random weights)."""
+    model: str | None = None
+    """A folder in Hugging Face's layout, a hub id, a .gguf file, smollm2-135m, or random:SHAPE (random weights); None:
+    the model that the selector was trained for, or else smollm2-135m."""
     selector: str | None = None
     """Trained hash functions: a selector folder, or the run folder that holds it."""
-    methods: tuple[str, ...] = ("dense", "oracle", "spotlight", "window")
-    """Which methods read: dense, oracle (oracle-query, oracle-kv, oracle-mass), spotlight (spotlight@FOLDER: another
+    methods: tuple[str, ...] = ("dense", "oracle-scores", "spotlight", "window")
+    """Which methods read: dense, oracle-scores, oracle-mass, oracle-query, spotlight (spotlight@FOLDER: another
     selector), lsh (lsh-centred, lsh-gaussian, lsh-gaussian-centred), quest, magicpig, window, random, binary."""
     keep: tuple[float, ...] = (0.02,)
     """Shares of a sequence's tokens that a query reads; a number above 1 is that many tokens."""
@@ -76,6 +82,8 @@ class EvalConfig:
         check_names(self.methods)
         if not self.keep or len(set(self.keep)) < len(self.keep):
             raise InputError("give --keep at least one share, each once")
+        if self.settings and (self.selection.sink_tokens, self.selection.recent_tokens) != (0, 0):
+            raise InputError("--settings and --selection both say which tokens are always read; give one of them")
         for reading in self.readings:
             for keep in self.keep:
                 reading.at(keep)  # refuses what selects nothing
@@ -95,6 +103,9 @@ class EvalConfig:
             for name in self.settings
         ]
         return tuple(found) or (self.selection,)
+
+
+Evaluation = TypeVar("Evaluation", bound=EvalConfig)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +151,13 @@ def describe_part(row: dict[str, Any], names: Mapping[str, str]) -> list[str]:
     return [names[row["method"]], describe_keep(row["keep"]), row["setting"]]
 
 
+def describe_reading(row: Mapping[str, Any]) -> str:
+    """The second line of a method's panel in a picture: what it was asked to read; "" where it reads everything."""
+    if row["keep"] == 1:
+        return ""
+    return f"\n{row['setting']}" if row["keep"] is None else f"\nkeep {row['keep']:g}, {row['setting']}"
+
+
 def describe_setting(reading: ReadingConfig) -> str:
     """How a table calls what is always read."""
     if reading.sink_tokens == reading.recent_tokens == 0:
@@ -163,16 +181,42 @@ class Subject:
         return dataclasses.replace(self, selector=selector), base_name(name)
 
     def open_method(self, name: str, selection: SelectionConfig, seed: int = 0) -> Method:
-        """A method for this model; see `eval.methods.open_method`."""
-        return open_method(name, self.selector, selection, head_shape(self.cfg), seed)
+        """A method for this model; see `eval.methods.open_method`. Raises InputError for one that never chooses."""
+        method = open_method(name, self.selector, selection, head_shape(self.cfg), seed)
+        if name != "dense" and set(range(self.cfg.layers)) <= set(method.dense_layers):
+            raise InputError(f"method '{name}' reads all {self.cfg.layers} layers of this model densely; leave it out")
+        return method
+
+
+def name_model(cfg: Evaluation) -> Evaluation:
+    """The config with the model's name filled in, where it was left to the selectors.
+
+    Raises: InputError where a selector cannot be read, or where selectors belong to different models.
+    """
+    return dataclasses.replace(cfg, model=choose_model(cfg.model, _open_selectors(cfg))[0])
+
+
+def _open_selectors(cfg: EvalConfig) -> dict[str, Selector]:
+    """All selectors of an evaluation by their folders: --selector's, and those that methods name."""
+    named = [name.partition("@")[2] for name in cfg.methods if "@" in name]
+    return {folder: load_selector(folder) for folder in (cfg.selector, *named) if folder is not None}
 
 
 def load_subject(cfg: EvalConfig) -> Subject:
-    """Weights, tokenizer and selector; raises InputError where one is missing or does not fit the others.
+    """Weights, tokenizer and selector; a selector that was trained for another model is named on stderr.
 
     Where the results go is looked at first: loading and measuring take long.
+
+    Args:
+        cfg: with its model named, as `name_model` does.
+
+    Raises: InputError where one is missing or does not fit the others.
     """
     runs.check_destination(cfg.out, cfg.resume)
+    for remark in choose_model(cfg.model, _open_selectors(cfg))[1]:
+        print(remark, file=sys.stderr, flush=True)
+    assert cfg.model is not None
+    check_layers(cfg.selection.dense_layers, load_config(cfg.model).layers)
     model_cfg, params = load_weights(cfg.model, resolve_dtype(cfg.dtype))
     selector = None if cfg.selector is None else load_selector(cfg.selector, head_shape(model_cfg))
     tokenizer = None if cfg.model.startswith(RANDOM) else open_tokenizer(cfg.model)

@@ -10,7 +10,6 @@ falls on both. Single operations, and sweeps over lengths and batches: `eval.spe
 """
 
 import dataclasses
-import json
 import platform
 import statistics
 import sys
@@ -30,27 +29,28 @@ from eval.kernel_times import kernel_table, trace_kernels
 from spotlight_jax import cli, hashing
 from spotlight_jax.cache import Cache, bucket_length
 from spotlight_jax.cached_attention import AttentionImpl
-from spotlight_jax.checkpoint import Selector, load_selector
+from spotlight_jax.checkpoint import Selector, choose_model, load_selector
+from spotlight_jax.display import print_result
 from spotlight_jax.engine import DecodeConfig, Engine
 from spotlight_jax.errors import InputError
 from spotlight_jax.generate import head_shape
 from spotlight_jax.memory import GIB, MemoryPlan, available_bytes, check_memory, plan_memory, step_reads
 from spotlight_jax.models.config import DecoderConfig, nearest
-from spotlight_jax.models.decoder import init_params
-from spotlight_jax.models.load import load_model
+from spotlight_jax.models.load import load_config, load_weights
 from spotlight_jax.models.params import resolve_dtype
-from spotlight_jax.models.presets import PRESETS
-from spotlight_jax.selection import SelectionConfig
+from spotlight_jax.models.presets import PRESETS, RANDOM
+from spotlight_jax.models.source import DEFAULT_MODEL
+from spotlight_jax.selection import SelectionConfig, check_layers
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodeSpeedConfig:
     """What is timed."""
 
-    preset: str = "smollm2-135m"
-    """Shape of the model, with random weights."""
+    preset: str | None = None
+    """Shape of the model, with random weights; without this, a model and a selector, smollm2-135m."""
     model: str | None = None
-    """A real model instead."""
+    """A real model instead; with a selector alone, the one it was trained for."""
     selector: Path | None = None
     """A trained selector instead of random hash functions."""
     lengths: tuple[int, ...] = (7500,)
@@ -85,7 +85,11 @@ class DecodeSpeedConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be timed."""
-        if self.preset not in PRESETS:
+        if self.preset is not None and self.model is not None:
+            raise InputError("--preset and --model both say what is timed; give one of them")
+        if self.selector is not None and self.code_bits != DecodeSpeedConfig.code_bits:
+            raise InputError("--code-bits is of random hash functions, and --selector brings its own; give one of them")
+        if self.preset is not None and self.preset not in PRESETS:
             raise InputError(f"there is no preset {self.preset!r}{nearest(self.preset, tuple(PRESETS))}")
         if not self.methods or len(set(self.methods)) < len(self.methods):
             raise InputError("give --methods dense, sparse or both, each once")
@@ -94,14 +98,21 @@ class DecodeSpeedConfig:
         _ = self.selection  # refuses what selects nothing
 
 
+def name_model(cfg: DecodeSpeedConfig) -> DecodeSpeedConfig:
+    """The config with the model's name filled in: a preset's is random:PRESET."""
+    preset = cfg.preset if cfg.preset or cfg.model or cfg.selector else DEFAULT_MODEL
+    selectors = {} if cfg.selector is None else {str(cfg.selector): load_selector(cfg.selector)}
+    model, remarks = choose_model(RANDOM + preset if preset else cfg.model, selectors)
+    if not preset:  # random weights belong to no selector
+        for remark in remarks:
+            print(remark, file=sys.stderr, flush=True)
+    return dataclasses.replace(cfg, preset=None, model=model)
+
+
 def load(cfg: DecodeSpeedConfig, dtype: jnp.dtype) -> tuple[DecoderConfig, dict, Selector]:
     """Weights and hash functions, real or random."""
-    if cfg.model is None:
-        model_cfg = PRESETS[cfg.preset]
-        params = init_params(jax.random.key(0), model_cfg, dtype)
-    else:
-        model = load_model(cfg.model, dtype)
-        model_cfg, params = model.cfg, model.params
+    assert cfg.model is not None
+    model_cfg, params = load_weights(cfg.model, dtype)
     shape = head_shape(model_cfg)
     if cfg.selector is not None:
         return model_cfg, params, load_selector(cfg.selector, shape)
@@ -204,8 +215,12 @@ def plan(cfg: DecodeSpeedConfig, model_cfg: DecoderConfig, code_bits: int) -> Me
 def main(cfg: DecodeSpeedConfig) -> dict:
     """Time it, print the table and one line of JSON; returns what the line holds."""
     console = Console(highlight=False)
-    if cfg.model is None:
-        needed = plan(cfg, PRESETS[cfg.preset], cfg.code_bits)
+    cfg = name_model(cfg)
+    assert cfg.model is not None
+    model_cfg = load_config(cfg.model)
+    check_layers(cfg.dense_layers, model_cfg.layers)
+    if cfg.model.startswith(RANDOM):
+        needed = plan(cfg, model_cfg, cfg.code_bits)
         console.print(f"memory: {needed.describe()}")
         check_memory(needed, available_bytes())
     results = measure(cfg, *load(cfg, resolve_dtype(cfg.dtype)))
@@ -224,13 +239,13 @@ def main(cfg: DecodeSpeedConfig) -> dict:
     if len(results) == 2:
         dense, sparse = (statistics.median(results[name]["step_seconds"]) for name in ("dense", "sparse"))
         summary["step_ratio"] = dense / sparse
-    print(json.dumps(summary))
+    print_result(summary)
     return summary
 
 
 def _table(cfg: DecodeSpeedConfig, results: dict[str, dict]) -> Table:
     """Dense beside sparse."""
-    table = Table(title=f"{cfg.model or cfg.preset}, prompts of {', '.join(map(str, cfg.lengths))} tokens")
+    table = Table(title=f"{cfg.model}, prompts of {', '.join(map(str, cfg.lengths))} tokens")
     table.add_column("")
     rows: list[list[str]] = [
         ["prefill, tokens/s"], ["decode, tokens/s"], ["step, ms (range)"],

@@ -8,7 +8,6 @@ tasks. `--plain` drops the rule for equal answers. Needs no model and no JAX.
 """
 
 import dataclasses
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ import tyro
 from eval.predictions import find_files, read_predictions
 from eval.text_metrics import agreement
 from spotlight_jax import cli
+from spotlight_jax.display import print_result
 from spotlight_jax.errors import InputError
 
 
@@ -92,7 +92,7 @@ def main(cfg: FidelityConfig) -> dict:
         ]
         rows.append({"task": "mean", "score": mean, "identical": identical, "tasks": len(tasks)})
         results += [{"method": folder.name, **row} for row in rows]
-    print(json.dumps({"results": results}, ensure_ascii=False))
+    print_result({"results": results})
     return {"results": results}
 
 

@@ -20,10 +20,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.config import FREE_FIELDS, EvalConfig, Subject, Trial, describe_part, list_trials, load_subject
+from eval.config import FREE_FIELDS, EvalConfig, Subject, Trial, describe_part, list_trials, load_subject, name_model
 from eval.harness_scores import Reader, Tally
 from eval.labels import name_methods
-from eval.record import Record, Row, file_name
+from eval.record import Record, Row, file_name, stored_by
 from spotlight_jax import cli, files
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.display import make_table
@@ -62,6 +62,8 @@ class HarnessConfig(EvalConfig):
         for name in ("limit", "batch", "max_length"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; give at least 1")
+        if self.fewshot is not None and self.fewshot < 0:
+            raise InputError(f"fewshot is {self.fewshot}; give 0 examples or more")
         if self.task_folder is not None and not Path(self.task_folder).is_dir():
             raise InputError(f"there is no folder '{self.task_folder}' of tasks")
 
@@ -108,8 +110,10 @@ def run_task(cfg: HarnessConfig, subject: Subject, trial: Trial, task: str, mana
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise InputError(f"the harness cannot run task '{task}': {reason}") from error
     assert found is not None, "one process"
-    _write_samples(record, trial, found.get("samples", {}))
-    return summarise_task(task, found["results"], lm.tallies)
+    samples = found.get("samples", {})
+    _write_samples(record, trial, samples)
+    asked = sum(len({row["doc_id"] for row in rows}) for rows in samples.values())  # a row a document and filter
+    return summarise_task(task, found["results"], lm.tallies) | {"questions": asked}
 
 
 def summarise_task(task: str, results: dict[str, dict[str, Any]], tallies: dict[str, Tally]) -> Row:
@@ -145,6 +149,7 @@ def main(cfg: HarnessConfig) -> dict[str, Any]:
     """Ask every task of every method; returns what the last line of stdout holds."""
     manager = open_tasks(cfg)
     use_compile_cache()
+    cfg = name_model(cfg)
     subject = load_subject(cfg)
     if subject.tokenizer is None:
         raise InputError(f"{cfg.model} has no tokenizer, and the harness gives texts; name a real model")
@@ -189,20 +194,23 @@ def describe_use(rows: Sequence[Row]) -> list[str]:
 
 
 def _table(cfg: HarnessConfig, rows: Sequence[Row]) -> Any:
-    columns = ["method", "keep", "always read", "task", "metric", "score", "tokens", "MiB", "by selection"]
+    columns = ["method", "keep", "always read", "task", "metric", "score", "of", "tokens", "MiB", "by selection"]
     lines, shown = [], name_methods(row["method"] for row in rows)
     for row in rows:
         share = f"{100 * row['tokens_by_selection'] / max(row['tokens_scored'], 1):.0f} %"
         moved = f"{row['bytes_read'] / 2**20:.2f}"
         names = [*describe_part(row, shown), row["task"], row["metric"]]
-        lines.append([*names, f"{row['score']:.4g}", f"{row['tokens_read']:,.0f}", moved, share])
-    note = "tokens, MiB: read for a token, mean; by selection: tokens scored or chosen by a query that left tokens out"
+        lines.append(
+            [*names, f"{row['score']:.4g}", str(row.get("questions", "-")), f"{row['tokens_read']:,.0f}", moved, share]
+        )
+    note = "of: questions; tokens, MiB: read for a token, mean; "
+    note += "by selection: tokens scored or chosen by a query that left tokens out"
     return make_table(f"lm-evaluation-harness, {cfg.model}\n{note}", columns, lines, names=5)
 
 
 def command(args: Sequence[str] | None = None) -> int:
     """`spotlight eval harness`."""
-    return cli.run(main, HarnessConfig, "spotlight eval harness", __doc__, args)
+    return cli.run(main, HarnessConfig, "spotlight eval harness", __doc__, args, stored_by(HarnessConfig))
 
 
 if __name__ == "__main__":

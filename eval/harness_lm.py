@@ -179,7 +179,10 @@ def read_settings(given: dict[str, Any], seed: int = 0) -> Wanted:
     temperature = float(known.pop("temperature", 0.0) or 0.0)
     if not known.pop("do_sample", temperature > 0):
         temperature = 0.0
-    sampling = SamplingConfig(temperature, int(known.pop("top_k", 0)), float(known.pop("top_p", 1.0)), seed)
+    top_k, top_p = int(known.pop("top_k", None) or 0), float(known.pop("top_p", None) or 1.0)
+    sampling = SamplingConfig(temperature, top_k, top_p, seed) if temperature else SamplingConfig(seed=seed)
+    if known.get("num_beams") in (1, None):  # greedy, or drawn, as without beams
+        known.pop("num_beams", None)
     if known:
         raise InputError(f"the task's generation settings {', '.join(sorted(known))} are not known here")
     return Wanted(int(count), (stop,) if isinstance(stop, str) else tuple(stop), sampling)

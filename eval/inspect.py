@@ -1,11 +1,13 @@
-"""How good each method's selections are: overlap with the oracle's, recall and attention mass, by layer and head.
+"""How good each method's selections are: overlap with an oracle's, recall and attention mass, by layer and head.
 
     spotlight eval inspect --selector runs/demo --texts text:alice      # two CPU cores: 2 minutes
     spotlight eval inspect --selector runs/smollm2 --window 8192 --keep 0.02 0.05   # for a GPU
 
-Queries spread over each window are taken from one dense pass, and every method chooses for the same ones. The oracle
-beside a method has the same budget, sinks and recent tokens, and chooses per KV head or per query head as the method
-does. Means are over the layers that a method does not read densely.
+Queries spread over each window are taken from one dense pass, and every method chooses for the same ones. IoU and
+recall are with `oracle-scores`, the tokens with the highest summed dot products, by the method's budget, sinks and
+recent tokens, per KV head or per query head as the method chooses. A method can read more attention mass than it;
+`oracle-mass` reads the most that a set of its size can hold. Means are over the layers that a method does not read
+densely.
 """
 
 import csv
@@ -24,14 +26,24 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from eval.attend import causal_budgets, default_chunk, dense_reads, sparse_reads
-from eval.config import FREE_FIELDS, EvalConfig, Subject, Trial, describe_part, list_trials, load_subject
+from eval.config import (
+    FREE_FIELDS,
+    EvalConfig,
+    Subject,
+    Trial,
+    describe_part,
+    describe_reading,
+    list_trials,
+    load_subject,
+    name_model,
+)
 from eval.forward import check_length
 from eval.labels import name_methods
 from eval.methods import Method, base_name
 from eval.methods.base import rule_of
 from eval.methods.oracle import Oracle
 from eval.pictures import plot_heads
-from eval.record import ALL_TEXTS, Part, Record, Row
+from eval.record import ALL_TEXTS, Part, Record, Row, stored_by
 from spotlight_jax import cli, files, metrics
 from spotlight_jax.attention import causal_attention
 from spotlight_jax.compiled import use_compile_cache
@@ -49,7 +61,7 @@ WORST = 10
 class InspectConfig(EvalConfig):
     """What is looked at."""
 
-    methods: tuple[str, ...] = ("oracle", "spotlight", "lsh", "quest", "window")
+    methods: tuple[str, ...] = ("oracle-scores", "spotlight", "lsh", "quest", "window")
     """Which methods choose; see `spotlight eval perplexity --help`."""
     texts: tuple[str, ...] = ("embedded-test",)
     """Text files, folders, globs, .npy files of token ids, hub data sets (hf:NAME[:CONFIG][:SPLIT]), embedded texts."""
@@ -110,7 +122,7 @@ def inspect_layer(
         reading = method.select(rows, keys, index, at, allowed)
         heads = reading.mask.shape[2]
         per = "kv_head" if heads == keys.shape[2] else "query_head"
-        oracle = Oracle("oracle", rule_of(method.selection, per=per), ()).select(rows, keys, None, at, allowed)
+        oracle = Oracle("oracle-scores", rule_of(method.selection, per=per), ()).select(rows, keys, None, at, allowed)
         probabilities = metrics.attention_probabilities(rows, keys, at, heads)
         quality = metrics.selection_quality(reading.mask, oracle.mask, probabilities)
         return {name: getattr(quality, name) for name in MEASURES}, sparse_reads(reading, keys)
@@ -172,6 +184,7 @@ def _average(rows: Several[Row]) -> Row:
 def main(cfg: InspectConfig) -> dict[str, Any]:
     """Measure every part that is not finished; write pictures and the CSV, print tables and the line of JSON."""
     use_compile_cache()
+    cfg = name_model(cfg)
     subject = load_subject(cfg)
     check_length(cfg.window, subject.cfg)
     trials = [trial for trial in list_trials(cfg) if trial.method != "dense"]
@@ -230,19 +243,17 @@ def _draw(folder: Path, rows: Several[Row]) -> None:
     first = {row["method"]: row for row in reversed(rows)}
     names = name_methods(row["method"] for row in rows)
     shown = [first[method] for method in names]
-    named = next((row for row in shown if row["keep"] is not None), shown[0])
-    where = "" if named["keep"] is None else f"keep {named['keep']:g}, {named['setting']}; "
-    labels = {"iou": "IoU with the oracle's choice", "mass": "attention probability read"}
+    labels = {"iou": "IoU with oracle-scores", "mass": "attention probability read"}
     for measure, label in labels.items():
         panels: dict[int, list[tuple[str, np.ndarray]]] = {}
-        is_told = [measure != "iou" or not row["method"].startswith("oracle") for row in shown]  # the oracle's is 1
+        is_told = [measure != "iou" or not row["method"].startswith("oracle-") for row in shown]  # the oracle's is 1
         for row in itertools.compress(shown, is_told) if any(is_told) else shown:
             values = np.full(np.shape(row["by_head"][measure]), np.nan)
             values[row["sparse_layers"]] = np.asarray(row["by_head"][measure])[row["sparse_layers"]]
-            panels.setdefault(values.shape[1], []).append((names[row["method"]], values))
+            panels.setdefault(values.shape[1], []).append((names[row["method"]] + describe_reading(row), values))
         for place, (heads, own) in enumerate(panels.items()):
             file = f"{measure}.png" if place == 0 else f"{measure}-{heads}-heads.png"
-            title = f"{where}{named['text']}; grey: read densely"
+            title = f"{rows[0]['text']}; grey: read densely"
             plot_heads(folder / file, own, label, f"selecting head (of {heads})", title)
 
 
@@ -251,13 +262,13 @@ def _table(title: str, rows: Several[Row]) -> Any:
     for row in rows:
         figures = [f"{row[name]:.3f}" for name in MEASURES]
         lines.append([*describe_part(row, names), *figures, f"{row['tokens_read']:,.0f}"])
-    columns = ["method", "keep", "always read", "IoU", "recall", "mass read", "oracle's mass", "tokens"]
+    columns = ["method", "keep", "always read", "IoU", "recall", "mass read", "mass of oracle-scores", "tokens"]
     return make_table(f"selections, {title}\nmeans over heads and sparse layers", columns, lines, names=3)
 
 
 def _worst_table(rows: Several[Row]) -> Any:
     """The heads that lose most attention against the oracle: spotlight's, or the first method's that is no oracle."""
-    order = sorted(rows, key=lambda row: (base_name(row["method"]) != "spotlight", row["method"].startswith("oracle")))
+    order = sorted(rows, key=lambda row: (base_name(row["method"]) != "spotlight", row["method"].startswith("oracle-")))
     row = order[0]
     values = {name: np.asarray(row["by_head"][name]) for name in MEASURES}
     lost = values["oracle_mass"] - values["mass"]
@@ -272,14 +283,14 @@ def _worst_table(rows: Several[Row]) -> Any:
         ]
         for layer, head in places[:WORST]
     ]
-    columns = ["", "mass lost", "IoU", "recall", "mass read", "oracle's mass"]
+    columns = ["", "mass lost", "IoU", "recall", "mass read", "mass of oracle-scores"]
     method = name_methods(row["method"] for row in rows)[row["method"]]
-    return make_table(f"{method}: the {len(lines)} worst heads, by mass lost against the oracle", columns, lines)
+    return make_table(f"{method}: the {len(lines)} worst heads, by mass lost against oracle-scores", columns, lines)
 
 
 def command(args: Several[str] | None = None) -> int:
     """`spotlight eval inspect`."""
-    return cli.run(main, InspectConfig, "spotlight eval inspect", __doc__, args)
+    return cli.run(main, InspectConfig, "spotlight eval inspect", __doc__, args, stored_by(InspectConfig))
 
 
 if __name__ == "__main__":

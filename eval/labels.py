@@ -15,8 +15,7 @@ _SHORT = 20  # characters of a folder's part in a name; a longer one loses its m
 # the families of spotlight and of unknown methods have no line here: see `style_methods`
 STYLES: dict[str, Style] = {
     "dense": {"color": "#444444", "linestyle": "--"},
-    "oracle": {"color": "#5c5c5c", "linestyle": ":", "marker": "*"},
-    "oracle-kv": {"color": "#777777", "linestyle": ":", "marker": "p"},
+    "oracle-scores": {"color": "#5c5c5c", "linestyle": ":", "marker": "*"},
     "oracle-query": {"color": "#999999", "linestyle": ":", "marker": "P"},
     "oracle-mass": {"color": "#868c98", "linestyle": ":", "marker": "d"},
     "lsh": {"color": "#b5651d", "marker": "s"},
@@ -28,6 +27,12 @@ STYLES: dict[str, Style] = {
     "window": {"color": "#6f5fa3", "marker": "v"},
     "random": {"color": "#b0b0b0", "marker": "x"},
     "binary": {"color": "#3aa394", "marker": "h"},
+}
+REMARKS = {
+    "oracle-scores": "the tokens with the highest true dot products, summed over the query heads that read one set",
+    "oracle-mass": "the tokens with the highest attention probabilities of the query heads that read one set together",
+    "quest": "whole pages of 16 tokens, as many as fit into the budget",
+    "magicpig": "what its hash tables draw, as published; no share is asked of it",
 }
 _BLUES = ("#1f6f8b", "#56a9d6", "#1c3f7c", "#8fb8de", "#3b6fd4")
 _BLUE_MARKERS = ("o", "D", "s", "^", "p", "v")
@@ -63,6 +68,11 @@ def name_methods(methods: Iterable[str]) -> dict[str, str]:
 def explain_names(methods: Iterable[str]) -> list[tuple[str, str]]:
     """Each name for people that stands for a selector's folder, and the folder."""
     return [(shown, name.partition("@")[2]) for name, shown in name_methods(methods).items() if shown != name]
+
+
+def explain_methods(methods: Iterable[str]) -> list[tuple[str, str]]:
+    """What a reader must know of some methods, whose names do not say it."""
+    return [(name, REMARKS[name]) for name in dict.fromkeys(map(base_name, methods)) if name in REMARKS]
 
 
 def _tell_apart(folder: str, folders: Sequence[str]) -> str:

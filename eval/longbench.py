@@ -2,7 +2,7 @@
 
     spotlight eval longbench score predictions/                                   # no model, no JAX: seconds
     spotlight eval longbench --data LongBench/data --model meta-llama/Llama-3.1-8B-Instruct --selector runs/llama
-    spotlight eval longbench --tasks hotpotqa trec --limit 20 --methods dense oracle quest
+    spotlight eval longbench --tasks hotpotqa trec --limit 20 --methods dense oracle-scores quest
 
 Prompts, lengths and metrics are LongBench's. A run folder holds predictions/<method>/<task>.jsonl in its layout; each
 task's agreement with the dense model's own answers (`fidelity`) stands beside its score. Answers are greedy. A run
@@ -25,8 +25,10 @@ def command(args: Sequence[str] | None = None) -> int:
 
         return cli.run(score.main, score.ScoreConfig, f"{PROG} score", score.__doc__ or "", given[1:])
     import eval.longbench_generate as generate
+    from eval.record import stored_by
 
-    return cli.run(generate.main, generate.LongBenchConfig, PROG, __doc__, given)
+    config_class = generate.LongBenchConfig
+    return cli.run(generate.main, config_class, PROG, __doc__, given, stored_by(config_class))
 
 
 if __name__ == "__main__":

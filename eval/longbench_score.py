@@ -1,7 +1,6 @@
 """Scores of predictions for LongBench's tasks by its published metrics; needs no model and no JAX."""
 
 import dataclasses
-import json
 import statistics
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import tyro
 from eval.longbench_tasks import CATEGORIES, TASKS, Task, find_task
 from eval.predictions import Prediction, find_files, find_folders, read_predictions
 from eval.text_metrics import CLASSIFICATION, score_answers
+from spotlight_jax.display import print_result
 from spotlight_jax.errors import InputError
 
 # LongBench-E's groups by the context's length in words: name, and the length from which the next one starts
@@ -110,7 +110,7 @@ def main(cfg: ScoreConfig) -> dict:
             )
         results += [row_of(folder.name, score) for score in scores]
         results.append({"method": folder.name, "task": "mean", "score": mean_of(scores), "tasks": len(scores)})
-    print(json.dumps({"results": results}, ensure_ascii=False))
+    print_result({"results": results})
     return {"results": results}
 
 

@@ -2,7 +2,7 @@
 
     spotlight eval needle --selector runs/demo --variant passkey --lengths 512 1024        # two CPU cores
     spotlight eval needle --selector runs/smollm2 --samples 5 --keep 0.02 0.05 \\
-        --methods dense oracle spotlight lsh quest magicpig window random                  # for a GPU
+        --methods dense oracle-scores spotlight lsh quest magicpig window random                  # for a GPU
 
 Variants: `needle` hides a sentence in a text and asks for it, `passkey` five digits; `copy` hides nothing but comes
 back to a passage of the text and scores how well the model goes on with it. The haystack is read densely (prefill);
@@ -23,13 +23,22 @@ import numpy as np
 import transformers
 from jaxtyping import Int32
 
-from eval.config import EvalConfig, Subject, Trial, describe_part, list_trials, load_subject
+from eval.config import (
+    EvalConfig,
+    Subject,
+    Trial,
+    describe_part,
+    describe_reading,
+    list_trials,
+    load_subject,
+    name_model,
+)
 from eval.haystack import Haystack, Question, Variant
 from eval.labels import name_methods
 from eval.methods import Method
 from eval.needle_plot import Panel, plot_grids
 from eval.prefilled import Prefilled, Tail, pass_tail, prefill
-from eval.record import Record, Row
+from eval.record import Record, Row, stored_by
 from eval.text_metrics import lcs_rouge
 from spotlight_jax import cli, files
 from spotlight_jax.compiled import use_compile_cache
@@ -74,10 +83,12 @@ class NeedleConfig(EvalConfig):
         for name in ("lengths", "depths"):
             if not getattr(self, name) or len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise InputError(f"give --{name} at least one, each once")
-        if min(self.depths) < 0 or max(self.depths) > 1:
+        if not all(0 <= depth <= 1 for depth in self.depths):
             raise InputError(f"depths are {self.depths}; give numbers from 0 (the start) to 1 (the end)")
         if self.samples < 1:
             raise InputError(f"samples is {self.samples}; give at least 1")
+        if self.variant != "copy" and self.passage != NeedleConfig.passage:
+            raise InputError(f"--passage is of --variant copy; a {self.variant} has none")
         if self.passage < 32:
             raise InputError(f"passage is {self.passage}; give at least 32 tokens, 16 of which ask for the rest")
         if min(self.lengths) < 1:
@@ -186,12 +197,14 @@ def combine(variant: Variant, rows: Sequence[Row]) -> Row:
     names = ("exact", "accuracy", "rouge", "tokens_read", "bytes_read", "index_bytes")
     means = {name: round(float(np.mean([row[name] for row in rows])), 4) for name in names}
     score = means["accuracy" if variant == "copy" else "exact"]
-    return {"score": score, "ppl": math.exp(np.mean([row["loss"] for row in rows])), **means}
+    asked = sum(row["samples"] for row in rows)
+    return {"score": score, "questions": asked, "ppl": math.exp(np.mean([row["loss"] for row in rows])), **means}
 
 
 def main(cfg: NeedleConfig) -> dict[str, Any]:
     """Ask what is not answered; draw the map, print the table and one line of JSON, whose content is returned."""
     use_compile_cache()
+    cfg = name_model(cfg)
     subject = load_subject(cfg)
     tokenizer = check_subject(cfg, subject)
     trials = list_trials(cfg)
@@ -208,15 +221,14 @@ def main(cfg: NeedleConfig) -> dict[str, Any]:
         names = name_methods(trial.method for trial in trials)
         panels = [
             Panel(
-                names[trial.method] + _remark(trial),
+                names[trial.method] + describe_reading(trial.part),
                 np.array([[_cell(cfg, record, trial, x, y)[metric] for x in cfg.lengths] for y in cfg.depths]),
             )
             for trial in trials
         ]
         title = f"{cfg.variant}, {subject.source}, {cfg.haystack}"
-        plot_grids(
-            record.folder.path / f"{cfg.variant}.png", panels, cfg.lengths, cfg.depths, _LABELS[cfg.variant], title
-        )
+        label = f"{_LABELS[cfg.variant]}, {cfg.samples} question{'s' * (cfg.samples > 1)} a square"
+        plot_grids(record.folder.path / f"{cfg.variant}.png", panels, cfg.lengths, cfg.depths, label, title)
         return record.finish(results, [_table(cfg, results, title)])
 
 
@@ -238,29 +250,27 @@ def _result(cfg: NeedleConfig, record: Record, trial: Trial) -> Row:
     return trial.part | {"task": cfg.variant} | whole | {"by_length": by_length}
 
 
-def _remark(trial: Trial) -> str:
-    """The second line of a panel's title."""
-    return "" if trial.keep in (None, 1) else f"\nkeep {trial.keep:g}, {trial.setting}"
+def _score(variant: Variant, row: Row) -> str:
+    """The perplexity of a copy; else how many of how many answers are exact."""
+    return f"{row['ppl']:.2f}" if variant == "copy" else f"{row['exact'] * row['questions']:.0f} of {row['questions']}"
 
 
 def _table(cfg: NeedleConfig, results: Sequence[Row], title: str) -> Any:
     """A line a method, share and setting; a column a length."""
-    metric, form = ("ppl", ".2f") if cfg.variant == "copy" else ("score", ".0%")
     lengths = [f"{length:,}" for length in cfg.lengths]
     columns = ["method", "keep", "always read", *lengths, "all", "right tokens", "ROUGE-L", "tokens read", "MiB read"]
     lines, names = [], name_methods(row["method"] for row in results)
     for row in results:
-        cells = [f"{own[metric]:{form}}" for own in (*row["by_length"].values(), row)]
+        cells = [_score(cfg.variant, own) for own in (*row["by_length"].values(), row)]
         reads = [f"{row['tokens_read']:,.0f}", f"{row['bytes_read'] / _MIB:.2f}"]
         lines.append([*describe_part(row, names), *cells, f"{row['accuracy']:.0%}", f"{row['rouge']:.3f}", *reads])
-    asked = len(cfg.depths) * cfg.samples
-    note = f"{_LABELS[cfg.variant]}; questions per length: {asked}; sparse from the {cfg.sparse_from} on"
+    note = f"{_LABELS[cfg.variant]}; sparse from the {cfg.sparse_from} on"
     return make_table(f"{title}\n{note}", columns, lines, names=3)
 
 
 def command(args: Sequence[str] | None = None) -> int:
     """`spotlight eval needle`."""
-    return cli.run(main, NeedleConfig, "spotlight eval needle", __doc__, args)
+    return cli.run(main, NeedleConfig, "spotlight eval needle", __doc__, args, stored_by(NeedleConfig))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     spotlight eval perplexity --selector runs/demo --texts text:alice --keep 0.02 0.05     # two CPU cores: minutes
     spotlight eval perplexity --selector runs/smollm2 --window 8192 --settings bare sinks \\
-        --methods dense oracle spotlight lsh quest magicpig window --keep 0.02 0.05 0.1    # for a GPU
+        --methods dense oracle-scores spotlight lsh quest magicpig window --keep 0.02 0.05 0.1    # for a GPU
     spotlight eval perplexity --selector runs/demo --copy-test                             # far tokens alone
 
 Teacher-forced: the query at each position reads what a decoding step there would, from the tokens before it
@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
-from eval.config import FREE_FIELDS, EvalConfig, Subject, Trial, describe_part, list_trials, load_subject
+from eval.config import FREE_FIELDS, EvalConfig, Subject, Trial, describe_part, list_trials, load_subject, name_model
 from eval.copy_text import CopyConfig, copy_texts
 from eval.forward import ForwardConfig, Passed, Sequence, check_length, pass_sequence
 from eval.labels import name_methods
 from eval.pictures import plot_tradeoff
-from eval.record import ALL_TEXTS, Record, Row
+from eval.record import ALL_TEXTS, Record, Row, stored_by
 from spotlight_jax import cli
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.data import DataConfig, read_windows
@@ -57,6 +57,10 @@ class PerplexityConfig(ForwardConfig, EvalConfig):
         ForwardConfig.__post_init__(self)
         if self.windows_per_text < 1:
             raise InputError(f"windows_per_text is {self.windows_per_text}; give at least 1")
+        if not self.copy_test and self.copy != CopyConfig():
+            raise InputError("--copy says how the texts of --copy-test are made; add --copy-test")
+        if self.dense_prefix >= self.length:
+            raise InputError(f"dense_prefix is {self.dense_prefix}, all of the {self.length} tokens; lower it")
 
     @property
     def length(self) -> int:
@@ -118,6 +122,7 @@ def combine(rows: Several[Row]) -> Row:
 def main(cfg: PerplexityConfig) -> dict[str, Any]:
     """Measure every part that is not finished; print the table and the line of JSON, which is returned."""
     use_compile_cache()
+    cfg = name_model(cfg)
     subject = load_subject(cfg)
     check_length(cfg.length, subject.cfg, "a copy text" if cfg.copy_test else "the window")
     # a copy text is made of other texts too, so that none may be added
@@ -181,13 +186,14 @@ def _tables(cfg: PerplexityConfig, results: Several[Row], texts: Several[str], t
         if row["text"] == ALL_TEXTS or len(texts) == 1:
             line += [f"{row['ppl_pooled']:.4g}", f"{row['tokens_read']:,.0f}"]
             line += [f"{row['bytes_read'] / _MIB:.2f}", f"{row['index_bytes'] / _MIB:.2f}"]
-    note = "tokens: read per query, mean over heads of sparse layers; MiB: read per token, all layers"
+    note = "columns of texts: mean perplexity of documents; pooled: of all their tokens together; "
+    note += "tokens: read per query, mean over heads of sparse layers; MiB: read per token, all layers"
     return [make_table(f"perplexity, {title}; {rule}\n{note}", columns, list(lines.values()), names=3)]
 
 
 def command(args: Several[str] | None = None) -> int:
     """`spotlight eval perplexity`."""
-    return cli.run(main, PerplexityConfig, "spotlight eval perplexity", __doc__, args)
+    return cli.run(main, PerplexityConfig, "spotlight eval perplexity", __doc__, args, stored_by(PerplexityConfig))
 
 
 if __name__ == "__main__":

@@ -2,23 +2,24 @@
 
 import contextlib
 import dataclasses
-import json
+import itertools
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import rich.console
 import rich.table
 
 from eval.config import FREE_FIELDS
-from eval.labels import explain_names
+from eval.labels import explain_methods, explain_names
 from spotlight_jax import runs
-from spotlight_jax.display import Display
+from spotlight_jax.display import Display, print_result, print_table
 from spotlight_jax.errors import InputError
 
 _FILE_WIDTH = 180
+Config = TypeVar("Config")
 
 ALL_TEXTS = "all texts"  # the `text` of a row about several
 Part = dict[str, Any]  # names one measurement: {"method": ..., "keep": ..., "text": ...}
@@ -123,12 +124,29 @@ class Record:
         if not console.is_terminal:  # a file takes lines of any length
             console = rich.console.Console(highlight=False, width=_FILE_WIDTH)
         for table in tables:
-            console.print(table)
-        for shown, folder in explain_names(row["method"] for row in results if "method" in row):
-            console.print(f"{shown}: {folder}", markup=False, soft_wrap=True)
+            print_table(console, table)
+        methods = [row["method"] for row in results if "method" in row]
+        for shown, about in (*explain_names(methods), *explain_methods(methods)):
+            console.print(f"{shown}: {about}", markup=False, soft_wrap=True)
         self.say(f"written: {self.folder.path}")
-        print(json.dumps(summary), flush=True)
+        print_result(summary)
         return summary
+
+
+def stored_by(config_class: type[Config]) -> Callable[[Sequence[str]], Config | None]:
+    """What gives the config that the flags of an evaluation start from: of the run that --resume continues in --out.
+
+    So `--resume --out FOLDER` alone goes on with the flags the run was started with.
+    """
+
+    def find(args: Sequence[str]) -> Config | None:
+        outs = [word.partition("=")[2] or following for word, following in itertools.zip_longest(args, args[1:])
+                if word == "--out" or word.startswith("--out=")]  # fmt: skip
+        if "--resume" not in args or not outs or outs[-1] is None:
+            return None
+        return runs.RunFolder(Path(outs[-1])).config(config_class)
+
+    return find
 
 
 def file_name(label: str) -> str:

@@ -22,6 +22,7 @@ from typing import Any
 from eval.report_page import write_page
 from eval.report_plan import DEFAULT, Plan, PlannedPart, read_plan
 from spotlight_jax import cli, files, runs
+from spotlight_jax.display import print_result
 from spotlight_jax.errors import InputError
 
 
@@ -84,7 +85,7 @@ def main(cfg: ReportConfig) -> dict[str, Any]:
     summary: dict[str, Any] = {"eval": "report", "out": str(path), "page": str(path / "report.html")}
     summary["results"] = [{"part": part["name"]} | row for part in parts for row in part["results"]]
     print(f"written: {path / 'report.html'}", file=sys.stderr)
-    print(json.dumps(summary), flush=True)
+    print_result(summary)
     return summary
 
 

@@ -10,7 +10,7 @@ import jinja2
 from markupsafe import Markup
 
 from eval.config import describe_keep
-from eval.labels import explain_names, name_methods, style_methods
+from eval.labels import explain_methods, explain_names, name_methods, style_methods
 from eval.record import ALL_TEXTS
 from eval.report_charts import Bar, draw_bars
 from spotlight_jax import files
@@ -63,24 +63,28 @@ _ALWAYS = (Column("setting", "always read"),)
 _READS = (Column("tokens_read", "tokens read", _number(0)), Column("bytes_read", "MiB read", _mib))
 COLUMNS: dict[str, tuple[Column, ...]] = {
     "perplexity": (
-        *_WHO, *_ALWAYS, Column("text", "text"), Column("ppl", "perplexity", _significant),
-        Column("ppl_pooled", "of all tokens", _significant), *_READS, Column("index_bytes", "of it index, MiB", _mib),
+        *_WHO, *_ALWAYS, Column("text", "text"), Column("ppl", "perplexity, mean of documents", _significant),
+        Column("ppl_pooled", "perplexity of all tokens", _significant), *_READS,
+        Column("index_bytes", "of it index, MiB", _mib),
     ),
     "inspect": (
-        *_WHO, *_ALWAYS, Column("text", "text"), Column("iou", "IoU", _number(3)),
+        *_WHO, *_ALWAYS, Column("text", "text"), Column("iou", "IoU with oracle-scores", _number(3)),
         Column("recall", "recall", _number(3)), Column("mass", "mass read", _number(3)),
-        Column("oracle_mass", "oracle's mass", _number(3)), *_READS,
+        Column("oracle_mass", "mass of oracle-scores", _number(3)), *_READS,
     ),
     "needle": (
-        *_WHO, *_ALWAYS, Column("exact", "exact answers", _percent), Column("accuracy", "right tokens", _percent),
+        *_WHO, *_ALWAYS, Column("questions", "questions", _number(0)), Column("exact", "exact answers", _percent),
+        Column("accuracy", "right tokens", _percent),
         Column("rouge", "ROUGE-L", _number(3)), Column("ppl", "perplexity of the answer", _significant), *_READS,
     ),
     "longbench": (
-        *_WHO, *_ALWAYS, Column("task", "task"), Column("score", "score of 100", _number(2)),
+        *_WHO, *_ALWAYS, Column("task", "task"), Column("count", "questions", _number(0)),
+        Column("score", "score of 100", _number(2)),
         Column("fidelity", "agreement with dense", _number(3)), *_READS,
     ),
     "harness": (
-        *_WHO, *_ALWAYS, Column("task", "task"), Column("metric", "metric"), Column("score", "score", _significant),
+        *_WHO, *_ALWAYS, Column("task", "task"), Column("metric", "metric"),
+        Column("questions", "questions", _number(0)), Column("score", "score", _significant),
         Column("tokens_scored", "tokens scored", _number(0)), Column("tokens_by_selection", "by selection", _number(0)),
         Column("truncated", "cut", _number(0)), *_READS,
     ),
@@ -92,9 +96,9 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
     ),
 }  # fmt: skip
 SCORES: dict[str, tuple[Score, ...]] = {
-    "perplexity": (Score("ppl_pooled", "perplexity", False, _significant),),
+    "perplexity": (Score("ppl_pooled", "perplexity of all tokens", False, _significant),),
     "inspect": (
-        Score("iou", "IoU with the oracle", True, _number(3)),
+        Score("iou", "IoU with oracle-scores", True, _number(3)),
         Score("mass", "attention mass read", True, _number(3)),
     ),
     "needle": (Score("score", "answers found", True, _percent),),
@@ -110,8 +114,8 @@ _FACTS = (
 # rows that are means over others, where there are several
 _WHOLE = {"perplexity": ("text", ALL_TEXTS), "inspect": ("text", ALL_TEXTS), "longbench": ("task", "mean")}
 _ABOUT = {
-    "inspect": "How far each method's choice agrees with the tokens that attention really reads: overlap with the "
-    "oracle's choice (IoU), and the share of attention probability on what is read (mass). Means over sparse layers "
+    "inspect": "How far each method's choice agrees with the tokens that attention really reads: overlap with "
+    "`oracle-scores` (IoU), and the share of attention probability on what is read (mass). Means over sparse layers "
     "and heads.",
     "perplexity": "Teacher-forced: the query at each position reads what a decoding step there would. Lower is better.",
     "needle": "Something is hidden far back in a text, which is read densely; the question after it reads as the "
@@ -136,7 +140,7 @@ def name_row(row: Row, names: Mapping[str, str]) -> str:
     """
     parts = [names[row["method"]]]
     if row.get("keep") is not None and row["method"] != "dense":
-        parts.append(f"{100 * row['keep']:g} %" if row["keep"] <= 1 else f"{row['keep']:g} tokens")
+        parts.append(f"keep {row['keep']:g}" if row["keep"] <= 1 else f"{row['keep']:g} tokens")
     if str(row.get("setting", "")).startswith("sinks"):
         parts.append("+ sinks")
     return " ".join(parts)
@@ -161,6 +165,9 @@ def list_scores(part: dict[str, Any]) -> list[tuple[str, Score, list[Row]]]:
                 found.append((task, named, own))
         elif part["eval"] == "needle" and part["config"]["variant"] == "copy":
             found.append((part["name"], Score("ppl", "perplexity of the copy", False, _significant), rows))
+        elif part["eval"] == "needle":
+            named = dataclasses.replace(score, title=f"{score.title}, of {rows[0]['questions']}")
+            found.append((part["name"], named, rows))
         else:
             found.append((part["name"], score, rows))
     return found
@@ -212,7 +219,7 @@ def _find_best(score: Score, rows: Sequence[Row]) -> list[Row]:
     """The best row of each share and setting, oracles aside."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        if row["method"] != "dense" and row["keep"] is not None and not row["method"].startswith("oracle"):
+        if row["method"] != "dense" and row["keep"] is not None and not row["method"].startswith("oracle-"):
             groups.setdefault((row["keep"], row.get("setting")), []).append(row)
     found = []
     for group in groups.values():
@@ -268,7 +275,7 @@ def write_page(folder: Path, whole: dict[str, Any], missing: Sequence[str], plan
         plan=plan,
         overview=make_overview(whole["parts"]),
         charts=draw_charts(whole["parts"]),
-        folders=explain_names(methods),
+        folders=[*explain_names(methods), *explain_methods(methods)],
         model=next((part["config"]["model"] for part in whole["parts"] if "model" in part["config"]), None),
         selector=next((found for part in whole["parts"] if (found := part["config"].get("selector"))), None),
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from eval.config import EvalConfig, name_model
 from spotlight_jax import cli
 from spotlight_jax.errors import InputError
 from spotlight_jax.models.config import nearest
@@ -29,6 +30,7 @@ EVALUATIONS = {
 RESERVED = ("out", "resume")  # the report's own
 # What --fraction cuts down: lists to their first entries, numbers to a share.
 LISTS = ("texts", "lengths", "depths", "keep", "settings", "tasks", "batches", "model_lengths", "model_batches")
+_PLAIN, _DEEPEST = (str, int, float, bool), 4
 LEAST = {"texts": 2}  # a copy text is made of two
 COUNTS = ("windows_per_text", "queries", "samples", "limit", "rounds", "new_tokens")
 
@@ -86,6 +88,8 @@ def read_plan(path: Path, given: Mapping[str, Any], fraction: float) -> Plan:
         used |= shared.keys()
         fields = _without_spotlight(shared | fields)
         parts.append(PlannedPart(str(name), evaluation, _configure(config_class, fields, where, fraction), module.main))
+    if not isinstance(plan.get("title", ""), str):
+        raise InputError(f"'{path}', title: expected text")
     if unused := [name for name in common if name not in used and name not in given]:
         known = {field.name for part in parts for field in dataclasses.fields(part.config)} | {"title", "evaluations"}
         raise InputError(f"'{path}': no evaluation has a field '{unused[0]}'{nearest(unused[0], sorted(known))}")
@@ -102,14 +106,33 @@ def _load(path: Path) -> dict[str, Any]:
         plan = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read the plan '{path}': {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (RecursionError, ValueError) as error:  # a UnicodeDecodeError is left to the next
+        if not isinstance(error, UnicodeDecodeError):
+            raise InputError(f"'{path}' is no plan: it is nested too deeply, or a value cannot be read") from None
+        raise InputError(f"'{path}' is no YAML: not UTF-8") from None
+    except yaml.YAMLError as error:
         reason = getattr(error, "problem", None) or "not UTF-8"
         mark = getattr(error, "problem_mark", None)
         where = "" if mark is None else f", line {mark.line + 1}"
         raise InputError(f"'{path}'{where} is no YAML: {reason}") from None
     if not isinstance(plan, dict):
         raise InputError(f"'{path}' is no plan; it needs `evaluations:`")
+    _check_plain(plan, f"'{path}'", depth=0)
     return plan
+
+
+def _check_plain(value: Any, where: str, depth: int) -> None:
+    """Raise InputError for what no flag can be: a plan holds mappings by name, lists of plain values, plain values."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            if not isinstance(name, str) or depth > _DEEPEST:
+                raise InputError(f"{where}: {name!r:.40} is no name of a flag, or stands too deep")
+            _check_plain(inner, f"{where}, {name}", depth + 1)
+    elif isinstance(value, list):
+        if any(not isinstance(item, _PLAIN) for item in value):
+            raise InputError(f"{where}: a list holds plain values alone")
+    elif value is not None and not isinstance(value, _PLAIN):
+        raise InputError(f"{where}: expected text or a number, got {type(value).__name__}")
 
 
 def _without_spotlight(fields: dict[str, Any]) -> dict[str, Any]:
@@ -123,7 +146,8 @@ def _configure(config_class: type, fields: dict[str, Any], where: str, fraction:
     """A config from a plan's fields, checked as flags are."""
     _check_fields(config_class, fields, where)
     try:
-        return cut_down(cli.parse(config_class, "spotlight eval report", "", list(_flags(fields))), fraction)
+        cfg = cut_down(cli.parse(config_class, "spotlight eval report", "", list(_flags(fields))), fraction)
+        return name_model(cfg) if isinstance(cfg, EvalConfig) else cfg
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
 

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from eval import decode, speed_plots
 from eval.kernel_times import kernel_table
-from eval.record import Part, Record, Row
+from eval.record import Part, Record, Row, stored_by
 from eval.speed_checks import check_ops
 from eval.speed_ops import (
     count_copies,
@@ -45,7 +45,7 @@ from spotlight_jax.errors import InputError
 from spotlight_jax.memory import available_bytes
 from spotlight_jax.models.config import DecoderConfig, nearest
 from spotlight_jax.models.presets import PRESETS
-from spotlight_jax.selection import SelectionConfig
+from spotlight_jax.selection import SelectionConfig, check_layers
 
 Kind = Literal["ops", "model"]
 
@@ -63,6 +63,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "model_lengths": (8192, 32768, 131072),
         "model_batches": (1, 4, 6, 24),
     },
+}
+
+
+# flags that matter to one part alone
+_FLAGS_OF = {
+    "ops": ("lengths", "batches", "ops", "caches"),
+    "model": ("model_lengths", "model_batches", "dense_layers", "profile"),
 }
 
 
@@ -114,6 +121,11 @@ class SpeedConfig:
         counts = (*self.lengths, *self.batches, *self.model_lengths, *self.model_batches, self.rounds, self.new_tokens)
         if min(*counts, self.caches) < 1 or not self.batches:
             raise InputError("lengths, batches, rounds, caches and new_tokens must be at least 1")
+        for part, names in _FLAGS_OF.items():
+            given = [name for name in names if getattr(self, name) != getattr(SpeedConfig, name)]
+            if part not in self.parts and given:
+                flag = "--" + given[0].replace("_", "-")
+                raise InputError(f"{flag} is about part '{part}', which is not timed; add it to --parts")
         if self.resume and self.out is None:
             raise InputError("--resume needs the run's folder: add --out RUN_FOLDER")
         SelectionConfig(keep=self.keep)
@@ -121,7 +133,9 @@ class SpeedConfig:
     def resolve(self) -> "SpeedConfig":
         """The same with this device's defaults in place of what was not given."""
         defaults = DEFAULTS.get(jax.default_backend(), DEFAULTS["gpu"])
-        given = {name: getattr(self, name) or value for name, value in defaults.items()}
+        elsewhere = {name for part, names in _FLAGS_OF.items() if part not in self.parts for name in names}
+        given = {name: getattr(self, name) or value for name, value in defaults.items() if name not in elsewhere}
+        check_layers(self.dense_layers, PRESETS[str(given["preset"])].layers)
         given["dtype"] = decode.resolve_dtype(self.dtype).name
         return dataclasses.replace(self, **given)
 
@@ -243,7 +257,7 @@ def time_parts(cfg: SpeedConfig, record: Record) -> list[Row]:
         else:
             if loaded is None:
                 point = decode.DecodeSpeedConfig(preset=cfg.preset or "", code_bits=cfg.code_bits)
-                loaded = decode.load(point, jnp.dtype(cfg.dtype))
+                loaded = decode.load(decode.name_model(point), jnp.dtype(cfg.dtype))
             rows = time_decoding(cfg, batch, length, loaded, bandwidth, record)
         record.add(part, {"copy_bandwidth": bandwidth, "rows": rows})
         for line in _told(rows):
@@ -306,7 +320,7 @@ def _ops_tables(cfg: SpeedConfig, rows: Sequence[Row]) -> list[Table]:
             times = [f"{row[name] * 1e6:,.1f}" for name in ("seconds", "least", "greatest", "floor_seconds")]
             ratio = _ratio(own, row) if "layer" in row["op"] else ""
             lines.append([row["op"], times[0], f"{times[1]} to {times[2]}", times[3], ratio])
-        title = f"{cfg.preset}, {cfg.dtype}, {batch} x {length:,} tokens, {100 * cfg.keep:g} % read: one layer"
+        title = f"{cfg.preset}, {cfg.dtype}, {batch} x {length:,} tokens, keep {cfg.keep:g}: one layer"
         tables.append(make_table(title, ["operation", "µs", "range", "floor", "speed"], lines))
     return tables
 
@@ -318,7 +332,7 @@ def _decode_tables(cfg: SpeedConfig, rows: Sequence[Row]) -> list[Table]:
         times = [f"{1e3 * row[name]:,.2f}" for name in ("seconds", "floor_seconds")]
         place = [f"{row['batch']} x {row['length']:,}", row["method"]]
         lines.append([*place, f"{row['tokens_per_second']:,.1f}", *times, _ratio(rows, row)])
-    title = f"{cfg.preset}, {cfg.dtype}, {100 * cfg.keep:g} % read: decoding"
+    title = f"{cfg.preset}, {cfg.dtype}, keep {cfg.keep:g}: decoding"
     tables = [make_table(title, ["tokens", "method", "tokens/s", "step, ms", "floor", "speed"], lines, names=2)]
     for row in rows:
         if "kernels" in row:
@@ -329,7 +343,7 @@ def _decode_tables(cfg: SpeedConfig, rows: Sequence[Row]) -> list[Table]:
 
 def command(args: Sequence[str] | None = None) -> int:
     """`spotlight eval speed`."""
-    return cli.run(main, SpeedConfig, "spotlight eval speed", __doc__, args)
+    return cli.run(main, SpeedConfig, "spotlight eval speed", __doc__, args, stored_by(SpeedConfig))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import json
 import pathlib
 import shutil
 import tempfile
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ import safetensors.numpy
 
 from spotlight_jax import files, hashing, manifest
 from spotlight_jax.errors import InputError
+from spotlight_jax.models.source import DEFAULT_MODEL, find_again, lasting_name
 
 FORMAT = 2
 _READ = ("config.json", "selector.safetensors")  # the files that loading reads
@@ -31,9 +33,10 @@ class Selector:
     cfg: hashing.HashConfig
     shape: hashing.HeadShape
     params: hashing.HashParams
-    base_model: str  # as it was named when the selector was trained
+    base_model: str  # that it was trained for
     info: dict[str, Any]  # recipe and metrics, for people
     positions: int | None = None  # tokens of the longest sequence that it was fitted to; None: not known
+    is_base_certain: bool = True  # False: base_model is as an old version wrote it, a hub id or a relative path
 
 
 def flatten(params: hashing.HashParams) -> dict[str, jax.Array]:
@@ -52,7 +55,8 @@ def save_selector(folder: pathlib.Path, selector: Selector, card: str) -> None:
     files.write_bytes(folder / "selector.safetensors", whole)
     config = {
         "format": FORMAT,
-        "base_model": selector.base_model,
+        "base_model": lasting_name(selector.base_model),
+        "base_model_is_lasting": True,
         "positions": selector.positions,
         "hash": dataclasses.asdict(selector.cfg),
         "shape": dataclasses.asdict(selector.shape),
@@ -112,9 +116,11 @@ def load_selector(folder: str | pathlib.Path, shape: hashing.HeadShape | None = 
     template = dict(zip(seen["names"], shapes, strict=True))
     arrays = _read_arrays(folder / "selector.safetensors", template)
     params = jax.tree.unflatten(seen["structure"], [jax.numpy.asarray(arrays[name]) for name in template])
-    known = ("format", "base_model", "positions", "hash", "shape")
+    known = ("format", "base_model", "base_model_is_lasting", "positions", "hash", "shape")
     info = {name: value for name, value in config.items() if name not in known}
-    return Selector(cfg, own, params, config.get("base_model", ""), info, _positions(config))
+    named = config.get("base_model", "")
+    base = named if config.get("base_model_is_lasting") is True else find_again(named, folder)
+    return Selector(cfg, own, params, base or named, info, _positions(config), is_base_certain=bool(base))
 
 
 def _positions(config: dict[str, Any]) -> int | None:
@@ -135,6 +141,35 @@ def describe_range(selector: Selector, tokens: int) -> str | None:
         f"this selector was fitted to positions up to {selector.positions:,} and the sequence goes to {tokens:,}; "
         f"beyond them it misses tokens that matter: train one with --length {tokens} or more"
     )
+
+
+def choose_model(model: str | None, selectors: Mapping[str, Selector]) -> tuple[str, list[str]]:
+    """The model to run: the given one, or the one that all selectors were trained for, or the default without any.
+
+    Args:
+        model: as the user named it.
+        selectors: by the folders that the user gave.
+
+    Returns: the model by a lasting name, and a line for each selector that was trained for another one.
+
+    Raises: InputError where no model is given and the selectors do not say one.
+    """
+    if model is None:
+        for folder, selector in selectors.items():
+            if not selector.is_base_certain:
+                raise InputError(
+                    f"selector '{folder}' was trained for '{selector.base_model}', which may be a hub id or a folder "
+                    "that is not where it was; give --model"
+                )
+        bases = {selector.base_model: folder for folder, selector in selectors.items()}
+        if len(bases) > 1:
+            told = " and ".join(f"'{folder}' for {base}" for base, folder in bases.items())
+            raise InputError(f"the selectors were trained for different models: {told}; give --model")
+        return next(iter(bases), DEFAULT_MODEL), []
+    name = lasting_name(model)
+    others = {folder: own.base_model for folder, own in selectors.items() if own.base_model not in (name, model)}
+    remarks = [f"selector '{at}' was trained for {base}, and is used with {name}" for at, base in others.items()]
+    return name, remarks
 
 
 def check_shape(own: hashing.HeadShape, model: hashing.HeadShape, what: str) -> None:

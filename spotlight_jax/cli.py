@@ -7,7 +7,6 @@ import dataclasses
 import difflib
 import errno
 import importlib
-import importlib.util
 import io
 import os
 import re
@@ -39,7 +38,17 @@ _COMMANDS = (
     ("generate", "spotlight_jax.commands.generate", "continue a prompt, reading only the tokens that matter"),
     ("chat", "spotlight_jax.commands.chat", "talk with a model"),
     ("doctor", "spotlight_jax.commands.doctor", "check this machine and installation"),
+    ("eval decode", "eval.decode", "prefill and decoding at a model's shape, dense beside sparse"),
+    ("eval fidelity", "eval.fidelity", "how far the answers of two prediction folders agree"),
+    ("eval harness", "eval.harness", "tasks of lm-evaluation-harness (MMLU, GSM8K, RULER, ...) with any method"),
+    ("eval inspect", "eval.inspect", "how good each method's selections are, by layer and head"),
+    ("eval longbench", "eval.longbench", "LongBench's 21 tasks, answered or scored"),
+    ("eval needle", "eval.needle", "needle in a haystack, by length and depth"),
+    ("eval perplexity", "eval.perplexity", "perplexity of texts as each method reads"),
+    ("eval report", "eval.report", "several evaluations, and one page of their results"),
+    ("eval speed", "eval.speed", "time of a layer's operations and of decoding, by length and batch"),
 )
+_ROOT = Path(__file__).resolve().parent.parent  # where `train` and `eval` lie beside `spotlight_jax`
 
 
 def run(
@@ -48,17 +57,25 @@ def run(
     prog: str,
     description: str,
     args: Sequence[str] | None = None,
-    default: Config | None = None,
+    default: Config | Callable[[Sequence[str]], Config | None] | None = None,
 ) -> int:
     """Parse flags into a config, call `main` with it, and return the exit code.
 
     0: done; 2: the input cannot be used or the disk fails, which one line on stderr explains; 130: interrupted; 141:
     who reads our output wants no more (`| head`). Any other exception is our bug and keeps its traceback. Flags and
     their help come from the config's fields and the docstrings under them.
+
+    Args:
+        default: a config whose values the flags start from, or what finds it by the flags (of the run they resume).
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that knows ASCII alone still gets its text
     try:
         try:
-            main(parse(config_class, prog, description, args, default))
+            given = list(sys.argv[1:] if args is None else args)
+            start = default(given) if callable(default) else default
+            main(parse(config_class, prog, description, given, start))
         finally:
             sys.stdout.flush()  # a closed pipe is met here, not after the last line of ours
     except InputError as error:
@@ -204,8 +221,13 @@ def _explain_unknown(argument: str, config_class: type) -> str:
     if not argument.startswith("-"):
         return f"'{argument}' follows no flag; see --help"
     flag = argument.partition("=")[0].replace("_", "-")
-    near = difflib.get_close_matches(flag, [*_flags(config_class, "--"), "--help"], n=1)
-    return f"unknown flag '{argument}'; " + (f"did you mean '{near[0]}'?" if near else "see --help")
+    known = {name.lstrip("-"): name for name in (*_flags(config_class, "--"), "--help")}  # dashes make nothing alike
+    if flag.startswith("--no-") and "." in flag:  # a group's flag is turned off behind the group's name
+        group, _, name = flag.removeprefix("--no-").rpartition(".")
+        flag = f"--{group}.no-{name}"
+    name = flag.lstrip("-")
+    near = [name] if name in known else difflib.get_close_matches(name, known, n=1)
+    return f"unknown flag '{argument}'; " + (f"did you mean '{known[near[0]]}'?" if near else "see --help")
 
 
 def _flags(config_class: type, prefix: str, omits_prefixes: bool = False) -> list[str]:
@@ -229,23 +251,57 @@ def _flags(config_class: type, prefix: str, omits_prefixes: bool = False) -> lis
 def main(args: Sequence[str] | None = None) -> int:
     """The `spotlight` command: one word chooses what to do, its module is imported only then."""
     given = list(sys.argv[1:] if args is None else args)
-    commands = {name: (module, text) for name, module, text in _COMMANDS if _exists(module)}
-    commands |= {f"eval {name}": (f"eval.{name}", text) for name, text in _evaluations()}
+    commands = {name: (module, text) for name, module, text in _COMMANDS}
     if not given or given[0] in ("-h", "--help", "help"):
-        print(_usage(commands))
-        return 0
+        return _show(_usage(commands))
     if given[0] == "--version":
         from importlib.metadata import version
 
-        print(version("spotlight-jax"))
-        return 0
+        return _show(version("spotlight-jax"))
+    evaluations = {name: entry for name, entry in commands.items() if name.startswith("eval ")}
+    if given[0] == "eval" and given[1:2] in ([], ["-h"], ["--help"]):
+        return _show(_usage(evaluations))
     words = 2 if given[0] == "eval" else 1
     name = " ".join(given[:words])
     if name not in commands:
-        near = difflib.get_close_matches(name, commands, n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'?" if near else "there are: " + ", ".join(commands)
+        known = evaluations if words == 2 else commands
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.7 if words == 2 else 0.5)
+        hint = f"did you mean '{near[0]}'?" if near else "there are: " + ", ".join(known)
         return _fail("spotlight", f"there is no command '{name}'; {hint}")
-    return importlib.import_module(commands[name][0]).command(given[words:])
+    try:
+        module = _import_own(commands[name][0])
+    except InputError as error:
+        return _fail("spotlight", str(error))
+    return module.command(given[words:])
+
+
+def _import_own(module: str) -> Any:
+    """Import a module of ours, whatever else in the working folder or on the path is called `train` or `eval`."""
+    if str(_ROOT) != sys.path[0]:
+        sys.path.insert(0, str(_ROOT))
+    top = module.partition(".")[0]
+    there = sys.modules.get(top)
+    if (
+        there is not None
+        and (_ROOT / top).is_dir()
+        and str(_ROOT / top) not in map(str, getattr(there, "__path__", ()))
+    ):
+        where = getattr(there, "__file__", None) or "a package"
+        raise InputError(f"another module called '{top}' was imported before ({where}); start spotlight without it")
+    return importlib.import_module(module)
+
+
+def _show(text: str) -> int:
+    """Print a text; returns the exit code, also where the output is closed or full."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _drop_stdout()
+        return BROKEN_PIPE
+    except OSError as error:
+        _drop_stdout()
+        return _fail("spotlight", f"cannot write to standard output: {error.strerror}")
+    return 0
 
 
 def _usage(commands: dict[str, tuple[str, str]]) -> str:
@@ -253,29 +309,6 @@ def _usage(commands: dict[str, tuple[str, str]]) -> str:
     lines = [f"  {name:{width}}  {text}" for name, (_, text) in commands.items()]
     head = "usage: spotlight COMMAND [flags]\n\nLong-context decoding that reads only the cached tokens that matter.\n"
     return "\n".join([head, "commands:", *lines, "", "spotlight COMMAND --help explains a command's flags."])
-
-
-def _exists(module: str) -> bool:
-    """Whether the module is there and is a command; it is not imported, since JAX takes seconds."""
-    try:
-        spec = importlib.util.find_spec(module)
-    except ModuleNotFoundError:
-        return False
-    return spec is not None and spec.origin is not None and "\ndef command(" in Path(spec.origin).read_text()
-
-
-def _evaluations() -> list[tuple[str, str]]:
-    """Every command in `eval/` with the first line of its docstring."""
-    spec = importlib.util.find_spec("eval")
-    folders = list(spec.submodule_search_locations or ()) if spec is not None else []
-    names = sorted(Path(file).stem for folder in folders for file in os.listdir(folder) if file.endswith(".py"))
-    found = []
-    for name in names:
-        if _exists(f"eval.{name}"):
-            source = Path(importlib.util.find_spec(f"eval.{name}").origin).read_text()  # type: ignore[union-attr,arg-type]
-            head = re.match(r'\s*[rR]?"""(.*?)(?:"""|\n)', source)
-            found.append((name, head[1] if head else ""))
-    return found
 
 
 if __name__ == "__main__":

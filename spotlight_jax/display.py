@@ -1,20 +1,46 @@
 """What a person sees: progress on stderr, live in a terminal and in plain lines elsewhere, and tables of results."""
 
 import contextlib
+import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
+from typing import Any
 
 import rich.console
 import rich.progress
 import rich.table
+import rich.text
+
+from spotlight_jax.errors import printable
 
 _PLAIN_EVERY = 10.0  # seconds between plain lines
 
 
+class _Progress(rich.progress.Progress):
+    """Tasks, and a line of its own for the note of the last one: a long note takes no room from bar, count and time."""
+
+    def get_renderables(self) -> Iterator[rich.console.RenderableType]:
+        """The tasks' lines, then the note, cut at the terminal's width."""
+        yield self.make_tasks_table(self.tasks)
+        if self.tasks and (note := self.tasks[-1].fields["note"]):
+            yield rich.text.Text(note, overflow="ellipsis", no_wrap=True)
+
+
+def columns_of(console: rich.console.Console) -> list[rich.progress.ProgressColumn]:
+    """What the live line shows in a terminal of this width."""
+    return [
+        rich.progress.TextColumn("{task.description}", markup=False),
+        rich.progress.BarColumn(bar_width=24 if console.width >= 80 else 8),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeElapsedColumn(),
+        rich.progress.TimeRemainingColumn(),
+    ]
+
+
 class Display:
-    """Progress of one task at a time, with a note beside it.
+    """Progress of one task at a time, with a note under it.
 
     Use it as a context: leaving it takes the live line off the terminal.
     """
@@ -22,16 +48,8 @@ class Display:
     def __init__(self) -> None:
         self.console = rich.console.Console(stderr=True, highlight=False)
         self._live: rich.progress.Progress | None = None
-        if self.console.is_terminal:
-            self._live = rich.progress.Progress(
-                rich.progress.TextColumn("{task.description}"),
-                rich.progress.BarColumn(bar_width=24),
-                rich.progress.MofNCompleteColumn(),
-                rich.progress.TimeElapsedColumn(),
-                rich.progress.TimeRemainingColumn(),
-                rich.progress.TextColumn("{task.fields[note]}"),
-                console=self.console,
-            )
+        if self.console.is_terminal and not self.console.is_dumb_terminal:
+            self._live = _Progress(*columns_of(self.console), console=self.console)
         self._task = rich.progress.TaskID(0)  # of the live line
         self._what = ""
         self._before = 0  # done when the task began
@@ -64,6 +82,7 @@ class Display:
 
     def update(self, what: str, done: int, total: int, note: str = "") -> None:
         """Show how far a task is; a new name begins a new one."""
+        note = printable(note)
         is_new = what != self._what
         if is_new:
             self.begin(what, done, total)
@@ -80,7 +99,8 @@ class Display:
             self.say(f"{what}: {done}/{total}{rest}{'; ' + note if note else ''}")
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """A line that stays; control characters in names are shown, not sent."""
+        text = printable(text)
         with _may_be_closed():
             if self._live is not None:
                 self._live.console.print(text, markup=False)
@@ -93,6 +113,12 @@ def _may_be_closed() -> contextlib.suppress:
     return contextlib.suppress(OSError)
 
 
+def print_result(result: Mapping[str, Any]) -> None:
+    """The line of JSON that ends a command's output, for programs: a terminal, where people read, does without it."""
+    if not sys.stdout.isatty():
+        print(json.dumps(result), flush=True)
+
+
 def make_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], names: int = 1) -> rich.table.Table:
     """A table whose first `names` columns are names and whose others are numbers."""
     table = rich.table.Table(title=title, title_justify="left")
@@ -101,3 +127,22 @@ def make_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def print_table(console: rich.console.Console, table: rich.table.Table) -> None:
+    """Print a table; where the terminal is too narrow for its numbers, a block of lines for each of its rows."""
+    cells = [[str(cell) for cell in column.cells] for column in table.columns]
+    headers = [str(column.header) for column in table.columns]
+    least = [
+        max([max(map(len, header.split()), default=0), *map(len, own)])
+        for header, own in zip(headers, cells, strict=True)
+    ]
+    if sum(least) + 3 * len(least) + 1 <= console.width:
+        console.print(table)
+        return
+    console.print(rich.text.Text(str(table.title or ""), style="italic"))
+    for row in zip(*cells, strict=True):
+        first, *others = zip(headers, row, strict=True)
+        console.print(rich.text.Text(first[1], style="bold"))
+        for header, cell in others:
+            console.print(rich.text.Text(f"  {header}: {cell}"))

@@ -32,7 +32,7 @@ from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import apply_layer, embed_tokens, unembed
 from spotlight_jax.models.split_k import FEW_ROWS
 from spotlight_jax.sampling import SamplingConfig, sample
-from spotlight_jax.selection import SelectionConfig, sparse_from
+from spotlight_jax.selection import SelectionConfig, check_layers, sparse_from
 
 Mode = Literal["dense", "sparse", "mixed"]  # what the sparse layers do in a block: by length, sequences may differ
 
@@ -80,6 +80,7 @@ class DecodeState:
 
 def layer_selectors(selector: Selector | None, layers: int, cfg: SelectionConfig) -> tuple[LayerSelector | None, ...]:
     """Each layer's hash function; None for layers that are always read densely."""
+    check_layers(cfg.dense_layers, layers)
     if selector is None:
         return (None,) * layers
     return tuple(

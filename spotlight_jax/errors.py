@@ -21,8 +21,12 @@ def _one_line(text: str) -> str:
     """The text on one line of bounded length: blanks for line breaks, escapes for all else that is not printable."""
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
-    text = text.translate(dict.fromkeys(map(ord, "\t\n\r"), " "))
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
+    return printable(text.translate(dict.fromkeys(map(ord, "\t\n\r"), " ")))
+
+
+def printable(text: str) -> str:
+    """Text whose control characters are shown and not sent: a file's name must not steer the terminal."""
+    return "".join(char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in text)
 
 
 @contextlib.contextmanager

@@ -48,6 +48,7 @@ class GenerateConfig:
         """Refuse a generation of nothing."""
         if self.max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {self.max_new_tokens}; give at least 1")
+        make_decode_config(self)  # refuses chunks and blocks of nothing
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ import os
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from spotlight_jax.cached_attention import BLOCK
 from spotlight_jax.errors import InputError
@@ -99,12 +100,19 @@ def available_bytes(device: jax.Device | None = None) -> int | None:
             return None
 
 
-def check_memory(plan: MemoryPlan, free: int | None) -> None:
-    """Raise InputError with the numbers where the plan is larger than what is free."""
+def check_memory(plan: MemoryPlan, free: int | None, dtype: np.dtype | None = None) -> None:
+    """Raise InputError with the numbers where the plan is larger than what is free.
+
+    Args:
+        plan: what is needed.
+        free: bytes; None where that is not known.
+        dtype: of the weights, where a smaller one can be asked for.
+    """
+    narrower = "--dtype bfloat16, " if dtype is not None and dtype.itemsize > 2 else ""
     if free is not None and plan.total > free:
         raise InputError(
             f"not enough memory: {plan.describe()} are needed and {free / GIB:.2f} GiB are free; "
-            "give a shorter prompt, fewer sequences, fewer new tokens or a smaller model"
+            f"give {narrower}a shorter prompt, fewer sequences, fewer new tokens or a smaller model"
         )
 
 

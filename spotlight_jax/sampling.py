@@ -9,6 +9,8 @@ from jaxtyping import Array, Float, Int32, Key
 
 from spotlight_jax.errors import InputError, check_numbers
 
+LEAST_TEMPERATURE = 1e-6  # below it logits divided by it pass float32's range
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
@@ -26,12 +28,16 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         """Refuse what no distribution fits."""
         check_numbers(self)
-        if not self.temperature >= 0:
-            raise InputError(f"temperature is {self.temperature}; give 0 or more")
+        if not (self.temperature == 0 or self.temperature >= LEAST_TEMPERATURE):
+            raise InputError(
+                f"temperature is {self.temperature}; give 0 (the most probable token) or at least {LEAST_TEMPERATURE}"
+            )
         if self.top_k < 0:
             raise InputError(f"top_k is {self.top_k}; give 0 (all tokens) or more")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p is {self.top_p}; give a probability above 0 and at most 1")
+        if self.temperature == 0 and (self.top_k, self.top_p) != (0, 1):
+            raise InputError("top_k and top_p say what is drawn from, and at temperature 0 nothing is drawn; raise it")
 
 
 def keep_top_p(logits: Float[Array, "batch vocab"], top_p: float) -> Float[Array, "batch vocab"]:

@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 
 from spotlight_jax import checkpoint, hashing
-from spotlight_jax.checkpoint import Selector, describe_range, load_selector, save_selector
+from spotlight_jax.checkpoint import Selector, choose_model, describe_range, load_selector, save_selector
 from spotlight_jax.errors import InputError
 from spotlight_jax.hashing import HashConfig, HeadShape
 
@@ -135,6 +135,44 @@ def test_a_selector_can_be_saved_over(tmp_path):
 def test_a_run_folder_stands_for_the_selector_in_it(copy):
     (copy.parent / "config.yaml").write_text("a: 1\n")
     assert_equal(load_selector(copy.parent).params, load_selector(str(copy)).params)
+
+
+def test_a_local_base_model_is_found_from_every_folder(tmp_path, monkeypatch):
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    (tmp_path / "models" / "tiny" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    local = dataclasses.replace(make_selector(FORMS["transform"]), base_model="models/tiny")
+    save_selector(tmp_path / "selector", local, "card")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    loaded = load_selector(tmp_path / "selector")
+    assert loaded.base_model == str(tmp_path / "models" / "tiny")
+    assert choose_model(None, {"s": loaded}) == (loaded.base_model, [])
+
+
+def test_an_old_selector_of_a_name_that_may_be_a_path_needs_the_model(copy):
+    config = json.loads((copy / "config.json").read_text())
+    del config["base_model_is_lasting"]
+    (copy / "config.json").write_text(json.dumps(config))
+    old = load_selector(copy)
+    with pytest.raises(InputError, match=r"trained for 'maker/model', which may be a hub id or a folder .* --model"):
+        choose_model(None, {"old": old})
+    assert choose_model("maker/model", {"old": old}) == ("maker/model", [])
+    (copy.parent / "maker" / "model").mkdir(parents=True)
+    (copy.parent / "maker" / "model" / "config.json").write_text("{}")
+    assert choose_model(None, {"old": load_selector(copy)}) == (str(copy.parent / "maker" / "model"), [])
+
+
+def test_the_model_is_the_given_one_or_the_selectors_own_or_the_default(saved):
+    own = saved[0]
+    other = dataclasses.replace(own, base_model="random:tiny")
+    assert choose_model(None, {}) == ("smollm2-135m", [])
+    assert choose_model(None, {"a": own, "b": own}) == ("maker/model", [])
+    assert choose_model("maker/model", {"a": own}) == ("maker/model", [])
+    told = ["selector 'b' was trained for random:tiny, and is used with maker/model"]
+    assert choose_model("maker/model", {"a": own, "b": other}) == ("maker/model", told)
+    with pytest.raises(InputError, match="different models: 'a' for maker/model and 'b' for random:tiny; give --model"):
+        choose_model(None, {"a": own, "b": other})
 
 
 def test_a_wrong_base_model_is_named_size_by_size(copy):

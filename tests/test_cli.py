@@ -1,6 +1,7 @@
 import contextlib
 import dataclasses
 import errno
+import importlib
 import os
 import pty
 import re
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -41,6 +43,7 @@ def test_flags_reach_the_config():
     [
         (["--data.windw", "3"], "unknown flag '--data.windw'; did you mean '--data.window'?"),
         (["--resum"], "unknown flag '--resum'; did you mean '--resume'?"),
+        (["--n", "3"], "unknown flag '--n'; see --help"),
         (["--mode", "strem"], "Did you mean 'stream'?"),
         (["--data.window", "many"], "'many'"),
         (["--data.window"], "--data.window"),
@@ -115,7 +118,7 @@ def test_a_command_is_imported_only_when_it_is_called(tmp_path, monkeypatch, cap
         "import sys\n\n\ndef command(args):\n    print(args)\n    return 7\n", encoding="utf-8"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(cli, "_COMMANDS", (("slow", "slow_command", "takes its time"), ("gone", "not.there", "")))
+    monkeypatch.setattr(cli, "_COMMANDS", (("slow", "slow_command", "takes its time"),))
     assert cli.main([]) == 0
     assert re.search(r"^  slow +takes its time$", capsys.readouterr().out, re.MULTILINE)
     assert "slow_command" not in sys.modules
@@ -229,3 +232,80 @@ def test_a_disk_that_fails_is_one_line_that_names_the_file(code, told, capsys):
 
     assert _run(main=main) == 2
     assert capsys.readouterr().err == f"spotlight test: 'some/file': {told}\n"
+
+
+def test_every_command_of_the_table_is_there():
+    for name, module, text in cli._COMMANDS:
+        assert callable(importlib.import_module(module).command), name
+        assert text
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["eval", "speeed"], "there is no command 'eval speeed'; did you mean 'eval speed'?"),
+        (["eval", "x"], "there is no command 'eval x'; there are: eval decode, eval fidelity"),
+    ],
+)
+def test_a_wrong_evaluation_is_told_which_there_are(args, told, capsys):
+    assert cli.main(args) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_help_of_evaluations_lists_them(capsys):
+    assert cli.main(["eval", "--help"]) == 0
+    assert "eval perplexity" in capsys.readouterr().out
+
+
+def test_help_for_a_closed_pipe_or_a_full_disk_is_no_traceback():
+    command = f"{sys.executable} -m spotlight_jax.cli --help"
+    closed = subprocess.run(f"{command} | true", shell=True, capture_output=True, text=True, check=False)
+    assert closed.stderr == ""
+    full = subprocess.run(f"{command} > /dev/full", shell=True, capture_output=True, text=True, check=False)
+    assert (
+        full.returncode == 2 and full.stderr == "spotlight: cannot write to standard output: No space left on device\n"
+    )
+
+
+def test_help_works_where_only_ascii_is_known():
+    environment = os.environ | {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    for args in (["--help"], ["doctor", "--help"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "spotlight_jax.cli", *args], env=environment, capture_output=True, check=False
+        )
+        assert done.returncode == 0 and done.stderr == b"" and b"usage" in done.stdout
+
+
+def test_a_platform_without_a_device_is_one_line():
+    done = subprocess.run(
+        [sys.executable, "-m", "spotlight_jax.cli", "doctor"],
+        env=os.environ | {"JAX_PLATFORMS": "cuda"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode == 0:
+        pytest.skip("there is a CUDA device here")
+    assert done.returncode == 2 and "jaxlib" in done.stdout, "versions are shown all the same"
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("spotlight doctor: JAX finds no device for JAX_PLATFORMS=cuda")
+    assert "Traceback" not in done.stderr
+
+
+def test_own_packages_are_found_beside_a_users_train_and_eval(tmp_path):
+    (tmp_path / "train.py").write_text("raise SystemExit('the user's')")
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "__init__.py").write_text("raise SystemExit('the user's')")
+    for args in (["demo", "--help"], ["eval", "fidelity", "--help"]):
+        code = f"import sys; from spotlight_jax import cli; sys.exit(cli.main({args}))"
+        path = os.pathsep.join([".", str(Path(cli.__file__).parents[1])])
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": path},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0 and "usage" in done.stdout, done.stderr
+
+
+def test_control_characters_of_names_are_shown_and_not_sent(capsys):
+    def main(cfg):
+        raise InputError("no such file: 'a\x1b[31mb\x07'")
+
+    assert _run(main=main) == 2
+    assert capsys.readouterr().err == "spotlight test: no such file: 'a\\x1b[31mb\\x07'\n"

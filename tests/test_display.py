@@ -1,5 +1,6 @@
 """What a person sees: plain lines without a terminal, a live line in one, and how long the rest takes."""
 
+import io
 import re
 
 import pytest
@@ -75,3 +76,43 @@ def test_a_table_aligns_names_left_and_numbers_right(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].strip() == "title"
     assert lines[4] == "│ lsh    │ 0.02 │     3 │" and lines[5] == "│ dense  │ 1    │  12.5 │"
+
+
+def test_the_last_line_of_json_is_for_programs_alone(capsys, monkeypatch):
+    display.print_result({"loss": 0.5})
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    display.print_result({"loss": 0.25})
+    assert capsys.readouterr().out == '{"loss": 0.5}\n'
+
+
+@pytest.mark.parametrize("width", [80, 60, 44])
+def test_a_tables_numbers_are_whole_at_every_width(width, capsys):
+    rows = [
+        ["spotlight", "0.02", "sinks 4 + recent 64", "12.3456", "1,234,567"],
+        ["dense", "1", "everything", "9.8", "7"],
+    ]
+    table = make_table("a title", ["method", "keep", "always read", "perplexity", "tokens"], rows, names=3)
+    console = rich.console.Console(width=width)
+    display.print_table(console, table)
+    out = capsys.readouterr().out
+    for row in rows:
+        assert all(cell in out for cell in row)
+    assert max(map(len, out.splitlines())) <= width
+
+
+@pytest.mark.parametrize("width", [80, 60])
+def test_bar_count_and_time_are_seen_beside_a_long_note(width):
+    console = rich.console.Console(width=width, force_terminal=True, file=io.StringIO())
+    live = display._Progress(*display.columns_of(console), console=console)
+    live.add_task("training", completed=12, total=200, note="loss 0.1234, 1.23 % of attention mass missed, " * 3)
+    console.print(live.get_renderable())
+    out = console.file.getvalue()
+    assert "12/200" in out and "training" in out and "-:--:--" in out and "loss 0.1234" in out
+
+
+def test_a_dumb_terminal_gets_plain_lines(monkeypatch, capsys):
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with Display() as shown:
+        shown.update("work", 1, 2, "part 1")
+    assert capsys.readouterr().err == "work: 1/2; part 1\n"

@@ -13,6 +13,7 @@ from spotlight_jax.selection import (
     SelectionConfig,
     budget_of,
     max_budget,
+    share_read,
     sparse_from,
 )
 from spotlight_jax.weights import WeightBounds
@@ -173,3 +174,10 @@ def test_bad_configs_are_refused(fields, message):
 def test_integer_scores_without_bounds_are_refused():
     with pytest.raises(InputError, match="score_range"):
         select_tokens(jnp.zeros((1, 1, 8), jnp.int32), jnp.asarray([8]), SelectionConfig())
+
+
+def test_the_share_read_counts_the_least_number_of_tokens():
+    """256 queries over 2, 4, ..., 512 tokens read 2 + 4 + ... + 20 and then 20 each, of 65,792 in all."""
+    lengths = np.arange(2, 514, 2, dtype=np.int32)
+    assert share_read(lengths, SelectionConfig(keep=0.02)) == pytest.approx((110 + 246 * 20) / 65_792)
+    assert share_read(lengths, SelectionConfig(keep=1.0)) == 1

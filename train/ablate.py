@@ -26,10 +26,11 @@ import rich.console
 from spotlight_jax import cli, files, runs
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.data import DataConfig
-from spotlight_jax.display import Display, make_table
+from spotlight_jax.display import Display, make_table, print_result
 from spotlight_jax.errors import InputError, check_numbers
 from spotlight_jax.metrics import SelectionQuality
 from spotlight_jax.models.config import nearest
+from spotlight_jax.selection import MIN_TOKENS
 from train.config import PRESETS, LayerwiseConfig
 from train.measure import MeasureConfig, mean_over_sparse
 from train.plots import plot_ablation
@@ -166,7 +167,7 @@ def main(cfg: AblateConfig) -> dict[str, Any]:
         rows = [row for name in names if (row := _read_row(out / name))]
         _add_perplexities(rows, evaluations, out)
         _write_table(rows, out)
-    print(json.dumps({"ablation": str(out), "results": rows}))
+    print_result({"ablation": str(out), "results": rows})
     if stop:
         flags = runs.given_flags(cfg, AblateConfig(), ("--out", "--resume"))
         told = shlex.join(["python", "-m", "train.ablate", "--resume", "--out", str(out), *flags])
@@ -291,9 +292,9 @@ _COLUMNS = {
     "bits": "bits",
     "steps": "steps",
     "window": "window",
-    "iou": "IoU",
+    "iou": "IoU with oracle-mass",
     "mass": "mass",
-    "iou_scores": "IoU, oracle by summed scores",
+    "iou_scores": "IoU with oracle-scores",
     "iou_query_head": "IoU per query head",
     "mass_query_head": "mass per query head",
     "seconds": "seconds of losses",
@@ -311,12 +312,17 @@ def _write_table(rows: list[dict[str, Any]], out: pathlib.Path) -> None:
     files.write_json(out / _ROW, rows)
     plot_ablation(out / "ablation.png", rows)
     console = rich.console.Console() if sys.stdout.isatty() else rich.console.Console(width=200)
-    console.print(make_table(f"{len(rows)} variants, 2 % of the tokens read", list(columns.values()), cells))
+    console.print(
+        make_table(
+            f"{len(rows)} variants, keep {MeasureConfig.keep:g} (at least {MIN_TOKENS} tokens)",
+            list(columns.values()),
+            cells,
+        )
+    )
     methods = " ".join(f"spotlight@{out / row['variant']}" for row in rows)
     keeps = " ".join(f"{keep:g}" for keep in _KEEPS)
-    print(
-        f"perplexities: spotlight eval perplexity --settings bare sinks --keep {keeps} --methods dense oracle {methods}"
-    )
+    flags = f"--settings bare sinks --keep {keeps} --methods dense oracle-scores {methods}"
+    print(f"perplexities: spotlight eval perplexity {flags}")
 
 
 def _cell(value: Any) -> str:

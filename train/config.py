@@ -81,6 +81,8 @@ class LayerwiseConfig:
         if "kv_head" in self.ranking.targets and self.hash.code_heads != "kv":
             given = f"--ranking.target {self.ranking.target}"
             raise InputError(f"{given} sums scores of one key code; give --ranking.target query_head")
+        if self.cache_dir is None and self.cache_gib != LayerwiseConfig.cache_gib:
+            raise InputError("--cache-gib is about hidden states on disk; give --cache-dir")
         if self.cache_gib <= 0:
             raise InputError(f"cache_gib is {self.cache_gib}; give the GiB of disk the cache may take")
 

@@ -9,7 +9,6 @@ The last line on stdout is the training summary as JSON, with what was generated
 """
 
 import dataclasses
-import json
 import pathlib
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from typing import Any
 
 from spotlight_jax import cli, runs, texts
 from spotlight_jax.commands import generate
+from spotlight_jax.display import print_result
 from spotlight_jax.errors import InputError
 from spotlight_jax.generate import GenerateConfig
 from spotlight_jax.models.load import open_tokenizer
@@ -86,7 +86,7 @@ def main(cfg: DemoConfig) -> dict[str, Any]:
         }
         for name in ("dense", "sparse")
     }
-    print(json.dumps(summary))
+    print_result(summary)
     return summary
 
 

@@ -14,7 +14,6 @@ The last line on stdout is the summary as JSON.
 import contextlib
 import dataclasses
 import itertools
-import json
 import pathlib
 import shlex
 import statistics
@@ -28,9 +27,10 @@ import rich.console
 
 from spotlight_jax import cli, runs
 from spotlight_jax.compiled import use_compile_cache
-from spotlight_jax.display import Display
+from spotlight_jax.display import Display, print_result
 from spotlight_jax.errors import InputError
 from spotlight_jax.memory import GIB
+from spotlight_jax.models.source import lasting_name
 from train import plan
 from train.config import PRESETS, LayerwiseConfig
 from train.report import print_results, write_results
@@ -58,7 +58,7 @@ def _preset_of(args: Sequence[str]) -> str:
 def main(cfg: LayerwiseConfig) -> dict[str, Any]:
     """Train as `cfg` says; the last line on stdout is the summary as JSON."""
     summary = train(cfg)
-    print(json.dumps(summary))
+    print_result(summary)
     return summary
 
 
@@ -105,6 +105,7 @@ def _resumable(path: pathlib.Path) -> Iterator[None]:
 
 def _find_run(cfg: LayerwiseConfig) -> tuple[LayerwiseConfig, pathlib.Path, bool]:
     """The config of the run, on --resume the one it was started with, its folder, and whether that is there."""
+    cfg = dataclasses.replace(cfg, model=lasting_name(cfg.model))
     if not cfg.resume:
         name = f"{pathlib.PurePath(cfg.model).name.removesuffix('.gguf')}-{cfg.preset}"
         path = pathlib.Path(cfg.out) if cfg.out else runs.next_free(pathlib.Path("runs"), name)

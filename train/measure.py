@@ -10,10 +10,11 @@ from jaxtyping import Float
 
 from spotlight_jax import hashing, metrics, scoring
 from spotlight_jax.errors import InputError, check_numbers
-from spotlight_jax.selection import SelectionConfig, select_mask
+from spotlight_jax.selection import DENSE_LAYERS, SelectionConfig, select_mask
 from train.capture import Captured
 
 Oracle = Literal["scores", "probabilities"]
+ORACLES: dict[Oracle, str] = {"scores": "oracle-scores", "probabilities": "oracle-mass"}  # as evaluations call them
 
 
 @functools.partial(jax.jit, static_argnames=("hash_cfg", "selection_cfg", "layers_at_once", "oracle"))
@@ -57,8 +58,8 @@ class MeasureConfig:
     """One selection for all query heads that share a KV head, or one per query head."""
     oracle: Oracle = "probabilities"
     """What the oracle of a KV head ranks tokens by: its query heads' summed attention probabilities, the most that one
-    set can hold, or their summed dot products."""
-    dense_layers: tuple[int, ...] = (0, 1)
+    set can hold (`oracle-mass` in results), or their summed dot products (`oracle-scores`)."""
+    dense_layers: tuple[int, ...] = DENSE_LAYERS
     """Layers that decoding reads densely: trained, but not in the means."""
 
     def __post_init__(self) -> None:

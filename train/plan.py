@@ -57,9 +57,10 @@ def check_memory(cfg: LayerwiseConfig, model: DecoderConfig, dtype: np.dtype) ->
     free = available_bytes(devices[0]) if devices[0].platform == "cpu" else None
     need = sum(estimate_memory(cfg, model, dtype, len(devices)).values())
     if free is not None and need > free:
+        narrower = "--dtype bfloat16, " if dtype.itemsize > 2 else ""
         raise InputError(
-            f"this takes about {need / GIB:.1f} GiB and {free / GIB:.1f} GiB are free; take a smaller model, or lower "
-            "--data.window, --data.held-out-windows or --layers-at-once"
+            f"this takes about {need / GIB:.1f} GiB and {free / GIB:.1f} GiB are free; take a smaller model, {narrower}"
+            "or lower --data.window, --data.held-out-windows or --layers-at-once"
         )
 
 

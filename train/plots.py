@@ -1,6 +1,7 @@
 """Pictures of a run: curves over the steps, and quality by layer and head."""
 
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
@@ -32,13 +33,13 @@ def plot_curves(path: pathlib.Path, rows: list[dict[str, Any]], summary: dict[st
         lines = [*left.get_lines(), *twin.get_lines()]
         left.legend(lines, [str(line.get_label()) for line in lines], loc="lower center", frameon=False)
     at = [row["step"] for row in measured]
-    keep = f"{100 * summary['keep']:g} %"
+    keep = f"keep {summary['keep']:g} ({100 * summary['share_read']:.1f} % read)"
     middle.plot(at, [row["iou"] for row in measured], "o-", color=_LEARNED, label="trained")
     middle.axhline(summary["iou_lsh"], color=_LSH, ls="--", label=f"orthogonal LSH, {summary['code_bits']} bits")
-    middle.set(xlabel="step", ylabel="IoU with the oracle's choice", title=f"Held-out overlap at {keep}")
+    middle.set(xlabel="step", ylabel=f"IoU with {summary['oracle']}", title=f"Held-out overlap at {keep}")
     right.plot(at, [row["mass"] for row in measured], "o-", color=_LEARNED, label="trained")
     right.axhline(summary["mass_lsh"], color=_LSH, ls="--", label=f"orthogonal LSH, {summary['code_bits']} bits")
-    right.axhline(summary["mass_oracle"], color=_ORACLE, ls=":", label="oracle")
+    right.axhline(summary["mass_oracle"], color=_ORACLE, ls=":", label=summary["oracle"])
     right.set(xlabel="step", ylabel="attention probability read", title=f"Held-out attention mass at {keep}")
     for axes in (middle, right):
         axes.margins(y=0.15)
@@ -50,19 +51,33 @@ def plot_curves(path: pathlib.Path, rows: list[dict[str, Any]], summary: dict[st
 
 
 def plot_layers(
-    path: pathlib.Path, iou: Float[np.ndarray, "layers heads"], lsh: Float[np.ndarray, "layers heads"], head: str
+    path: pathlib.Path,
+    iou: Float[np.ndarray, "layers heads"],
+    lsh: Float[np.ndarray, "layers heads"],
+    head: str,
+    sparse: Sequence[int],
+    oracle: str,
 ) -> None:
-    """`layers.png`: IoU of each layer and head, LSH on the left, trained on the right, one colour scale."""
+    """`layers.png`: IoU of each layer and head, LSH on the left, trained on the right, one colour scale.
+
+    Args:
+        path: of the picture.
+        iou: of the trained hash functions.
+        lsh: of LSH.
+        head: what a column is.
+        sparse: layers that decoding reads sparsely, over which the means are, as in the table.
+        oracle: whose choice the overlap is with.
+    """
     highest = max(float(iou.max()), float(lsh.max()), 1e-3)
     height = max(3.5, 0.16 * iou.shape[0] + 1.2)
     width = max(6.0, 2 * min(0.35 * iou.shape[1], 6.0) + 2.5)
     figure, axes = plt.subplots(1, 2, figsize=(width, height), layout="constrained", sharey=True)
     for axis, values, title in ((axes[0], lsh, "orthogonal LSH"), (axes[1], iou, "trained")):
         image = axis.imshow(values, vmin=0, vmax=highest, aspect="auto", cmap="viridis", interpolation="nearest")
-        axis.set(title=f"{title}\nmean {values.mean():.3f}", xlabel=head)
+        axis.set(title=f"{title}\nmean {values[list(sparse)].mean():.3f} of {len(sparse)} sparse layers", xlabel=head)
         axis.set_xticks(range(0, values.shape[1], max(1, values.shape[1] // 8)))
     axes[0].set_ylabel("layer")
-    figure.colorbar(image, ax=axes, label="IoU with the oracle's choice, held-out text")
+    figure.colorbar(image, ax=axes, label=f"IoU with {oracle}, held-out text")
     with replace_file(path) as file:
         figure.savefig(file, format="png", dpi=120)
     plt.close(figure)
@@ -72,7 +87,7 @@ def plot_ablation(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
     """`ablation.png`: overlap and captured mass of every variant, with the oracle's and LSH's."""
     names, places = [str(row["variant"]) for row in rows], np.arange(len(rows))
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 1.2 + 0.32 * len(rows)), layout="constrained", sharey=True)
-    for axes, metric, label in ((left, "iou", "IoU with the oracle's choice"), (right, "mass", "attention mass read")):
+    for axes, metric, label in ((left, "iou", "IoU with oracle-mass"), (right, "mass", "attention mass read")):
         axes.barh(places, [row[metric] for row in rows], color=_LEARNED, height=0.65)
         axes.plot([row[f"{metric}_lsh"] for row in rows], places, "|", ms=14, mew=2, color=_LSH, label="orthogonal LSH")
         for place, row in zip(places, rows, strict=True):
@@ -81,7 +96,7 @@ def plot_ablation(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
             )
         axes.set(xlabel=label)
         axes.grid(axis="x", alpha=0.25)
-    right.plot([row["mass_oracle"] for row in rows], places, "|", ms=14, mew=2, color=_ORACLE, label="oracle")
+    right.plot([row["mass_oracle"] for row in rows], places, "|", ms=14, mew=2, color=_ORACLE, label="oracle-mass")
     left.set_yticks(places, names)
     left.invert_yaxis()
     figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)

@@ -9,8 +9,11 @@ import rich.console
 
 from spotlight_jax import runs
 from spotlight_jax.checkpoint import Selector, save_selector
-from spotlight_jax.display import make_table
+from spotlight_jax.display import make_table, print_table
 from spotlight_jax.memory import GIB
+from spotlight_jax.metrics import spread_positions
+from spotlight_jax.selection import MIN_TOKENS, share_read
+from train.measure import ORACLES
 from train.plots import plot_curves, plot_layers
 from train.session import Session
 from train.step import gather_state
@@ -25,7 +28,9 @@ def summarise(session: Session, selector: str) -> dict[str, Any]:
         "preset": cfg.preset,
         "code_bits": cfg.hash.code_bits,
         "keep": cfg.measure.keep,
+        "share_read": share_read(spread_positions(cfg.data.window, cfg.measure.queries) + 1, cfg.measure.selection),
         "per": cfg.measure.per,
+        "oracle": ORACLES[cfg.measure.oracle],
         "window": cfg.data.window,
         "length": session.length,
         "iou": session.mean("iou"),
@@ -70,7 +75,8 @@ def write_results(session: Session, folder: runs.RunFolder) -> dict[str, Any]:
     plot_curves(folder.path / "curves.png", folder.metrics(), summary, session.cfg.ranking.loss)
     head = "KV head" if session.cfg.measure.per == "kv_head" else "query head"
     trained, lsh = (np.asarray(session.quality[name].iou) for name in ("trained", "lsh"))
-    plot_layers(folder.path / "layers.png", trained, lsh, head)
+    sparse = [layer for layer in range(session.shape.layers) if layer not in session.cfg.measure.dense_layers]
+    plot_layers(folder.path / "layers.png", trained, lsh, head, sparse, summary["oracle"])
     folder.write_summary(summary)
     return summary
 
@@ -82,33 +88,38 @@ def print_results(
     start = []
     if session.before is not None:
         start = [["before training", _cell(session.before["iou"]), _cell(session.before["mass"])]]
-    bits, window = summary["code_bits"], summary["window"]
-    title = f"held-out text, {100 * summary['keep']:g} % of the cached tokens read, windows of {window:,} tokens"
-    columns = ["selection", "IoU with oracle", "attention mass read"]
-    console.print(make_table(title, columns, _quality_rows(summary, bits, *start)))
+    bits, oracle = summary["code_bits"], summary["oracle"]
+    columns = ["selection", f"IoU with {oracle}", "attention mass read"]
+    title = f"held-out text, windows of {summary['window']} tokens, {describe_share(summary)}"
+    print_table(console, make_table(title, columns, _quality_rows(summary, bits, oracle, *start)))
     if "iou_at_length" in summary:
         far = {name.removesuffix("_at_length"): value for name, value in summary.items() if name.endswith("_at_length")}
         length = summary["length"]
-        kind = (
-            f"windows of {length:,} tokens, their last quarter"
-            if session.is_far_whole
-            else f"positions that jump to {length:,}"
-        )
-        console.print(make_table(f"at the far end of the context: {kind}", columns, _quality_rows(far, bits)))
+        kind = f"windows of {length:,} tokens, their last quarter"
+        if not session.is_far_whole:
+            kind = f"positions that jump to {length:,}"
+        title = f"at the far end of the context: {kind}"
+        print_table(console, make_table(title, columns, _quality_rows(far, bits, oracle)))
     speed = f"{summary['steps']} steps in {summary['seconds']:.0f} s, {summary['tokens_per_second']:.0f} tokens/s"
     console.print(
         f"{speed}; pictures: {folder.path}/curves.png, {folder.path}/layers.png", markup=False, soft_wrap=True
     )
 
 
-def _quality_rows(found: dict[str, Any], bits: int, *between: list[str]) -> list[list[str]]:
+def _quality_rows(found: dict[str, Any], bits: int, oracle: str, *between: list[str]) -> list[list[str]]:
     """Rows of LSH, of what lies between, of the trained selector and of the oracle."""
     return [
         [f"orthogonal LSH, {bits} bits", _cell(found["iou_lsh"]), _cell(found["mass_lsh"])],
         *between,
         [f"trained, {bits} bits", _cell(found["iou"]), _cell(found["mass"])],
-        ["oracle (true top tokens)", _cell(1.0), _cell(found["mass_oracle"])],
+        [oracle, _cell(1.0), _cell(found["mass_oracle"])],
     ]
+
+
+def describe_share(summary: dict[str, Any]) -> str:
+    """What was asked for, and what was read: more where the least number of tokens is more than the share."""
+    read = f"{100 * summary['share_read']:.1f} % of the cached tokens read"
+    return f"{read} (keep {summary['keep']:g}, at least {MIN_TOKENS} tokens)"
 
 
 def _cell(value: float) -> str:
@@ -127,13 +138,13 @@ The base model is not changed and not included.
 - base model: {cfg.model}: {shape.layers} layers, {shape.q_heads} query / {shape.kv_heads} KV heads x {shape.head_dim}
 - training text: {", ".join(cfg.data.train)}, {summary["steps"]} steps, windows of {cfg.data.window} tokens
 - positions covered: up to {summary["length"]:,} tokens; longer sequences need another selector
-- held-out text, {100 * summary["keep"]:g} % of the cached tokens read, bare (no sinks, no recent tokens):
+- held-out text, {describe_share(summary)}, bare (no sinks, no recent tokens):
 
-| | IoU with the oracle | attention mass read |
+| | IoU with {summary["oracle"]} | attention mass read |
 |---|---|---|
 | orthogonal LSH, same bits | {summary["iou_lsh"]:.3f} | {summary["mass_lsh"]:.3f} |
 | this selector | {summary["iou"]:.3f} | {summary["mass"]:.3f} |
-| oracle | 1 | {summary["mass_oracle"]:.3f} |
+| {summary["oracle"]} | 1 | {summary["mass_oracle"]:.3f} |
 {_far_section(summary)}
 Use: `spotlight generate --model {cfg.model} --selector THIS_FOLDER --prompt-file book.txt`
 
@@ -149,9 +160,9 @@ def _far_section(summary: dict[str, Any]) -> str:
     return f"""
 At the far end of the context (windows {summary["length_windows"]}: {summary["length"]:,} tokens):
 
-| | IoU with the oracle | attention mass read |
+| | IoU with {summary["oracle"]} | attention mass read |
 |---|---|---|
 | orthogonal LSH, same bits | {summary["iou_lsh_at_length"]:.3f} | {summary["mass_lsh_at_length"]:.3f} |
 | this selector | {summary["iou_at_length"]:.3f} | {summary["mass_at_length"]:.3f} |
-| oracle | 1 | {summary["mass_oracle_at_length"]:.3f} |
+| {summary["oracle"]} | 1 | {summary["mass_oracle_at_length"]:.3f} |
 """

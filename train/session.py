@@ -22,6 +22,7 @@ from spotlight_jax.metrics import SelectionQuality, spread_positions
 from spotlight_jax.models.decoder import Params
 from spotlight_jax.models.load import load_config, load_weights, open_tokenizer
 from spotlight_jax.models.params import resolve_dtype
+from spotlight_jax.selection import check_layers
 from train import hidden_cache, plan
 from train.capture import Captured, capture, make_mesh, padded_layers
 from train.config import PRESETS, LayerwiseConfig, positions_covered
@@ -57,6 +58,7 @@ class Session:
         self.shape = head_shape(self.model_cfg)
         check_tracker(cfg.track)
         hashing.check_widths(cfg.hash, self.shape)
+        check_layers(cfg.measure.dense_layers, self.shape.layers)
         if set(range(self.shape.layers)) <= set(cfg.measure.dense_layers):
             raise InputError(
                 f"all {self.shape.layers} layers of '{cfg.model}' are in --measure.dense-layers; leave some out"

@@ -33,10 +33,9 @@ __all__ = [
 
 METHODS: dict[str, Callable[[str, Setting], Method]] = {
     "dense": open_dense,
-    "oracle": open_oracle,
-    "oracle-query": open_oracle,
-    "oracle-kv": open_oracle,
+    "oracle-scores": open_oracle,
     "oracle-mass": open_oracle,
+    "oracle-query": open_oracle,
     "spotlight": open_spotlight,
     "lsh": open_lsh,
     "lsh-centred": open_lsh,
@@ -48,6 +47,9 @@ METHODS: dict[str, Callable[[str, Setting], Method]] = {
     "random": open_random,
     "binary": open_binary,
 }
+
+# What was called otherwise before it was named by what it ranks tokens by.
+_RENAMED = {"oracle": "oracle-scores", "oracle-kv": "oracle-scores"}
 
 # Methods for which no budget is asked, and what they read instead.
 UNBUDGETED = {"dense": "everything", "magicpig": "as published"}
@@ -64,6 +66,8 @@ def check_names(names: tuple[str, ...]) -> None:
         base, at, folder = name.partition("@")
         if at and (base != "spotlight" or not folder):
             raise InputError(f"'{name}' names a selector's folder; only spotlight@FOLDER does")
+        if base in _RENAMED:
+            raise InputError(f"method '{base}' is called '{_RENAMED[base]}'")
         if base not in METHODS:
             raise InputError(f"there is no method '{name}'{nearest(name, METHODS)}")
     if not names or len(set(names)) < len(names):

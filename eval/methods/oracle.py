@@ -1,4 +1,9 @@
-"""The oracle: the tokens with the highest true scores, which no method can know without reading all keys."""
+"""Oracles: the tokens that rank highest by the attention itself, which no method can know without reading all keys.
+
+Each is named by what it ranks by. Query heads that read one set can be served in two ways: `oracle-scores` takes the
+highest sums of their dot products, `oracle-mass` the highest sums of their attention probabilities, which is the most
+that one set of that size can hold. Where each query head chooses for itself (`oracle-query`) both are the same.
+"""
 
 import flax.struct
 from jaxtyping import Array, Float, PyTree
@@ -32,9 +37,8 @@ class MassOracle(Oracle):
 
 
 def open_oracle(name: str, setting: Setting) -> Oracle:
-    """`oracle` chooses as the selection says; `oracle-query` and `oracle-kv` per query head and per KV head;
-    `oracle-mass` as the selection says, by attention probabilities."""
-    forced = {"oracle-query": {"per": "query_head"}, "oracle-kv": {"per": "kv_head"}}
-    selection = rule_of(setting.selection, **forced.get(name, {}))
+    """All but `oracle-query` choose per KV head or per query head as the selection says."""
+    forced = {"per": "query_head"} if name == "oracle-query" else {}
+    selection = rule_of(setting.selection, **forced)
     kind = MassOracle if name == "oracle-mass" else Oracle
     return kind(name, selection, setting.selection.dense_layers)

@@ -2,7 +2,7 @@
 
     spotlight chat --selector runs/demo
 
-An empty line does nothing, /new starts again, /quit or Ctrl-D ends, and Ctrl-C cuts an answer short.
+An empty line does nothing, /new starts again, /help shows these, /quit or Ctrl-D ends, and Ctrl-C cuts an answer short.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from spotlight_jax.errors import InputError
 from spotlight_jax.generate import GenerateConfig, Run, encode_chat
 from spotlight_jax.models.load import BaseModel, open_tokenizer
 
-HELP = "Ctrl-C cuts an answer short, /new starts again, Ctrl-D ends"
+HELP = "Ctrl-C cuts an answer short, /new starts again, /help shows this, /quit or Ctrl-D ends"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,7 @@ def main(cfg: ChatCommandConfig, read: Callable[[str], str] = input) -> list[dic
     """Talk until the input ends; returns the messages."""
     notes = Console(stderr=True, highlight=False, style="dim")
     use_compile_cache()
-    name, model_cfg, selector = read_configs(cfg)
+    name, model_cfg, selector = read_configs(cfg, notes)
     encode_chat(open_tokenizer(name), [{"role": "user", "content": "Hello"}])  # refuses a model without template
     limit = _talk_limit(cfg, model_cfg.max_context)
     model, engine = load_fitting(cfg, name, model_cfg, selector, [limit - cfg.generation.max_new_tokens], notes)
@@ -104,6 +104,8 @@ def main(cfg: ChatCommandConfig, read: Callable[[str], str] = input) -> list[dic
     while (text := _read_line(read, notes)) is not None:
         if text == "/new":
             talk.start_anew()
+        elif text == "/help":
+            notes.print(HELP, markup=False, soft_wrap=True)
         elif text:
             _answer(talk, text, selector)
     return talk.messages

@@ -65,12 +65,12 @@ def implementations() -> list[tuple[str, str, str]]:
 
 
 def main(cfg: DoctorConfig) -> None:
-    """Print what was found; raises whatever the device raises."""
+    """Print what was found; raises InputError where there is no device."""
     console = Console(highlight=False)
-    folder = use_compile_cache()
     console.rule("versions")
     for name, version in versions().items():
         console.print(f"{name:20} {version}", markup=False)
+    folder = use_compile_cache()  # refuses a machine without the device that JAX was told to use
     console.rule("device")
     for device in jax.devices():
         free = available_bytes(device)

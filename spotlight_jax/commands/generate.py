@@ -47,14 +47,17 @@ class GenerateCommandConfig(SessionConfig):
     compare: bool = False
     """Generate densely as well and show both side by side; needs a selector."""
     json: bool = False
-    """End with one line of JSON: texts, token ids and the report."""
+    """Print one line of JSON and nothing else on stdout: texts, token ids and the report."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be shown or continued."""
+        super().__post_init__()
         if self.prompt_tokens is not None and self.prompt_tokens < 1:
             raise InputError(f"prompt_tokens is {self.prompt_tokens}; give at least 1")
         if self.compare and self.selector is None:
             raise InputError("--compare sets a selector beside dense reading; give --selector")
+        if self.json and self.stream:
+            raise InputError("--json prints the result as a whole; leave out --stream")
         if self.compare and self.stream:
             raise InputError("--compare shows two texts side by side; leave out --stream")
 
@@ -66,7 +69,7 @@ def main(cfg: GenerateCommandConfig) -> dict:
     texts = _read_texts(cfg)
     if cfg.stream and len(texts) > 1:
         raise InputError(f"--stream shows one text; {len(texts)} prompts were given")
-    name, model_cfg, selector = read_configs(cfg)
+    name, model_cfg, selector = read_configs(cfg, notes)
     max_new = cfg.generation.max_new_tokens
     prompts = encode_prompts(open_tokenizer(name), texts, max_new, model_cfg, cfg.chat, cfg.prompt_tokens)
     model, engine = load_fitting(cfg, name, model_cfg, selector, [len(prompt) for prompt in prompts], notes)
@@ -74,7 +77,8 @@ def main(cfg: GenerateCommandConfig) -> dict:
     if cfg.compare:
         dense = make_engine(model, cfg.generation)
         result = {"sparse": result, "dense": _generate(cfg, model, dense, prompts, None, notes)}
-        console.print(_side_by_side(result))
+        if not cfg.json:
+            console.print(_side_by_side(result))
     if cfg.json:
         print(json.dumps({"command": "generate", "model": name, **result}))
     return result
@@ -110,7 +114,7 @@ def _generate(
     results, report = run.results(), run.report()
     if cfg.stream:
         write_text("\n")
-    elif is_interrupted or not cfg.compare:
+    elif not cfg.json and (is_interrupted or not cfg.compare):
         for number, result in enumerate(results):
             heading = f"--- prompt {number}\n" if len(results) > 1 else ""
             write_text(f"{heading}{result.text}\n")

@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from tyro.conf import OmitArgPrefixes
 
-from spotlight_jax import cli
-from spotlight_jax.checkpoint import Selector, check_shape, load_selector
+from spotlight_jax import cli, runs
+from spotlight_jax.checkpoint import Selector, check_shape, choose_model, load_selector
 from spotlight_jax.engine import DecodeState, Engine
+from spotlight_jax.errors import InputError
 from spotlight_jax.generate import (
     STREAM_BLOCK,
     GenerateConfig,
@@ -29,8 +30,8 @@ from spotlight_jax.memory import GIB, available_bytes, check_memory, plan_memory
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.load import BaseModel, load_config, load_model
 from spotlight_jax.models.params import resolve_dtype
+from spotlight_jax.selection import SelectionConfig
 
-DEFAULT_MODEL = "smollm2-135m"
 MIB = 2**20
 
 
@@ -46,15 +47,27 @@ class SessionConfig:
     """Of weights and cache; auto: bfloat16 on an accelerator, float32 on a CPU."""
     generation: OmitArgPrefixes[GenerateConfig] = dataclasses.field(default_factory=GenerateConfig)
 
+    def __post_init__(self) -> None:
+        """Refuse ways of reading for which there is no selector."""
+        given = runs.differences(self.generation.selection, SelectionConfig())
+        if self.selector is None and given:
+            raise InputError(f"without a selector every token is read, whatever {given[0]} says; give --selector")
 
-def read_configs(cfg: SessionConfig) -> tuple[str, DecoderConfig, Selector | None]:
-    """The model's name, its config, and the selector, checked against each other; weights are not needed."""
+
+def read_configs(cfg: SessionConfig, console: Console) -> tuple[str, DecoderConfig, Selector | None]:
+    """The model's name, its config, and the selector, checked against each other; weights are not needed.
+
+    Args:
+        console: where it is said that the selector was trained for another model.
+    """
     selector = None if cfg.selector is None else load_selector(cfg.selector)
-    trained_for = selector.base_model if selector else ""
-    name = cfg.model or trained_for or DEFAULT_MODEL
+    name, remarks = choose_model(cfg.model, {} if selector is None else {str(cfg.selector): selector})
     model_cfg = load_config(name)
     if selector is not None:
-        check_shape(selector.shape, head_shape(model_cfg), f"selector '{cfg.selector}' (trained for {trained_for})")
+        what = f"selector '{cfg.selector}' (trained for {selector.base_model})"
+        check_shape(selector.shape, head_shape(model_cfg), what)
+    for remark in remarks:
+        console.print(remark, markup=False, soft_wrap=True)
     return name, model_cfg, selector
 
 
@@ -82,7 +95,7 @@ def load_fitting(
     free = available_bytes()
     known = "" if free is None else f" of {free / GIB:.2f} free"
     console.print(f"memory: {plan.describe()}{known}", style="dim", soft_wrap=True)
-    check_memory(plan, free)
+    check_memory(plan, free, dtype)
     with waiting(console, f"loading {name}"):
         model = load_model(name, dtype)
     return model, make_engine(model, generation, selector)
@@ -158,7 +171,7 @@ def describe(report: Report, selector: Selector | None, cfg: GenerateConfig, mod
         return [*lines, f"read/step   all {reads.tokens} tokens{why}: K/V {dense_bytes}"]
     read = reads.bytes_keys_values + reads.bytes_codes
     dense = [layer for layer in cfg.selection.dense_layers if layer < model_cfg.layers]
-    budget = f"keep {cfg.selection.keep:g}" if cfg.selection.budget is None else f"budget {cfg.selection.budget}"
+    budget = f"keep {cfg.selection.share:g}" if cfg.selection.budget is None else f"budget {cfg.selection.budget}"
     lines.append(
         f"read/step   {reads.tokens} tokens per head ({budget}): K/V {reads.bytes_keys_values / MIB:,.1f} MiB + codes "
         f"{reads.bytes_codes / MIB:,.1f} MiB = {read / max(reads.bytes_dense, 1):.1%} of dense {dense_bytes}"

@@ -16,10 +16,8 @@ from spotlight_jax.models.embedded import EMBEDDED, fetch_embedded
 from spotlight_jax.models.gguf_file import open_gguf
 from spotlight_jax.models.gguf_model import config_from_gguf, gguf_name, read_gguf_weights
 from spotlight_jax.models.params import default_dtype, fill_params
-from spotlight_jax.models.presets import PRESETS
+from spotlight_jax.models.presets import PRESETS, RANDOM
 from spotlight_jax.models.tokenizer import load_tokenizer, tokenizer_from_gguf
-
-RANDOM = "random:"  # a shape of models/presets.py with random weights: for benchmarks and dry runs, with token ids
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from spotlight_jax.models.config import DecoderConfig, RopeConfig
 
+RANDOM = "random:"  # before a shape's name: that model with random weights, for benchmarks and dry runs
+
 PRESETS: dict[str, DecoderConfig] = {
     "tiny": DecoderConfig(
         vocab=320, embed=48, layers=3, q_heads=6, kv_heads=2, head_dim=16, mlp=80, max_len=512, tied=True

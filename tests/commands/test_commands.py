@@ -10,6 +10,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -55,13 +56,13 @@ def selector_folder(tmp_path):
     return tmp_path / "selector"
 
 
-def test_generate_shows_text_and_report_and_one_line_of_json(capsys, selector_folder):
+def test_json_alone_is_on_stdout_and_the_report_on_stderr(capsys, selector_folder):
     args = ["--selector", str(selector_folder), "--prompt", "x" * 100, "--max-new-tokens", "6", "--ignore-eos"]
     args += ["--keep", "0.1", "--min-context", "0", "--dense-layers", "0", "--json"]
     assert generate.command(args) == 0
     shown = capsys.readouterr()
-    result = json.loads(shown.out.splitlines()[-1])
-    assert len(result["results"][0]["tokens"]) == 6
+    result = json.loads(shown.out)
+    assert shown.out.count("\n") == 1 and len(result["results"][0]["tokens"]) == 6
     assert result["reads"]["tokens"] == 20 and result["reads"]["bytes_codes"] > 0
     assert "20 tokens per head (keep 0.1)" in shown.err and "layers 0 of 3" in shown.err
     assert "memory: weights" in shown.err
@@ -251,6 +252,8 @@ def test_what_does_not_fit_is_refused_with_the_numbers_before_loading(monkeypatc
     assert "not enough memory: weights" in capsys.readouterr().err
     check_memory(MemoryPlan(1, 2, 3, 4), 10)
     check_memory(MemoryPlan(1, 2, 3, 4), None)
+    with pytest.raises(InputError, match="give --dtype bfloat16, a shorter prompt"):
+        check_memory(MemoryPlan(1, 2, 3, 5), 10, np.dtype("float32"))
     with pytest.raises(InputError):
         check_memory(MemoryPlan(1, 2, 3, 5), 10)
 

@@ -101,7 +101,7 @@ def test_queries_of_a_dense_prefix_read_everything_without_weights():
     assert not np.asarray(reads["index_bytes"])[:, :10].any()
 
 
-@pytest.mark.parametrize("name", ["oracle", "quest", "magicpig", "lsh-centred", "window"])
+@pytest.mark.parametrize("name", ["oracle-scores", "quest", "magicpig", "lsh-centred", "window"])
 def test_one_query_over_a_cache_reads_as_the_last_of_many(name):
     """A decoding step, whose cache has unfilled slots that hold anything, beside teacher forcing."""
     method = open_method(name, None, SelectionConfig(), SHAPE).layer(0)

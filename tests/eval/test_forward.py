@@ -70,7 +70,7 @@ def test_a_dense_prefix_is_dense_and_what_follows_is_not():
 
 
 def test_the_papers_rule_gives_every_query_the_whole_lengths_budget():
-    passed = run("oracle", whole_length=True)
+    passed = run("oracle-scores", whole_length=True)
     np.testing.assert_array_equal(passed.tokens_read, np.minimum(np.arange(1, 91), 18))  # 90 - int(0.8 * 90)
     np.testing.assert_allclose(passed.log_probs[:18], run("dense").log_probs[:18], atol=1e-4)
 
@@ -88,16 +88,16 @@ def test_reads_are_summed_over_dense_and_sparse_layers():
 
 def test_methods_that_share_a_sequence_share_its_dense_layers_and_nothing_else():
     sequence = Sequence(TOKENS)
-    alone = {name: run(name).log_probs for name in ("oracle", "quest", "dense")}
-    for name in ("dense", "quest", "oracle", "quest"):
+    alone = {name: run(name).log_probs for name in ("oracle-scores", "quest", "dense")}
+    for name in ("dense", "quest", "oracle-scores", "quest"):
         np.testing.assert_array_equal(run(name, sequence=sequence).log_probs, alone[name])
     assert set(sequence.streams) == {1, 2}  # quest reads two layers densely
 
 
 def test_chunks_of_queries_and_of_logits_change_nothing():
     tokens = draw_tokens(400)
-    whole = run("oracle", tokens=tokens).log_probs
-    np.testing.assert_allclose(run("oracle", tokens=tokens, scores_mib=1).log_probs, whole, atol=1e-5)
+    whole = run("oracle-scores", tokens=tokens).log_probs
+    np.testing.assert_allclose(run("oracle-scores", tokens=tokens, scores_mib=1).log_probs, whole, atol=1e-5)
 
 
 @flax.struct.dataclass
@@ -158,3 +158,8 @@ def test_a_layer_lowers_for_cuda(name):
     leaves, structure = jax.tree.flatten(args)  # tracing describes a tree's leaves by objects that are no arrays
     layer = jax.jit(lambda *leaves: pass_sparse_layer(*jax.tree.unflatten(structure, leaves), MODEL, 16))
     layer.trace(*leaves).lower(lowering_platforms=("cuda",))
+
+
+def test_a_method_that_reads_every_layer_densely_is_refused():
+    with pytest.raises(InputError, match="'window' reads all 3 layers of this model densely"):
+        subject().open_method("window", dataclasses.replace(SPARSE, dense_layers=(0, 1, 2)))

@@ -61,7 +61,7 @@ def expected_dense(subject, request):
     return log_probs[places - 1, tokens[places]].sum(), bool((logits[places - 1].argmax(1) == tokens[places]).all())
 
 
-@pytest.mark.parametrize(("method", "batch"), [("dense", 1), ("dense", 3), ("oracle", 1), ("spotlight", 1)])
+@pytest.mark.parametrize(("method", "batch"), [("dense", 1), ("dense", 3), ("oracle-scores", 1), ("spotlight", 1)])
 def test_likelihoods_are_the_decoders_where_everything_is_read(subject, method, batch):
     requests = draw_requests()
     answers = reader(subject, method, FULL, batch).score(requests)
@@ -79,19 +79,19 @@ def test_greedy_is_seen(subject):
     best = int(logits[-1].argmax())
     request = Request((*tokens.tolist(), best), 20, 20)
     other = Request((*tokens.tolist(), (best + 1) % 256), 20, 20)
-    for method in ("dense", "oracle"):
+    for method in ("dense", "oracle-scores"):
         assert [answer.is_greedy for answer in reader(subject, method).score([request, other])] == [True, False]
 
 
 def test_queries_before_sparse_from_are_dense_and_those_after_it_count(subject):
     rng = np.random.default_rng(2)
     tokens = tuple(rng.integers(0, 256, 60).tolist())
-    late, early = (reader(subject, "oracle").score([Request(tokens, 55, start)])[0] for start in (60, 50))
+    late, early = (reader(subject, "oracle-scores").score([Request(tokens, 55, start)])[0] for start in (60, 50))
     assert late.log_prob == pytest.approx(expected_dense(subject, Request(tokens, 55, 60))[0], abs=1e-4)
     assert late.sparse == 0 and early.sparse == 5  # the queries at 54 ... 58
     assert early.tokens_read == sum(length - int(0.9 * length) for length in range(55, 60))
     assert abs(early.log_prob - late.log_prob) > 1e-3
-    one_token = reader(subject, "oracle").score([Request(tokens[:56], 55, 55)])[0]
+    one_token = reader(subject, "oracle-scores").score([Request(tokens[:56], 55, 55)])[0]
     assert one_token.sparse == 0  # its only query is the context's last
 
 
@@ -187,6 +187,7 @@ def asked(subject, monkeypatch, tmp_path, task_folder, capsys):
     manager = functools.partial(tasks.TaskManager, include_defaults=False)
     monkeypatch.setattr(tasks, "TaskManager", manager)
     monkeypatch.setattr(harness, "load_subject", lambda cfg: subject)
+    monkeypatch.setattr(harness, "name_model", lambda cfg: cfg)
     monkeypatch.setattr(harness, "use_compile_cache", lambda: None)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
@@ -261,6 +262,7 @@ def test_settings_of_a_task():
     assert lm.read_settings({"temperature": 0.7, "do_sample": False, "until": []}) == Wanted(256)
     drawn = lm.read_settings({"temperature": 0.7, "top_p": 0.9, "do_sample": True}, seed=3)
     assert drawn.sampling == SamplingConfig(0.7, 0, 0.9, 3)
+    assert lm.read_settings({"num_beams": 1, "top_p": 0.9, "do_sample": False}) == Wanted(256)
     with pytest.raises(harness.InputError, match="num_beams"):
         lm.read_settings({"num_beams": 4})
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from eval import inspect
-from eval.config import EvalConfig, list_trials
+from eval.config import EvalConfig, describe_reading, list_trials
 from spotlight_jax import metrics
 from spotlight_jax.attention import causal_attention
 from spotlight_jax.models.decoder import apply_layer, embed_tokens
@@ -67,7 +67,7 @@ def quality_by_hand(queries, keys, places, choose, budget):
 
 def test_quality_is_that_of_sets_of_positions():
     tokens = draw_tokens(80, seed=7)
-    cfg = EvalConfig(methods=("window", "oracle"), keep=(0.25,))
+    cfg = EvalConfig(methods=("window", "oracle-scores"), keep=(0.25,))
     (window, oracle) = inspect.inspect_window(subject(), tokens, list_trials(cfg), count=10, seed=0)
     places = [8 * number - 1 for number in range(1, 11)]
     assert metrics.spread_positions(80, 10).tolist() == places
@@ -95,7 +95,7 @@ def test_quality_is_that_of_sets_of_positions():
 
 def test_a_run_writes_rows_heads_and_pictures_and_resumes(tmp_path, capsys, monkeypatch):
     flags = [*write_inputs(tmp_path), *SIZES, "--out", str(tmp_path / "run")]
-    flags += ["--methods", "dense", "oracle", "spotlight", "magicpig", "--keep", "0.1", "0.2"]
+    flags += ["--methods", "dense", "oracle-scores", "spotlight", "magicpig", "--keep", "0.1", "0.2"]
     assert inspect.command(flags) == 0
     out = capsys.readouterr().out
     rows = json.loads(out.splitlines()[-1])["results"]
@@ -103,7 +103,7 @@ def test_a_run_writes_rows_heads_and_pictures_and_resumes(tmp_path, capsys, monk
     assert "spotlight: the 4 worst heads" in out  # two KV heads of two sparse layers
     for row in rows:
         assert 0 < row["mass"] <= 1 and "by_head" not in row
-        if row["method"] == "oracle":
+        if row["method"] == "oracle-scores":
             assert row["iou"] == 1 and row["mass"] == row["oracle_mass"]
     with (tmp_path / "run" / "heads.csv").open() as file:
         lines = list(csv.DictReader(file))
@@ -146,3 +146,38 @@ def test_bad_input_is_told_in_one_line(tmp_path, capsys, more, message):
     assert inspect.command(flags) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_resuming_needs_no_flag_but_the_folder_and_refuses_others(tmp_path, capsys):
+    out = ["--out", str(tmp_path / "run")]
+    assert inspect.command([*write_inputs(tmp_path), *SIZES, "--methods", "spotlight", "--seed", "3", *out]) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    assert inspect.command(["--resume", *out]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["results"] == rows
+    assert inspect.command(["--resume", *out, "--methods", "spotlight", "window"]) == 0  # another one may be added
+    assert len(json.loads(capsys.readouterr().out.splitlines()[-1])["results"]) == 2 * len(rows)
+    assert inspect.command(["--resume", *out, "--seed", "0"]) == 2  # the default, but not what the run has
+    assert "was started with other flags (--seed" in capsys.readouterr().err
+
+
+def test_panels_say_what_each_method_was_asked_to_read():
+    cfg = EvalConfig(methods=("dense", "window", "magicpig"), keep=(0.02,))
+    told = [describe_reading(trial.part) for trial in list_trials(cfg)]
+    assert told == ["", "\nkeep 0.02, bare", "\nas published"]
+
+
+def test_the_model_is_the_one_that_the_selector_was_trained_for(tmp_path, capsys):
+    flags = write_inputs(tmp_path)[2:]  # without --model
+    args = [*flags, "--methods", "spotlight", *SIZES, "--out", str(tmp_path / "run")]
+    assert inspect.command(args) == 0
+    assert "random:tiny, 96 tokens" in capsys.readouterr().out
+    assert "model: random:tiny" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_a_model_that_the_selector_was_not_trained_for_is_said(tmp_path, capsys):
+    flags = write_inputs(tmp_path)
+    config = tmp_path / "selector" / "config.json"
+    config.write_text(config.read_text().replace("random:tiny", "maker/model"))
+    assert inspect.command([*flags, "--methods", "spotlight", *SIZES, "--out", str(tmp_path / "run")]) == 0
+    told = f"selector '{tmp_path / 'selector'}' was trained for maker/model, and is used with random:tiny\n"
+    assert capsys.readouterr().err.startswith(told)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval.labels import explain_names, name_methods, style_methods
+from eval.labels import explain_methods, explain_names, name_methods, style_methods
 from eval.methods import METHODS
 
 FOLDERS = st.lists(st.sampled_from(["a", "b", "selector", ".", "run of a night in november 1", "…"]), min_size=1)
@@ -75,7 +75,7 @@ def test_every_method_and_many_selectors_and_strangers_look_different():
 
 @pytest.mark.parametrize("name", ["spotlight", "spotlight@runs/a", "spotlight wide", "spotlight, 64 bits"])
 def test_selectors_are_blue_by_any_name_and_oracles_grey(name):
-    styles = style_methods([name, "oracle", "oracle-mass", "spotlight@runs/other"])
+    styles = style_methods([name, "oracle-scores", "oracle-mass", "spotlight@runs/other"])
 
     def channels(method):
         return [int(styles[method]["color"][place : place + 2], 16) for place in (1, 3, 5)]
@@ -83,10 +83,16 @@ def test_selectors_are_blue_by_any_name_and_oracles_grey(name):
     for selector in (name, "spotlight@runs/other"):
         red, green, blue = channels(selector)
         assert blue > green > red
-    for oracle in ("oracle", "oracle-mass"):
+    for oracle in ("oracle-scores", "oracle-mass"):
         assert max(channels(oracle)) - min(channels(oracle)) < 0x20
 
 
 def test_known_methods_look_alike_in_every_company():
     alone, together = style_methods(["quest", "lsh"]), style_methods(["new", "lsh", "spotlight@x", "quest"])
     assert all(alone[name] == together[name] for name in alone)
+
+
+def test_methods_whose_reading_their_names_do_not_say_are_explained():
+    told = dict(explain_methods(["dense", "quest", "magicpig", "oracle-scores", "quest"]))
+    assert list(told) == ["quest", "magicpig", "oracle-scores"]
+    assert "whole pages of 16 tokens" in told["quest"] and "no share is asked" in told["magicpig"]

@@ -35,6 +35,7 @@ def subject() -> Subject:
 @pytest.fixture
 def tiny(monkeypatch):
     monkeypatch.setattr(longbench_generate, "load_subject", lambda cfg: subject())
+    monkeypatch.setattr(longbench_generate, "name_model", lambda cfg: cfg)
     monkeypatch.setattr(longbench_generate, "use_compile_cache", lambda: None)
 
 
@@ -62,7 +63,7 @@ def run(capsys, *args) -> tuple[int, dict, str, str]:
     return code, json.loads(out.splitlines()[-1]) if code == 0 else {}, out, err
 
 
-METHODS = ["--selector", "x", "--methods", "dense", "spotlight", "oracle", "--keep", 0.1]
+METHODS = ["--selector", "x", "--methods", "dense", "spotlight", "oracle-scores", "--keep", 0.1]
 
 
 SEPARATORS = "\u2028\u2029\u0085"  # ends of lines to Unicode, and to str.splitlines, but not to JSON lines
@@ -91,7 +92,7 @@ def test_answers_are_written_scored_and_resumed(tiny, data, tmp_path, capsys):
     code, summary, text, err = run(capsys, *args)
     assert code == 0 and "3 of 21 tasks are in" in err and "3 of 4 prompts lost their middle" in text
     folders = {folder.name: folder for folder in (out / "predictions").iterdir()}
-    assert set(folders) == {"dense", "spotlight-0.1", "oracle-0.1"}
+    assert set(folders) == {"dense", "spotlight-0.1", "oracle-scores-0.1"}
     for name, folder in folders.items():
         rows = {row["task"]: row for row in summary["results"] if name.startswith(row["method"])}
         scored = {score.task.name: score.score for score in score_folder(folder)}

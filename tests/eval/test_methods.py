@@ -65,7 +65,7 @@ def visible():
 def test_a_budget_is_used_up_on_tokens_up_to_the_query_itself_included(name, per):
     budgets = budgets_of(0.3)
     mask = np.asarray(read(open_layer(name, dataclasses.replace(BARE, per=per)), *draw(), POSITIONS, budgets)[0])
-    heads = {"oracle-kv": KV_HEADS, "oracle-query": Q_HEADS}.get(name, KV_HEADS if per == "kv_head" else Q_HEADS)
+    heads = {"oracle-query": Q_HEADS}.get(name, KV_HEADS if per == "kv_head" else Q_HEADS)
     assert mask.shape == (BATCH, N, heads, KV_LEN)
     assert (mask.sum(-1) == budgets[:, :, None]).all()
     assert not (mask & ~visible()).any()
@@ -143,7 +143,7 @@ def test_the_oracle_reads_the_highest_dot_products():
         return keys[:, head] @ queries[head * GROUP : (head + 1) * GROUP].sum(0)
 
     check_against_scores("oracle-query", per_query, Q_HEADS)
-    check_against_scores("oracle-kv", per_group, KV_HEADS)
+    check_against_scores("oracle-scores", per_group, KV_HEADS)
 
 
 @pytest.mark.parametrize("per", ["kv_head", "query_head"])
@@ -331,11 +331,12 @@ def test_random_draws_anew_for_each_layer_and_position_and_the_same_for_the_same
 
 def test_codes_cost_their_words_and_exact_scores_nothing():
     reads = {
-        name: read(open_layer(name), *draw(), POSITIONS, POSITIONS + 1)[1] for name in ("spotlight", "lsh", "oracle")
+        name: read(open_layer(name), *draw(), POSITIONS, POSITIONS + 1)[1]
+        for name in ("spotlight", "lsh", "oracle-scores")
     }
     for name in ("spotlight", "lsh"):  # 64 bits of each KV head
         np.testing.assert_array_equal(reads[name], (POSITIONS + 1) * KV_HEADS * 8)
-    assert not np.asarray(reads["oracle"]).any()
+    assert not np.asarray(reads["oracle-scores"]).any()
 
 
 def test_dense_layers_are_the_selections_or_the_papers():

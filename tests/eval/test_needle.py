@@ -144,6 +144,7 @@ def test_questions_differ_by_sample_and_not_by_call(text_file):
 @pytest.fixture
 def tiny(monkeypatch):
     monkeypatch.setattr(needle, "load_subject", lambda cfg: subject())
+    monkeypatch.setattr(needle, "name_model", lambda cfg: cfg)
     monkeypatch.setattr(needle, "use_compile_cache", lambda: None)
 
 
@@ -159,7 +160,8 @@ BASE = ["--selector", "x", "--methods", "dense", "spotlight", "window", "--lengt
 @pytest.mark.parametrize("variant", ["passkey", "copy"])
 def test_every_method_gets_every_question_once(variant, tiny, text_file, tmp_path, capsys):
     out = tmp_path / "run"
-    args = [*BASE, "--variant", variant, "--haystack", text_file, "--passage", 40, "--samples", 2, "--out", out]
+    args = [*BASE, "--variant", variant, "--haystack", text_file, "--samples", 2, "--out", out]
+    args += ["--passage", 40] if variant == "copy" else []
     code, summary, _ = run(capsys, *args)
     assert code == 0
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -168,14 +170,15 @@ def test_every_method_gets_every_question_once(variant, tiny, text_file, tmp_pat
     assert len(answers) == 24 and {answer["wanted"] for answer in answers} == {a["wanted"] for a in answers[::3]}
     dense, spotlight, _ = summary["results"]
     assert dense["method"] == "dense" and dense["task"] == variant and set(dense["by_length"]) == {"240", "320"}
+    assert dense["questions"] == 2 * 2 * 2 and dense["by_length"]["240"]["questions"] == 2 * 2
     losses = [row["loss"] for row in rows if row["method"] == "dense"]
     assert dense["ppl"] == pytest.approx(np.exp(np.mean(losses)))
     assert dense["score"] == dense["accuracy" if variant == "copy" else "exact"]
     assert spotlight["tokens_read"] < dense["tokens_read"] and spotlight["bytes_read"] < dense["bytes_read"]
     assert (out / f"{variant}.png").stat().st_size > 5000
-    code, again, err = run(capsys, *args, "--resume", "--methods", "dense", "spotlight", "window", "oracle")
+    code, again, err = run(capsys, *args, "--resume", "--methods", "dense", "spotlight", "window", "oracle-scores")
     assert code == 0 and "12 of 16 parts were finished before" in err
-    assert again["results"][:3] == summary["results"] and again["results"][3]["method"] == "oracle"
+    assert again["results"][:3] == summary["results"] and again["results"][3]["method"] == "oracle-scores"
 
 
 @pytest.mark.parametrize(

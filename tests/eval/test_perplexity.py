@@ -122,7 +122,8 @@ def test_a_copy_text_is_a_passage_another_text_and_the_passage_again():
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--methods", "orakle"], "did you mean 'oracle'"),
+        (["--methods", "oracle"], "method 'oracle' is called 'oracle-scores'"),
+        (["--methods", "orakle-mass"], "did you mean 'oracle-mass'"),
         (["--window", "600"], "passes the model's context of 512"),
         (["--copy-test"], "a copy text has 4096 tokens"),
         (["--texts", "EMPTY"], "is empty"),

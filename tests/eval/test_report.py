@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 
 from eval import report, report_charts, report_page, report_plan
+from spotlight_jax.checkpoint import save_selector
 from spotlight_jax.errors import InputError
+from tests.eval.subjects import make_selector
 
 pytestmark = pytest.mark.slow  # whole commands and many methods, compiled anew
 
 PLAN = """
 title: Tiny <model>
 model: random:tiny
-methods: [dense, oracle, spotlight, window]
+methods: [dense, oracle-scores, spotlight, window]
 keep: [0.3, 0.1]
 evaluations:
   reading:
@@ -86,7 +88,7 @@ def test_a_plan_becomes_one_page_that_needs_nothing_else(plan_file, tmp_path, ca
     results = json.loads((out / "results.json").read_text())
     reading = results["parts"][0]
     assert [(row["method"], row["keep"], row["documents"]) for row in reading["results"]] == [
-        ("dense", 1.0, 2), ("oracle", 0.3, 2), ("window", 0.3, 2)  # half of the shares and of the windows
+        ("dense", 1.0, 2), ("oracle-scores", 0.3, 2), ("window", 0.3, 2)  # half of the shares and of the windows
     ]  # fmt: skip
     text = (out / "report.html").read_text()
     page = Page(text)
@@ -95,10 +97,12 @@ def test_a_plan_becomes_one_page_that_needs_nothing_else(plan_file, tmp_path, ca
     assert not re.search(r"https?://", text.replace("http://www.w3.org/2000/svg", ""))
     assert "A quick look at 50 %" in text and text.count("<svg") == 3
     overview, table, _ = page.tables
-    assert overview[0] == ["method", "reading: MiB read", "reading: perplexity ↓", "inspect: IoU with the oracle ↑",
+    assert overview[0] == ["method", "reading: MiB read", "reading: perplexity of all tokens ↓",
+                           "inspect: IoU with oracle-scores ↑",
                            "inspect: attention mass read ↑"]  # fmt: skip
-    assert [row[0] for row in overview[1:]] == ["dense", "oracle 30 %", "window 30 %"]
+    assert [row[0] for row in overview[1:]] == ["dense", "oracle-scores keep 0.3", "window keep 0.3"]
     row = reading["results"][2]
+    assert "perplexity of all tokens" in table[0], "the overview's figure has its column in the table"
     assert table[3][:2] == ["window", "0.3"] and f"{row['ppl_pooled']:#.4g}" in table[3]
     assert (out / "reading" / "output.txt").read_text().count("perplexity") > 0
 
@@ -167,11 +171,13 @@ def test_what_is_no_plan_is_refused(text, tmp_path):
         report_plan.read_plan(file, {}, 1.0)
 
 
-def test_the_default_plan_is_sound_with_and_without_a_selector():
+def test_the_default_plan_is_sound_with_and_without_a_selector(tmp_path):
     without = report_plan.read_plan(report_plan.DEFAULT, {}, 1.0)
     assert [part.evaluation for part in without.parts] == ["inspect", "perplexity", "perplexity", "needle"]
     assert all("spotlight" not in part.config.methods for part in without.parts)
-    given = report_plan.read_plan(report_plan.DEFAULT, {"selector": "runs/x"}, 0.2)
+    save_selector(tmp_path, make_selector(), "card")
+    given = report_plan.read_plan(report_plan.DEFAULT, {"selector": str(tmp_path)}, 0.2)
+    assert {part.config.model for part in given.parts} == {"random:tiny"}, "the selector's own model"
     assert all("spotlight" in part.config.methods and part.config.keep == (0.02,) for part in given.parts)
 
 
@@ -231,7 +237,7 @@ def test_several_selectors_have_short_names_and_colours_of_their_own_on_the_page
     ]  # fmt: skip
     kept = [dict(row) for row in rows]
     parts = [{"name": "reading", "eval": "perplexity", "config": {}, "results": rows}]
-    shown = ["dense", "spotlight wide 2 %", "spotlight paper 2 % + sinks"]
+    shown = ["dense", "spotlight wide keep 0.02", "spotlight paper keep 0.02 + sinks"]
     assert [row[0][0] for row in report_page.make_overview(parts)["rows"]] == shown
     (chart,) = report_page.draw_charts(parts)
     assert re.findall(r'class="label"[^>]*>([^<]+)<', chart) == shown
@@ -251,7 +257,7 @@ def test_the_best_rival_of_each_share_is_marked():
     rows = [
         {"method": name, "keep": keep, "ppl": value}
         for name, keep, value in [
-            ("dense", 1.0, 1), ("oracle", 0.1, 2), ("lsh", 0.1, 5), ("quest", 0.1, 4), ("lsh", 0.2, 3),
+            ("dense", 1.0, 1), ("oracle-scores", 0.1, 2), ("lsh", 0.1, 5), ("quest", 0.1, 4), ("lsh", 0.2, 3),
             ("quest", 0.2, 9), ("magicpig", None, 1), ("lsh", 0.3, 2), ("quest", 0.3, 2),
         ]
     ]  # fmt: skip
@@ -259,3 +265,28 @@ def test_the_best_rival_of_each_share_is_marked():
         ("quest", 0.1),
         ("lsh", 0.2),
     ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: " + "[" * 3000,
+        "evaluations: {inspect: {texts: [[1]]}}",
+        "evaluations: {inspect: {1: 2}}",
+        "{1: 2, evaluations: {inspect: {}}}",
+        "evaluations: {inspect: {texts: 2020-01-01}}",
+        "evaluations: {inspect: {texts: 2020-99-99}}",
+        "title: {a: 1}\nevaluations: {inspect: {}}",
+        "&a {evaluations: *a}",
+        "a: \x00",
+        "- 1",
+        "",
+        "evaluations: [inspect]",
+        "evaluations: {inspect: {keep: .nan}}",
+    ],
+)
+def test_a_hostile_plan_is_one_line(tmp_path, text):
+    file = tmp_path / "plan.yaml"
+    file.write_text(text)
+    with pytest.raises(InputError):
+        report_plan.read_plan(file, {}, 1.0)

@@ -66,7 +66,7 @@ def test_finished_variants_are_not_trained_again_and_take_perplexities(small, tm
     (tmp_path / "ppl").mkdir()
     own, everywhere = {"method": f"spotlight@{out / 'first'}"}, {"text": "all texts"}
     results = [
-        {"method": "oracle", "keep": 0.02, "setting": "bare", "ppl": 2.0} | everywhere,
+        {"method": "oracle-scores", "keep": 0.02, "setting": "bare", "ppl": 2.0} | everywhere,
         {"keep": 0.02, "setting": "bare", "ppl": 3.25} | own | everywhere,
         {"keep": 0.1, "setting": "sinks 4 + recent 64", "ppl": 4.5} | own | everywhere,
     ]

@@ -4,7 +4,8 @@ import pytest
 
 from train.plots import plot_curves, plot_layers
 
-SUMMARY = {"keep": 0.02, "code_bits": 64, "iou_lsh": 0.3, "mass_lsh": 0.7, "mass_oracle": 0.9}
+SUMMARY = {"keep": 0.02, "share_read": 0.021, "code_bits": 64, "iou_lsh": 0.3, "mass_lsh": 0.7}
+SUMMARY |= {"mass_oracle": 0.9, "oracle": "oracle-mass"}
 
 
 @pytest.fixture(autouse=True)
@@ -34,5 +35,15 @@ def test_curves_are_drawn_from_rows_of_both_kinds(tmp_path, monkeypatch, loss, d
 @pytest.mark.parametrize("shape", [(1, 1), (3, 2), (80, 64)])
 def test_layers_of_any_model_are_drawn(tmp_path, shape):
     values = np.linspace(0, 1, shape[0] * shape[1]).reshape(shape)
-    plot_layers(tmp_path / "layers.png", values, values / 2, "KV head")
+    plot_layers(tmp_path / "layers.png", values, values / 2, "KV head", range(shape[0]), "oracle-mass")
     assert _is_picture(tmp_path / "layers.png")
+
+
+def test_the_means_of_layers_are_over_the_sparse_ones_as_in_the_table(tmp_path, monkeypatch):
+    titles, close = [], plt.close
+    monkeypatch.setattr(
+        plt, "close", lambda figure: (titles.extend(axis.get_title() for axis in figure.axes[:2]), close(figure))
+    )
+    iou = np.array([[0.9, 0.7], [0.2, 0.4], [0.4, 0.6]])  # layer 0 is read densely
+    plot_layers(tmp_path / "layers.png", iou, iou / 2, "KV head", [1, 2], "oracle-mass")
+    assert titles == ["orthogonal LSH\nmean 0.200 of 2 sparse layers", "trained\nmean 0.400 of 2 sparse layers"]
