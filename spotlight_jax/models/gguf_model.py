@@ -5,14 +5,15 @@ from typing import Any
 
 import numpy as np
 
-from spotlight_jax.errors import InputError
-from spotlight_jax.models.config import DecoderConfig, RopeConfig, RopeKind, nearest
+from spotlight_jax.errors import InputError, naming
+from spotlight_jax.models.config import DecoderConfig, RopeConfig, RopeKind, nearest, stop_tokens
 from spotlight_jax.models.gguf_file import GgufFile
 from spotlight_jax.models.params import Path
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 # metadata fields (after the architecture's name) that change the computation, and are not implemented
 _REFUSED = ("expert_count", "attention.sliding_window", "logit_scale", "attention.clamp_kqv", "attention.alibi_bias")
+_STOPS = ("eos", "eot", "eom")  # end of text, of a turn, and of a message that a tool will answer
 # GGUF's names of a layer's parts
 _PARTS = {
     "attention_norm": "attn_norm",
@@ -34,20 +35,25 @@ def config_from_gguf(file: GgufFile) -> DecoderConfig:
 
     Raises InputError for another architecture, a missing field or a feature that is not implemented.
     """
+    with naming(file.path):
+        return _read_config(file)
+
+
+def _read_config(file: GgufFile) -> DecoderConfig:
     arch = file.metadata.get("general.architecture")
     if arch not in ARCHITECTURES:
-        raise InputError(f"{file.path}: GGUF architecture {arch!r} is not supported{nearest(arch, ARCHITECTURES)}")
+        raise InputError(f"GGUF architecture {arch!r} is not supported{nearest(arch, ARCHITECTURES)}")
     for name in _REFUSED:
         if file.metadata.get(f"{arch}.{name}"):
-            raise InputError(f"{file.path}: {arch}.{name} = {file.metadata[f'{arch}.{name}']!r} is not implemented")
+            raise InputError(f"{arch}.{name} = {file.metadata[f'{arch}.{name}']!r} is not implemented")
     if "token_embd.weight" not in file.tensors:
-        raise InputError(f"{file.path}: tensor token_embd.weight is missing; the file is incomplete")
+        raise InputError("tensor token_embd.weight is missing; the file is incomplete")
     vocab, embed = file.tensors["token_embd.weight"].shape
     q_heads = _field(file, "attention.head_count", int)
     head_dim = _field(file, "attention.key_length", int, embed // max(q_heads, 1))
     for name in ("attention.value_length", "rope.dimension_count"):
         if _field(file, name, int, head_dim) != head_dim:
-            raise InputError(f"{file.path}: {arch}.{name} differs from head_dim {head_dim}, which is not implemented")
+            raise InputError(f"{arch}.{name} differs from head_dim {head_dim}, which is not implemented")
     return DecoderConfig(
         vocab=vocab,
         embed=embed,
@@ -64,7 +70,17 @@ def config_from_gguf(file: GgufFile) -> DecoderConfig:
         mlp_bias="blk.0.ffn_gate.bias" in file.tensors,
         qk_norm="blk.0.attn_q_norm.weight" in file.tensors,
         tied="output.weight" not in file.tensors,
+        stop_tokens=stop_tokens([_stop_id(file, name) for name in _STOPS], vocab),
     )
+
+
+def _stop_id(file: GgufFile, name: str) -> int:
+    """The id that ends a text, a turn or a message; -1 where the file names none. Raises InputError for no id."""
+    full = f"tokenizer.ggml.{name}_token_id"
+    value = file.metadata.get(full, -1)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise InputError(f"metadata field {full} = {value!r} is not a token id")
+    return value
 
 
 def _field(file: GgufFile, name: str, kind: type, default: Any = None) -> Any:
@@ -74,9 +90,9 @@ def _field(file: GgufFile, name: str, kind: type, default: Any = None) -> Any:
     if isinstance(value, list) and value and len(set(value)) == 1:
         value = value[0]  # one value per layer, all the same
     if value is None:
-        raise InputError(f"{file.path}: metadata field {full} is missing; the file is incomplete")
+        raise InputError(f"metadata field {full} is missing; the file is incomplete")
     if not isinstance(value, int | float) or isinstance(value, bool):
-        raise InputError(f"{file.path}: metadata field {full} = {value!r} is not one number")
+        raise InputError(f"metadata field {full} = {value!r} is not one number")
     return kind(value)
 
 
@@ -90,13 +106,13 @@ def _rope(file: GgufFile) -> RopeConfig:
     if legacy and not factor:
         name, factor = "linear", legacy
     if name not in kinds:
-        raise InputError(f"{file.path}: RoPE scaling {name!r} is not supported{nearest(name, kinds)}")
+        raise InputError(f"RoPE scaling {name!r} is not supported{nearest(name, kinds)}")
     divisors = None
     if "rope_freqs.weight" in file.tensors:
         divisors = tuple(file.read("rope_freqs.weight").reshape(-1).tolist())
     attention_factor = _field(file, "rope.scaling.attn_factor", float, 0.0)
     if attention_factor not in (0.0, 1.0):
-        raise InputError(f"{file.path}: {arch}.rope.scaling.attn_factor = {attention_factor} is not implemented")
+        raise InputError(f"{arch}.rope.scaling.attn_factor = {attention_factor} is not implemented")
     return RopeConfig(
         kinds[name],
         theta=_field(file, "rope.freq_base", float, 10000.0),

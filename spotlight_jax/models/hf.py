@@ -10,7 +10,7 @@ import numpy as np
 import safetensors
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-from spotlight_jax.errors import InputError
+from spotlight_jax.errors import InputError, naming
 from spotlight_jax.models.config import DecoderConfig, config_from_hf
 from spotlight_jax.models.params import Path
 
@@ -54,20 +54,30 @@ def read_json(path: pathlib.Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; the folder is not a complete Hugging Face model") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and brackets without end
         raise InputError(f"{path}: not valid JSON ({error}); fetch it again") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def load_hf_config(folder: pathlib.Path) -> DecoderConfig:
-    """The decoder that the folder's `config.json` describes; InputError lines start with the file's path."""
-    path = folder / "config.json"
+def read_fields(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON file that holds an object with fields. Raises as `read_json`."""
     fields = read_json(path)
     if not isinstance(fields, dict):
         raise InputError(f"{path}: holds a {type(fields).__name__}, not an object with fields; fetch it again")
-    try:
-        return config_from_hf(fields)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+    return fields
+
+
+def load_hf_config(folder: pathlib.Path) -> DecoderConfig:
+    """The decoder that the folder's `config.json` describes; InputError lines start with the file's path.
+
+    Of `generation_config.json`, where there is one, the ids that end a text are read.
+    """
+    path, generation = folder / "config.json", folder / "generation_config.json"
+    fields = read_fields(path)
+    more = read_fields(generation) if generation.exists() else {}
+    with naming(path):
+        return config_from_hf(fields, more)
 
 
 def read_hf_weights(folder: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:

@@ -63,6 +63,11 @@ def test_load_model_reads_weights_and_tokenizer_of_one_file(tmp_path: pathlib.Pa
     assert model.tokenizer.decode(model.tokenizer("hello world")["input_ids"]) == "hello world"
 
 
+def test_the_ends_of_a_text_a_turn_and_a_message_all_end_a_text(tmp_path: pathlib.Path) -> None:
+    path = write_gguf(tmp_path / "model.gguf", tiny.CASES["smollm2"], ends={"eot": 7, "eom": 9})
+    assert config_from_gguf(open_gguf(path)).stop_tokens == (2, 7, 9)  # 2: the tokenizer's own
+
+
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16"])
 def test_quantised_tensor_is_near_what_was_quantised(kind: str, tmp_path: pathlib.Path) -> None:
     values = np.random.default_rng(0).standard_normal((6, 64)).astype(np.float32)

@@ -53,6 +53,16 @@ def test_load_model_reads_a_folder_with_its_tokenizer(tmp_path: pathlib.Path) ->
     assert model.tokenizer.decode(model.tokenizer("hello world")["input_ids"]) == "hello world"
 
 
+def test_generation_config_names_more_ends_of_a_text(tmp_path: pathlib.Path) -> None:
+    """As LLaMA 3's: its tokenizer ends a text, and its assistant a turn."""
+    tiny.write_folder(tmp_path, CONFIG | {"eos_token_id": 3})
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 9]}')
+    assert load_config(str(tmp_path)).stop_tokens == (3, 9)
+    (tmp_path / "generation_config.json").write_text("[" * 100_000)
+    with pytest.raises(InputError, match=r"generation_config.json: not valid JSON"):
+        load_config(str(tmp_path))
+
+
 def test_bfloat16_is_kept(tmp_path: pathlib.Path) -> None:
     cfg = tiny.write_folder(tmp_path, CONFIG)
     stored = {name: value.astype(ml_dtypes.bfloat16) for name, value in tiny.hf_weights(cfg).items()}

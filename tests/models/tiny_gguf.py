@@ -78,9 +78,10 @@ def write_gguf(
     *,
     tensors: dict[str, np.ndarray] | None = None,
     fields: dict[str, Any] | None = None,
+    ends: dict[str, int] | None = None,
     style: str = "smollm",
 ) -> pathlib.Path:
-    """A GGUF file of a tiny case; `fields` adds float or text metadata under the architecture's name."""
+    """A GGUF file of a tiny case; `fields` adds metadata under the architecture's name, `ends` ids that end a text."""
     arch = config["model_type"]
     cfg = config_from_hf(config)
     writer = gguf.GGUFWriter(path, arch)
@@ -98,6 +99,8 @@ def write_gguf(
         {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)](
             f"{arch}.{name}", value
         )
+    for name, index in (ends or {}).items():
+        writer.add_uint32(f"tokenizer.ggml.{name}_token_id", index)
     add_tokenizer(writer, style)
     for name, value in (gguf_tensors(config) if tensors is None else tensors).items():
         writer.add_tensor(name, value)
