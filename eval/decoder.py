@@ -26,6 +26,7 @@ from spotlight_jax.memory import step_reads
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import Params, apply_layer, embed_tokens, unembed
 from spotlight_jax.selection import SelectionConfig
+from spotlight_jax.stops import find_stops
 
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="cache")
@@ -157,9 +158,8 @@ def _cut(tokens: list[int], stop_tokens: Sequence[int]) -> list[int]:
 def open_decoder(
     subject: Subject, name: str, selection: SelectionConfig, seed: int = 0, stop_tokens: Sequence[int] | None = None
 ) -> Decoder:
-    """A decoder for a method by its name; by default a text ends with the tokenizer's end-of-text token."""
+    """A decoder for a method by its name; by default a text ends with the ids that the model's files name."""
     if stop_tokens is None:
-        end = None if subject.tokenizer is None else subject.tokenizer.eos_token_id
-        stop_tokens = () if end is None else (int(end),)
+        stop_tokens = find_stops(subject.cfg, subject.tokenizer).tokens
     subject, name = subject.reading(name)
     return Decoder(subject, subject.open_method(name, selection, seed), selection, stop_tokens)

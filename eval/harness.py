@@ -109,6 +109,8 @@ def run_task(cfg: HarnessConfig, subject: Subject, trial: Trial, task: str, mana
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise InputError(f"the harness cannot run task '{task}': {reason}") from error
     assert found is not None, "one process"
+    for line in sorted(lm.unmatched):
+        record.say(f"harness: {task}: {line}")
     _write_samples(record, trial, found.get("samples", {}))
     return summarise_task(task, found["results"], lm.tallies)
 
