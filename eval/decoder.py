@@ -25,6 +25,7 @@ from spotlight_jax.generate import context_limit
 from spotlight_jax.memory import step_reads
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import Params, apply_layer, embed_tokens, unembed
+from spotlight_jax.sampling import check_chosen, pick_best
 from spotlight_jax.selection import SelectionConfig
 from spotlight_jax.stops import find_stops
 
@@ -56,7 +57,7 @@ def _step_layer(
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def _choose(params: Params, x: Float[Array, "one one embed"], cfg: DecoderConfig) -> Int32[Array, ""]:
-    return jnp.argmax(unembed(params, x, cfg)[0, 0]).astype(jnp.int32)
+    return pick_best(unembed(params, x, cfg)[0])[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +141,7 @@ class Decoder:
                 sizes.append(read["bytes"] + read["index_bytes"] if read else row * (lengths + 1)[:, None])
             lengths = lengths + 1
             token = int(_choose(params, x, cfg))
+            check_chosen(np.asarray(token))
             tokens.append(token)
         return Written(tuple(tokens), _mean(reads), _mean(sizes) * cfg.layers)
 

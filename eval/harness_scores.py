@@ -275,6 +275,7 @@ class Reader:
 
     def _answer(self, request: Request, log_probs, is_greedy, tokens_read, bytes_read) -> Answer:
         """Sums over the queries at scored_from - 1 ... of a request."""
+        forward.check_scores(np.asarray(log_probs))
         lengths = np.arange(request.scored_from, len(request.tokens))  # what each could read
         return Answer(
             log_prob=float(np.sum(np.asarray(log_probs, np.float64))),

@@ -137,6 +137,32 @@ def test_a_stop_that_is_no_list_of_strings_is_refused(stop, message):
         cfg.__post_init__()
 
 
+@pytest.mark.parametrize("broken", ["norm", "layer_1"])
+def test_a_model_whose_logits_are_nan_is_an_error_and_no_blank_text(broken):
+    params = {
+        **base_model().params,
+        broken: jax.tree.map(lambda leaf: leaf * jax.numpy.nan, base_model().params[broken]),
+    }
+    with pytest.raises(InputError, match=r"logits are not finite"):
+        generate(dataclasses.replace(base_model(), params=params), ["abc"], GenerateConfig(max_new_tokens=3))
+
+
+def test_logits_that_become_nan_while_decoding_are_an_error():
+    cfg = GenerateConfig(max_new_tokens=12)
+    compiled = make_engine(base_model(), cfg)
+    state = compiled.prefill([[97, 98, 99]], 12)
+    compiled.params = jax.tree.map(lambda leaf: leaf * jax.numpy.nan, compiled.params)
+    with pytest.raises(InputError, match=r"logits are not finite"):
+        compiled.decode(state)
+
+
+def test_a_selector_of_another_shape_is_refused_with_its_sizes():
+    shape = dataclasses.replace(head_shape(MODEL), layers=5)
+    other = dataclasses.replace(selector(), shape=shape)
+    with pytest.raises(InputError, match=r"does not fit this base model: it has layers 5 instead of 3"):
+        generate(base_model(), ["abc"], GenerateConfig(max_new_tokens=1), other)
+
+
 def test_one_string_is_no_list_of_prompts():
     with pytest.raises(InputError, match=r"the prompts are one string; give a list"):
         generate(base_model(), "Hello")

@@ -158,3 +158,11 @@ def test_a_layer_lowers_for_cuda(name):
     leaves, structure = jax.tree.flatten(args)  # tracing describes a tree's leaves by objects that are no arrays
     layer = jax.jit(lambda *leaves: pass_sparse_layer(*jax.tree.unflatten(structure, leaves), MODEL, 16))
     layer.trace(*leaves).lower(lowering_platforms=("cuda",))
+
+
+def test_a_model_of_nan_is_an_error_and_no_perplexity():
+    who = subject()
+    norm = jax.tree.map(lambda leaf: leaf * np.nan, who.params["norm"])
+    method = who.open_method("dense", SPARSE)
+    with pytest.raises(InputError, match=r"log-probabilities are not finite"):
+        pass_sequence({**who.params, "norm": norm}, who.cfg, Sequence(TOKENS), method, SPARSE)

@@ -79,6 +79,38 @@ def test_the_head_of_a_tied_model_may_be_stored_and_is_not_used(tmp_path: pathli
     assert "head" not in params
 
 
+def test_a_tied_model_may_store_its_table_as_its_head_alone(tmp_path: pathlib.Path) -> None:
+    """safetensors' own `save_model` keeps one name of two that share memory, the first by the alphabet."""
+    cfg = tiny.write_folder(tmp_path, tiny.CASES["smollm2"])
+    _, usual = read_params(tmp_path)
+    weights = tiny.hf_weights(cfg)
+    table = weights.pop("model.embed_tokens.weight")
+    save_file(weights | {"lm_head.weight": table}, tmp_path / "model.safetensors")
+    _, params = read_params(tmp_path)
+    assert "head" not in params
+    np.testing.assert_array_equal(params["embed"]["table"], usual["embed"]["table"])
+    save_file(weights | {"lm_head.weight": table[:-1]}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"lm_head.weight has shape \(60, 36\), the config wants \(61, 36\)"):
+        read_params(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "message"),
+    [
+        (np.nan, jnp.float32, r"model.norm.weight holds NaN or Inf as float32 \(1 of"),
+        (-np.inf, jnp.bfloat16, "model.norm.weight holds NaN or Inf as bfloat16"),
+        (1e6, jnp.float16, "model.norm.weight holds NaN or Inf as float16"),  # finite in the file, too large for it
+    ],
+)
+def test_weights_that_are_not_finite_are_named(value: float, dtype, message: str, tmp_path: pathlib.Path) -> None:
+    cfg = tiny.write_folder(tmp_path, CONFIG)
+    weights = tiny.hf_weights(cfg)
+    weights["model.norm.weight"][3] = value
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=message):
+        read_params(tmp_path, dtype)
+
+
 @pytest.mark.parametrize("size", [0, 4, 100, 5000, -1])
 def test_truncated_safetensors_is_named(size: int, tmp_path: pathlib.Path) -> None:
     tiny.write_folder(tmp_path, CONFIG, shards=3)
