@@ -24,7 +24,10 @@ def encode_text(tokenizer: Any, text: str, vocab: int, special: bool = True) -> 
         special: whether the tokenizer adds what it puts around every text.
     """
     check_text(text)
-    ids = list(tokenizer(text, add_special_tokens=special, verbose=False).input_ids)
+    try:
+        ids = list(tokenizer(text, add_special_tokens=special, verbose=False).input_ids)
+    except Exception as error:  # one whose files name tokens that its vocabulary lacks, for example
+        raise InputError(f"the model's tokenizer cannot encode this text: {error or type(error).__name__}") from error
     check_ids(ids, vocab, tokenizer)
     return ids
 

@@ -1,5 +1,6 @@
 """A decoder's config and weights from a GGUF file (architectures llama, qwen2, qwen3)."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,14 +42,24 @@ def config_from_gguf(file: GgufFile) -> DecoderConfig:
 
 def _read_config(file: GgufFile) -> DecoderConfig:
     arch = file.metadata.get("general.architecture")
-    if arch not in ARCHITECTURES:
+    if not isinstance(arch, str) or arch not in ARCHITECTURES:
         raise InputError(f"GGUF architecture {arch!r} is not supported{nearest(arch, ARCHITECTURES)}")
+    parts = _number(file, "split.count", int, 1)
+    if parts > 1:
+        part = _number(file, "split.no", int, 0) + 1
+        raise InputError(
+            f"this is part {part} of {parts} of a split model; merge the parts (llama-gguf-split --merge) and give the "
+            "merged file"
+        )
     for name in _REFUSED:
         if file.metadata.get(f"{arch}.{name}"):
             raise InputError(f"{arch}.{name} = {file.metadata[f'{arch}.{name}']!r} is not implemented")
     if "token_embd.weight" not in file.tensors:
         raise InputError("tensor token_embd.weight is missing; the file is incomplete")
-    vocab, embed = file.tensors["token_embd.weight"].shape
+    table = file.tensors["token_embd.weight"]
+    if len(table.shape) != 2:
+        raise InputError(f"tensor token_embd.weight has shape {table.shape}, not one row a token")
+    vocab, embed = table.shape
     q_heads = _field(file, "attention.head_count", int)
     head_dim = _field(file, "attention.key_length", int, embed // max(q_heads, 1))
     for name in ("attention.value_length", "rope.dimension_count"):
@@ -85,14 +96,19 @@ def _stop_id(file: GgufFile, name: str) -> int:
 
 def _field(file: GgufFile, name: str, kind: type, default: Any = None) -> Any:
     """The architecture's metadata field as one number of a kind. Raises InputError naming the field."""
-    full = f"{file.metadata['general.architecture']}.{name}"
+    return _number(file, f"{file.metadata['general.architecture']}.{name}", kind, default)
+
+
+def _number(file: GgufFile, full: str, kind: type, default: Any = None) -> Any:
     value = file.metadata.get(full, default)
-    if isinstance(value, list) and value and len(set(value)) == 1:
+    if isinstance(value, list) and value and all(entry == value[0] for entry in value):
         value = value[0]  # one value per layer, all the same
     if value is None:
         raise InputError(f"metadata field {full} is missing; the file is incomplete")
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise InputError(f"metadata field {full} = {value!r} is not one number")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise InputError(f"metadata field {full} = {value!r} is not one finite number")
+    if kind(value) != value:
+        raise InputError(f"metadata field {full} = {value!r} is not a whole number")
     return kind(value)
 
 
@@ -105,7 +121,7 @@ def _rope(file: GgufFile) -> RopeConfig:
     legacy = _field(file, "rope.scale_linear", float, 0.0)
     if legacy and not factor:
         name, factor = "linear", legacy
-    if name not in kinds:
+    if not isinstance(name, str) or name not in kinds:
         raise InputError(f"RoPE scaling {name!r} is not supported{nearest(name, kinds)}")
     divisors = None
     if "rope_freqs.weight" in file.tensors:

@@ -16,6 +16,7 @@ from spotlight_jax.models.params import Path
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_DTYPES = ("F64", "F32", "F16", "BF16")  # of weights; what is quantised has numbers beside it that say what they mean
 _PARTS = {
     "attention_norm": "input_layernorm",
     "q": "self_attn.q_proj",
@@ -89,8 +90,15 @@ def read_hf_weights(folder: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
         try:
             with safetensors.safe_open(path, framework="numpy") as shard:
                 for name in shard.keys():  # noqa: SIM118 (not a dict)
-                    if not name.endswith(".rotary_emb.inv_freq"):  # a buffer that old checkpoints hold
-                        yield name, shard.get_tensor(name)
+                    if name.endswith(".rotary_emb.inv_freq"):  # a buffer that old checkpoints hold
+                        continue
+                    kind = shard.get_slice(name).get_dtype()
+                    if kind not in _DTYPES:
+                        raise InputError(
+                            f"{path}: tensor {name} is stored as {kind}, which is not read without its scales; use a "
+                            f"model in one of {', '.join(_DTYPES)}"
+                        )
+                    yield name, shard.get_tensor(name)
         except FileNotFoundError:
             raise InputError(f"{path}: no such file; the model's shards are incomplete") from None
         except (safetensors.SafetensorError, OSError) as error:
@@ -98,12 +106,12 @@ def read_hf_weights(folder: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _shards(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The weight files, from the index where there is one."""
+    """The weight files: one that holds all, as transformers looks for it first, or those of the index."""
     index = folder / _INDEX
-    if not index.exists():
-        if not (folder / _SINGLE).exists():
-            raise InputError(f"{folder}: holds neither {_SINGLE} nor {_INDEX}; other weight formats are not read")
+    if (folder / _SINGLE).exists():
         return [folder / _SINGLE]
+    if not index.exists():
+        raise InputError(f"{folder}: holds neither {_SINGLE} nor {_INDEX}; other weight formats are not read")
     fields = read_json(index)
     files = fields.get("weight_map") if isinstance(fields, dict) else None
     if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):

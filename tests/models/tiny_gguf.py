@@ -39,12 +39,13 @@ def vocabulary() -> list[str]:
     return SPECIALS + USER_DEFINED + sorted(byte_symbols().values()) + [merge.replace(" ", "") for merge in MERGES]
 
 
-def add_tokenizer(writer: gguf.GGUFWriter, style: str = "smollm") -> None:
+def add_tokenizer(writer: gguf.GGUFWriter, style: str | None = "smollm") -> None:
     """The metadata of a byte-level BPE tokenizer."""
     vocab = vocabulary()
     kinds = [3] * len(SPECIALS) + [4] * len(USER_DEFINED)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(style)
+    if style is not None:
+        writer.add_tokenizer_pre(style)
     writer.add_token_list(vocab)
     writer.add_token_types(kinds + [1] * (len(vocab) - len(kinds)))
     writer.add_token_merges(MERGES)
@@ -79,7 +80,7 @@ def write_gguf(
     tensors: dict[str, np.ndarray] | None = None,
     fields: dict[str, Any] | None = None,
     ends: dict[str, int] | None = None,
-    style: str = "smollm",
+    style: str | None = "smollm",
 ) -> pathlib.Path:
     """A GGUF file of a tiny case; `fields` adds metadata under the architecture's name, `ends` ids that end a text."""
     arch = config["model_type"]
