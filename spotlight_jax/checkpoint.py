@@ -16,7 +16,8 @@ import safetensors
 import safetensors.numpy
 
 from spotlight_jax import hashing
-from spotlight_jax.errors import InputError
+from spotlight_jax.errors import InputError, naming
+from spotlight_jax.fields import read_dataclass
 
 FORMAT = 2
 
@@ -71,10 +72,11 @@ def load_selector(folder: str | pathlib.Path, shape: hashing.HeadShape | None = 
     if not (folder / "config.json").is_file() and (folder / "selector" / "config.json").is_file():
         folder = folder / "selector"
     config = _read_config(folder)
-    try:
-        cfg, own = hashing.HashConfig(**config["hash"]), hashing.HeadShape(**config["shape"])
-    except (KeyError, TypeError) as error:
-        raise InputError(f"'{folder / 'config.json'}' is not a selector's config: {error}") from None
+    with naming(f"'{folder / 'config.json'}' is not a selector's config"):
+        cfg = read_dataclass(hashing.HashConfig, config.get("hash"))
+        own = read_dataclass(hashing.HeadShape, config.get("shape"))
+        if not isinstance(config.get("base_model", ""), str):
+            raise InputError("base_model is no text")
     if shape is not None:
         check_shape(own, shape, f"selector '{folder}' (trained for {config.get('base_model')})")
     seen: dict[str, Any] = {}
@@ -108,7 +110,7 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
         raise InputError(f"'{folder}' is no selector: it has no config.json; give the selector/ folder of a run")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (ValueError, RecursionError):  # also numbers of thousands of digits, and brackets without end
         raise InputError(f"'{file}' is not valid JSON; export the selector again") from None
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise InputError(f"'{file}' is not a selector's config of format {FORMAT}; export it with this version")
