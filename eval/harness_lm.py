@@ -10,7 +10,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from eval.harness_scores import Progress, Reader, Request, Tally, Wanted
 from spotlight_jax.errors import InputError
 from spotlight_jax.sampling import SamplingConfig
-from spotlight_jax.token_ids import encode_text, render_chat
+from spotlight_jax.token_ids import check_ids, encode_text, render_chat
 
 DEFAULT_NEW_TOKENS = 256  # the harness's own, where a task names none
 
@@ -67,8 +67,11 @@ class SpotlightLM(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """What an empty context stands for."""
-        bos = self.tokenizer.bos_token_id
-        return self.tokenizer.eos_token_id if bos is None else bos
+        found = self.tokenizer.eos_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
+        if found is None:
+            raise InputError("the model's tokenizer has no token that begins or ends a text, and the harness needs one")
+        check_ids([found], self.reader.subject.cfg.vocab, self.tokenizer)
+        return found
 
     @property
     def tokenizer_name(self) -> str:
