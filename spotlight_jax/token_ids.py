@@ -51,6 +51,8 @@ def render_chat(tokenizer: Any, messages: Messages, add_generation_prompt: bool 
     """
     if not tokenizer.chat_template:
         raise InputError("this model has no chat template; use generate with a plain prompt")
+    for message in messages:
+        check_text(message["content"], f"the {message['role']}'s message")
     try:
         text = tokenizer.apply_chat_template(
             list(messages), add_generation_prompt=add_generation_prompt, tokenize=False, **options

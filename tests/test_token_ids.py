@@ -53,6 +53,8 @@ def test_text_that_is_no_unicode_is_one_line_wherever_it_meets_a_tokenizer(text)
     ):
         with pytest.raises(InputError, match="is not valid Unicode: character"):
             encode()
+    with pytest.raises(InputError, match=rf"the user's message is not valid Unicode: character {len(text) - 1} is"):
+        render_chat(byte_tokenizer(), [{"role": "user", "content": text}])
     check_text("pairs that are whole \U0001f642")
 
 
