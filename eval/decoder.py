@@ -24,7 +24,9 @@ from spotlight_jax.errors import InputError
 from spotlight_jax.memory import step_reads
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import Params, apply_layer, embed_tokens, unembed
+from spotlight_jax.sampling import check_chosen, pick_best
 from spotlight_jax.selection import SelectionConfig
+from spotlight_jax.stops import find_stops
 
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="cache")
@@ -54,7 +56,7 @@ def _step_layer(
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def _choose(params: Params, x: Float[Array, "one one embed"], cfg: DecoderConfig) -> Int32[Array, ""]:
-    return jnp.argmax(unembed(params, x, cfg)[0, 0]).astype(jnp.int32)
+    return pick_best(unembed(params, x, cfg)[0])[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +140,7 @@ class Decoder:
                 sizes.append(read["bytes"] + read["index_bytes"] if read else row * (lengths + 1)[:, None])
             lengths = lengths + 1
             token = int(_choose(params, x, cfg))
+            check_chosen(np.asarray(token))
             tokens.append(token)
         return Written(tuple(tokens), _mean(reads), _mean(sizes) * cfg.layers)
 
@@ -156,9 +159,8 @@ def _cut(tokens: list[int], stop_tokens: Sequence[int]) -> list[int]:
 def open_decoder(
     subject: Subject, name: str, selection: SelectionConfig, seed: int = 0, stop_tokens: Sequence[int] | None = None
 ) -> Decoder:
-    """A decoder for a method by its name; by default a text ends with the tokenizer's end-of-text token."""
+    """A decoder for a method by its name; by default a text ends with the ids that the model's files name."""
     if stop_tokens is None:
-        end = None if subject.tokenizer is None else subject.tokenizer.eos_token_id
-        stop_tokens = () if end is None else (int(end),)
+        stop_tokens = find_stops(subject.cfg, subject.tokenizer).tokens
     subject, name = subject.reading(name)
     return Decoder(subject, subject.open_method(name, selection, seed), selection, stop_tokens)

@@ -165,8 +165,18 @@ def pass_sequence(
     tokens = tokens if any(is_sparse) else whole["tokens"]
     log_probs, is_greedy = score_next(unembed_params(params), x, sequence.tokens, model_cfg)
     targets = [np.asarray(array)[: sequence.length - 1] for array in (log_probs, is_greedy)]
+    check_scores(targets[0])
     read = tokens[0], (sums["bytes"] + sums["index_bytes"])[0], sums["index_bytes"][0]
     return Passed(*targets, *(np.asarray(array)[: sequence.length] for array in read))
+
+
+def check_scores(log_probs: Float[np.ndarray, "targets"]) -> None:
+    """Raise InputError where log-probabilities are not finite: such a model says nothing about methods."""
+    if not np.isfinite(log_probs).all():
+        raise InputError(
+            "the model's log-probabilities are not finite (NaN or Inf): its weights cannot be used, or their dtype is "
+            "too narrow; try --dtype float32, or fetch the model again"
+        )
 
 
 def _leading_stream(

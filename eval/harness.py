@@ -110,6 +110,8 @@ def run_task(cfg: HarnessConfig, subject: Subject, trial: Trial, task: str, mana
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise InputError(f"the harness cannot run task '{task}': {reason}") from error
     assert found is not None, "one process"
+    for line in sorted(lm.unmatched):
+        record.say(f"harness: {task}: {line}")
     samples = found.get("samples", {})
     _write_samples(record, trial, samples)
     asked = sum(len({row["doc_id"] for row in rows}) for rows in samples.values())  # a row a document and filter

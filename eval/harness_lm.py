@@ -4,13 +4,13 @@ import collections
 from collections.abc import Sequence
 from typing import Any
 
-import jinja2
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from eval.harness_scores import Progress, Reader, Request, Tally, Wanted
 from spotlight_jax.errors import InputError
 from spotlight_jax.sampling import SamplingConfig
+from spotlight_jax.token_ids import check_ids, encode_text, render_chat
 
 DEFAULT_NEW_TOKENS = 256  # the harness's own, where a task names none
 
@@ -57,6 +57,7 @@ class SpotlightLM(TemplateLM):
         self.max_length = reader.limit - 1 if max_length is None else max_length
         self.question_sparse, self.progress = question_sparse, progress
         self.tallies: dict[str, Tally] = collections.defaultdict(Tally)
+        self.unmatched: set[str] = set()  # a line for each stop string that no text can hold
 
     @property
     def eot_token_id(self) -> int:
@@ -66,8 +67,11 @@ class SpotlightLM(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """What an empty context stands for."""
-        bos = self.tokenizer.bos_token_id
-        return self.tokenizer.eos_token_id if bos is None else bos
+        found = self.tokenizer.eos_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
+        if found is None:
+            raise InputError("the model's tokenizer has no token that begins or ends a text, and the harness needs one")
+        check_ids([found], self.reader.subject.cfg.vocab, self.tokenizer)
+        return found
 
     @property
     def tokenizer_name(self) -> str:
@@ -78,19 +82,20 @@ class SpotlightLM(TemplateLM):
         """Token ids; a text that begins with the beginning-of-text token does not get another."""
         if add_special_tokens is None and string.startswith(self.tokenizer.decode([self.prefix_token_id])):
             add_special_tokens = False
-        options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        return list(self.tokenizer(string, verbose=False, **options).input_ids)
+        return encode_text(self.tokenizer, string, self.reader.subject.cfg.vocab, add_special_tokens is not False)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The model's template; a system message that it does not know is left out."""
         if not self.tokenizer.chat_template:
             raise InputError(f"{self.reader.subject.source} has no chat template; leave --chat out")
         options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+        known = [message for message in chat_history if message["role"] != "system"]
         try:
-            return self.tokenizer.apply_chat_template(chat_history, tokenize=False, **options)
-        except jinja2.exceptions.TemplateError:
-            known = [message for message in chat_history if message["role"] != "system"]
-            return self.tokenizer.apply_chat_template(known, tokenize=False, **options)
+            return render_chat(self.tokenizer, chat_history, **options)
+        except InputError:
+            if known == chat_history:
+                raise
+            return render_chat(self.tokenizer, known, **options)
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-probability of each continuation after its context, and whether greedy decoding would write it."""
@@ -151,6 +156,7 @@ class SpotlightLM(TemplateLM):
             groups[read_settings(request.args[1], self.reader.seed)].append(place)
         texts = [""] * len(requests)
         for wanted, places in groups.items():
+            self.unmatched.update(self.reader.stops(wanted).unmatched)
             room = self.max_length - wanted.max_new_tokens
             if room < 1:
                 raise InputError(
@@ -185,4 +191,5 @@ def read_settings(given: dict[str, Any], seed: int = 0) -> Wanted:
         known.pop("num_beams", None)
     if known:
         raise InputError(f"the task's generation settings {', '.join(sorted(known))} are not known here")
-    return Wanted(int(count), (stop,) if isinstance(stop, str) else tuple(stop), sampling)
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    return Wanted(int(count), tuple(text for text in stops if text), sampling)

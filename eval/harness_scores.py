@@ -22,6 +22,7 @@ from spotlight_jax.memory import step_reads
 from spotlight_jax.models.decoder import embed_tokens, unembed_params
 from spotlight_jax.models.load import BaseModel
 from spotlight_jax.sampling import SamplingConfig
+from spotlight_jax.stops import Stops, find_stops
 from spotlight_jax.text_stream import TextStream
 
 TAIL = 256  # tokens scored after a prompt that is passed once; longer ones in one pass over everything
@@ -126,8 +127,8 @@ class Reader:
         self.limit = subject.cfg.max_context
         self.is_dense = len(set(self.method.dense_layers) & set(range(subject.cfg.layers))) == subject.cfg.layers
         self.seed = seed
-        self._engines: dict[SamplingConfig, Engine] = {}
-        self._decoder: Decoder | None = None
+        self._engines: dict[tuple[SamplingConfig, tuple[int, ...]], Engine] = {}
+        self._decoders: dict[tuple[int, ...], Decoder] = {}
 
     def score(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Answer]:
         """Answers in the order of the requests, none of which passes the context."""
@@ -212,6 +213,10 @@ class Reader:
             request, tail.log_probs[scored], is_greedy, tail.tokens_read[scored], tail.bytes_read[scored]
         )
 
+    def stops(self, wanted: Wanted) -> Stops:
+        """What ends a text that is written so."""
+        return find_stops(self.subject.cfg, self.subject.tokenizer, wanted.stop)
+
     def write(self, prompts: Sequence[Sequence[int]], wanted: Wanted, progress: Progress | None = None) -> list[Text]:
         """Continue prompts that leave room in the context; texts in the order of the prompts.
 
@@ -241,7 +246,8 @@ class Reader:
         selector = subject.selector if self.method.name == "spotlight" else None
         assert subject.tokenizer is not None, "who gives texts has a tokenizer"
         model = BaseModel(subject.cfg, subject.params, subject.tokenizer, subject.source)
-        engine = self._engines.setdefault(wanted.sampling, make_engine(model, cfg, selector))
+        key = (wanted.sampling, self.stops(wanted).tokens)
+        engine = self._engines.setdefault(key, make_engine(model, cfg, selector))
         hash_cfg = None if selector is None else selector.cfg
         texts = []
         for found in generate(model, prompts, cfg, selector, engine):
@@ -253,10 +259,13 @@ class Reader:
         return texts
 
     def _write_one(self, prompt: Sequence[int], wanted: Wanted) -> list[Text]:
-        if self._decoder is None:
-            self._decoder = open_decoder(self.subject, self.method.name, self.trial.selection, self.seed)
-        written = self._decoder.write(list(prompt), wanted.max_new_tokens)
         assert self.subject.tokenizer is not None, "who gives texts has a tokenizer"
+        ends = self.stops(wanted).tokens
+        if ends not in self._decoders:
+            self._decoders[ends] = open_decoder(
+                self.subject, self.method.name, self.trial.selection, self.seed, stop_tokens=ends
+            )
+        written = self._decoders[ends].write(list(prompt), wanted.max_new_tokens)
         stream = TextStream(self.subject.tokenizer, wanted.stop)
         text = stream.push(list(written.tokens)) + stream.finish()
         steps = len(written.tokens) - 1
@@ -266,6 +275,7 @@ class Reader:
 
     def _answer(self, request: Request, log_probs, is_greedy, tokens_read, bytes_read) -> Answer:
         """Sums over the queries at scored_from - 1 ... of a request."""
+        forward.check_scores(np.asarray(log_probs))
         lengths = np.arange(request.scored_from, len(request.tokens))  # what each could read
         return Answer(
             log_prob=float(np.sum(np.asarray(log_probs, np.float64))),

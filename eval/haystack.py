@@ -13,6 +13,7 @@ from jaxtyping import Int32
 from spotlight_jax import documents
 from spotlight_jax.encoding import NullCount
 from spotlight_jax.errors import InputError
+from spotlight_jax.token_ids import encode_text
 
 _log = logging.getLogger(__name__)
 
@@ -54,13 +55,13 @@ class Question:
 class Haystack:
     """A long text as token ids, from which each question takes a piece."""
 
-    def __init__(self, source: str, tokenizer: transformers.PreTrainedTokenizerBase, wanted: int) -> None:
-        """Read at least `wanted` tokens of a text.
+    def __init__(self, source: str, tokenizer: transformers.PreTrainedTokenizerBase, vocab: int, wanted: int) -> None:
+        """Read at least `wanted` tokens of a text, for a model whose embedding has `vocab` rows.
 
         Raises:
             InputError: there is no such text, it is too short, or it holds no text but token ids.
         """
-        self.tokenizer = tokenizer
+        self.tokenizer, self.vocab = tokenizer, vocab
         found: list[int] = []
         for text in _read(source):
             found += self._encode(text.strip() + "\n\n")
@@ -101,11 +102,11 @@ class Haystack:
         return Question(np.concatenate([begin, hay[:place], hidden, hay[place:]]), question, answer)
 
     def _encode(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        return encode_text(self.tokenizer, text, self.vocab, special=False)
 
     def _begin(self) -> list[int]:
         """What the tokenizer puts before every text."""
-        whole, bare = list(self.tokenizer("a").input_ids), self._encode("a")
+        whole, bare = encode_text(self.tokenizer, "a", self.vocab), self._encode("a")
         return whole[: len(whole) - len(bare)] if whole[len(whole) - len(bare) :] == bare else []
 
     def _split(self, asked: str, wanted: str) -> tuple[np.ndarray, np.ndarray]:

@@ -13,7 +13,7 @@ from eval.longbench_tasks import Task
 from eval.predictions import check_answers
 from spotlight_jax import documents, text_files
 from spotlight_jax.errors import InputError
-from spotlight_jax.generate import encode_chat
+from spotlight_jax.token_ids import encode_chat, encode_text
 
 _HUB = "hf:"
 
@@ -95,13 +95,19 @@ class Prompt:
     is_cut: bool
 
 
-def chat_tokens(tokenizer: transformers.PreTrainedTokenizerBase) -> int:
+def chat_tokens(tokenizer: transformers.PreTrainedTokenizerBase, vocab: int) -> int:
     """Tokens that the chat template adds to a prompt; 0 for a model without one."""
-    return len(encode_chat(tokenizer, [{"role": "user", "content": ""}])) if tokenizer.chat_template else 0
+    return len(encode_chat(tokenizer, [{"role": "user", "content": ""}], vocab)) if tokenizer.chat_template else 0
 
 
 def encode_prompt(
-    tokenizer: transformers.PreTrainedTokenizerBase, task: Task, sample: Sample, max_length: int, room: int, chat: bool
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    vocab: int,
+    task: Task,
+    sample: Sample,
+    max_length: int,
+    room: int,
+    chat: bool,
 ) -> Prompt:
     """A question as the model is asked it.
 
@@ -109,11 +115,16 @@ def encode_prompt(
     goes into the chat template (not for few-shot and code tasks, nor for models without one).
 
     Args:
+        tokenizer: of the model.
+        vocab: rows of the model's embedding.
+        task: says how the question is put.
+        sample: the question.
+        max_length: see above.
         room: most tokens of all; the template and the seam between the halves may take a few more than was left.
         chat: whether to use the template.
     """
     text = task.prompt.format(context=sample.context, input=sample.question)
-    tokens = list(tokenizer(text, verbose=False).input_ids)
+    tokens = encode_text(tokenizer, text, vocab)
     is_cut = len(tokens) > max_length
     if is_cut:
         half = max_length // 2
@@ -121,9 +132,9 @@ def encode_prompt(
             str(tokenizer.decode(part, skip_special_tokens=True)) for part in (tokens[:half], tokens[-half:])
         )
     if chat and task.is_chat and tokenizer.chat_template:
-        tokens = encode_chat(tokenizer, [{"role": "user", "content": text}])
+        tokens = encode_chat(tokenizer, [{"role": "user", "content": text}], vocab)
     elif is_cut:
-        tokens = list(tokenizer(text, verbose=False).input_ids)
+        tokens = encode_text(tokenizer, text, vocab)
     if len(tokens) > room:
         tokens = tokens[: room // 2] + tokens[len(tokens) - (room - room // 2) :]
     return Prompt(tuple(tokens), is_cut)

@@ -79,9 +79,9 @@ class Desk:
 
     def encode(self, task: Task, sample: Sample) -> Prompt:
         """A question as the model is asked it; without --max-length, as much of it as the context holds."""
-        room = self.subject.cfg.max_context - task.max_new_tokens
-        longest = self.cfg.max_length or room - (chat_tokens(self.tokenizer) if self.cfg.chat else 0)
-        return encode_prompt(self.tokenizer, task, sample, longest, room, self.cfg.chat)
+        room, vocab = self.subject.cfg.max_context - task.max_new_tokens, self.subject.cfg.vocab
+        longest = self.cfg.max_length or room - (chat_tokens(self.tokenizer, vocab) if self.cfg.chat else 0)
+        return encode_prompt(self.tokenizer, vocab, task, sample, longest, room, self.cfg.chat)
 
     def file(self, trial: Trial, task: str) -> Path:
         """The predictions of one method for one task."""
@@ -101,7 +101,7 @@ def check_room(cfg: LongBenchConfig, subject: Subject, names: Sequence[str]) -> 
     """Raise InputError for a model without a tokenizer, and for a context that has no room for prompts."""
     if subject.tokenizer is None:
         raise InputError(f"{subject.source} has no tokenizer, and LongBench is text; give a real model")
-    limit, around = subject.cfg.max_context, chat_tokens(subject.tokenizer) if cfg.chat else 0
+    limit, around = subject.cfg.max_context, chat_tokens(subject.tokenizer, subject.cfg.vocab) if cfg.chat else 0
     for name in names:
         new, wanted = TASKS[name].max_new_tokens, cfg.max_length or 2
         if wanted + around + new > limit:

@@ -44,6 +44,7 @@ from spotlight_jax import cli, files
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.display import make_table
 from spotlight_jax.errors import InputError
+from spotlight_jax.stops import find_stops
 from spotlight_jax.text_files import json_line
 
 _MIB = 2**20
@@ -147,7 +148,8 @@ def ask(desk: Desk, question: Question, trial: Trial, prompt: Prefilled) -> tupl
     own = slice(-count - 1, -1)  # the queries that foretell the answer
     best = tail.best[own]
     is_right = best == question.answer
-    text = desk.decode(_write(pass_on, count, desk.tokenizer.eos_token_id) if cfg.generate else best)
+    ends = find_stops(subject.cfg, desk.tokenizer).tokens
+    text = desk.decode(_write(pass_on, count, ends) if cfg.generate else best)
     row = {
         "exact": float(is_right.all()),
         "accuracy": float(is_right.mean()),
@@ -161,13 +163,13 @@ def ask(desk: Desk, question: Question, trial: Trial, prompt: Prefilled) -> tupl
 
 
 def _write(
-    pass_on: Callable[[Int32[np.ndarray, "after"]], Tail], count: int, end: int | None
+    pass_on: Callable[[Int32[np.ndarray, "after"]], Tail], count: int, ends: Sequence[int]
 ) -> Int32[np.ndarray, "said"]:
     """The most probable tokens one after another, up to `count`; each step passes over the whole tail again."""
     said: list[int] = []
     while len(said) < count:
         token = int(pass_on(np.asarray(said, np.int32)).best[-1])
-        if token == end:
+        if token in ends:
             break
         said.append(token)
     return np.asarray(said, np.int32)
@@ -211,7 +213,8 @@ def main(cfg: NeedleConfig) -> dict[str, Any]:
     methods = {trial: subject.open_method(trial.method, trial.selection, cfg.seed) for trial in trials}
     cells: list[Row] = [{"length": length, "depth": depth} for length in cfg.lengths for depth in cfg.depths]
     with Record.open(cfg, cfg.variant, FREE_FIELDS) as record:
-        desk = Desk(cfg, subject, tokenizer, Haystack(cfg.haystack, tokenizer, 2 * max(cfg.lengths)), methods)
+        haystack = Haystack(cfg.haystack, tokenizer, subject.cfg.vocab, 2 * max(cfg.lengths))
+        desk = Desk(cfg, subject, tokenizer, haystack, methods)
         left = record.begin([trial.part | cell for cell in cells for trial in trials])
         for cell in cells:
             if unanswered := [trial for trial in trials if trial.part | cell in left]:

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from eval.attend import attend_with, causal_budgets, default_chunk, dense_reads, row_bytes
+from eval.forward import check_scores
 from eval.methods.base import Method
 from spotlight_jax.attention import causal_attention
 from spotlight_jax.models.config import DecoderConfig
@@ -134,6 +135,7 @@ def pass_tail(
     best, log_probs = _score(unembed_params(params), x, padded, cfg)
     found = best, log_probs, read[0], (sums["bytes"] + sums["index_bytes"])[0], sums["index_bytes"][0]
     cut = [np.asarray(array)[:count] for array in jax.device_get(found)]
+    check_scores(cut[1][:-1])
     return Tail(cut[0], cut[1][:-1], *cut[2:])
 
 

@@ -19,7 +19,8 @@ import safetensors
 import safetensors.numpy
 
 from spotlight_jax import files, hashing, manifest
-from spotlight_jax.errors import InputError
+from spotlight_jax.errors import InputError, naming
+from spotlight_jax.fields import read_dataclass
 from spotlight_jax.models.source import DEFAULT_MODEL, find_again, lasting_name
 
 FORMAT = 2
@@ -99,10 +100,14 @@ def load_selector(folder: str | pathlib.Path, shape: hashing.HeadShape | None = 
             f"selector '{folder}' is damaged: {damage}; export it again with --resume (or, where you changed it "
             f"yourself, delete {manifest.FILE})"
         )
-    try:
-        cfg, own = hashing.HashConfig(**config["hash"]), hashing.HeadShape(**config["shape"])
-    except (KeyError, TypeError) as error:
-        raise InputError(f"'{folder / 'config.json'}' is not a selector's config: {error}") from None
+    with naming(f"'{folder / 'config.json'}' is not a selector's config"):
+        cfg = read_dataclass(hashing.HashConfig, config.get("hash"))
+        own = read_dataclass(hashing.HeadShape, config.get("shape"))
+        if not isinstance(config.get("base_model", ""), str):
+            raise InputError("base_model is no text")
+        positions = config.get("positions")
+        if positions is not None and (type(positions) is not int or positions < 1):
+            raise InputError("positions is no whole number of at least 1")
     if shape is not None:
         check_shape(own, shape, f"selector '{folder}' (trained for {config.get('base_model')})")
     seen: dict[str, Any] = {}
@@ -187,7 +192,7 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
         raise InputError(f"'{folder}' is no selector: it has no config.json; give the selector/ folder of a run")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (ValueError, RecursionError):  # also numbers of thousands of digits, and brackets without end
         raise InputError(f"'{file}' is not valid JSON; export the selector again") from None
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise InputError(f"'{file}' is not a selector's config of format {FORMAT}; export it with this version")

@@ -19,6 +19,7 @@ from spotlight_jax.derived import Derived, find_derived, write_derived
 from spotlight_jax.documents import Source
 from spotlight_jax.errors import InputError
 from spotlight_jax.text_files import Documents, find_kind, holds_token_ids, read_token_ids
+from spotlight_jax.token_ids import check_ids, check_text
 
 _FORMAT = 3  # raised when packing changes, so that old token caches are not read
 _log = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class Encoder:
     """A tokenizer of `transformers` or `tokenizers`, or none where every text is token ids already."""
 
     def __init__(self, tokenizer: Any, vocab_size: int | None = None, progress: texts.Progress | None = None) -> None:
+        self._tokenizer = tokenizer
         self._backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
         self._eos = getattr(tokenizer, "eos_token_id", None)
         self._progress = progress
@@ -66,7 +68,10 @@ class Encoder:
         return list(whole[: places[0]]) if bare and places else []
 
     def encode(self, batch: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each document, between the BOS that the tokenizer adds, if any, and its end-of-text id."""
+        """Token ids of each document, between the BOS that the tokenizer adds, if any, and its end-of-text id.
+
+        Raises InputError where a document is not valid Unicode, or gives ids that the model has no row for.
+        """
         pieces = [split_document(document, is_seam=self._is_seam) for document in batch]
         flat = iter(self._encode_pieces([piece for document in pieces for piece in document]))
         start = np.array(self._start, np.uint32)
@@ -81,12 +86,17 @@ class Encoder:
     def _encode_pieces(self, pieces: list[str]) -> list[np.ndarray]:
         if self._backend is None:
             raise InputError("text needs a tokenizer, and the model has none; give .npy files of token ids")
+        for piece in pieces:
+            check_text(piece, "a document")
         if self._slow is not None:
             ids = self._slow(pieces, add_special_tokens=False)["input_ids"]
         else:
             encode_batch = getattr(self._backend, "encode_batch_fast", self._backend.encode_batch)
             ids = [encoding.ids for encoding in encode_batch(pieces, add_special_tokens=False)]
-        return [np.array(row, np.uint32) for row in ids]
+        found = [np.array(row, np.uint32) for row in ids]
+        for row in (*found, np.array([] if self._eos is None else [self._eos], np.uint32)):
+            check_ids(row, self._vocab_size or self._largest_id, self._tokenizer)
+        return found
 
     def load(self, source: Source, hashes: Sequence[str], column: str) -> np.ndarray:
         """A local source's token ids, mapped from the cache; tokenised first if they are not there."""

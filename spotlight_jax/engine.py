@@ -25,13 +25,13 @@ from spotlight_jax.cached_attention import (
     attend_densely,
     attend_sparsely,
 )
-from spotlight_jax.checkpoint import Selector
+from spotlight_jax.checkpoint import Selector, check_shape
 from spotlight_jax.compiled import compile_with
 from spotlight_jax.errors import InputError
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import apply_layer, embed_tokens, unembed
 from spotlight_jax.models.split_k import FEW_ROWS
-from spotlight_jax.sampling import SamplingConfig, sample
+from spotlight_jax.sampling import NOT_FINITE, SamplingConfig, check_chosen, sample
 from spotlight_jax.selection import SelectionConfig, check_layers, sparse_from
 
 Mode = Literal["dense", "sparse", "mixed"]  # what the sparse layers do in a block: by length, sequences may differ
@@ -172,7 +172,7 @@ def _choose(logits: Float[Array, "batch vocab"], state: DecodeState, cfg: Decode
     running = (~state.is_done).astype(jnp.int32)
     left = state.left - running
     is_stop = jnp.any(tokens[:, None] == jnp.asarray(cfg.stop_tokens, jnp.int32)[None, :], axis=1)
-    is_done = state.is_done | is_stop | (left <= 0)
+    is_done = state.is_done | is_stop | (left <= 0) | (tokens == NOT_FINITE)
     return dataclasses.replace(state, tokens=tokens, left=left, chosen=state.chosen + running, is_done=is_done)
 
 
@@ -222,7 +222,10 @@ class Engine:
     """
 
     def __init__(self, model_cfg: DecoderConfig, params: PyTree, selector: Selector | None, cfg: DecodeConfig):
-        """Hold references; nothing is copied or compiled yet."""
+        """Hold references; nothing is copied or compiled yet. Raises InputError for another model's selector."""
+        if selector is not None:
+            shape = hashing.HeadShape(model_cfg.layers, model_cfg.q_heads, model_cfg.kv_heads, model_cfg.head_dim)
+            check_shape(selector.shape, shape, f"the selector (trained for {selector.base_model})")
         self.model_cfg, self.params, self.cfg = model_cfg, params, cfg
         self.selector = selector
         self.selectors = layer_selectors(selector, model_cfg.layers, cfg.selection)
@@ -298,6 +301,8 @@ class Engine:
     ) -> DecodeState:
         """Cache the prompts (after what `cache` holds, which is given up) and choose each one's first token.
 
+        Raises InputError where the model's logits are not finite, as `decode` does.
+
         Args:
             progress: gets the tokens of the longest prompt done so far, and all of them; the host then waits for each
                 chunk.
@@ -333,7 +338,9 @@ class Engine:
             rope_len=rope_len,
         )
         args = (self.params, last, state)
-        return self.run("first_token", first_token, args, (2,), model_cfg=self.model_cfg, cfg=self.cfg)
+        state = self.run("first_token", first_token, args, (2,), model_cfg=self.model_cfg, cfg=self.cfg)
+        check_chosen(np.asarray(state.tokens))
+        return state
 
     def _prefill_chunk(
         self, tokens: np.ndarray, layers: list[LayerCache], starts: Array, rope_len: Array
@@ -376,4 +383,5 @@ class Engine:
         state, tokens, steps = self.run("decode", decode_block, args, (2,), options, **static)
         # fetched at once, with what the next call looks at: an array keeps what was fetched of it
         tokens, steps, _, _ = jax.device_get((tokens, steps, state.cache.lengths, state.is_done))
+        check_chosen(tokens[:, :steps])
         return state, tokens[:, :steps]

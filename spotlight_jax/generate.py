@@ -8,6 +8,7 @@ for result in generate(model, ["Once upon a time"], GenerateConfig(max_new_token
 
 import dataclasses
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -22,7 +23,9 @@ from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.load import BaseModel
 from spotlight_jax.sampling import SamplingConfig
 from spotlight_jax.selection import SelectionConfig, sparse_from
+from spotlight_jax.stops import find_stops
 from spotlight_jax.text_stream import TextStream
+from spotlight_jax.token_ids import check_ids, check_text, encode_chat, encode_text
 
 STREAM_BLOCK = 4  # steps between two pieces of streamed text
 
@@ -34,9 +37,9 @@ class GenerateConfig:
     max_new_tokens: int = 128
     """Most tokens after each prompt."""
     stop: tuple[str, ...] = ()
-    """Strings of which the first to appear ends a text; it is left out."""
+    """Strings of which the first to appear ends a text; it is left out. A special token's name stands for the token."""
     ignore_eos: bool = False
-    """Go on after the model's end-of-text token."""
+    """Go on after the tokens that the model ends a text or a turn with."""
     prefill_chunk: int | None = None
     """Prompt tokens per prefill step; None: by device."""
     block: int = 32
@@ -45,9 +48,16 @@ class GenerateConfig:
     selection: SelectionConfig = dataclasses.field(default_factory=SelectionConfig)
 
     def __post_init__(self) -> None:
-        """Refuse a generation of nothing."""
+        """Refuse a generation of nothing, and stop strings that are none."""
         if self.max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {self.max_new_tokens}; give at least 1")
+        if isinstance(self.stop, str) or not all(isinstance(text, str) for text in self.stop):
+            raise InputError(f"stop is {self.stop!r}; give strings in a list, such as ('END',)")
+        if "" in self.stop:
+            raise InputError("a stop string is empty, which every text holds; leave it out")
+        for text in self.stop:
+            check_text(text, "a stop string")
+        object.__setattr__(self, "stop", tuple(self.stop))
         make_decode_config(self)  # refuses chunks and blocks of nothing
 
 
@@ -103,15 +113,20 @@ def encode_prompts(
         is_chat: whether a text is a user's message, put into the model's chat template.
         most: only so many tokens of each prompt, the first ones.
     """
+    if isinstance(prompts, str):
+        raise InputError("the prompts are one string; give a list of them: [prompt]")
     encoded = []
-    limit = model_cfg.max_context
+    limit, vocab = model_cfg.max_context, model_cfg.vocab
     for number, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
             tokens = list(prompt)
+            if not all(isinstance(token, int | np.integer) for token in tokens):
+                raise InputError(f"prompt {number} is neither a text nor token ids")
+            check_ids(tokens, vocab)
         elif is_chat:
-            tokens = encode_chat(tokenizer, [{"role": "user", "content": prompt}])
+            tokens = encode_chat(tokenizer, [{"role": "user", "content": prompt}], vocab)
         else:
-            tokens = list(tokenizer(prompt, verbose=False).input_ids)
+            tokens = encode_text(tokenizer, prompt, vocab)
         tokens = tokens[:most]
         name = "the prompt" if len(prompts) == 1 else f"prompt {number}"
         if not tokens:
@@ -127,14 +142,6 @@ def encode_prompts(
     return encoded
 
 
-def encode_chat(tokenizer, messages: list[dict[str, str]]) -> list[int]:
-    """Token ids of a talk so far, by the model's chat template, ready for the assistant's answer."""
-    if not tokenizer.chat_template:
-        raise InputError("this model has no chat template; use generate with a plain prompt")
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
-
-
 def make_decode_config(cfg: GenerateConfig, stop_tokens: tuple[int, ...] = ()) -> DecodeConfig:
     """The part of the settings that the device sees."""
     return DecodeConfig(
@@ -148,9 +155,8 @@ def make_decode_config(cfg: GenerateConfig, stop_tokens: tuple[int, ...] = ()) -
 
 def make_engine(model: BaseModel, cfg: GenerateConfig, selector: Selector | None = None) -> Engine:
     """An engine for this model and these settings; keep it to generate again without compiling."""
-    eos = model.tokenizer.eos_token_id
-    stops = () if cfg.ignore_eos or eos is None else (int(eos),)
-    return Engine(model.cfg, model.params, selector, make_decode_config(cfg, stops))
+    stops = find_stops(model.cfg, model.tokenizer, cfg.stop, cfg.ignore_eos)
+    return Engine(model.cfg, model.params, selector, make_decode_config(cfg, stops.tokens))
 
 
 class Run:
@@ -171,6 +177,7 @@ class Run:
             progress: gets the tokens of the longest prompt prefilled so far, and all of them.
         """
         self.engine, self.cfg = engine, cfg
+        self._stops = find_stops(engine.model_cfg, tokenizer, cfg.stop, cfg.ignore_eos)
         self.streams = [TextStream(tokenizer, cfg.stop) for _ in prompts]
         self.prompts = prompts
         self.tokens: list[list[int]] = [[] for _ in prompts]
@@ -223,8 +230,10 @@ class Run:
         """What each sequence has become so far."""
         found = []
         for stream, tokens, prompt in zip(self.streams, self.tokens, self.prompts, strict=True):
-            is_end = bool(tokens) and tokens[-1] in self.engine.cfg.stop_tokens
-            ended_by = "stop string" if stream.is_stopped else "end of text" if is_end else "length"
+            last = tokens[-1] if tokens else -1
+            is_stopped = stream.is_stopped or last in self._stops.by_string
+            is_end = last in self.engine.cfg.stop_tokens
+            ended_by = "stop string" if is_stopped else "end of text" if is_end else "length"
             found.append(Generation(stream.text, tuple(tokens), len(prompt), ended_by))
         return found
 
@@ -261,12 +270,23 @@ def generate(
         selector: see `load_selector`.
         engine: of an earlier call with the same settings, to compile nothing again.
     """
-    cfg = cfg or GenerateConfig()
-    encoded = encode_prompts(model.tokenizer, prompts, cfg.max_new_tokens, model.cfg)
-    run = Run(engine or make_engine(model, cfg, selector), model.tokenizer, encoded, cfg)
+    run = _start(model, prompts, cfg or GenerateConfig(), selector, engine)
     while not run.is_done:
         run.step()
     return run.results()
+
+
+def _start(
+    model: BaseModel,
+    prompts: Sequence[str | Sequence[int]],
+    cfg: GenerateConfig,
+    selector: Selector | None,
+    engine: Engine | None,
+) -> Run:
+    encoded = encode_prompts(model.tokenizer, prompts, cfg.max_new_tokens, model.cfg)
+    for line in find_stops(model.cfg, model.tokenizer, cfg.stop).unmatched:
+        warnings.warn(line, stacklevel=3)
+    return Run(engine or make_engine(model, cfg, selector), model.tokenizer, encoded, cfg)
 
 
 def stream(
@@ -277,9 +297,7 @@ def stream(
     engine: Engine | None = None,
 ) -> Iterator[str]:
     """Text after one prompt as it comes; the pieces together are what `generate` returns."""
-    cfg = cfg or GenerateConfig()
-    encoded = encode_prompts(model.tokenizer, [prompt], cfg.max_new_tokens, model.cfg)
-    run = Run(engine or make_engine(model, cfg, selector), model.tokenizer, encoded, cfg)
+    run = _start(model, [prompt], cfg or GenerateConfig(), selector, engine)
     yield from filter(None, run.pieces)
     while not run.is_done:
         yield from filter(None, run.step(STREAM_BLOCK))

@@ -24,6 +24,8 @@ from spotlight_jax.bits import WORD_BITS, pack_bits
 from spotlight_jax.errors import InputError
 from spotlight_jax.weights import WeightBounds, quantise, real_bounds
 
+_WIDEST = 2**16  # hidden layer of a network
+_MOST_HEADS = 2**12  # and layers, and dimensions of a head: far above any model's
 RANDOM_START = 0.001  # standard deviation of the paper's initial weights
 SPREAD = 4.0  # of a query's scores in the transform form, so that the ranking loss's margin is neither nothing nor all
 
@@ -55,8 +57,8 @@ class HashConfig:
         """Refuse what no hash function can be built from."""
         if self.code_bits % WORD_BITS or not 32 <= self.code_bits <= 256:
             raise InputError(f"code_bits is {self.code_bits}; give a multiple of 32 from 32 to 256")
-        if self.hidden < 1:
-            raise InputError(f"hidden is {self.hidden}; give a width of at least 1")
+        if not 1 <= self.hidden <= _WIDEST:
+            raise InputError(f"hidden is {self.hidden}; give a width from 1 to {_WIDEST}")
         if self.form != "symmetric" and self.code_heads == "query":
             raise InputError(f"the {self.form} form keeps one code per KV head; give --hash.code-heads kv")
 
@@ -74,6 +76,14 @@ class HeadShape:
     q_heads: int
     kv_heads: int
     head_dim: int
+
+    def __post_init__(self) -> None:
+        """Refuse what no model has."""
+        for field in dataclasses.fields(self):
+            if not 1 <= getattr(self, field.name) <= _MOST_HEADS:
+                raise InputError(f"{field.name} is {getattr(self, field.name)}; give 1 to {_MOST_HEADS}")
+        if self.q_heads % self.kv_heads:
+            raise InputError(f"{self.q_heads} query heads are not a multiple of {self.kv_heads} KV heads")
 
     @property
     def group(self) -> int:

@@ -4,12 +4,15 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int32, Key
 
 from spotlight_jax.errors import InputError, check_numbers
 
 LEAST_TEMPERATURE = 1e-6  # below it logits divided by it pass float32's range
+
+NOT_FINITE = -1  # stands for a token where the logits have none to choose
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,13 +62,36 @@ def keep_top_p(logits: Float[Array, "batch vocab"], top_p: float) -> Float[Array
 def sample(
     logits: Float[Array, "batch vocab"], keys: Key[Array, "batch"], cfg: SamplingConfig
 ) -> Int32[Array, "batch"]:
-    """One token per sequence.
+    """One token per sequence; `NOT_FINITE` for a sequence whose logits hold NaN, or no finite maximum.
 
     Args:
+        logits: of the next token.
         keys: one PRNG key per sequence; not used by greedy decoding.
+        cfg: how.
     """
-    if cfg.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return pick_best(logits) if cfg.temperature == 0 else _or_not_finite(_draw(logits, keys, cfg), logits)
+
+
+def pick_best(logits: Float[Array, "batch vocab"]) -> Int32[Array, "batch"]:
+    """The most probable token of each sequence; `NOT_FINITE` where the logits hold NaN, or no finite maximum."""
+    return _or_not_finite(jnp.argmax(logits, axis=-1).astype(jnp.int32), logits)
+
+
+def _or_not_finite(tokens: Int32[Array, "batch"], logits: Float[Array, "batch vocab"]) -> Int32[Array, "batch"]:
+    return jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), tokens, NOT_FINITE)  # the maximum with NaN is NaN
+
+
+def check_chosen(tokens: np.ndarray) -> None:
+    """Raise InputError where a token was to be chosen by logits that are not finite."""
+    if np.any(tokens == NOT_FINITE):
+        raise InputError(
+            "the model's logits are not finite (NaN or Inf): its weights cannot be used, or their dtype is too narrow; "
+            "try --dtype float32, or fetch the model again"
+        )
+
+
+def _draw(logits: Float[Array, "batch vocab"], keys: Key[Array, "batch"], cfg: SamplingConfig) -> Int32[Array, "batch"]:
+    """One token per sequence, at the temperature and from the most probable ones."""
     logits = logits.astype(jnp.float32) / cfg.temperature
     if 0 < cfg.top_k < logits.shape[-1]:
         least = lax.top_k(logits, cfg.top_k)[0][:, -1:]

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import transformers
 
+from spotlight_jax.stops import special_tokens
+
 BROKEN = "\ufffd"  # what a decoder writes for bytes that are no character yet
 MOST_BYTES = 4  # of one UTF-8 character, and so the most tokens that one waits for
 PATIENCE = 12  # pending tokens after which bytes that still are no character are taken for broken
@@ -20,6 +22,8 @@ class TextStream:
             stop: strings of which the first to appear ends the text and is not part of it.
         """
         self._tokenizer, self._stop = tokenizer, tuple(text for text in stop if text)
+        # decoding leaves them out; left in, one may be all the context of what follows, which then loses its space
+        self._skipped = frozenset(special_tokens(tokenizer).values())
         self._tokens: list[int] = []
         self._start = 0  # tokens from here on give context to the pending ones: decoding one alone may drop its space
         self._read = 0  # tokens before here are in the text
@@ -38,6 +42,8 @@ class TextStream:
         for token in tokens:
             if self.is_stopped:
                 break
+            if token in self._skipped:
+                continue
             self._tokens.append(int(token))
             pieces.append(self._settle(self._take(is_last=False), is_last=False))
         return "".join(pieces)

@@ -12,7 +12,6 @@ from spotlight_jax.errors import InputError
 from spotlight_jax.generate import (
     GenerateConfig,
     Run,
-    encode_chat,
     encode_prompts,
     generate,
     head_shape,
@@ -25,6 +24,7 @@ from spotlight_jax.models.load import BaseModel
 from spotlight_jax.models.presets import PRESETS
 from spotlight_jax.sampling import SamplingConfig
 from spotlight_jax.selection import SelectionConfig
+from spotlight_jax.token_ids import encode_chat
 from tests.byte_tokenizer import byte_tokenizer
 
 MODEL = PRESETS["tiny"]
@@ -101,6 +101,72 @@ def test_the_end_of_text_token_ends_one_sequence_unless_ignored():
     assert generate(model, ["abc"], ignoring)[0].tokens == free.tokens
 
 
+def test_an_id_of_the_models_own_files_ends_a_text():
+    free = free_text(GenerateConfig(max_new_tokens=20))
+    end = free.tokens[5]
+    model = dataclasses.replace(base_model(), cfg=dataclasses.replace(MODEL, stop_tokens=(end,)))
+    result = generate(model, ["abc"], GenerateConfig(max_new_tokens=20))[0]
+    assert result.tokens == free.tokens[: free.tokens.index(end) + 1] and result.ended_by == "end of text"
+
+
+def test_a_stop_string_that_is_a_special_token_ends_the_text_there():
+    free = free_text(GenerateConfig(max_new_tokens=20))
+    end = next(token for token in free.tokens[4:] if token < 256)
+    name = TOKENIZER.convert_ids_to_tokens(end)
+    model = base_model(byte_tokenizer(end))  # its end of text, which --ignore-eos leaves out
+    cfg = GenerateConfig(max_new_tokens=20, ignore_eos=True, stop=(name,))
+    result = generate(model, ["abc"], cfg)[0]
+    assert result.tokens == free.tokens[: free.tokens.index(end) + 1] and result.ended_by == "stop string"
+
+
+def test_a_stop_string_that_no_text_can_hold_is_said():
+    cfg = GenerateConfig(max_new_tokens=1, stop=("<end>\n",))
+    with pytest.warns(UserWarning, match=r"'<end>\\n' can never match"):
+        generate(base_model(), ["abc"], cfg, engine=engine(GenerateConfig(max_new_tokens=1), False))
+
+
+@pytest.mark.parametrize(
+    ("stop", "message"),
+    [("abc", "stop is 'abc'; give strings in a list"), ((3,), "stop is"), (("",), "empty"), (("\udc80",), "Unicode")],
+)
+def test_a_stop_that_is_no_list_of_strings_is_refused(stop, message):
+    cfg = GenerateConfig()
+    object.__setattr__(cfg, "stop", stop)  # tests check types where a class is called, users' programs do not
+    with pytest.raises(InputError, match=message):
+        cfg.__post_init__()
+
+
+@pytest.mark.parametrize("broken", ["norm", "layer_1"])
+def test_a_model_whose_logits_are_nan_is_an_error_and_no_blank_text(broken):
+    params = {
+        **base_model().params,
+        broken: jax.tree.map(lambda leaf: leaf * jax.numpy.nan, base_model().params[broken]),
+    }
+    with pytest.raises(InputError, match=r"logits are not finite"):
+        generate(dataclasses.replace(base_model(), params=params), ["abc"], GenerateConfig(max_new_tokens=3))
+
+
+def test_logits_that_become_nan_while_decoding_are_an_error():
+    cfg = GenerateConfig(max_new_tokens=12)
+    compiled = make_engine(base_model(), cfg)
+    state = compiled.prefill([[97, 98, 99]], 12)
+    compiled.params = jax.tree.map(lambda leaf: leaf * jax.numpy.nan, compiled.params)
+    with pytest.raises(InputError, match=r"logits are not finite"):
+        compiled.decode(state)
+
+
+def test_a_selector_of_another_shape_is_refused_with_its_sizes():
+    shape = dataclasses.replace(head_shape(MODEL), layers=5)
+    other = dataclasses.replace(selector(), shape=shape)
+    with pytest.raises(InputError, match=r"does not fit this base model: it has layers 5 instead of 3"):
+        generate(base_model(), ["abc"], GenerateConfig(max_new_tokens=1), other)
+
+
+def test_one_string_is_no_list_of_prompts():
+    with pytest.raises(InputError, match=r"the prompts are one string; give a list"):
+        generate(base_model(), "Hello")
+
+
 def test_new_tokens_of_one_are_the_prefills_own():
     cfg = GenerateConfig(max_new_tokens=1)
     assert len(generate(base_model(), ["abc", "defg"], cfg)[1].tokens) == 1
@@ -130,6 +196,9 @@ def test_the_report_counts_what_was_done():
         ([], "no prompt"),
         (["x" * 600], "600 tokens, and with 8 new ones passes the model's context of 512"),
         (["x" * 505], "context of 512"),
+        ([[5, MODEL.vocab]], "token id 320 is not one of the model's"),
+        ([[5, -1]], "token id -1 is not one of the model's"),
+        (["\udcff"], "not valid Unicode"),
     ],
 )
 def test_prompts_that_cannot_be_continued_are_refused(prompts, message):
@@ -140,7 +209,7 @@ def test_prompts_that_cannot_be_continued_are_refused(prompts, message):
 def test_prompts_may_be_cut_and_may_be_messages():
     assert encode_prompts(TOKENIZER, ["abc" * 300], 8, MODEL, most=4) == [[97, 98, 99, 97]]
     message = [{"role": "user", "content": "abc"}]
-    assert encode_prompts(TOKENIZER, ["abc"], 8, MODEL, is_chat=True) == [encode_chat(TOKENIZER, message)]
+    assert encode_prompts(TOKENIZER, ["abc"], 8, MODEL, is_chat=True) == [encode_chat(TOKENIZER, message, MODEL.vocab)]
 
 
 def test_progress_counts_the_tokens_of_the_longest_prompt():
@@ -164,7 +233,7 @@ def test_a_model_without_a_chat_template_is_refused():
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = None
     with pytest.raises(InputError, match="no chat template"):
-        encode_chat(tokenizer, [{"role": "user", "content": "hi"}])
+        encode_chat(tokenizer, [{"role": "user", "content": "hi"}], MODEL.vocab)
 
 
 def test_generating_nothing_is_refused():

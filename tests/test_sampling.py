@@ -24,6 +24,17 @@ def logits_of(seed):
     return jax.random.normal(jax.random.key(seed), (1, VOCAB)) * 2
 
 
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+@pytest.mark.parametrize("cfg", [SamplingConfig(), SamplingConfig(1.0), SamplingConfig(1.0, top_k=3, top_p=0.9)])
+def test_logits_that_are_not_finite_choose_no_token(wrong, cfg):
+    logits = jnp.concatenate([logits_of(0), logits_of(1).at[0, 7].set(wrong)])
+    tokens = np.asarray(sample(logits, jax.random.split(jax.random.key(0), 2), cfg))
+    assert tokens[0] >= 0 and tokens[1] == sampling.NOT_FINITE
+    sampling.check_chosen(tokens[:1])
+    with pytest.raises(InputError, match=r"logits are not finite"):
+        sampling.check_chosen(tokens)
+
+
 def test_temperature_zero_takes_the_most_probable():
     logits = logits_of(0)
     assert set(draw(logits, SamplingConfig(), 5)) == {int(jnp.argmax(logits))}

@@ -1,8 +1,11 @@
 """Text from tokens as they come."""
 
 import pytest
+import tokenizers
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers
 
 from spotlight_jax.text_stream import BROKEN, TextStream
 from tests.byte_tokenizer import byte_tokenizer
@@ -67,3 +70,32 @@ def test_a_stop_string_across_pieces_is_never_shown(size):
 def test_a_stop_string_never_met_loses_nothing():
     pieces, stream = pieces_of(list(b"almost STO"), ("STOP",))
     assert "".join(pieces) == "almost STO" and not stream.is_stopped
+
+
+WORDS = ["<unk>", "<s>", "<turn>", "\u2581", "\u2581\u2581", "\u2581the", "\u2581cat", "s", ".", "\u2581a"]
+
+
+def sentencepiece_like(metaspace):
+    """Words that carry their blank before them, as LLaMA 2's (a sequence of decoders) or T5's (Metaspace) do."""
+    backend = tokenizers.Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, "<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Metaspace() if metaspace else decoders.Sequence(steps)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", additional_special_tokens=["<turn>"]
+    )
+
+
+@pytest.mark.parametrize("metaspace", [False, True])
+@given(tokens=st.lists(st.integers(0, len(WORDS) - 1), max_size=25), size=st.integers(1, 3))
+def test_pieces_of_words_with_blanks_before_them_are_the_text_around_special_tokens_too(metaspace, tokens, size):
+    tokenizer = sentencepiece_like(metaspace)
+    stream = TextStream(tokenizer)
+    pieces = [stream.push(tokens[start : start + size]) for start in range(0, len(tokens), size)] + [stream.finish()]
+    assert "".join(pieces) == stream.text == tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def test_a_word_after_a_special_token_keeps_its_blank():
+    stream = TextStream(sentencepiece_like(False))
+    stream.push([5, 6, 2])  # the cat<turn>
+    assert stream.push([9]) == " a"

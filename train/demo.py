@@ -20,8 +20,9 @@ from spotlight_jax.commands import generate
 from spotlight_jax.display import print_result
 from spotlight_jax.errors import InputError
 from spotlight_jax.generate import GenerateConfig
-from spotlight_jax.models.load import open_tokenizer
+from spotlight_jax.models.load import load_config, open_tokenizer
 from spotlight_jax.selection import SelectionConfig
+from spotlight_jax.token_ids import encode_text
 from train import layerwise
 from train.config import PRESETS, LayerwiseConfig
 
@@ -92,12 +93,12 @@ def main(cfg: DemoConfig) -> dict[str, Any]:
 
 def _long_prompt(model: str, cfg: DemoConfig) -> tuple[str, str]:
     """A passage, other text and the passage's opening again; and how the passage goes on."""
-    tokenizer = open_tokenizer(model)
+    tokenizer, vocab = open_tokenizer(model), load_config(model).vocab
 
     def tokens_of(name: str, count: int) -> list[int]:
         text = "\n".join(texts.read_text(name))
         middle = text.index("\n\n", len(text) // 2)  # past front matter and contents
-        return tokenizer(text[middle : middle + 8 * count].strip(), verbose=False).input_ids[:count]
+        return encode_text(tokenizer, text[middle : middle + 8 * count].strip(), vocab)[:count]
 
     passage = tokens_of("sherlock", _PASSAGE)
     between = tokens_of("alice", cfg.prompt_tokens - _PASSAGE - _OPENING)

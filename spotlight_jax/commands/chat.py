@@ -7,6 +7,7 @@ An empty line does nothing, /new starts again, /help shows these, /quit or Ctrl-
 
 import contextlib
 import dataclasses
+import io
 import sys
 from collections.abc import Callable, Sequence
 
@@ -19,8 +20,9 @@ from spotlight_jax.commands.session import SessionConfig, decode, describe, load
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.engine import DecodeState, Engine
 from spotlight_jax.errors import InputError
-from spotlight_jax.generate import GenerateConfig, Run, encode_chat
+from spotlight_jax.generate import GenerateConfig, Run
 from spotlight_jax.models.load import BaseModel, open_tokenizer
+from spotlight_jax.token_ids import encode_chat
 
 HELP = "Ctrl-C cuts an answer short, /new starts again, /help shows this, /quit or Ctrl-D ends"
 
@@ -55,7 +57,7 @@ class Talk:
 
     def start_anew(self) -> None:
         """Forget everything but the system's message."""
-        self.messages = [{"role": "system", "content": self.cfg.system}] if self.cfg.system else []
+        self.messages = _first_messages(self.cfg)
         self.cached: list[int] = []
         self.state: DecodeState | None = None
 
@@ -65,7 +67,7 @@ class Talk:
         An answer that fails is as if nothing had been said.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
-        tokens = encode_chat(self.model.tokenizer, messages)
+        tokens = encode_chat(self.model.tokenizer, messages, self.model.cfg.vocab)
         most = self.cfg.generation.max_new_tokens
         if len(tokens) + most > self.limit:
             raise InputError(
@@ -87,15 +89,23 @@ class Talk:
         return run, is_cut
 
 
+def _first_messages(cfg: ChatCommandConfig) -> list[dict[str, str]]:
+    """What every talk begins with."""
+    return [{"role": "system", "content": cfg.system}] if cfg.system else []
+
+
 def main(cfg: ChatCommandConfig, read: Callable[[str], str] = input) -> list[dict[str, str]]:
     """Talk until the input ends; returns the messages."""
     notes = Console(stderr=True, highlight=False, style="dim")
     use_compile_cache()
     name, model_cfg, selector = read_configs(cfg, notes)
-    encode_chat(open_tokenizer(name), [{"role": "user", "content": "Hello"}])  # refuses a model without template
+    # refuses a model without a template, and one whose template takes no system message, or wants one
+    encode_chat(open_tokenizer(name), [*_first_messages(cfg), {"role": "user", "content": "Hello"}], model_cfg.vocab)
     limit = _talk_limit(cfg, model_cfg.max_context)
     model, engine = load_fitting(cfg, name, model_cfg, selector, [limit - cfg.generation.max_new_tokens], notes)
     talk = Talk(model, engine, cfg, limit, notes)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a byte that is not UTF-8 costs its line, not the talk
     with contextlib.suppress(ImportError):  # not everywhere
         import readline  # `input` then knows arrow keys and earlier lines
 

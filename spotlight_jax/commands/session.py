@@ -31,6 +31,7 @@ from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.load import BaseModel, load_config, load_model
 from spotlight_jax.models.params import resolve_dtype
 from spotlight_jax.selection import SelectionConfig
+from spotlight_jax.stops import find_stops
 
 MIB = 2**20
 
@@ -98,6 +99,8 @@ def load_fitting(
     check_memory(plan, free, dtype)
     with waiting(console, f"loading {name}"):
         model = load_model(name, dtype)
+    for line in find_stops(model.cfg, model.tokenizer, generation.stop).unmatched:
+        console.print(line, markup=False, soft_wrap=True)
     return model, make_engine(model, generation, selector)
 
 

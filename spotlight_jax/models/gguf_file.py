@@ -29,6 +29,8 @@ _SCALARS = {
     gguf.GGUFValueType.FLOAT64: "d",
     gguf.GGUFValueType.BOOL: "?",
 }
+_LEAST_BYTES = 8  # of a string, an array, a field or a tensor's header: the length that each begins with
+_DEEPEST = 4  # arrays within arrays
 # Exact or block formats whose dequantisation is a plain formula; codebook and ternary ones are refused by name.
 QUANTISATIONS = (
     "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
@@ -99,15 +101,25 @@ class _Cursor:
         except UnicodeDecodeError:
             raise _BrokenError("a string in its header is not UTF-8") from None
 
-    def value(self, kind: int) -> Any:
+    def count(self, least: int) -> int:
+        """How many items of at least so many bytes follow; no more than the rest of the file has room for."""
+        found = self.number("Q")
+        if found > (len(self.data) - self.at) // least:
+            raise _BrokenError("it ends within its header")
+        return found
+
+    def value(self, kind: int, depth: int = 0) -> Any:
         if kind == gguf.GGUFValueType.STRING:
             return self.text()
         if kind == gguf.GGUFValueType.ARRAY:
-            inner, count = self.number("I"), self.number("Q")
+            inner = self.number("I")
             if inner in _SCALARS:
                 code = f"<{_SCALARS[gguf.GGUFValueType(inner)]}"
+                count = self.count(struct.calcsize(code))
                 return np.frombuffer(self.take(count * struct.calcsize(code)), code).tolist()
-            return [self.value(inner) for _ in range(count)]
+            if depth == _DEEPEST:
+                raise _BrokenError(f"a metadata field nests arrays more than {_DEEPEST} deep")
+            return [self.value(inner, depth + 1) for _ in range(self.count(_LEAST_BYTES))]
         if kind not in _SCALARS:
             raise _BrokenError(f"a metadata field has the unknown type {kind}")
         return self.number(_SCALARS[gguf.GGUFValueType(kind)])
@@ -136,13 +148,15 @@ def _parse(path: pathlib.Path, cursor: _Cursor, size: int) -> GgufFile:
     if version not in (2, 3):
         raise InputError(f"{path}: GGUF version {version} is not supported; supported: 2 and 3, little-endian")
     tensor_count, field_count = cursor.number("Q"), cursor.number("Q")
+    if max(tensor_count, field_count) > size // _LEAST_BYTES:
+        raise _BrokenError("it ends within its header")
     metadata = {}
     for _ in range(field_count):
         name = cursor.text()
         metadata[name] = cursor.value(cursor.number("I"))
     headers = [_tensor_header(cursor) for _ in range(tensor_count)]
     alignment = metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
-    if not isinstance(alignment, int) or alignment < 1:
+    if not isinstance(alignment, int) or isinstance(alignment, bool) or alignment < 1:
         raise _BrokenError(f"its alignment is {alignment!r}")
     base = -(-cursor.at // alignment) * alignment
     tensors = {}

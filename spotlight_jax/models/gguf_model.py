@@ -1,18 +1,20 @@
 """A decoder's config and weights from a GGUF file (architectures llama, qwen2, qwen3)."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from spotlight_jax.errors import InputError
-from spotlight_jax.models.config import DecoderConfig, RopeConfig, RopeKind, nearest
+from spotlight_jax.errors import InputError, naming
+from spotlight_jax.models.config import DecoderConfig, RopeConfig, RopeKind, nearest, stop_tokens
 from spotlight_jax.models.gguf_file import GgufFile
 from spotlight_jax.models.params import Path
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 # metadata fields (after the architecture's name) that change the computation, and are not implemented
 _REFUSED = ("expert_count", "attention.sliding_window", "logit_scale", "attention.clamp_kqv", "attention.alibi_bias")
+_STOPS = ("eos", "eot", "eom")  # end of text, of a turn, and of a message that a tool will answer
 # GGUF's names of a layer's parts
 _PARTS = {
     "attention_norm": "attn_norm",
@@ -34,20 +36,35 @@ def config_from_gguf(file: GgufFile) -> DecoderConfig:
 
     Raises InputError for another architecture, a missing field or a feature that is not implemented.
     """
+    with naming(file.path):
+        return _read_config(file)
+
+
+def _read_config(file: GgufFile) -> DecoderConfig:
     arch = file.metadata.get("general.architecture")
-    if arch not in ARCHITECTURES:
-        raise InputError(f"{file.path}: GGUF architecture {arch!r} is not supported{nearest(arch, ARCHITECTURES)}")
+    if not isinstance(arch, str) or arch not in ARCHITECTURES:
+        raise InputError(f"GGUF architecture {arch!r} is not supported{nearest(arch, ARCHITECTURES)}")
+    parts = _number(file, "split.count", int, 1)
+    if parts > 1:
+        part = _number(file, "split.no", int, 0) + 1
+        raise InputError(
+            f"this is part {part} of {parts} of a split model; merge the parts (llama-gguf-split --merge) and give the "
+            "merged file"
+        )
     for name in _REFUSED:
         if file.metadata.get(f"{arch}.{name}"):
-            raise InputError(f"{file.path}: {arch}.{name} = {file.metadata[f'{arch}.{name}']!r} is not implemented")
+            raise InputError(f"{arch}.{name} = {file.metadata[f'{arch}.{name}']!r} is not implemented")
     if "token_embd.weight" not in file.tensors:
-        raise InputError(f"{file.path}: tensor token_embd.weight is missing; the file is incomplete")
-    vocab, embed = file.tensors["token_embd.weight"].shape
+        raise InputError("tensor token_embd.weight is missing; the file is incomplete")
+    table = file.tensors["token_embd.weight"]
+    if len(table.shape) != 2:
+        raise InputError(f"tensor token_embd.weight has shape {table.shape}, not one row a token")
+    vocab, embed = table.shape
     q_heads = _field(file, "attention.head_count", int)
     head_dim = _field(file, "attention.key_length", int, embed // max(q_heads, 1))
     for name in ("attention.value_length", "rope.dimension_count"):
         if _field(file, name, int, head_dim) != head_dim:
-            raise InputError(f"{file.path}: {arch}.{name} differs from head_dim {head_dim}, which is not implemented")
+            raise InputError(f"{arch}.{name} differs from head_dim {head_dim}, which is not implemented")
     return DecoderConfig(
         vocab=vocab,
         embed=embed,
@@ -64,19 +81,34 @@ def config_from_gguf(file: GgufFile) -> DecoderConfig:
         mlp_bias="blk.0.ffn_gate.bias" in file.tensors,
         qk_norm="blk.0.attn_q_norm.weight" in file.tensors,
         tied="output.weight" not in file.tensors,
+        stop_tokens=stop_tokens([_stop_id(file, name) for name in _STOPS], vocab),
     )
+
+
+def _stop_id(file: GgufFile, name: str) -> int:
+    """The id that ends a text, a turn or a message; -1 where the file names none. Raises InputError for no id."""
+    full = f"tokenizer.ggml.{name}_token_id"
+    value = file.metadata.get(full, -1)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise InputError(f"metadata field {full} = {value!r} is not a token id")
+    return value
 
 
 def _field(file: GgufFile, name: str, kind: type, default: Any = None) -> Any:
     """The architecture's metadata field as one number of a kind. Raises InputError naming the field."""
-    full = f"{file.metadata['general.architecture']}.{name}"
+    return _number(file, f"{file.metadata['general.architecture']}.{name}", kind, default)
+
+
+def _number(file: GgufFile, full: str, kind: type, default: Any = None) -> Any:
     value = file.metadata.get(full, default)
-    if isinstance(value, list) and value and len(set(value)) == 1:
+    if isinstance(value, list) and value and all(entry == value[0] for entry in value):
         value = value[0]  # one value per layer, all the same
     if value is None:
-        raise InputError(f"{file.path}: metadata field {full} is missing; the file is incomplete")
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise InputError(f"{file.path}: metadata field {full} = {value!r} is not one number")
+        raise InputError(f"metadata field {full} is missing; the file is incomplete")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise InputError(f"metadata field {full} = {value!r} is not one finite number")
+    if kind(value) != value:
+        raise InputError(f"metadata field {full} = {value!r} is not a whole number")
     return kind(value)
 
 
@@ -89,14 +121,14 @@ def _rope(file: GgufFile) -> RopeConfig:
     legacy = _field(file, "rope.scale_linear", float, 0.0)
     if legacy and not factor:
         name, factor = "linear", legacy
-    if name not in kinds:
-        raise InputError(f"{file.path}: RoPE scaling {name!r} is not supported{nearest(name, kinds)}")
+    if not isinstance(name, str) or name not in kinds:
+        raise InputError(f"RoPE scaling {name!r} is not supported{nearest(name, kinds)}")
     divisors = None
     if "rope_freqs.weight" in file.tensors:
         divisors = tuple(file.read("rope_freqs.weight").reshape(-1).tolist())
     attention_factor = _field(file, "rope.scaling.attn_factor", float, 0.0)
     if attention_factor not in (0.0, 1.0):
-        raise InputError(f"{file.path}: {arch}.rope.scaling.attn_factor = {attention_factor} is not implemented")
+        raise InputError(f"{arch}.rope.scaling.attn_factor = {attention_factor} is not implemented")
     return RopeConfig(
         kinds[name],
         theta=_field(file, "rope.freq_base", float, 10000.0),

@@ -10,12 +10,13 @@ import numpy as np
 import safetensors
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-from spotlight_jax.errors import InputError
+from spotlight_jax.errors import InputError, naming
 from spotlight_jax.models.config import DecoderConfig, config_from_hf
 from spotlight_jax.models.params import Path
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_DTYPES = ("F64", "F32", "F16", "BF16")  # of weights; what is quantised has numbers beside it that say what they mean
 _PARTS = {
     "attention_norm": "input_layernorm",
     "q": "self_attn.q_proj",
@@ -54,20 +55,30 @@ def read_json(path: pathlib.Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; the folder is not a complete Hugging Face model") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and brackets without end
         raise InputError(f"{path}: not valid JSON ({error}); fetch it again") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def load_hf_config(folder: pathlib.Path) -> DecoderConfig:
-    """The decoder that the folder's `config.json` describes; InputError lines start with the file's path."""
-    path = folder / "config.json"
+def read_fields(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON file that holds an object with fields. Raises as `read_json`."""
     fields = read_json(path)
     if not isinstance(fields, dict):
         raise InputError(f"{path}: holds a {type(fields).__name__}, not an object with fields; fetch it again")
-    try:
-        return config_from_hf(fields)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+    return fields
+
+
+def load_hf_config(folder: pathlib.Path) -> DecoderConfig:
+    """The decoder that the folder's `config.json` describes; InputError lines start with the file's path.
+
+    Of `generation_config.json`, where there is one, the ids that end a text are read.
+    """
+    path, generation = folder / "config.json", folder / "generation_config.json"
+    fields = read_fields(path)
+    more = read_fields(generation) if generation.exists() else {}
+    with naming(path):
+        return config_from_hf(fields, more)
 
 
 def read_hf_weights(folder: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
@@ -79,8 +90,15 @@ def read_hf_weights(folder: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
         try:
             with safetensors.safe_open(path, framework="numpy") as shard:
                 for name in shard.keys():  # noqa: SIM118 (not a dict)
-                    if not name.endswith(".rotary_emb.inv_freq"):  # a buffer that old checkpoints hold
-                        yield name, shard.get_tensor(name)
+                    if name.endswith(".rotary_emb.inv_freq"):  # a buffer that old checkpoints hold
+                        continue
+                    kind = shard.get_slice(name).get_dtype()
+                    if kind not in _DTYPES:
+                        raise InputError(
+                            f"{path}: tensor {name} is stored as {kind}, which is not read without its scales; use a "
+                            f"model in one of {', '.join(_DTYPES)}"
+                        )
+                    yield name, shard.get_tensor(name)
         except FileNotFoundError:
             raise InputError(f"{path}: no such file; the model's shards are incomplete") from None
         except (safetensors.SafetensorError, OSError) as error:
@@ -88,12 +106,12 @@ def read_hf_weights(folder: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _shards(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The weight files, from the index where there is one."""
+    """The weight files: one that holds all, as transformers looks for it first, or those of the index."""
     index = folder / _INDEX
-    if not index.exists():
-        if not (folder / _SINGLE).exists():
-            raise InputError(f"{folder}: holds neither {_SINGLE} nor {_INDEX}; other weight formats are not read")
+    if (folder / _SINGLE).exists():
         return [folder / _SINGLE]
+    if not index.exists():
+        raise InputError(f"{folder}: holds neither {_SINGLE} nor {_INDEX}; other weight formats are not read")
     fields = read_json(index)
     files = fields.get("weight_map") if isinstance(fields, dict) else None
     if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):

@@ -13,6 +13,7 @@ from spotlight_jax.models.decoder import Params, param_shapes
 
 Path = tuple[str, ...]  # of a leaf in the parameter tree
 HEAD: Path = ("head", "kernel")
+TABLE: Path = ("embed", "table")
 
 
 def default_dtype() -> Any:
@@ -32,7 +33,9 @@ def fill_params(
     dtype: Any,
     source: str,
 ) -> Params:
-    """The parameter tree on the default device, from named arrays taken one at a time.
+    """The parameter tree on the default device, from named arrays taken one at a time; all values are finite.
+
+    A tied decoder's table may be stored under its head's name alone, as safetensors' own `save_model` writes it.
 
     Args:
         weights: the format's name and value of every tensor; matrices are `[out, in]`, as all formats store them.
@@ -42,27 +45,51 @@ def fill_params(
         source: the model's name in error lines.
 
     Raises:
-        InputError: a missing, unexpected, repeated or wrongly shaped tensor.
+        InputError: a missing, unexpected, repeated or wrongly shaped tensor, or one with NaN or Inf in it.
     """
     dtype = default_dtype() if dtype is None else dtype
     leaves, tree = jax.tree_util.tree_flatten_with_path(param_shapes(cfg, dtype))
     shapes = {tuple(key.key for key in path): leaf.shape for path, leaf in leaves}
     paths = {name_of(path): path for path in shapes}
     filled: dict[Path, jax.Array] = {}
+    finite: dict[str, jax.Array] = {}
+    head = None  # that a tied checkpoint stores: instead of its table, or as well; then the table counts
     for name, value in weights:
         if cfg.tied and name == name_of(HEAD):
-            continue  # some tied checkpoints store their head as well; the config decides
+            head = value
+            continue
         if name not in paths:
             raise InputError(f"{source}: tensor {name} is unexpected: the config has no place for it")
         path = paths[name]
-        shape = shapes[path][::-1] if path[-1] == "kernel" else shapes[path]
-        if value.shape != shape:
-            raise InputError(f"{source}: tensor {name} has shape {value.shape}, the config wants {shape}")
         if path in filled:
             raise InputError(f"{source}: tensor {name} appears twice")
-        filled[path] = jnp.asarray(value.T if path[-1] == "kernel" else value, dtype)
+        filled[path] = _leaf(path, name, value, shapes[path], dtype, source)
+        finite[name] = _is_finite(filled[path])
+    if head is not None and TABLE not in filled:
+        name = name_of(HEAD)
+        filled[TABLE] = _leaf(TABLE, name, head, shapes[TABLE], dtype, source)
+        finite[name] = _is_finite(filled[TABLE])
     missing = [name for name, path in paths.items() if path not in filled]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise InputError(f"{source}: tensors missing: {', '.join(missing[:3])}{more}; the model is incomplete")
+    if broken := [name for name, is_finite in jax.device_get(finite).items() if not is_finite]:
+        raise InputError(
+            f"{source}: tensor {broken[0]} holds NaN or Inf as {jnp.dtype(dtype).name} ({len(broken)} of {len(finite)} "
+            "tensors do); load it in a wider dtype, or fetch the model again"
+        )
     return jax.tree.unflatten(tree, [filled[path] for path in shapes])
+
+
+def _leaf(path: Path, name: str, value: np.ndarray, wanted: tuple[int, ...], dtype: Any, source: str) -> jax.Array:
+    """One leaf of the tree from a stored tensor."""
+    shape = wanted[::-1] if path[-1] == "kernel" else wanted
+    if value.shape != shape:
+        raise InputError(f"{source}: tensor {name} has shape {value.shape}, the config wants {shape}")
+    with np.errstate(over="ignore"):  # too large for the dtype is Inf, which is looked for
+        return jnp.asarray(value.T if path[-1] == "kernel" else value, dtype)
+
+
+@jax.jit
+def _is_finite(leaf: jax.Array) -> jax.Array:
+    return jnp.isfinite(leaf).all()

@@ -1,13 +1,16 @@
 """Tokenizers: a folder's own, or one built from a GGUF file's metadata. None of it needs torch."""
 
+import contextlib
+import importlib.util
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import tokenizers
 import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from spotlight_jax.errors import InputError
+from spotlight_jax.errors import InputError, naming
 from spotlight_jax.models.config import nearest
 from spotlight_jax.models.gguf_file import GgufFile
 
@@ -32,10 +35,45 @@ def load_tokenizer(folder: pathlib.Path) -> transformers.PreTrainedTokenizerBase
     if not any((folder / name).exists() for name in _VOCABULARIES):
         raise InputError(f"{folder}: holds no tokenizer (none of {', '.join(_VOCABULARIES)})")
     try:
-        return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the library raises many kinds, for files that are missing, cut short or of no use
+        with _one_line_errors(folder):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False
+            )
+    except InputError as error:
+        if "trust_remote_code" in str(error.__cause__):
+            raise InputError(
+                f"{folder}: its tokenizer needs code of its own (auto_map), which is never run; convert it to "
+                "tokenizer.json where you trust that code, and leave auto_map out of its configs"
+            ) from error
+        alone = not any((folder / name).exists() for name in _VOCABULARIES if name != "tokenizer.model")
+        if alone and (missing := [name for name in ("sentencepiece", "google.protobuf") if not _is_installed(name)]):
+            raise InputError(
+                f"{folder}: reading tokenizer.model without tokenizer.json needs {' and '.join(missing)}; run "
+                "pip install sentencepiece protobuf"
+            ) from error
+        raise
+    if not isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
+        raise InputError(f"{folder}: its tokenizer cannot be loaded: it is a {type(tokenizer).__name__}")
+    return tokenizer
+
+
+@contextlib.contextmanager
+def _one_line_errors(source: object) -> Iterator[None]:
+    """What a tokenizer library raises, of many kinds, for files that are missing, cut short or of no use."""
+    try:
+        yield
+    except (InputError, KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # a panic of the library's is none of Exception
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{folder}: its tokenizer cannot be loaded: {reason}") from error
+        raise InputError(f"{source}: its tokenizer cannot be loaded: {reason}") from error
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package around it
+        return False
 
 
 def tokenizer_from_gguf(file: GgufFile) -> transformers.PreTrainedTokenizerFast:
@@ -43,17 +81,22 @@ def tokenizer_from_gguf(file: GgufFile) -> transformers.PreTrainedTokenizerFast:
 
     Raises InputError when the metadata is missing or of a kind that is not implemented.
     """
+    with naming(file.path), _one_line_errors(file.path):
+        return _build(file)
+
+
+def _build(file: GgufFile) -> transformers.PreTrainedTokenizerFast:
     kind = _field(file, "model", str)
     if kind != "gpt2":
-        raise InputError(f"{file.path}: tokenizer type {kind!r} is not supported; supported: gpt2 (byte-level BPE)")
-    vocab = _field(file, "tokens", list)
-    merges = [tuple(merge.split(" ", 1)) for merge in _field(file, "merges", list)]
-    cut = _pre_tokenizer(file)
-    style = file.metadata.get("tokenizer.ggml.pre", "gpt-2")
+        raise InputError(f"tokenizer type {kind!r} is not supported; supported: gpt2 (byte-level BPE)")
+    vocab, merges, types = (_texts(file, "tokens"), _texts(file, "merges"), _field(file, "token_type", list))
+    if len(types) != len(vocab):
+        raise InputError(f"tokenizer.ggml.token_type has {len(types)} entries for {len(vocab)} tokens")
+    style, cut = _pre_tokenizer(file)
     backend = tokenizers.Tokenizer(
         models.BPE(
             vocab={token: index for index, token in enumerate(vocab)},
-            merges=merges,
+            merges=[(left, right) for left, _, right in (merge.partition(" ") for merge in merges)],
             ignore_merges=style == "llama-bpe",  # LLaMA 3 looks a whole word up first
         )
     )
@@ -61,7 +104,6 @@ def tokenizer_from_gguf(file: GgufFile) -> transformers.PreTrainedTokenizerFast:
     backend.decoder = decoders.ByteLevel()
     if style == "qwen2":
         backend.normalizer = normalizers.NFC()
-    types = _field(file, "token_type", list)
     for types_wanted, special in (((_SPECIAL,), True), ((_USER_DEFINED,), False)):
         added = [
             tokenizers.AddedToken(token, special=special, normalized=False)
@@ -76,18 +118,20 @@ def tokenizer_from_gguf(file: GgufFile) -> transformers.PreTrainedTokenizerFast:
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocab.index(bos))]
         )
         backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), with_bos])
+    length = file.metadata.get(f"{file.metadata.get('general.architecture')}.context_length")
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend,
         clean_up_tokenization_spaces=False,
-        model_max_length=int(file.metadata.get(f"{file.metadata.get('general.architecture')}.context_length", 1 << 30)),
+        model_max_length=length if isinstance(length, int) else 1 << 30,
         **names,
     )
-    tokenizer.chat_template = file.metadata.get("tokenizer.chat_template")
+    template = file.metadata.get("tokenizer.chat_template")
+    tokenizer.chat_template = template if isinstance(template, str) else None
     return tokenizer
 
 
-def _pre_tokenizer(file: GgufFile) -> pre_tokenizers.PreTokenizer:
-    """How text is cut before merging, by the name in `tokenizer.ggml.pre`."""
+def _pre_tokenizer(file: GgufFile) -> tuple[str, pre_tokenizers.PreTokenizer]:
+    """The name in `tokenizer.ggml.pre`, and how text is cut before merging by it."""
 
     def split_words(digits: str) -> pre_tokenizers.PreTokenizer:
         pattern = tokenizers.Regex(_WORDS.format(digits=digits))
@@ -105,18 +149,28 @@ def _pre_tokenizer(file: GgufFile) -> pre_tokenizers.PreTokenizer:
         "llama-bpe": split_words("{1,3}"),
         "qwen2": split_words(""),
     }
-    style = file.metadata.get("tokenizer.ggml.pre", "gpt-2")
-    if style not in styles:
-        raise InputError(f"{file.path}: pre-tokenizer {style!r} is not supported{nearest(style, styles)}")
-    return styles[style]
+    style = file.metadata.get("tokenizer.ggml.pre", "default")
+    if style == "default":  # what converters write, or left out, for a tokenizer that they do not know
+        raise InputError(
+            "the file does not say how its text is cut into words (tokenizer.ggml.pre is 'default' or missing); "
+            "convert the model again with a current llama.cpp, or use its Hugging Face folder"
+        )
+    if not isinstance(style, str) or style not in styles:
+        raise InputError(f"pre-tokenizer {style!r} is not supported{nearest(style, styles)}")
+    return style, styles[style]
+
+
+def _texts(file: GgufFile, name: str) -> list[str]:
+    found = _field(file, name, list)
+    if not all(isinstance(text, str) for text in found):
+        raise InputError(f"tokenizer.ggml.{name} holds entries that are no texts; the file has no usable tokenizer")
+    return found
 
 
 def _field(file: GgufFile, name: str, kind: type) -> Any:
     value = file.metadata.get(f"tokenizer.ggml.{name}")
     if not isinstance(value, kind):
-        raise InputError(
-            f"{file.path}: tokenizer.ggml.{name} is missing or malformed; the file has no usable tokenizer"
-        )
+        raise InputError(f"tokenizer.ggml.{name} is missing or malformed; the file has no usable tokenizer")
     return value
 
 

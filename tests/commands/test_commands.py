@@ -19,7 +19,7 @@ from spotlight_jax.checkpoint import Selector, save_selector
 from spotlight_jax.commands import chat, doctor, generate, session
 from spotlight_jax.engine import Engine
 from spotlight_jax.errors import InputError
-from spotlight_jax.generate import GenerateConfig, Run, encode_chat, head_shape
+from spotlight_jax.generate import GenerateConfig, Run, head_shape
 from spotlight_jax.generate import generate as continue_prompts
 from spotlight_jax.memory import MemoryPlan, check_memory, plan_memory
 from spotlight_jax.models.config import RopeConfig
@@ -28,6 +28,7 @@ from spotlight_jax.models.load import BaseModel
 from spotlight_jax.models.presets import PRESETS
 from spotlight_jax.selection import SelectionConfig
 from spotlight_jax.text_stream import BROKEN
+from spotlight_jax.token_ids import encode_chat
 from tests.byte_tokenizer import byte_tokenizer
 
 MODEL = PRESETS["tiny"]
@@ -238,6 +239,16 @@ def test_a_selector_of_another_model_is_refused_before_the_weights_are_loaded(tm
     assert "does not fit this base model" in capsys.readouterr().err
 
 
+def test_a_stop_string_that_no_text_can_hold_is_said(capsys):
+    assert generate.command(["--prompt", "abc", "--max-new-tokens", "1", "--stop", "<end>!"]) == 0
+    assert "'<end>!' can never match" in capsys.readouterr().err
+
+
+def test_an_argument_that_is_not_utf8_is_one_line(capsys):
+    assert generate.command(["--prompt", "caf\udce9", "--max-new-tokens", "1"]) == 2
+    assert "not valid Unicode" in capsys.readouterr().err
+
+
 def test_a_binary_file_is_no_prompt(tmp_path, capsys):
     file = tmp_path / "image.bin"
     file.write_bytes(b"\xff\xfe\x00\x80")
@@ -295,7 +306,7 @@ def test_a_talk_keeps_what_was_said(capsys):
 def answer_to(messages, new=6):
     """What the model says after these messages, all of them in one prompt."""
     model = session.load_model("tiny", "float32")
-    tokens = encode_chat(byte_tokenizer(), messages)
+    tokens = encode_chat(byte_tokenizer(), messages, MODEL.vocab)
     return continue_prompts(model, [tokens], GenerateConfig(max_new_tokens=new))[0].text
 
 
@@ -361,6 +372,29 @@ def test_ctrl_c_before_an_answer_or_twice_leaves_the_talk_as_it_was(capsys, inte
     assert users(messages) == kept
     assert messages[3]["content"] == answer_to(messages[:3], 5)
     assert "the talk is as it was before" in capsys.readouterr().err
+
+
+def test_a_line_that_is_no_text_is_said_and_the_talk_goes_on(capsys):
+    assert users(talk(["hello", "one bad byte \udcff", "and then?"])) == ["hello", "and then?"]
+    assert "is not valid Unicode" in capsys.readouterr().err
+
+
+def test_a_bad_byte_on_standard_input_costs_its_line_alone(capsys, monkeypatch):
+    said = io.TextIOWrapper(io.BytesIO(b"hello\nbad \xff byte\nand then?\n"), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", said)
+    messages = chat.main(chat.ChatCommandConfig(generation=GenerateConfig(max_new_tokens=2)))
+    assert users(messages) == ["hello", "and then?"]
+
+
+def test_a_template_that_takes_no_system_message_is_refused_at_the_start(capsys, monkeypatch):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}hi"
+    )
+    monkeypatch.setattr(chat, "open_tokenizer", lambda source: tokenizer)
+    monkeypatch.setattr(session, "load_model", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(InputError, match=r"chat template cannot write these messages \(system, user\): no system role"):
+        talk(["hello"], system="be brief")
 
 
 def test_an_answer_that_its_length_ends_says_so(capsys):

@@ -163,3 +163,11 @@ def test_a_layer_lowers_for_cuda(name):
 def test_a_method_that_reads_every_layer_densely_is_refused():
     with pytest.raises(InputError, match="'window' reads all 3 layers of this model densely"):
         subject().open_method("window", dataclasses.replace(SPARSE, dense_layers=(0, 1, 2)))
+
+
+def test_a_model_of_nan_is_an_error_and_no_perplexity():
+    who = subject()
+    norm = jax.tree.map(lambda leaf: leaf * np.nan, who.params["norm"])
+    method = who.open_method("dense", SPARSE)
+    with pytest.raises(InputError, match=r"log-probabilities are not finite"):
+        pass_sequence({**who.params, "norm": norm}, who.cfg, Sequence(TOKENS), method, SPARSE)

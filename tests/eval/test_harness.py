@@ -13,6 +13,7 @@ import pytest
 
 from eval import harness
 from eval.config import Subject, Trial
+from eval.decoder import open_decoder
 from eval.harness_scores import Reader, Request, Tally, Wanted
 from spotlight_jax import hashing
 from spotlight_jax.checkpoint import Selector, save_selector
@@ -119,6 +120,21 @@ def test_texts_are_the_products(subject, method):
     cfg = GenerateConfig(max_new_tokens=8, stop=("zz",), selection=SELECTION)
     assert [text.text for text in texts] == [found.text for found in generate(model, prompts, cfg, selector)]
     assert texts[1].sparse == (7 if method == "spotlight" else 0)
+
+
+@pytest.mark.parametrize("method", ["dense", "window"])
+def test_a_tasks_stop_string_that_is_a_special_token_ends_the_text(subject, method):
+    """`until` names it, and the text, which is decoded without it, does not hold it."""
+    prompt = list(b"once upon a time")
+    (free,) = reader(subject, method).write([prompt], Wanted(8))
+    tokens = open_decoder(subject, method, SELECTION, stop_tokens=()).write(prompt, 8).tokens
+    end = next(token for token in tokens[3:] if token < 256)
+    ending = dataclasses.replace(subject, tokenizer=byte_tokenizer(end))
+    name = ending.tokenizer.convert_ids_to_tokens(end)
+    ending.tokenizer.eos_token = None  # no end of text of its own, so that the task's string alone stops it
+    (stopped,) = reader(ending, method).write([prompt], Wanted(8, (name,)))
+    (unstopped,) = reader(ending, method).write([prompt], Wanted(8, ("never",)))
+    assert stopped.tokens < unstopped.tokens == free.tokens == 8
 
 
 def test_a_selector_behind_the_name_is_the_one_that_reads(subject, tmp_path):

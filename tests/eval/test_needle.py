@@ -71,7 +71,7 @@ def make_desk(text_file, trial_name: str, **fields) -> tuple[needle.Desk, needle
     )
     trial = needle.Trial(trial_name, 0.2, "bare", SELECTION)
     methods = {trial: subject().open_method(trial_name, SELECTION)}
-    return needle.Desk(cfg, subject(), TOKENIZER, Haystack(cfg.haystack, TOKENIZER, 800), methods), trial
+    return needle.Desk(cfg, subject(), TOKENIZER, Haystack(cfg.haystack, TOKENIZER, MODEL.vocab, 800), methods), trial
 
 
 @pytest.mark.parametrize("name", ["dense", "spotlight"])
@@ -98,7 +98,7 @@ def test_exact_means_that_greedy_decoding_writes_the_answer(name, text_file):
 
 
 def open_haystack(text_file) -> Haystack:
-    return Haystack(str(text_file), TOKENIZER, 800)
+    return Haystack(str(text_file), TOKENIZER, MODEL.vocab, 800)
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.3, 0.5, 1.0])

@@ -51,9 +51,11 @@ def run(name: str, first: int, cases: int, keep: Path | None) -> int:
     """Run cases and say how each kind of failure looks; returns how many failed."""
     counts: collections.Counter[str] = collections.Counter()
     kinds: dict[str, int] = {}
+    faulthandler.enable()
     _limit_memory()
     for number in range(first, first + cases):
-        sys.stderr.write(f"\r{name} {number} ")  # the last thing said before a crash
+        if number % 100 == 0:
+            sys.stderr.write(f"\r{name} {number} ")  # about where a crash of the whole process was
         folder = keep or Path(tempfile.mkdtemp(prefix="fuzz-"))
         folder.mkdir(parents=True, exist_ok=True)
         try:

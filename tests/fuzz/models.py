@@ -24,7 +24,7 @@ from tests.fuzz.target import Target
 from tests.models import tiny
 from tests.models.tiny_gguf import write_gguf
 
-_MODEL = tiny.CASES["smollm2"]
+_MODEL = tiny.CASES["smollm2"] | {"vocab_size": 320}  # rows for all of the tokenizer's ids
 _SHAPE = hashing.HeadShape(layers=2, q_heads=4, kv_heads=2, head_dim=16)
 TEXT = "hello world <|im_end|> 12345 na\u00efve \U0001f642"
 

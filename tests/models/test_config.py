@@ -41,9 +41,67 @@ def test_a_window_that_no_layer_uses_is_accepted() -> None:
     config_from_hf(QWEN2 | {"sliding_window": 4096, "layer_types": ["full_attention"] * 2})
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+
+
+def test_a_scaling_block_added_by_hand_beside_rope_parameters_counts() -> None:
+    """What Qwen's model card says to add, in a config that transformers 5 wrote."""
+    plain = QWEN2 | {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    added = config_from_hf(plain | {"rope_scaling": {"type": "yarn", **YARN}})
+    assert added == config_from_hf(plain | {"rope_parameters": {"rope_theta": 1e6, **YARN}})
+    assert (added.rope.kind, added.rope.theta, added.rope.factor) == ("yarn", 1e6, 4.0)
+
+
+def test_rope_by_kind_of_layer_is_that_of_full_attention() -> None:
+    nested = {"full_attention": {"rope_theta": 1e6, **YARN}, "sliding_attention": {"rope_theta": 1e4}}
+    without = QWEN2 | {"rope_theta": None}
+    assert config_from_hf(without | {"rope_parameters": nested}) == config_from_hf(
+        without | {"rope_parameters": nested["full_attention"]}
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "ends"),
+    [
+        ({}, None, ()),
+        ({"eos_token_id": 2}, None, (2,)),
+        ({"eos_token_id": [9, 2]}, {"eos_token_id": 5}, (2, 5, 9)),
+        ({"eos_token_id": None}, {"eos_token_id": [5, 5]}, (5,)),
+        ({"eos_token_id": [-1, 60, 61]}, {}, (60,)),  # the model has 61 rows
+    ],
+)
+def test_both_files_name_what_ends_a_text(config: dict, generation: dict | None, ends: tuple[int, ...]) -> None:
+    assert config_from_hf(QWEN2 | config, generation).stop_tokens == ends
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        (
+            {"rope_parameters": {**YARN, "factor": 2.0}, "rope_scaling": YARN},
+            "rope_parameters and rope_scaling differ in f",
+        ),
+        (
+            {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e6}},
+            "rope_theta and rope_parameters differ in rope_theta",
+        ),
+        ({"rope_parameters": {"sliding_attention": YARN}}, "RoPE for sliding_attention, and none for full_attention"),
+        ({"rope_scaling": "yarn"}, "rope_scaling = 'yarn' is not an object"),
+        ({"eos_token_id": "</s>"}, "eos_token_id = '</s>' is neither a token id nor a list"),
+        ({"eos_token_id": [True]}, r"eos_token_id = \[True\] is neither"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps = nan is not a finite number"),
+        ({"hidden_size": float("inf")}, "hidden_size = inf is not a finite number"),
+        ({"hidden_size": 10**400}, "hidden_size = 1000.* is not a finite number"),
+        ({"num_hidden_layers": 10**9}, "layers is 1000000000; at most"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings = 'false' is neither true nor false"),
+        ({"layer_types": 3}, "layer_types = 3 is not a list"),
+        ({"architectures": None, "model_type": ["llama"]}, r"model_type \['llama'\] is not supported"),
+        ({"rope_scaling": {**YARN, "factor": 1e30}}, "factor 1e.30 above 0"),
+        ({"rope_scaling": {**YARN, "beta_fast": -1}}, "beta_fast, beta_slow"),
+        (
+            {"rope_scaling": {**YARN, "rope_type": "llama3", "low_freq_factor": 4.0, "high_freq_factor": 4.0}},
+            "low_freq_factor 4.0 must be above 0 and below high_freq_factor",
+        ),
         ({"architectures": ["Qwen2MoeForCausalLM"]}, "'Qwen2MoeForCausalLM'.*did you mean 'Qwen2ForCausalLM'"),
         ({"architectures": ["GPT2LMHeadModel"]}, "'GPT2LMHeadModel' is not supported.*LlamaForCausalLM"),
         ({"architectures": None, "model_type": "mistral"}, "model_type 'mistral' is not supported"),

@@ -1,4 +1,5 @@
 import pathlib
+import struct
 
 import gguf
 import jax.numpy as jnp
@@ -61,6 +62,11 @@ def test_load_model_reads_weights_and_tokenizer_of_one_file(tmp_path: pathlib.Pa
     assert model.source == str(path) and model.cfg.q_heads == 9
     assert model.params["layer_1"]["q"]["kernel"].dtype == jnp.bfloat16
     assert model.tokenizer.decode(model.tokenizer("hello world")["input_ids"]) == "hello world"
+
+
+def test_the_ends_of_a_text_a_turn_and_a_message_all_end_a_text(tmp_path: pathlib.Path) -> None:
+    path = write_gguf(tmp_path / "model.gguf", tiny.CASES["smollm2"], ends={"eot": 7, "eom": 9})
+    assert config_from_gguf(open_gguf(path)).stop_tokens == (2, 7, 9)  # 2: the tokenizer's own
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16"])
@@ -140,6 +146,37 @@ def test_what_is_not_implemented_is_refused_by_name(change: dict, message: str, 
     path = write_gguf(tmp_path / "model.gguf", tiny.CASES["qwen2"], **change)
     with pytest.raises(InputError, match=message):
         config_from_gguf(open_gguf(path))
+
+
+def test_a_part_of_a_split_model_is_said_to_be_one(tmp_path: pathlib.Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m-00002-of-00004.gguf", "llama")
+    writer.add_uint16("split.no", 1)
+    writer.add_uint16("split.count", 4)
+    writer.add_tensor("t", np.ones((2, 2), np.float32))
+    finish(writer)
+    with pytest.raises(InputError, match=r"m-00002.*: this is part 2 of 4 of a split model; merge the parts"):
+        config_from_gguf(open_gguf(tmp_path / "m-00002-of-00004.gguf"))
+
+
+def _header(field: bytes, tensors: int = 0, fields: int = 1) -> bytes:
+    """A GGUF file with one metadata field, whose type and value are given."""
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, fields) + struct.pack("<Q", 1) + b"a" + field
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (_header(struct.pack("<II", 9, 9) + struct.pack("<QI", 1, 9) * 5000), "nests arrays more than 4 deep"),
+        (_header(struct.pack("<IIQ", 9, 8, 2**60)), "ends within its header"),
+        (_header(struct.pack("<IIQ", 9, 0, 2**63)), "ends within its header"),
+        (_header(b"", fields=2**62), "ends within its header"),
+        (_header(b"", tensors=2**62), "ends within its header"),
+    ],
+)
+def test_counts_without_end_are_refused_at_once(data: bytes, message: str, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(data)
+    with pytest.raises(InputError, match=message):
+        open_gguf(tmp_path / "m.gguf")
 
 
 def test_other_architecture_is_refused_by_name(tmp_path: pathlib.Path) -> None:

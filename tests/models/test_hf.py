@@ -1,4 +1,3 @@
-import contextlib
 import io
 import json
 import pathlib
@@ -12,7 +11,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.numpy import load_file, save_file
 
 from spotlight_jax.errors import InputError
-from spotlight_jax.models import load
+from spotlight_jax.models import load, tokenizer
 from spotlight_jax.models.decoder import forward
 from spotlight_jax.models.gguf_file import open_gguf
 from spotlight_jax.models.hf import hf_name, load_hf_config, read_hf_weights
@@ -53,6 +52,16 @@ def test_load_model_reads_a_folder_with_its_tokenizer(tmp_path: pathlib.Path) ->
     assert model.tokenizer.decode(model.tokenizer("hello world")["input_ids"]) == "hello world"
 
 
+def test_generation_config_names_more_ends_of_a_text(tmp_path: pathlib.Path) -> None:
+    """As LLaMA 3's: its tokenizer ends a text, and its assistant a turn."""
+    tiny.write_folder(tmp_path, CONFIG | {"eos_token_id": 3})
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 9]}')
+    assert load_config(str(tmp_path)).stop_tokens == (3, 9)
+    (tmp_path / "generation_config.json").write_text("[" * 100_000)
+    with pytest.raises(InputError, match=r"generation_config.json: not valid JSON"):
+        load_config(str(tmp_path))
+
+
 def test_bfloat16_is_kept(tmp_path: pathlib.Path) -> None:
     cfg = tiny.write_folder(tmp_path, CONFIG)
     stored = {name: value.astype(ml_dtypes.bfloat16) for name, value in tiny.hf_weights(cfg).items()}
@@ -69,6 +78,38 @@ def test_the_head_of_a_tied_model_may_be_stored_and_is_not_used(tmp_path: pathli
     assert "head" not in params
 
 
+def test_a_tied_model_may_store_its_table_as_its_head_alone(tmp_path: pathlib.Path) -> None:
+    """safetensors' own `save_model` keeps one name of two that share memory, the first by the alphabet."""
+    cfg = tiny.write_folder(tmp_path, tiny.CASES["smollm2"])
+    _, usual = read_params(tmp_path)
+    weights = tiny.hf_weights(cfg)
+    table = weights.pop("model.embed_tokens.weight")
+    save_file(weights | {"lm_head.weight": table}, tmp_path / "model.safetensors")
+    _, params = read_params(tmp_path)
+    assert "head" not in params
+    np.testing.assert_array_equal(params["embed"]["table"], usual["embed"]["table"])
+    save_file(weights | {"lm_head.weight": table[:-1]}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"lm_head.weight has shape \(60, 36\), the config wants \(61, 36\)"):
+        read_params(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "message"),
+    [
+        (np.nan, jnp.float32, r"model.norm.weight holds NaN or Inf as float32 \(1 of"),
+        (-np.inf, jnp.bfloat16, "model.norm.weight holds NaN or Inf as bfloat16"),
+        (1e6, jnp.float16, "model.norm.weight holds NaN or Inf as float16"),  # finite in the file, too large for it
+    ],
+)
+def test_weights_that_are_not_finite_are_named(value: float, dtype, message: str, tmp_path: pathlib.Path) -> None:
+    cfg = tiny.write_folder(tmp_path, CONFIG)
+    weights = tiny.hf_weights(cfg)
+    weights["model.norm.weight"][3] = value
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=message):
+        read_params(tmp_path, dtype)
+
+
 @pytest.mark.parametrize("size", [0, 4, 100, 5000, -1])
 def test_truncated_safetensors_is_named(size: int, tmp_path: pathlib.Path) -> None:
     tiny.write_folder(tmp_path, CONFIG, shards=3)
@@ -77,6 +118,24 @@ def test_truncated_safetensors_is_named(size: int, tmp_path: pathlib.Path) -> No
     with pytest.raises(InputError, match=r"model-00002-of-00003.safetensors: truncated or corrupt") as error:
         read_params(tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.float8_e4m3fn, np.int8])
+def test_quantised_tensors_without_their_scales_are_named(dtype, tmp_path: pathlib.Path) -> None:
+    cfg = tiny.write_folder(tmp_path, CONFIG)
+    weights = tiny.hf_weights(cfg)
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file(weights | {name: weights[name].astype(dtype)}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=rf"{name} is stored as (F8_E4M3|I8), .* use a model in one of F64, F32"):
+        read_params(tmp_path)
+
+
+def test_one_file_that_holds_all_counts_beside_the_index_of_shards_that_are_gone(tmp_path: pathlib.Path) -> None:
+    tiny.write_folder(tmp_path, CONFIG, shards=3)
+    for shard in tmp_path.glob("model-*.safetensors"):
+        shard.unlink()
+    cfg = tiny.write_folder(tmp_path, CONFIG)
+    assert read_params(tmp_path)[0] == cfg
 
 
 def test_missing_shard_is_named(tmp_path: pathlib.Path) -> None:
@@ -135,6 +194,16 @@ def test_broken_tokenizer_is_named(tmp_path: pathlib.Path) -> None:
     with pytest.raises(InputError, match="its tokenizer cannot be loaded") as error:
         load_model(str(tmp_path))
     assert "\n" not in str(error.value)
+
+
+def test_a_sentencepiece_file_alone_names_the_packages_that_read_it(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.write_folder(tmp_path, CONFIG)
+    (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x0e\x0a\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    monkeypatch.setattr(tokenizer, "_is_installed", lambda name: False)
+    with pytest.raises(InputError, match=r"needs sentencepiece and google.protobuf; run pip install sentencepiece pr"):
+        load.open_tokenizer(str(tmp_path))
 
 
 def test_hub_model_is_fetched_into_the_hub_cache(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,6 +269,8 @@ def test_code_in_a_model_folder_never_runs_whatever_is_piped_in(
     piped = io.StringIO("y\n" * 50)
     monkeypatch.setattr("sys.stdin", piped)
     for load_part in (load_model, load.open_tokenizer):
-        with contextlib.suppress(InputError):  # without its code the folder may be of no use
+        try:
             load_part(str(folder))
+        except InputError as error:  # without its code the folder may be of no use
+            assert "needs code of its own (auto_map), which is never run" in str(error)
     assert not ran.exists() and piped.tell() == 0

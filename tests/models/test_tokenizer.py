@@ -108,6 +108,13 @@ def test_unknown_pre_tokenizer_is_named(tmp_path: pathlib.Path) -> None:
         load_model(str(path))
 
 
+@pytest.mark.parametrize("style", [None, "default"])
+def test_a_file_that_does_not_say_how_its_text_is_cut_is_refused(style: str | None, tmp_path: pathlib.Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", tiny.CASES["llama2"], style=style)
+    with pytest.raises(InputError, match=r"m.gguf: .*tokenizer.ggml.pre is 'default' or missing\); convert the model"):
+        load_model(str(path))
+
+
 def test_other_tokenizer_types_are_named(tmp_path: pathlib.Path) -> None:
     for change, message in (("bert", "tokenizer type 'bert' is not supported"), (None, "tokenizer.ggml.model is miss")):
         writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")

@@ -39,12 +39,13 @@ def vocabulary() -> list[str]:
     return SPECIALS + USER_DEFINED + sorted(byte_symbols().values()) + [merge.replace(" ", "") for merge in MERGES]
 
 
-def add_tokenizer(writer: gguf.GGUFWriter, style: str = "smollm") -> None:
+def add_tokenizer(writer: gguf.GGUFWriter, style: str | None = "smollm") -> None:
     """The metadata of a byte-level BPE tokenizer."""
     vocab = vocabulary()
     kinds = [3] * len(SPECIALS) + [4] * len(USER_DEFINED)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(style)
+    if style is not None:
+        writer.add_tokenizer_pre(style)
     writer.add_token_list(vocab)
     writer.add_token_types(kinds + [1] * (len(vocab) - len(kinds)))
     writer.add_token_merges(MERGES)
@@ -78,9 +79,10 @@ def write_gguf(
     *,
     tensors: dict[str, np.ndarray] | None = None,
     fields: dict[str, Any] | None = None,
-    style: str = "smollm",
+    ends: dict[str, int] | None = None,
+    style: str | None = "smollm",
 ) -> pathlib.Path:
-    """A GGUF file of a tiny case; `fields` adds float or text metadata under the architecture's name."""
+    """A GGUF file of a tiny case; `fields` adds metadata under the architecture's name, `ends` ids that end a text."""
     arch = config["model_type"]
     cfg = config_from_hf(config)
     writer = gguf.GGUFWriter(path, arch)
@@ -98,6 +100,8 @@ def write_gguf(
         {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)](
             f"{arch}.{name}", value
         )
+    for name, index in (ends or {}).items():
+        writer.add_uint32(f"tokenizer.ggml.{name}_token_id", index)
     add_tokenizer(writer, style)
     for name, value in (gguf_tensors(config) if tensors is None else tensors).items():
         writer.add_tensor(name, value)

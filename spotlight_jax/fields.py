@@ -1,0 +1,56 @@
+"""Fields that a file holds, to a frozen dataclass: every name and type is checked before anything is made of them."""
+
+import dataclasses
+import types
+import typing
+from typing import Any, TypeVar
+
+from spotlight_jax.errors import InputError
+
+Config = TypeVar("Config")
+
+
+def read_dataclass(kind: type[Config], fields: object) -> Config:
+    """A dataclass from the fields of a JSON or YAML object; lists stand for tuples.
+
+    Raises InputError naming a field that is unknown, missing, or not of its type. The class checks its own ranges.
+    """
+    if not isinstance(fields, dict):
+        raise InputError(f"{_quote(fields)} is not an object with the fields of {kind.__name__}")
+    known = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if unknown := [name for name in fields if name not in known]:
+        raise InputError(f"{kind.__name__} has no field {_quote(unknown[0])}; it has {', '.join(known)}")
+    hints = typing.get_type_hints(kind)
+    required = [name for name, field in known.items() if field.default is field.default_factory is dataclasses.MISSING]
+    if missing := [name for name in required if name not in fields]:
+        raise InputError(f"field {missing[0]} is missing")
+    return kind(**{name: _read(value, hints[name], name) for name, value in fields.items()})
+
+
+def _read(value: object, kind: Any, name: str) -> Any:
+    """A value as its field's type wants it; raises InputError naming the field."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        for option in inner:
+            try:
+                return _read(value, option, name)
+            except InputError:
+                continue
+    elif origin is typing.Literal:
+        if any(value == option and type(value) is type(option) for option in inner):
+            return value
+    elif origin is tuple and isinstance(value, list | tuple):
+        return tuple(_read(entry, inner[0], name) for entry in value)
+    elif dataclasses.is_dataclass(kind):
+        return read_dataclass(typing.cast(type, kind), value)
+    elif kind is float and isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e300:
+        return float(value)
+    elif isinstance(kind, type) and type(value) is kind and kind is not float:
+        return value
+    wanted = getattr(kind, "__name__", None) if origin is None else str(kind).replace("typing.", "")
+    raise InputError(f"field {name} is {_quote(value)} instead of {wanted}")
+
+
+def _quote(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]} ..."

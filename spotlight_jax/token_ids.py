@@ -1,0 +1,101 @@
+"""Text to token ids: the one place where a text meets a tokenizer, and its ids meet the rows of a model's embedding.
+
+A tokenizer may hold more tokens than the model has rows (one that was extended after the model was trained), and text
+may be what no tokenizer takes. Both end here in one line, before anything runs.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from spotlight_jax.errors import InputError
+
+Messages = Sequence[dict[str, str]]
+
+
+def encode_text(tokenizer: Any, text: str, vocab: int, special: bool = True) -> list[int]:
+    """Token ids of a text; raises InputError where it is not valid Unicode or gives ids that the model has no row for.
+
+    Args:
+        tokenizer: of transformers.
+        text: any text.
+        vocab: rows of the model's embedding.
+        special: whether the tokenizer adds what it puts around every text.
+    """
+    check_text(text)
+    try:
+        ids = list(tokenizer(text, add_special_tokens=special, verbose=False).input_ids)
+    except Exception as error:  # one whose files name tokens that its vocabulary lacks, for example
+        raise InputError(f"the model's tokenizer cannot encode this text: {error or type(error).__name__}") from error
+    check_ids(ids, vocab, tokenizer)
+    return ids
+
+
+def encode_chat(tokenizer: Any, messages: Messages, vocab: int) -> list[int]:
+    """Token ids of a talk so far, by the model's chat template, ready for the assistant's answer.
+
+    Raises InputError as `encode_text` and `render_chat` do.
+    """
+    return encode_text(tokenizer, render_chat(tokenizer, messages), vocab, special=False)
+
+
+def render_chat(tokenizer: Any, messages: Messages, add_generation_prompt: bool = True, **options: Any) -> str:
+    """A talk as the model's chat template writes it; raises InputError where there is none, or it refuses the talk.
+
+    Args:
+        tokenizer: of the model.
+        messages: what was said, each with its role and content.
+        add_generation_prompt: whether the assistant is to answer.
+        **options: of transformers' `apply_chat_template`.
+    """
+    if not tokenizer.chat_template:
+        raise InputError("this model has no chat template; use generate with a plain prompt")
+    for message in messages:
+        check_text(message["content"], f"the {message['role']}'s message")
+    try:
+        text = tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=add_generation_prompt, tokenize=False, **options
+        )
+    except Exception as error:  # a template is a program, and raises what it likes
+        roles = ", ".join(message["role"] for message in messages)
+        reason = str(error).strip() or type(error).__name__
+        raise InputError(f"the model's chat template cannot write these messages ({roles}): {reason}") from error
+    if not isinstance(text, str):
+        raise InputError(f"the model's chat template writes {type(text).__name__} instead of a text")
+    return text
+
+
+def check_text(text: str, name: str = "the text") -> None:
+    """Raise InputError where a text holds surrogates: halves of a character, or bytes that are not UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{name} is not valid Unicode: character {error.start} is {text[error.start]!r} (a byte that is not UTF-8, "
+            "or half of a surrogate pair); convert it to UTF-8"
+        ) from None
+
+
+def check_ids(ids: Sequence[int] | np.ndarray, vocab: int, tokenizer: Any = None) -> None:
+    """Raise InputError naming a token id that is none of the model's 0 to `vocab` - 1.
+
+    Args:
+        ids: of one text.
+        vocab: rows of the model's embedding.
+        tokenizer: which made the ids, if one did.
+    """
+    if len(ids) == 0:
+        return
+    low, high = int(min(ids) if isinstance(ids, list) else np.min(ids)), int(np.max(ids))
+    if low >= 0 and high < vocab:
+        return
+    wrong = low if low < 0 else high
+    rows = f"the model's embedding has {vocab} rows"
+    if tokenizer is None:
+        raise InputError(f"token id {wrong} is not one of the model's: {rows}; use ids from 0 to {vocab - 1}")
+    token = tokenizer.convert_ids_to_tokens(wrong) if hasattr(tokenizer, "convert_ids_to_tokens") else "?"
+    raise InputError(
+        f"the tokenizer gives token id {wrong} ({token!r}), but {rows}: the tokenizer is not this model's, or was "
+        "extended after the model was trained; use the model's own tokenizer"
+    )
