@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import configparser
 import dataclasses
+import math
 import os
 import sys
 import tomllib
@@ -25,7 +26,7 @@ _TIMEOUT = 30.0  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
-class IndexConfig:
+class PackageSources:
     """Package indexes, pages or folders of archives, and how the network is reached."""
 
     indexes: tuple[str, ...]
@@ -35,7 +36,7 @@ class IndexConfig:
     timeout: float = _TIMEOUT
 
 
-def read_index_config(environ: Mapping[str, str] = os.environ) -> IndexConfig:
+def read_index_config(environ: Mapping[str, str] = os.environ) -> PackageSources:
     """The settings of pip and uv together; without any, the index that both have by default."""
     pip, uv = _pip_options(environ), _uv_options(environ)
     default = pip.get("index-url") or uv.get("index-url") or pypi_simple.PYPI_SIMPLE_ENDPOINT
@@ -44,9 +45,13 @@ def read_index_config(environ: Mapping[str, str] = os.environ) -> IndexConfig:
     timeout = pip.get("timeout") or pip.get("default-timeout") or _TIMEOUT
     try:
         seconds = float(timeout)
+        if not 0 < seconds < math.inf:
+            raise ValueError
     except ValueError:
-        raise InputError(f"pip's timeout is configured as {timeout!r}; it must be a number of seconds") from None
-    return IndexConfig(
+        raise InputError(
+            f"pip's timeout is configured as {timeout!r}; it must be a number of seconds above 0"
+        ) from None
+    return PackageSources(
         indexes=tuple(dict.fromkeys([default, *extra])) if has_index else (),
         links=tuple(dict.fromkeys([*_words(pip.get("find-links")), *uv.get("find-links", ())])),
         cert=pip.get("cert") or environ.get("SSL_CERT_FILE") or None,

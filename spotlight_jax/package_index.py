@@ -16,7 +16,7 @@ import requests.adapters
 import urllib3
 from packaging.utils import canonicalize_name, canonicalize_version
 
-from spotlight_jax.index_config import IndexConfig, read_index_config
+from spotlight_jax.index_config import PackageSources, read_index_config
 
 _ATTEMPTS = 4  # at one archive; each goes on where the one before broke off
 _CHUNK = 1 << 16  # bytes; what a broken connection loses at most
@@ -41,7 +41,7 @@ def open_index() -> Iterator[PackageIndex]:
 class PackageIndex:
     """Indexes, pages and folders of archives as one; what goes wrong with one of them does not stop the others."""
 
-    def __init__(self, cfg: IndexConfig, session: requests.Session) -> None:
+    def __init__(self, cfg: PackageSources, session: requests.Session) -> None:
         self._cfg, self._session = cfg, session
         self.problems: list[str] = []  # of places that could not be used
 

@@ -123,7 +123,7 @@ def hold(path: pathlib.Path) -> Iterator[None]:
 
 def _lock(path: pathlib.Path) -> TextIO:
     """The folder's lock file, locked by this process, which it names."""
-    lock = (path / LOCK).open("a+", encoding="utf-8")
+    lock = os.fdopen(os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644), "r+", encoding="utf-8")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

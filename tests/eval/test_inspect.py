@@ -178,6 +178,7 @@ def test_a_model_that_the_selector_was_not_trained_for_is_said(tmp_path, capsys)
     flags = write_inputs(tmp_path)
     config = tmp_path / "selector" / "config.json"
     config.write_text(config.read_text().replace("random:tiny", "maker/model"))
+    (tmp_path / "selector" / "manifest.json").unlink()  # as who edits a selector is told to
     assert inspect.command([*flags, "--methods", "spotlight", *SIZES, "--out", str(tmp_path / "run")]) == 0
     told = f"selector '{tmp_path / 'selector'}' was trained for maker/model, and is used with random:tiny\n"
     assert capsys.readouterr().err.startswith(told)
