@@ -9,7 +9,7 @@ import transformers
 
 from eval.methods import UNBUDGETED, Method, base_name, check_names, open_method, selector_of
 from spotlight_jax import runs
-from spotlight_jax.checkpoint import Selector, choose_model, load_selector
+from spotlight_jax.checkpoint import Selector, choose_model, describe_range, load_selector
 from spotlight_jax.errors import InputError, check_numbers
 from spotlight_jax.generate import head_shape
 from spotlight_jax.models.config import DecoderConfig
@@ -200,6 +200,13 @@ def _open_selectors(cfg: EvalConfig) -> dict[str, Selector]:
     """All selectors of an evaluation by their folders: --selector's, and those that methods name."""
     named = [name.partition("@")[2] for name in cfg.methods if "@" in name]
     return {folder: load_selector(folder) for folder in (cfg.selector, *named) if folder is not None}
+
+
+def say_ranges(cfg: EvalConfig, length: int) -> None:
+    """On stderr, a line for each selector that was fitted to fewer positions than sequences of `length` tokens have."""
+    for folder, selector in _open_selectors(cfg).items():
+        if remark := describe_range(selector, length):
+            print(f"'{folder}': {remark}", file=sys.stderr, flush=True)
 
 
 def load_subject(cfg: EvalConfig) -> Subject:

@@ -36,6 +36,7 @@ from eval.config import (
     list_trials,
     load_subject,
     name_model,
+    say_ranges,
 )
 from eval.forward import check_length
 from eval.labels import name_methods
@@ -187,6 +188,7 @@ def main(cfg: InspectConfig) -> dict[str, Any]:
     cfg = name_model(cfg)
     subject = load_subject(cfg)
     check_length(cfg.window, subject.cfg)
+    say_ranges(cfg, cfg.window)
     trials = [trial for trial in list_trials(cfg) if trial.method != "dense"]
     with Record.open(cfg, "inspect", (*FREE_FIELDS, "texts")) as record:
         data = DataConfig(

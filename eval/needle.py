@@ -32,6 +32,7 @@ from eval.config import (
     list_trials,
     load_subject,
     name_model,
+    say_ranges,
 )
 from eval.haystack import Haystack, Question, Variant
 from eval.labels import name_methods
@@ -208,6 +209,7 @@ def main(cfg: NeedleConfig) -> dict[str, Any]:
     use_compile_cache()
     cfg = name_model(cfg)
     subject = load_subject(cfg)
+    say_ranges(cfg, max(cfg.lengths))
     tokenizer = check_subject(cfg, subject)
     trials = list_trials(cfg)
     methods = {trial: subject.open_method(trial.method, trial.selection, cfg.seed) for trial in trials}

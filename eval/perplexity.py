@@ -19,7 +19,17 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
-from eval.config import FREE_FIELDS, EvalConfig, Subject, Trial, describe_part, list_trials, load_subject, name_model
+from eval.config import (
+    FREE_FIELDS,
+    EvalConfig,
+    Subject,
+    Trial,
+    describe_part,
+    list_trials,
+    load_subject,
+    name_model,
+    say_ranges,
+)
 from eval.copy_text import CopyConfig, copy_texts
 from eval.forward import ForwardConfig, Passed, Sequence, check_length, pass_sequence
 from eval.labels import name_methods
@@ -125,6 +135,7 @@ def main(cfg: PerplexityConfig) -> dict[str, Any]:
     cfg = name_model(cfg)
     subject = load_subject(cfg)
     check_length(cfg.length, subject.cfg, "a copy text" if cfg.copy_test else "the window")
+    say_ranges(cfg, cfg.length)
     # a copy text is made of other texts too, so that none may be added
     free_fields = FREE_FIELDS if cfg.copy_test else (*FREE_FIELDS, "texts")
     with Record.open(cfg, "copy" if cfg.copy_test else "perplexity", free_fields) as record:

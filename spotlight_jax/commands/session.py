@@ -14,7 +14,7 @@ from rich.progress import Progress, SpinnerColumn, TaskProgressColumn, TextColum
 from tyro.conf import OmitArgPrefixes
 
 from spotlight_jax import cli, runs
-from spotlight_jax.checkpoint import Selector, check_shape, choose_model, load_selector
+from spotlight_jax.checkpoint import Selector, check_shape, choose_model, describe_range, load_selector
 from spotlight_jax.engine import DecodeState, Engine
 from spotlight_jax.errors import InputError
 from spotlight_jax.generate import (
@@ -130,12 +130,17 @@ def decode(
     """Read the prompts and decode until every sequence has ended, or until Ctrl-C, which ends it after a block.
 
     Args:
-        console: where a terminal shows what is being waited for.
+        console: where a terminal shows what is being waited for, and a line where a sequence goes beyond the positions
+            that the selector was fitted to.
         write: gets the text of the one prompt as it comes.
         state: of an earlier run, to go on after its cache; it is given up.
 
     Returns: the run, and whether it was interrupted. A Ctrl-C during the prompt, or a second one, is KeyboardInterrupt.
     """
+    cached = 0 if state is None else int(state.cache.lengths.max())
+    longest = cached + max(map(len, prompts)) + generation.max_new_tokens
+    if engine.selector is not None and (remark := describe_range(engine.selector, longest)):
+        console.print(remark, markup=False, soft_wrap=True)
     with waiting(console, "reading the prompt") as show:
         run = Run(engine, tokenizer, prompts, generation, state, show)
     with cli.noted_signals(signal.SIGINT) as stop:

@@ -80,6 +80,18 @@ def test_the_model_is_the_selectors_unless_one_is_named(capsys, selector_folder)
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["model"] == name
 
 
+def test_a_prompt_beyond_the_positions_that_a_selector_covers_gets_one_line(capsys, tmp_path):
+    cfg, shape = hashing.HashConfig(code_bits=64), head_shape(MODEL)
+    params = hashing.init_params(jax.random.key(1), cfg, shape)
+    save_selector(tmp_path / "short", Selector(cfg, shape, params, "tiny", {}, 100), "")
+    for tokens, count in ((90, 0), (97, 1)):  # with four new ones
+        args = ["--selector", str(tmp_path / "short"), "--prompt", "x" * tokens, "--max-new-tokens", "4"]
+        assert generate.command(args) == 0
+        shown = capsys.readouterr().err
+        assert shown.count("was fitted to positions up to 100") == count
+        assert shown.count("train one with --length 101") == count
+
+
 def test_the_report_says_when_a_selector_did_not_pay(capsys, selector_folder):
     assert generate.command(["--selector", str(selector_folder), "--prompt", "abc", "--max-new-tokens", "4"]) == 0
     assert "all 6 tokens (too few for reading less to pay" in capsys.readouterr().err

@@ -182,3 +182,15 @@ def test_a_model_that_the_selector_was_not_trained_for_is_said(tmp_path, capsys)
     assert inspect.command([*flags, "--methods", "spotlight", *SIZES, "--out", str(tmp_path / "run")]) == 0
     told = f"selector '{tmp_path / 'selector'}' was trained for maker/model, and is used with random:tiny\n"
     assert capsys.readouterr().err.startswith(told)
+
+
+def test_a_window_beyond_the_positions_that_a_selector_covers_gets_one_line(tmp_path, capsys):
+    flags = write_inputs(tmp_path)
+    config = tmp_path / "selector" / "config.json"
+    fields = json.loads(config.read_text())
+    for positions, count in ((96, 0), (95, 1)):  # the window has 96 tokens
+        config.write_text(json.dumps(fields | {"positions": positions}))
+        (tmp_path / "selector" / "manifest.json").unlink(missing_ok=True)
+        args = [*flags, "--methods", "spotlight", *SIZES, "--out", str(tmp_path / f"run{positions}")]
+        assert inspect.command(args) == 0
+        assert capsys.readouterr().err.count("was fitted to positions up to 95") == count
