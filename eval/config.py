@@ -214,17 +214,14 @@ def load_subject(cfg: EvalConfig) -> Subject:
 
     Where the results go is looked at first: loading and measuring take long.
 
-    Args:
-        cfg: with its model named, as `name_model` does.
-
     Raises: InputError where one is missing or does not fit the others.
     """
     runs.check_destination(cfg.out, cfg.resume)
-    for remark in choose_model(cfg.model, _open_selectors(cfg))[1]:
+    model, remarks = choose_model(cfg.model, _open_selectors(cfg))
+    for remark in remarks:
         print(remark, file=sys.stderr, flush=True)
-    assert cfg.model is not None
-    check_layers(cfg.selection.dense_layers, load_config(cfg.model).layers)
-    model_cfg, params = load_weights(cfg.model, resolve_dtype(cfg.dtype))
+    check_layers(cfg.selection.dense_layers, load_config(model).layers)
+    model_cfg, params = load_weights(model, resolve_dtype(cfg.dtype))
     selector = None if cfg.selector is None else load_selector(cfg.selector, head_shape(model_cfg))
-    tokenizer = None if cfg.model.startswith(RANDOM) else open_tokenizer(cfg.model)
-    return Subject(model_cfg, params, tokenizer, selector, cfg.model)
+    tokenizer = None if model.startswith(RANDOM) else open_tokenizer(model)
+    return Subject(model_cfg, params, tokenizer, selector, model)

@@ -1,7 +1,5 @@
 """Attention of what a method chose, beside NumPy, and what it says of its reads."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -120,7 +118,7 @@ def test_budgets_come_from_each_prefix_or_from_the_whole():
     expected = [max(n - int(0.9 * n + 1e-9), min(3, n)) for n in range(1, 101)]
     assert causal_budgets(100, cfg).tolist() == expected
     assert causal_budgets(100, cfg, whole_length=True).tolist() == [min(n, 10) for n in range(1, 101)]
-    fixed = dataclasses.replace(cfg, budget=7)
+    fixed = SelectionConfig(budget=7)
     assert causal_budgets(100, fixed).tolist() == [min(n, 7) for n in range(1, 101)]
 
 

@@ -12,7 +12,7 @@ from spotlight_jax import hashing, metrics
 from tests.models import tiny
 from train import capture, layerwise, step
 
-LAYERS, WINDOW = 3, 64
+LAYERS, WINDOW, LENGTH = 3, 64, 160  # at this length one group is shared out between two sums
 STEPS, SAVE_EVERY = 12, 5
 
 
@@ -25,7 +25,8 @@ class Inputs:
 
     def flags(self, out: pathlib.Path, *more: str) -> list[str]:
         """Flags of the run that `finished` is, into another folder."""
-        sizes = f"""--data.window {WINDOW} --data.held-out-windows 2 --steps {STEPS} --steps-per-window 2
+        sizes = f"""--length {LENGTH} --data.window {WINDOW} --data.held-out-windows 2
+            --steps {STEPS} --steps-per-window 2
             --hash.code-bits 32 --hash.hidden 8 --ranking.queries 16 --ranking.tops 8 --ranking.others 16
             --ranking.always-top 2 --measure.every 4 --measure.queries 8 --measure.dense-layers 0
             --save-every {SAVE_EVERY} --optimizer.ema 0.8""".split()

@@ -340,7 +340,10 @@ BAD = {
     "unknown flag of a room": (["--ranking.querys", "3"], "did you mean '--ranking.queries'?"),
     "unknown value": (["--hash.form", "symetric"], "Did you mean 'symmetric'?"),
     "unknown preset": (["--preset", "papr"], "Did you mean 'paper'?"),
-    "window past the context": (["--data.window", "512"], "--data.window 512 is more than the 256 tokens"),
+    "window past the context": (
+        ["--data.window", "512", "--length", "context"],
+        "--data.window 512 is more than the 256 tokens",
+    ),
     "text shorter than a window": (["--data.train", "short.npy"], "short.npy"),
     "no such text": (["--data.train", "nothing.npy"], "nothing.npy"),
     "more queries than tokens": (["--ranking.queries", "128"], "ranking.queries is 128, more than the 64 tokens"),
