@@ -36,11 +36,11 @@ def plot_curves(path: pathlib.Path, rows: list[dict[str, Any]], summary: dict[st
     keep = f"keep {summary['keep']:g} ({100 * summary['share_read']:.1f} % read)"
     middle.plot(at, [row["iou"] for row in measured], "o-", color=_LEARNED, label="trained")
     middle.axhline(summary["iou_lsh"], color=_LSH, ls="--", label=f"orthogonal LSH, {summary['code_bits']} bits")
-    middle.set(xlabel="step", ylabel=f"IoU with {summary['oracle']}", title=f"Held-out overlap at {keep}")
+    middle.set(xlabel="step", ylabel=f"IoU with {summary['oracle']}", title=f"Held-out overlap\nat {keep}")
     right.plot(at, [row["mass"] for row in measured], "o-", color=_LEARNED, label="trained")
     right.axhline(summary["mass_lsh"], color=_LSH, ls="--", label=f"orthogonal LSH, {summary['code_bits']} bits")
     right.axhline(summary["mass_oracle"], color=_ORACLE, ls=":", label=summary["oracle"])
-    right.set(xlabel="step", ylabel="attention probability read", title=f"Held-out attention mass at {keep}")
+    right.set(xlabel="step", ylabel="attention probability read", title=f"Held-out attention mass\nat {keep}")
     for axes in (middle, right):
         axes.margins(y=0.15)
         axes.grid(alpha=0.25)

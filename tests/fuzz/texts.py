@@ -48,7 +48,7 @@ def _write_lines(rng: Rng, folder: Path) -> Path:
     path = folder / str(rng.choice(["x.jsonl", "x.JSONL", "x.ndjson", "x.jsonl.gz"]))
     data = _lines(rng, _ROWS)
     if path.suffix == ".gz":
-        data = gzip.compress(data)
+        data = gzip.compress(data, mtime=0)
         data = damage_bytes(rng, data) if rng.random() < 0.5 else data
     path.write_bytes(data)
     return path
