@@ -16,7 +16,6 @@ from spotlight_jax.selection import MIN_TOKENS, share_read
 from train.measure import ORACLES
 from train.plots import plot_curves, plot_layers
 from train.session import Session
-from train.step import gather_state
 
 
 def summarise(session: Session, selector: str) -> dict[str, Any]:
@@ -66,7 +65,7 @@ def write_results(session: Session, folder: runs.RunFolder) -> dict[str, Any]:
     selector = Selector(
         cfg=session.cfg.hash,
         shape=session.shape,
-        params=jax.tree.map(jnp.asarray, jax.device_get(gather_state(session.state, session.shape.layers).selector)),
+        params=jax.tree.map(jnp.asarray, jax.device_get(session.selector())),
         base_model=session.cfg.model,
         info={"recipe": runs.to_plain(session.cfg), "metrics": summary},
         positions=session.length,

@@ -228,7 +228,7 @@ class Session:
     def quality_by(self, cfg: MeasureConfig) -> SelectionQuality:
         """Quality of the hash functions as they are, on the held-out windows."""
         self._check_state()
-        return measure(self._selector(), self._held_out, self.cfg.hash, cfg, self.cfg.layers_at_once)
+        return measure(self.selector(), self._held_out, self.cfg.hash, cfg, self.cfg.layers_at_once)
 
     def _lsh(self) -> tuple[hashing.HashParams, hashing.HashConfig]:
         """Orthogonal LSH of as many bits: what a selector is compared with."""
@@ -236,7 +236,7 @@ class Session:
         cfg = hashing.HashConfig(form="symmetric", skip="rotation", code_bits=bits, hidden=1, centre=False)
         return hashing.init_params(self._init_key, cfg, self.shape), cfg
 
-    def _selector(self) -> hashing.HashParams:
+    def selector(self) -> hashing.HashParams:
         """The hash functions as they are."""
         return gather_state(self.state, self.shape.layers).selector
 
@@ -252,7 +252,7 @@ class Session:
             if far.is_whole
             else f"measuring windows of {self.cfg.data.window:,} tokens whose positions reach {self.length:,}"
         )
-        hashes = {"far": (self._selector(), self.cfg.hash), "far_lsh": self._lsh()}
+        hashes = {"far": (self.selector(), self.cfg.hash), "far_lsh": self._lsh()}
         args = far, self._params, self.model_cfg, hashes, self.cfg.measure, self.mesh
         self.quality |= measure_far(*args)
         self.is_far_whole = far.is_whole
