@@ -30,8 +30,9 @@ from spotlight_jax import cli, hashing
 from spotlight_jax.cache import Cache, bucket_length
 from spotlight_jax.cached_attention import AttentionImpl
 from spotlight_jax.checkpoint import Selector, choose_model, load_selector
+from spotlight_jax.decode_step import DecodeConfig
 from spotlight_jax.display import print_result
-from spotlight_jax.engine import DecodeConfig, Engine
+from spotlight_jax.engine import Engine
 from spotlight_jax.errors import InputError
 from spotlight_jax.generate import head_shape
 from spotlight_jax.memory import GIB, MemoryPlan, available_bytes, check_memory, plan_memory, step_reads
@@ -132,7 +133,7 @@ def random_cache(engine: Engine, lengths: Sequence[int], max_len: int) -> Cache:
         return jax.random.bits(key, leaf.shape) if is_code else jax.random.normal(key, leaf.shape, leaf.dtype)
 
     layers = jax.tree.unflatten(structure, [draw(place, leaf) for place, leaf in enumerate(leaves)])
-    return Cache(layers=layers, lengths=jnp.asarray(lengths, jnp.int32))
+    return Cache(layers=layers, lengths=jnp.asarray(lengths, jnp.int32), code_sets=jnp.zeros((batch,), jnp.int32))
 
 
 def decoded(new_tokens: int, rounds: int, profile: bool = False) -> int:

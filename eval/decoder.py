@@ -19,7 +19,8 @@ from eval.methods.base import Method
 from spotlight_jax.attention import causal_attention
 from spotlight_jax.cache import LayerCache, append
 from spotlight_jax.checkpoint import Selector
-from spotlight_jax.engine import DecodeConfig, DecodeState, Engine
+from spotlight_jax.decode_step import DecodeConfig, DecodeState
+from spotlight_jax.engine import Engine
 from spotlight_jax.errors import InputError
 from spotlight_jax.memory import step_reads
 from spotlight_jax.models.config import DecoderConfig

@@ -4,6 +4,7 @@ Arrays are allocated once for a bucketed length and only ever written by slice u
 given its cache to keep (donated, or carried by a loop) writes the new rows where they belong and copies nothing.
 """
 
+import dataclasses
 import math
 
 import flax.struct
@@ -32,6 +33,7 @@ class Cache:
 
     layers: tuple[LayerCache, ...]
     lengths: Int32[Array, "batch"]
+    code_sets: Int32[Array, "batch"]  # which of the selector's sets of hash functions each sequence's codes are of
 
     @property
     def max_len(self) -> int:
@@ -104,4 +106,4 @@ def grow(cache: Cache, max_len: int) -> Cache:
         )
         for layer in cache.layers
     )
-    return Cache(layers=layers, lengths=cache.lengths)
+    return dataclasses.replace(cache, layers=layers)

@@ -5,13 +5,14 @@ takes what a decoder layer hands to its `attend` beside the layer's cache, and r
 the new tokens in it.
 """
 
+import functools
 from typing import Literal
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from spotlight_jax import hashing
 from spotlight_jax.attention import causal_attention
@@ -33,10 +34,40 @@ FEW_KV_HEADS = 4
 
 @flax.struct.dataclass
 class LayerSelector:
-    """One layer's hash function."""
+    """One layer's hash function, or one of several for each sequence of a batch."""
 
-    params: hashing.HashParams
+    params: hashing.HashParams  # leaves lead with an axis of sets where there is `sets`
     cfg: hashing.HashConfig = flax.struct.field(pytree_node=False)
+    sets: Int32[Array, "batch"] | None = None  # which set each sequence uses; None: there is one for all
+
+    def key_codes(
+        self, keys: Float[Array, "batch q_len kv_heads head_dim"]
+    ) -> UInt32[Array, "batch code_heads words q_len"]:
+        """Packed codes of keys; see `hashing.key_codes`."""
+        if self.sets is None:
+            return hashing.key_codes(self.params, keys, self.cfg)
+        return jax.vmap(lambda params, own: hashing.key_codes(params, own[None], self.cfg)[0])(self._by_row(), keys)
+
+    def hash_queries(
+        self, queries: Float[Array, "batch q_len q_heads head_dim"]
+    ) -> Float[Array, "batch q_len q_heads code_bits"]:
+        """See `hashing.hash_queries`."""
+        if self.sets is None:
+            return hashing.hash_queries(self.params, queries, self.cfg)
+        return jax.vmap(lambda params, own: hashing.hash_queries(params, own, self.cfg))(self._by_row(), queries)
+
+    def integer_weights(
+        self, outputs: Float[Array, "batch q_len q_heads code_bits"], per_kv_head: bool
+    ) -> Int32[Array, "batch q_len heads sums code_bits"]:
+        """See `hashing.integer_weights`; of what `hash_queries` gave."""
+        if self.sets is None:
+            return hashing.integer_weights(self.params, outputs, self.cfg, per_kv_head)
+        weigh = functools.partial(hashing.integer_weights, cfg=self.cfg, per_kv_head=per_kv_head)
+        return jax.vmap(lambda params, own: weigh(params, own[None])[0])(self._by_row(), outputs)
+
+    def _by_row(self) -> hashing.HashParams:
+        """Each sequence's own hash function: leaves lead with the batch."""
+        return jax.tree.map(lambda leaf: leaf[self.sets], self.params)
 
 
 def _remember(
@@ -49,7 +80,7 @@ def _remember(
     """The layer with the new tokens, and their codes where it keeps codes."""
     codes = None
     if layer.codes is not None and selector is not None:
-        codes = hashing.key_codes(selector.params, keys, selector.cfg)
+        codes = selector.key_codes(keys)
     return append(layer, keys, values, codes, starts)
 
 
@@ -221,7 +252,8 @@ def _append_and_select(
     params, cfg, kv_heads, ends = selector.params, selector.cfg, keys.shape[2], lengths + 1
     per_kv_head, group = selection.per == "kv_head", queries.shape[2] // kv_heads
     bounds = hashing.weight_bounds(cfg, group, per_kv_head)
-    if cfg.form == "transform" and per_kv_head and hash_append.is_fused() and score_select.is_fused(bounds):
+    fits_kernel = cfg.form == "transform" and per_kv_head and selector.sets is None
+    if fits_kernel and hash_append.is_fused() and score_select.is_fused(bounds):
         copied, weights, cached_keys, cached_values, codes = hash_append.hash_append(
             queries[:, 0], keys[:, 0], values[:, 0], _as_transform(params),
             layer.keys, layer.values, layer.codes, lengths,
@@ -230,11 +262,11 @@ def _append_and_select(
         return copied[:, None], layer, *select_by_codes(codes, weights, bounds, ends, selection)
     layer = _remember(layer, keys, values, lengths, selector)
     assert layer.codes is not None
-    outputs = hashing.hash_queries(params, queries, cfg)
+    outputs = selector.hash_queries(queries)
     if per_kv_head and cfg.code_heads == "query":  # a code per query head: scores are summed, not weights
         scores = output_scores(params, outputs, layer.codes, cfg, per_kv_head)[:, 0]
         return queries, layer, *select_tokens(scores, ends, selection, hash_score_range(cfg, group, per_kv_head))
-    weights = hashing.integer_weights(params, outputs, cfg, per_kv_head)[:, 0]
+    weights = selector.integer_weights(outputs, per_kv_head)[:, 0]
     return queries, layer, *select_by_codes(layer.codes, weights, bounds, ends, selection)
 
 

@@ -24,20 +24,35 @@ from spotlight_jax.fields import read_dataclass
 from spotlight_jax.models.source import DEFAULT_MODEL, find_again, lasting_name
 
 FORMAT = 2
+_MOST_SETS = 16  # of hash functions for shorter sequences: far above what training makes
 _READ = ("config.json", "selector.safetensors")  # the files that loading reads
 
 
 @dataclasses.dataclass(frozen=True)
 class Selector:
-    """Hash functions of every layer of one base model."""
+    """Hash functions of every layer of one base model.
+
+    What is fitted to long contexts is worse in short ones, so a selector may hold several sets of hash functions, each
+    for sequences of some lengths; a sequence's final length says which one makes its codes.
+    """
 
     cfg: hashing.HashConfig
     shape: hashing.HeadShape
-    params: hashing.HashParams
+    params: hashing.HashParams  # for sequences longer than all of `shorter`
     base_model: str  # that it was trained for
     info: dict[str, Any]  # recipe and metrics, for people
     positions: int | None = None  # tokens of the longest sequence that it was fitted to; None: not known
     is_base_certain: bool = True  # False: base_model is as an old version wrote it, a hub id or a relative path
+    shorter: tuple[tuple[int, hashing.HashParams], ...] = ()  # for sequences of at most so many tokens, ascending
+
+    @property
+    def sets(self) -> tuple[hashing.HashParams, ...]:
+        """All sets of hash functions, those for the shortest sequences first."""
+        return (*(params for _, params in self.shorter), self.params)
+
+    def set_of(self, tokens: int) -> int:
+        """Which of `sets` a sequence uses that will have so many tokens at its end."""
+        return sum(tokens > most for most, _ in self.shorter)
 
 
 def flatten(params: hashing.HashParams) -> dict[str, jax.Array]:
@@ -49,6 +64,8 @@ def flatten(params: hashing.HashParams) -> dict[str, jax.Array]:
 def save_selector(folder: pathlib.Path, selector: Selector, card: str) -> None:
     """Write a selector folder, Orbax and safetensors side by side."""
     arrays = {name: np.asarray(array) for name, array in flatten(selector.params).items()}
+    for most, params in selector.shorter:
+        arrays |= {f"{_prefix(most)}{name}": np.asarray(array) for name, array in flatten(params).items()}
     for name, array in arrays.items():
         _check_finite(name, array, "it is not exported")
     folder.mkdir(parents=True, exist_ok=True)
@@ -59,6 +76,7 @@ def save_selector(folder: pathlib.Path, selector: Selector, card: str) -> None:
         "base_model": lasting_name(selector.base_model),
         "base_model_is_lasting": True,
         "positions": selector.positions,
+        "shorter": [most for most, _ in selector.shorter],
         "hash": dataclasses.asdict(selector.cfg),
         "shape": dataclasses.asdict(selector.shape),
         **selector.info,
@@ -105,9 +123,7 @@ def load_selector(folder: str | pathlib.Path, shape: hashing.HeadShape | None = 
         own = read_dataclass(hashing.HeadShape, config.get("shape"))
         if not isinstance(config.get("base_model", ""), str):
             raise InputError("base_model is no text")
-        positions = config.get("positions")
-        if positions is not None and (type(positions) is not int or positions < 1):
-            raise InputError("positions is no whole number of at least 1")
+        shorter = _check_lengths(config.get("positions"), config.get("shorter", []))
     if shape is not None:
         check_shape(own, shape, f"selector '{folder}' (trained for {config.get('base_model')})")
     seen: dict[str, Any] = {}
@@ -119,13 +135,37 @@ def load_selector(folder: str | pathlib.Path, shape: hashing.HeadShape | None = 
 
     shapes = jax.eval_shape(draw)
     template = dict(zip(seen["names"], shapes, strict=True))
-    arrays = _read_arrays(folder / "selector.safetensors", template)
-    params = jax.tree.unflatten(seen["structure"], [jax.numpy.asarray(arrays[name]) for name in template])
-    known = ("format", "base_model", "base_model_is_lasting", "positions", "hash", "shape")
+    prefixes = ["", *map(_prefix, shorter)]
+    file = folder / "selector.safetensors"
+    arrays = _read_arrays(file, {prefix + name: leaf for prefix in prefixes for name, leaf in template.items()})
+    params, *others = (
+        jax.tree.unflatten(seen["structure"], [jax.numpy.asarray(arrays[prefix + name]) for name in template])
+        for prefix in prefixes
+    )
+    known = ("format", "base_model", "base_model_is_lasting", "positions", "shorter", "hash", "shape")
     info = {name: value for name, value in config.items() if name not in known}
     named = config.get("base_model", "")
     base = named if config.get("base_model_is_lasting") is True else find_again(named, folder)
-    return Selector(cfg, own, params, base or named, info, _positions(config), is_base_certain=bool(base))
+    pairs = tuple(zip(shorter, others, strict=True))
+    return Selector(cfg, own, params, base or named, info, _positions(config), bool(base), pairs)
+
+
+def _check_lengths(positions: Any, shorter: Any) -> list[int]:
+    """Lengths of shorter sequences that have hash functions of their own; raises InputError for what are none."""
+    if positions is not None and (type(positions) is not int or positions < 1):
+        raise InputError("positions is no whole number of at least 1")
+    if not isinstance(shorter, list) or len(shorter) > _MOST_SETS:
+        raise InputError(f"shorter is no list of at most {_MOST_SETS} lengths")
+    if not all(type(most) is int and most >= 1 for most in shorter):
+        raise InputError("shorter holds what is no whole number of at least 1")
+    if shorter and sorted({*shorter, positions or 0}) != [*shorter, positions or 0]:
+        raise InputError(f"shorter is {shorter}; its lengths must ascend to below positions ({positions})")
+    return shorter
+
+
+def _prefix(most: int) -> str:
+    """Of the names of arrays that are for sequences of at most so many tokens."""
+    return f"up_to_{most}."
 
 
 def _positions(config: dict[str, Any]) -> int | None:

@@ -15,7 +15,8 @@ import jax
 import numpy as np
 
 from spotlight_jax.checkpoint import Selector
-from spotlight_jax.engine import DecodeConfig, DecodeState, Engine
+from spotlight_jax.decode_step import DecodeConfig, DecodeState
+from spotlight_jax.engine import Engine
 from spotlight_jax.errors import InputError
 from spotlight_jax.hashing import HeadShape
 from spotlight_jax.memory import StepReads, step_reads

@@ -70,6 +70,24 @@ def test_positions_covered_are_kept_and_old_selectors_cover_those_of_their_windo
     assert positions_of() is None
 
 
+def test_sets_for_shorter_sequences_are_kept_and_chosen_by_length(saved, tmp_path):
+    sets = [jax.tree.map(lambda leaf, add=add: leaf + add, saved[0].params) for add in (1, 2)]
+    selector = dataclasses.replace(saved[0], positions=5000, shorter=((100, sets[0]), (1000, sets[1])))
+    save_selector(tmp_path / "selector", selector, "# A card\n")
+    loaded = load_selector(tmp_path / "selector")
+    assert [most for most, _ in loaded.shorter] == [100, 1000]
+    for own, wanted in zip(loaded.sets, [*sets, saved[0].params], strict=True):
+        assert_equal(own, wanted)
+    assert [loaded.set_of(tokens) for tokens in (1, 100, 101, 1000, 1001, 10**6)] == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("shorter", [7, "ab", [0], [True], [2.5], [300, 200], [200, 200], [5000], [1] * 17, {"a": 1}])
+def test_lengths_that_are_none_are_refused(shorter, copy):
+    file = copy / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"positions": 5000, "shorter": shorter}))
+    assert "shorter" in refusal(copy)
+
+
 def test_only_a_sequence_beyond_the_positions_covered_gets_a_line(saved):
     selector = dataclasses.replace(saved[0], positions=5000)
     assert describe_range(selector, 5000) is None and describe_range(saved[0], 10**6) is None

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spotlight_jax import engine as engine_module
+from spotlight_jax import decode_step as step_module
 from spotlight_jax import hashing
 from spotlight_jax.attention import selected_attention
-from spotlight_jax.cache import Cache, bucket_length
+from spotlight_jax.cache import bucket_length
 from spotlight_jax.checkpoint import Selector
-from spotlight_jax.engine import DecodeConfig, DecodeState, Engine, decode_step
+from spotlight_jax.decode_step import DecodeConfig, DecodeState, decode_step
+from spotlight_jax.engine import Engine
 from spotlight_jax.errors import InputError
 from spotlight_jax.models.config import RopeConfig
 from spotlight_jax.models.decoder import apply_layer, embed_tokens, forward, init_params, unembed
@@ -87,7 +88,7 @@ def logits_after(engine, prompt, mode):
     """Logits of one decoding step that feeds the prompt's last token."""
     state = engine.prefill([prompt[:-1]], 2)
     step = jax.jit(decode_step, static_argnums=(5, 6, 7))
-    args = (engine.params, engine.selectors, state.cache, jnp.asarray(prompt[-1:]), state.rope_len)
+    args = (engine.params, engine.selectors(np.zeros(1, int)), state.cache, jnp.asarray(prompt[-1:]), state.rope_len)
     logits, _ = step(*args, MODEL, engine.cfg, mode)
     return np.asarray(logits[0])
 
@@ -103,14 +104,14 @@ def test_a_row_that_nobody_reads_changes_nothing(monkeypatch):
     engine = make_engine("transform", selection=SelectionConfig(keep=0.3, min_context=0, dense_layers=(0,)))
     prompt = draw_prompt(50)
     state = engine.prefill([prompt], 2)
-    args = engine.params, engine.selectors, state.cache, jnp.asarray([3]), state.rope_len
+    args = engine.params, engine.selectors(np.zeros(1, int)), state.cache, jnp.asarray([3]), state.rope_len
 
     def step():
         return jax.jit(lambda *args: decode_step(*args, MODEL, engine.cfg, "sparse"))(*args)
 
     logits, cache = step()
     rows = []
-    monkeypatch.setattr(engine_module, "rows_of_step", lambda batch: rows.append(batch) or 2)
+    monkeypatch.setattr(step_module, "rows_of_step", lambda batch: rows.append(batch) or 2)
     filled_logits, filled_cache = step()
     assert rows == [1] and filled_logits.shape == logits.shape
     np.testing.assert_allclose(filled_logits, logits, rtol=1e-5, atol=1e-5)
@@ -164,7 +165,7 @@ def test_stepwise_decoding_selects_what_teacher_forcing_selects(name, per):
     cache = engine.empty_cache(1, 256)
     step = jax.jit(decode_step, static_argnums=(5, 6, 7))
     for place, token in enumerate(text):
-        args = (engine.params, engine.selectors, cache, jnp.asarray([token]), jnp.full((1,), 256))
+        args = (engine.params, engine.selectors(np.zeros(1, int)), cache, jnp.asarray([token]), jnp.full((1,), 256))
         logits, cache = step(*args, MODEL, engine.cfg, "sparse")
         cache = cache.replace(lengths=cache.lengths + 1)
         np.testing.assert_allclose(logits[0], forced[place], rtol=1e-3, atol=1e-3)
@@ -256,7 +257,7 @@ def test_poisoned_slots_past_each_length_never_reach_the_output(chosen, batch):
             keys=jnp.where(rows, 1e6, layer.keys), values=jnp.where(rows, -1e30, layer.values), codes=codes
         )
 
-    cache = Cache(tuple(poison(layer) for layer in state.cache.layers), state.cache.lengths)
+    cache = dataclasses.replace(state.cache, layers=tuple(poison(layer) for layer in state.cache.layers))
     poisoned, _ = engine.decode(state.replace(cache=cache))
     np.testing.assert_array_equal(clean.tokens, poisoned.tokens)
     for one, other in zip(clean.cache.layers, poisoned.cache.layers, strict=True):
@@ -320,6 +321,70 @@ def test_a_second_turn_equals_one_long_prompt():
     state, more = engine.decode(state)
     whole, _ = run(engine, [first + second], 8)
     assert [*tokens, *more[0].tolist()] == whole[0].tolist()
+
+
+# Sets of hash functions by length
+
+SHORT = 60  # tokens of the longest sequence that the first set is for
+
+
+@functools.cache
+def by_length(name):
+    """A selector of two sets, and the selectors that hold one of them each."""
+    cfg, long = HASHES[name], selector(name)
+    short = draw_params(cfg, long.shape, seed=7)
+    both = dataclasses.replace(long, positions=100, shorter=((SHORT, short),))
+    engines = [
+        Engine(MODEL, model_params(), one, DecodeConfig(prefill_chunk=32, selection=ALWAYS_SPARSE))
+        for one in (both, dataclasses.replace(long, params=short), long)
+    ]
+    return engines
+
+
+@pytest.mark.parametrize(("length", "own"), [(SHORT - 20, 1), (SHORT - 19, 2)])
+def test_a_sequence_is_coded_by_the_set_for_its_final_length(length, own):
+    engines = by_length("transform")
+    prompt = draw_prompt(length)
+    (tokens, state), (wanted, other) = (run(engines[which], [prompt], 20) for which in (0, own))
+    np.testing.assert_array_equal(tokens, wanted)
+    for layer, same in zip(state.cache.layers[1:], other.cache.layers[1:], strict=True):
+        np.testing.assert_array_equal(layer.codes, same.codes)
+    unlike, _ = run(engines[3 - own], [prompt], 20)
+    assert not np.array_equal(tokens, unlike)  # else the two sets show nothing
+
+
+def test_sequences_of_other_sets_share_their_programs():
+    engine = Engine(MODEL, model_params(), by_length("transform")[0].selector, DecodeConfig(selection=ALWAYS_SPARSE))
+    counts = []
+    for length in (SHORT - 20, SHORT - 19):
+        run(engine, [draw_prompt(length)], 20)
+        counts.append(len(engine.programs))
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("name", ["transform", "asymmetric", "paper"])
+def test_each_sequence_of_a_batch_is_coded_by_its_own_set(name):
+    engine = by_length(name)[0]
+    prompts = [draw_prompt(length, seed=length) for length in (SHORT, 25)]
+    together, _ = run(engine, prompts, 20)
+    for row, prompt in enumerate(prompts):
+        alone, _ = run(engine, [prompt], 20)
+        assert together[row].tolist() == alone[0].tolist()
+
+
+def test_a_talk_that_outgrows_a_set_goes_on_with_codes_of_the_next():
+    engine = by_length("transform")[0]
+    turn, more = draw_prompt(30), draw_prompt(25, seed=3)
+    state = engine.prefill([turn], 2)
+    assert np.asarray(state.cache.code_sets).tolist() == [0]
+    grown = engine.prefill([more], 20, state.cache)
+    whole = engine.prefill([turn + more], 20)
+    assert np.asarray(grown.cache.code_sets).tolist() == np.asarray(whole.cache.code_sets).tolist() == [1]
+    for layer, same in zip(grown.cache.layers[1:], whole.cache.layers[1:], strict=True):
+        filled = len(turn + more)
+        unequal = np.asarray(layer.codes)[..., :filled] != np.asarray(same.codes)[..., :filled]
+        assert unequal.mean() < 0.01  # keys of other chunks differ in their last bits
+    assert engine.decode(grown)[1].tolist() == engine.decode(whole)[1].tolist()
 
 
 def test_an_empty_prompt_is_refused():

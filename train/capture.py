@@ -1,6 +1,7 @@
 """One forward pass of the frozen model that hands out what the losses need: sampled queries and keys of all layers."""
 
 import functools
+import itertools
 from collections.abc import Iterator
 
 import flax.struct
@@ -82,19 +83,21 @@ def stack_layers(captured: list[Captured], mesh: Mesh) -> Captured:
 def capture(
     params: Params,
     tokens: Int32[Array, "windows window"],
-    positions: Int32[Array, "windows window"],
+    positions: Int32[Array, "ranges windows window"],
     picks: Int32[Array, "windows picks"],
     cfg: DecoderConfig,
     mesh: Mesh,
 ) -> Captured:
-    """What every layer sees of some windows: leaves `[layers, windows, ...]`, the layers spread over the mesh.
+    """What every layer sees of some windows, for one way after another of placing them: leaves
+    `[ranges * layers, windows, ...]`, the first axis spread over the mesh.
 
     The model is frozen, so windows can be passed forward at the same time on different devices (their number must be a
     multiple of the mesh's size) before their steps are taken one after another: the result is that of one device.
     Layers run one by one, one compiled layer serving all. Where the mesh does not divide the layers, the last one is
     repeated. Weights that are NumPy arrays stay with the host, but for the layer that is at work.
     """
-    return stack_layers(list(capture_layers(params, tokens, positions, picks, cfg, mesh)), mesh)
+    seen = [capture_layers(params, tokens, own, picks, cfg, mesh) for own in positions]
+    return stack_layers(list(itertools.chain.from_iterable(seen)), mesh)
 
 
 def capture_layers(

@@ -1,6 +1,7 @@
 """What a training run is: its flags and its presets."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from spotlight_jax.data import DataConfig
@@ -10,6 +11,16 @@ from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.ranking import RankingConfig
 from train.measure import MeasureConfig
 from train.step import OptimizerConfig
+
+_AT_LEAST_ONE = (
+    "length_step",
+    "steps",
+    "fit_windows",
+    "steps_per_window",
+    "layers_at_once",
+    "save_every",
+    "keep_checkpoints",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +41,10 @@ class LayerwiseConfig:
     length: int | Literal["context", "window"] = "context"
     """Tokens of the longest sequence that the selector is meant for: windows stand anywhere below it, so that codes fit
     keys at every position. context: the model's own, stretched by its RoPE scaling; window: the window's."""
+    length_step: int = 4
+    """Hash functions of their own for sequences up to the window, up to about this many times as long, and so on to
+    --length, since what is fitted to long contexts is worse in short ones; a sequence's final length says which are
+    used. 1: the same ones for all lengths."""
     steps: int = 200
     """Optimiser steps."""
     fit_windows: int = 8
@@ -65,7 +80,7 @@ class LayerwiseConfig:
     def __post_init__(self) -> None:
         """Refuse what no run can be made of."""
         check_numbers(self)
-        for name in ("steps", "fit_windows", "steps_per_window", "layers_at_once", "save_every", "keep_checkpoints"):
+        for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; give at least 1")
         window = self.data.window
@@ -87,8 +102,13 @@ class LayerwiseConfig:
             raise InputError(f"cache_gib is {self.cache_gib}; give the GiB of disk the cache may take")
 
 
-def positions_covered(cfg: LayerwiseConfig, model: DecoderConfig) -> int:
-    """Tokens of the longest sequence that a run's selector is meant for; raises InputError past the model's context."""
+def lengths_covered(cfg: LayerwiseConfig, model: DecoderConfig) -> tuple[int, ...]:
+    """Tokens of the longest sequence that each of a run's sets of hash functions is meant for, ascending.
+
+    The first is a window, the last `--length`, and each about `--length-step` times the one before it.
+
+    Raises: InputError where one passes the model's context.
+    """
     named = {"context": model.max_context, "window": cfg.data.window}
     length = named[cfg.length] if isinstance(cfg.length, str) else cfg.length
     window, context = cfg.data.window, model.max_context
@@ -96,13 +116,17 @@ def positions_covered(cfg: LayerwiseConfig, model: DecoderConfig) -> int:
         raise InputError(f"--data.window {window} is more than the {context} tokens of '{cfg.model}'")
     if length > context:
         raise InputError(f"--length {length} is more than the {context} tokens of '{cfg.model}'")
-    return length
+    if cfg.length_step == 1 or length == window:
+        return (length,)
+    steps = max(1, round(math.log(length / window) / math.log(cfg.length_step)))
+    return tuple(round(window * (length / window) ** (step / steps)) for step in range(steps + 1))
 
 
 PRESETS = {
     "default": LayerwiseConfig(),
     "demo": LayerwiseConfig(
         preset="demo",
+        length_step=1,
         steps=32,
         steps_per_window=4,
         fit_windows=4,

@@ -14,8 +14,9 @@ from train.capture import Captured, draw_picks, take_step
 from train.positions import draw_positions
 
 Rows = Int32[np.ndarray, "windows window"]
-# (first window, tokens, positions, picks [windows, picks]) -> leaves [layers, windows, ...]
-CaptureWindows = Callable[[int, Rows, Rows, Int32[Array, "windows picks"]], Captured]
+Places = Int32[np.ndarray, "ranges windows window"]
+# (first window, tokens, positions, picks [windows, picks]) -> leaves [ranges * layers, windows, ...]
+CaptureWindows = Callable[[int, Rows, Places, Int32[Array, "windows picks"]], Captured]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +24,7 @@ class FeedConfig:
     """How steps use windows."""
 
     window: int
-    length: int  # positions stand below it; see `draw_positions`
+    lengths: tuple[int, ...]  # windows are placed below each of them; see `draw_positions`
     seed: int  # of the positions
     queries: int  # per step
     steps_per_window: int
@@ -56,11 +57,11 @@ class Feed:
             self._drawn.append((self._windows.state(), self._windows.next()))
         return np.stack([tokens for _, tokens in self._drawn[first - self._first :][:count]])
 
-    def positions(self, first: int, count: int) -> Rows:
-        """Where the tokens of windows `first` to `first + count - 1` stand."""
-        cfg = self._cfg
+    def positions(self, first: int, count: int) -> Places:
+        """Where the tokens of windows `first` to `first + count - 1` stand, for each length."""
+        cfg, numbers = self._cfg, range(first, first + count)
         return np.stack(
-            [draw_positions(cfg.window, cfg.length, cfg.seed, number) for number in range(first, first + count)]
+            [[draw_positions(cfg.window, length, cfg.seed, number) for number in numbers] for length in cfg.lengths]
         )
 
     def position(self, step: int) -> dict[str, Any]:
@@ -68,16 +69,16 @@ class Feed:
         ahead = step // self._cfg.steps_per_window - self._first
         return self._drawn[ahead][0] if ahead < len(self._drawn) else self._windows.state()
 
-    def first_windows(self, count: int, layers: int) -> Iterator[Captured]:
-        """Windows from the current position on, leaves `[layers, ...]`: for what is fitted to them before step 0."""
+    def first_windows(self, count: int, rows: int) -> Iterator[Captured]:
+        """Windows from the current position on, leaves `[rows, ...]`: for what is fitted to them before step 0."""
         at_once = self._cfg.windows_at_once
         for first in range(self._first, self._first + count, at_once):
             captured = self._capture_from(first)
             for place in range(min(at_once, self._first + count - first)):
-                yield jax.tree.map(lambda leaf: leaf[:layers, place], captured)  # noqa: B023
+                yield jax.tree.map(lambda leaf: leaf[:rows, place], captured)  # noqa: B023
 
     def at(self, step: int) -> Captured:
-        """What a step trains on: leaves `[layers, ...]`. Steps are asked for in order."""
+        """What a step trains on: leaves `[ranges * layers, ...]`. Steps are asked for in order."""
         window, draw = divmod(step, self._cfg.steps_per_window)
         first, captured = self._captured(window)
         return take_step(captured, jnp.int32(window - first), jnp.int32(draw), self._cfg.queries)

@@ -1,8 +1,8 @@
 """The paper's mode of training: the hidden states before every layer are written to disk once and read back.
 
-One file a window, `[layers, window, embed]` in the model's dtype, so that training from them is bit for bit what
-streaming gives. A file is there whole or not at all, so filling can be interrupted. Disk is bounded: a run that needs
-more windows than fit fills the cache several times.
+One file a window, `[ranges * layers, window, embed]` in the model's dtype, so that training from them is bit for bit
+what streaming gives. A file is there whole or not at all, so filling can be interrupted. Disk is bounded: a run that
+needs more windows than fit fills the cache several times.
 """
 
 import dataclasses
@@ -43,9 +43,15 @@ class CachePlan:
         return self.window_bytes * self.windows_at_once
 
 
-def plan_cache(cfg: DecoderConfig, dtype: np.dtype, window: int, windows: int, limit_gib: float) -> CachePlan:
-    """Disk need of a run; raises InputError where not even one window fits the limit."""
-    window_bytes = cfg.layers * window * cfg.embed * dtype.itemsize
+def plan_cache(
+    cfg: DecoderConfig, dtype: np.dtype, window: int, windows: int, limit_gib: float, ranges: int = 1
+) -> CachePlan:
+    """Disk need of a run; raises InputError where not even one window fits the limit.
+
+    Args:
+        ranges: ways in which each window is placed.
+    """
+    window_bytes = ranges * cfg.layers * window * cfg.embed * dtype.itemsize
     at_once = min(windows, int(limit_gib * GIB // window_bytes))
     if at_once < 1:
         raise InputError(
@@ -138,7 +144,7 @@ class HiddenCache:
         self._sound.add(window)
 
     def read(self, window: int, dtype: np.dtype) -> np.ndarray:
-        """One window's states `[layers, window, embed]`."""
+        """One window's states `[ranges * layers, window, embed]`."""
         return np.load(self.file(window)).view(dtype)
 
 
@@ -163,13 +169,15 @@ def _read_manifest(manifest: pathlib.Path) -> str:
         return ""
 
 
-def identify(params: Params, cfg: DecoderConfig, data: object, length: int, dtype: np.dtype) -> dict[str, object]:
+def identify(
+    params: Params, cfg: DecoderConfig, data: object, lengths: tuple[int, ...], dtype: np.dtype
+) -> dict[str, object]:
     """What a cache's contents depend on, beside the tokens, which each window's file has a hash of."""
     weights = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         weights.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
         weights.update(np.ascontiguousarray(jax.device_get(leaf)).view(np.uint8).data)
-    digest = hashlib.sha256(repr((cfg, data, length)).encode()).hexdigest()
+    digest = hashlib.sha256(repr((cfg, data, lengths)).encode()).hexdigest()
     return {"weights": weights.hexdigest(), "dtype": str(dtype), "config": digest}
 
 
@@ -179,14 +187,17 @@ def _pass_layer(layer_params, x, positions, cfg):
 
 
 def hidden_states(
-    params: Params, tokens: Int32[Array, "one window"], positions: Int32[Array, "one window"], cfg: DecoderConfig
+    params: Params, tokens: Int32[Array, "one window"], positions: Int32[Array, "ranges one window"], cfg: DecoderConfig
 ) -> np.ndarray:
-    """Hidden states before each layer of one window: `[layers, window, embed]` on the host."""
-    x = embed_tokens(params, tokens, cfg)
-    states = [x]
-    for layer in range(cfg.layers - 1):
-        x = _pass_layer(params[f"layer_{layer}"], x, positions, cfg)
+    """Hidden states before each layer of one window, placed one way after another: `[ranges * layers, window, embed]`
+    on the host."""
+    states = []
+    for own in positions:
+        x = embed_tokens(params, tokens, cfg)
         states.append(x)
+        for layer in range(cfg.layers - 1):
+            x = _pass_layer(params[f"layer_{layer}"], x, own, cfg)
+            states.append(x)
     return np.stack([np.asarray(state[0]) for state in states])
 
 
@@ -205,7 +216,7 @@ def capture_cached(
 
     Args:
         draw: tokens of `count` windows from a first one on.
-        place: their positions.
+        place: their positions, `[ranges, count, window]`.
         progress: windows filled so far, and in all.
     """
     dtype = np.dtype(params["embed"]["table"].dtype)
@@ -224,9 +235,11 @@ def capture_cached(
         cache.write(number, hidden_states(params, tokens, positions, cfg), np.asarray(tokens))
     hidden = np.stack([cache.read(number, dtype) for number in wanted], axis=1)
     spread = NamedSharding(mesh, P(AXIS))
-    positions, picks = jax.device_put((jnp.asarray(place(first, picks.shape[0])), picks), spread)
+    *positions, picks = jax.device_put((*jnp.asarray(place(first, picks.shape[0])), picks), spread)
     captured = []
-    for layer in range(cfg.layers):
-        x = jax.device_put(hidden[layer], spread)
-        captured.append(capture_layer(params[f"layer_{layer}"], x, positions, picks, cfg, mesh, passes_on=False)[1])
+    for row, stream in enumerate(hidden):
+        own, layer = divmod(row, cfg.layers)
+        x = jax.device_put(stream, spread)
+        args = params[f"layer_{layer}"], x, positions[own], picks, cfg, mesh
+        captured.append(capture_layer(*args, passes_on=False)[1])
     return stack_layers(captured, mesh)

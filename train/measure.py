@@ -6,7 +6,7 @@ from typing import Literal
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, PRNGKeyArray
 
 from spotlight_jax import hashing, metrics, scoring
 from spotlight_jax.errors import InputError, check_numbers
@@ -73,6 +73,14 @@ class MeasureConfig:
     def selection(self) -> SelectionConfig:
         """The rule of selection, bare: no sinks, no window of recent tokens."""
         return SelectionConfig(keep=self.keep, per=self.per, dense_layers=self.dense_layers)
+
+
+def orthogonal_lsh(
+    key: PRNGKeyArray, code_bits: int, shape: hashing.HeadShape
+) -> tuple[hashing.HashParams, hashing.HashConfig]:
+    """Random rotations and signs, of as many bits as a selector: what it is compared with."""
+    cfg = hashing.HashConfig(form="symmetric", skip="rotation", code_bits=code_bits, hidden=1, centre=False)
+    return hashing.init_params(key, cfg, shape), cfg
 
 
 def measure(

@@ -10,12 +10,13 @@ from spotlight_jax.memory import GIB, available_bytes
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import param_shapes
 from spotlight_jax.ranking import most_top
-from train.config import LayerwiseConfig, positions_covered
+from train.config import LayerwiseConfig, lengths_covered
 
 
 def estimate_memory(cfg: LayerwiseConfig, model: DecoderConfig, dtype: np.dtype, devices: int) -> dict[str, int]:
     """Bytes per device of the large parts of a step; the flags that bound each are its name's suffix."""
-    layers = -(-model.layers // devices)
+    ranges = len(lengths_covered(cfg, model))
+    layers = -(-ranges * model.layers // devices)  # of hash functions: each length has its own
     window, ranking, size = cfg.data.window, cfg.ranking, dtype.itemsize
     shapes = param_shapes(model, dtype)
     is_whole = cfg.weights == "device" or jax.default_backend() == "cpu"
@@ -45,7 +46,7 @@ def estimate_memory(cfg: LayerwiseConfig, model: DecoderConfig, dtype: np.dtype,
     return {
         "frozen model" if is_whole else "one layer of the frozen model": weights,
         "queries and keys of a window (--data.window)": layers * devices * (keys + cfg.steps_per_window * queries),
-        "held-out windows (--data.held-out-windows)": layers * held_out,
+        "held-out windows (--data.held-out-windows)": -(-model.layers // devices) * held_out,
         "loss (--layers-at-once, --ranking.queries-at-once)": loss,
         "hash functions and AdamW's moments": (4 if cfg.optimizer.ema else 3) * 4 * layers * hashes,
     }
@@ -64,6 +65,13 @@ def check_memory(cfg: LayerwiseConfig, model: DecoderConfig, dtype: np.dtype) ->
         )
 
 
+def _describe_lengths(lengths: tuple[int, ...]) -> str:
+    """What positions are trained for."""
+    if len(lengths) == 1:
+        return f"positions up to {lengths[0]:,} tokens"
+    return f"hash functions each for sequences up to {', '.join(f'{length:,}' for length in lengths)} tokens"
+
+
 def describe(cfg: LayerwiseConfig, model: DecoderConfig, dtype: np.dtype, disk: str | None) -> list[str]:
     """The plan, a line each."""
     devices = jax.devices()
@@ -76,7 +84,7 @@ def describe(cfg: LayerwiseConfig, model: DecoderConfig, dtype: np.dtype, disk: 
         f"skip {cfg.hash.skip}",
         f"text      {', '.join(cfg.data.train)}: {windows} windows of {cfg.data.window} tokens, "
         f"{windows * cfg.data.window:,} in all; {cfg.data.held_out_windows} held out",
-        f"length    positions up to {positions_covered(cfg, model):,} tokens",
+        f"length    {_describe_lengths(lengths_covered(cfg, model))}",
         f"steps     {cfg.steps}, {cfg.steps_per_window} per window, {cfg.ranking.queries} queries each",
         f"device    {len(devices)} x {devices[0].device_kind}",
         f"memory    about {sum(memory.values()) / GIB:.1f} GiB per device: "

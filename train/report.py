@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import rich.console
 
-from spotlight_jax import runs
+from spotlight_jax import hashing, runs
 from spotlight_jax.checkpoint import Selector, save_selector
 from spotlight_jax.display import make_table, print_table
 from spotlight_jax.memory import GIB
@@ -32,6 +32,7 @@ def summarise(session: Session, selector: str) -> dict[str, Any]:
         "oracle": ORACLES[cfg.measure.oracle],
         "window": cfg.data.window,
         "length": session.length,
+        "lengths": list(session.lengths),
         "iou": session.mean("iou"),
         "iou_lsh": session.mean("iou", "lsh"),
         "mass": session.mean("mass"),
@@ -65,10 +66,11 @@ def write_results(session: Session, folder: runs.RunFolder) -> dict[str, Any]:
     selector = Selector(
         cfg=session.cfg.hash,
         shape=session.shape,
-        params=jax.tree.map(jnp.asarray, jax.device_get(session.selector())),
+        params=_on_host(session, session.length),
         base_model=session.cfg.model,
         info={"recipe": runs.to_plain(session.cfg), "metrics": summary},
         positions=session.length,
+        shorter=tuple((length, _on_host(session, length)) for length in session.lengths[:-1]),
     )
     save_selector(path, selector, _card(session, summary))
     plot_curves(folder.path / "curves.png", folder.metrics(), summary, session.cfg.ranking.loss)
@@ -78,6 +80,11 @@ def write_results(session: Session, folder: runs.RunFolder) -> dict[str, Any]:
     plot_layers(folder.path / "layers.png", trained, lsh, head, sparse, summary["oracle"])
     folder.write_summary(summary)
     return summary
+
+
+def _on_host(session: Session, length: int) -> hashing.HashParams:
+    """The hash functions for sequences of `length` tokens, apart from the training state."""
+    return jax.tree.map(jnp.asarray, jax.device_get(session.hash_functions(length)))
 
 
 def print_results(
@@ -136,7 +143,7 @@ The base model is not changed and not included.
 
 - base model: {cfg.model}: {shape.layers} layers, {shape.q_heads} query / {shape.kv_heads} KV heads x {shape.head_dim}
 - training text: {", ".join(cfg.data.train)}, {summary["steps"]} steps, windows of {cfg.data.window} tokens
-- positions covered: up to {summary["length"]:,} tokens; longer sequences need another selector
+- positions covered: {_describe_positions(summary)}; longer sequences need another selector
 - held-out text, {describe_share(summary)}, bare (no sinks, no recent tokens):
 
 | | IoU with {summary["oracle"]} | attention mass read |
@@ -150,6 +157,13 @@ Use: `spotlight generate --model {cfg.model} --selector THIS_FOLDER --prompt-fil
 Files: `config.json` (base model, sizes, hash functions, recipe, metrics), `selector.safetensors`, and the same arrays
 through Orbax in `orbax/`.
 """
+
+
+def _describe_positions(summary: dict[str, Any]) -> str:
+    """Lengths that the selector serves, each with hash functions of its own."""
+    *shorter, length = (f"{length:,}" for length in summary["lengths"])
+    own = f" (with hash functions of their own for sequences up to {' and '.join(shorter)})" if shorter else ""
+    return f"up to {length} tokens{own}"
 
 
 def _far_section(summary: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """One training run in memory: model, text, state, and the operations that the loop is made of."""
 
+import dataclasses
 import functools
 import pathlib
 import time
@@ -25,11 +26,11 @@ from spotlight_jax.models.params import resolve_dtype
 from spotlight_jax.selection import check_layers
 from train import hidden_cache, plan
 from train.capture import Captured, capture, make_mesh, padded_layers
-from train.config import PRESETS, LayerwiseConfig, positions_covered
+from train.config import PRESETS, LayerwiseConfig, lengths_covered
 from train.feed import Feed, FeedConfig
 from train.fit import fit, needs_windows
 from train.length import choose_windows, measure_far
-from train.measure import MeasureConfig, mean_over_sparse, measure
+from train.measure import MeasureConfig, mean_over_sparse, measure, orthogonal_lsh
 from train.states import StateStore
 from train.step import (
     StepConfig,
@@ -53,9 +54,11 @@ class Session:
     def __init__(self, cfg: LayerwiseConfig, display: Display) -> None:
         self.cfg, self._display = cfg, display
         self.model_cfg = load_config(cfg.model)
-        self.length = positions_covered(cfg, self.model_cfg)
+        self.lengths = lengths_covered(cfg, self.model_cfg)
+        self.length = self.lengths[-1]
         self.dtype = resolve_dtype(cfg.dtype)
         self.shape = head_shape(self.model_cfg)
+        self.rows = len(self.lengths) * self.shape.layers  # of the state: all layers for one length after another
         check_tracker(cfg.track)
         hashing.check_widths(cfg.hash, self.shape)
         check_layers(cfg.measure.dense_layers, self.shape.layers)
@@ -98,17 +101,22 @@ class Session:
             self._params = self._load_params()
         else:
             self._params = beside._params
-        if beside is not None and (beside.cfg.data, beside.cfg.seed) == (cfg.data, cfg.seed):
+        own = cfg.data, cfg.seed, self.lengths
+        if beside is not None and (beside.cfg.data, beside.cfg.seed, beside.lengths) == own:
             self.feed = beside.feed
             self._held_out_tokens, self._held_out_long = beside._held_out_tokens, beside._held_out_long
         else:
             self._open_text()
-        hashes = hashing.init_params(self._init_key, cfg.hash, self.shape)
+        hashes = self._init_hashes()
         if needs_windows(cfg.hash) and not (cfg.resume or cfg.dry_run):  # were fitted, or are only timed
             progress = functools.partial(self._display.update, "fitting to windows")
             hashes = fit(hashes, self._first_windows(), cfg, progress)
         state = init_state(hashes, cfg.optimizer, cfg.steps)
-        self.state = spread_state(state, self.shape.layers, self.mesh)
+        self.state = spread_state(state, self.rows, self.mesh)
+
+    def _init_hashes(self) -> hashing.HashParams:
+        """Hash functions of all rows before anything is known of keys."""
+        return hashing.init_params(self._init_key, self.cfg.hash, dataclasses.replace(self.shape, layers=self.rows))
 
     def _load_params(self) -> Params:
         """The frozen model: device arrays, or NumPy arrays that a compiled layer takes along as it is called."""
@@ -123,14 +131,14 @@ class Session:
         tokenizer = None if is_tokenized else open_tokenizer(cfg.model)
         windows = open_windows(cfg.data, tokenizer, self.model_cfg.vocab, self._display.update, self.length)
         feed_cfg = FeedConfig(
-            cfg.data.window, self.length, cfg.data.seed, cfg.ranking.queries, cfg.steps_per_window, self.mesh.size
+            cfg.data.window, self.lengths, cfg.data.seed, cfg.ranking.queries, cfg.steps_per_window, self.mesh.size
         )
         self._held_out_tokens, self._held_out_long = windows.held_out, windows.held_out_long
         self.feed = Feed(windows, self._capture_function(), self._feed_key, feed_cfg)
 
     def _first_windows(self) -> Iterator[Captured]:
         """What hash functions are fitted to, checked: a NaN in a moment would be in all that follows."""
-        for seen in self.feed.first_windows(self.cfg.fit_windows, self.shape.layers):
+        for seen in self.feed.first_windows(self.cfg.fit_windows, self.rows):
             _check_finite_keys(seen, "the training text")
             yield seen
 
@@ -145,7 +153,7 @@ class Session:
         self._store = StateStore(folder.path / "checkpoints", self.cfg.keep_checkpoints)
         self._track = open_tracker(self.cfg.track, folder.path, runs.to_plain(self.cfg))
         self._held_out = self._capture_held_out() if beside is None else beside._held_out
-        lsh, lsh_cfg = self._lsh()
+        lsh, lsh_cfg = orthogonal_lsh(self._init_key, self.cfg.hash.code_bits, self.shape)
         if (
             beside is not None
             and beside.cfg.hash.code_bits == lsh_cfg.code_bits
@@ -162,12 +170,12 @@ class Session:
         self.before = next(({"iou": row["iou"], "mass": row["mass"]} for row in folder.metrics() if "iou" in row), None)
 
     def _resume(self) -> None:
-        template = gather_state(self.state, self.shape.layers)
+        template = gather_state(self.state, self.rows)
         self.step, state, position, damaged = self._store.load(template)
         if position["key"] != self._key_data:
             raise InputError("the checkpoint belongs to another seed; resume with the flags the run was started with")
         self.seconds = position["seconds"]
-        self.state = spread_state(state, self.shape.layers, self.mesh)
+        self.state = spread_state(state, self.rows, self.mesh)
         for line in damaged:
             self._display.say(line)
         self.feed.restore(self.step, position["text"])
@@ -204,7 +212,7 @@ class Session:
             "wrong": float(wrong.mean()),
             "grad_norm": float(norm.mean()),
             "gamma": round(float(gamma_at(jnp.int32(step - 1), self.cfg.optimizer, self.cfg.steps)), 3),
-            "worst_layer": int(loss.argmax()),
+            "worst_layer": int(loss.argmax()) % self.shape.layers,
         }
         self._folder.append_metrics(row)
         self._track(step, {"loss": row["loss"], "wrong": row["wrong"]})
@@ -228,17 +236,14 @@ class Session:
     def quality_by(self, cfg: MeasureConfig) -> SelectionQuality:
         """Quality of the hash functions as they are, on the held-out windows."""
         self._check_state()
-        return measure(self.selector(), self._held_out, self.cfg.hash, cfg, self.cfg.layers_at_once)
+        hashes = self.hash_functions(self.cfg.data.window)
+        return measure(hashes, self._held_out, self.cfg.hash, cfg, self.cfg.layers_at_once)
 
-    def _lsh(self) -> tuple[hashing.HashParams, hashing.HashConfig]:
-        """Orthogonal LSH of as many bits: what a selector is compared with."""
-        bits = self.cfg.hash.code_bits
-        cfg = hashing.HashConfig(form="symmetric", skip="rotation", code_bits=bits, hidden=1, centre=False)
-        return hashing.init_params(self._init_key, cfg, self.shape), cfg
-
-    def selector(self) -> hashing.HashParams:
-        """The hash functions as they are."""
-        return gather_state(self.state, self.shape.layers).selector
+    def hash_functions(self, length: int) -> hashing.HashParams:
+        """The hash functions as they are, of all layers, for sequences of `length` tokens."""
+        place = sum(length > covered for covered in self.lengths[:-1])
+        own = slice(place * self.shape.layers, (place + 1) * self.shape.layers)
+        return jax.tree.map(lambda leaf: leaf[own], gather_state(self.state, self.rows).selector)
 
     def measure_length(self) -> None:
         """Measure the hash functions, and LSH, at the far end of the positions that they cover, where that is farther
@@ -252,7 +257,8 @@ class Session:
             if far.is_whole
             else f"measuring windows of {self.cfg.data.window:,} tokens whose positions reach {self.length:,}"
         )
-        hashes = {"far": (self.selector(), self.cfg.hash), "far_lsh": self._lsh()}
+        lsh = orthogonal_lsh(self._init_key, self.cfg.hash.code_bits, self.shape)
+        hashes = {"far": (self.hash_functions(self.length), self.cfg.hash), "far_lsh": lsh}
         args = far, self._params, self.model_cfg, hashes, self.cfg.measure, self.mesh
         self.quality |= measure_far(*args)
         self.is_far_whole = far.is_whole
@@ -261,7 +267,7 @@ class Session:
         """Checkpoint in the background, or have it on disk before this returns."""
         self._check_state()
         position = {"text": self.feed.position(self.step), "key": self._key_data, "seconds": self.seconds}
-        self._store.save(self.step, gather_state(self.state, self.shape.layers), position)
+        self._store.save(self.step, gather_state(self.state, self.rows), position)
         if is_awaited:
             self._store.wait()
 
@@ -291,14 +297,15 @@ class Session:
         return store.latest() if store is not None else None
 
     def layer_name(self, layer: int) -> str:
-        """A layer as the params tree names it."""
-        return f"layer_{layer}"
+        """A row of the state: a layer as the params tree names it, and the length where there are several."""
+        place, own = divmod(layer, self.shape.layers)
+        return f"layer_{own}" + (f" (up to {self.lengths[place]:,} tokens)" if len(self.lengths) > 1 else "")
 
     def compiled_step_bytes(self) -> int:
         """Temporary memory of one compiled step, by the compiler's own account, before anything is loaded."""
         cfg, model = self.cfg, self.model_cfg
-        layers = padded_layers(model.layers, self.mesh)
-        params = jax.eval_shape(lambda: hashing.init_params(self._init_key, cfg.hash, self.shape))
+        layers = padded_layers(self.rows, self.mesh)
+        params = jax.eval_shape(self._init_hashes)
         state = jax.eval_shape(lambda p: init_state(p, cfg.optimizer, cfg.steps), params)
         state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((layers, *leaf.shape[1:]), leaf.dtype), state)
         count = cfg.ranking.queries
@@ -320,7 +327,7 @@ class Session:
         places, at = (jnp.asarray(np.tile(row, (at_once, 1))) for row in (positions, picks))
         for first in range(0, len(tokens), at_once):
             numbers = np.minimum(np.arange(first, first + at_once), len(tokens) - 1)
-            captured = capture(self._params, jnp.asarray(tokens[numbers]), places, at, self.model_cfg, self.mesh)
+            captured = capture(self._params, jnp.asarray(tokens[numbers]), places[None], at, self.model_cfg, self.mesh)
             for index in range(min(at_once, len(tokens) - first)):
                 seen.append(jax.tree.map(lambda leaf: leaf[: self.shape.layers, index], captured))  # noqa: B023
                 _check_finite_keys(seen[-1], "the held-out text")
@@ -332,7 +339,7 @@ class Session:
             return lambda first, tokens, positions, picks: capture(
                 self._params, jnp.asarray(tokens), jnp.asarray(positions), picks, self.model_cfg, self.mesh
             )
-        identity = hidden_cache.identify(self._params, self.model_cfg, self.cfg.data, self.length, self.dtype)
+        identity = hidden_cache.identify(self._params, self.model_cfg, self.cfg.data, self.lengths, self.dtype)
         assert self.cfg.cache_dir is not None
         cache = hidden_cache.HiddenCache(pathlib.Path(self.cfg.cache_dir), self._cache_plan, identity)
         progress = functools.partial(self._display.update, "hidden states to disk")
@@ -350,7 +357,8 @@ class Session:
         if cfg.cache_dir is None:
             return None
         windows = -(-cfg.steps // cfg.steps_per_window)
-        return hidden_cache.plan_cache(self.model_cfg, self.dtype, cfg.data.window, windows, cfg.cache_gib)
+        args = self.model_cfg, self.dtype, cfg.data.window, windows, cfg.cache_gib
+        return hidden_cache.plan_cache(*args, ranges=len(self.lengths))
 
     def _disk_line(self) -> str | None:
         if self._cache_plan is None:
@@ -367,14 +375,14 @@ def check_finite(report: StepReport, session: Session) -> tuple[np.ndarray, np.n
 
     Raises: InputError that names what is at fault: the model, the flags that differ from the preset, or the rate.
     """
-    layers = session.shape.layers
-    loss, wrong, norm = (np.asarray(leaf)[:layers] for leaf in (report.loss, report.wrong, report.grad_norm))
+    rows = session.rows
+    loss, wrong, norm = (np.asarray(leaf)[:rows] for leaf in (report.loss, report.wrong, report.grad_norm))
     bad = np.flatnonzero(~(np.isfinite(loss) & np.isfinite(norm)))
     if len(bad):
         kept = session.last_checkpoint()
         saved = f"checkpoint {kept} is kept" if kept is not None else "there is no checkpoint yet"
         what = f"the loss of {session.layer_name(int(bad[0]))} is {loss[bad[0]]} before step {session.step}; {saved}"
-        if not np.asarray(report.is_input_finite)[:layers].all():
+        if not np.asarray(report.is_input_finite)[:rows].all():
             raise InputError(f"{what}; the model itself gives keys or queries that are not finite: {_MODEL_ADVICE}")
         own = [name for name in runs.differences(session.cfg, PRESETS[session.cfg.preset]) if name.startswith(_TUNING)]
         if own:

@@ -1,5 +1,6 @@
 """Spotlight: the learned hash functions of a selector. Other methods that score codes are built from the same class."""
 
+import dataclasses
 from typing import Literal
 
 import flax.struct
@@ -15,31 +16,39 @@ from spotlight_jax.scoring import hash_score_range, hash_scores
 
 @flax.struct.dataclass
 class HashCodes(ScoreMethod):
-    """Packed codes of the keys, scored as decoding does; `params` are `hashing.HashParams`."""
+    """Packed codes of the keys, scored as decoding does.
+
+    `params` are `hashing.HashParams`, whose leaves have an axis of sets after the layers' where there are `shorter`.
+    """
 
     cfg: hashing.HashConfig = flax.struct.field(pytree_node=False, default_factory=hashing.HashConfig)
     # where keys are taken to lie: as measured in training, or as this sequence's own keys do
     stats: Literal["trained", "own mean", "own mean and spread"] = flax.struct.field(
         pytree_node=False, default="trained"
     )
+    # tokens of the longest sequences that each set but the last is for; see `checkpoint.Selector`
+    shorter: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
 
     def index(
         self, keys: Keys, lengths: Int32[Array, "batch"]
-    ) -> tuple[hashing.KeyStats | hashing.Coder, UInt32[Array, "batch code_heads words kv_len"]]:
-        """Where the keys lie, and their codes."""
-        stats = self.params.stats
+    ) -> tuple[hashing.HashParams, UInt32[Array, "batch code_heads words kv_len"]]:
+        """The hash functions for sequences of this length (the longest one's, where there are several), and codes."""
+        params: hashing.HashParams = self.params
+        if self.shorter:
+            own = jnp.searchsorted(jnp.asarray(self.shorter, jnp.int32), jnp.max(lengths))
+            params = jax.tree.map(lambda leaf: leaf[own], params)
         if self.stats != "trained":
             mean, spread = key_moments(keys, lengths)
             scale = spread if self.stats == "own mean and spread" else jnp.ones_like(spread)
-            stats = hashing.KeyStats(mean=mean, scale=scale)
-        return stats, hashing.key_codes(self.params.replace(stats=stats), keys, self.cfg)
+            params = dataclasses.replace(params, stats=hashing.KeyStats(mean=mean, scale=scale))
+        return params, hashing.key_codes(params, keys, self.cfg)
 
     def scores(
         self, queries: Queries, keys: Keys, index: PyTree, positions: Positions
     ) -> Int32[Array, "batch n heads kv_len"]:
         """See `scoring.hash_scores`."""
-        stats, codes = index
-        return hash_scores(self.params.replace(stats=stats), queries, codes, self.cfg, self.per_kv_head)
+        params, codes = index
+        return hash_scores(params, queries, codes, self.cfg, self.per_kv_head)
 
     def score_range(self, queries: Queries, keys: Keys) -> tuple[int, int]:
         """See `scoring.hash_score_range`."""
@@ -55,6 +64,9 @@ def open_spotlight(name: str, setting: Setting) -> HashCodes:
     """The selector's hash functions; raises InputError where there is none."""
     if setting.selector is None:
         raise InputError(f"method '{name}' needs trained hash functions; add --selector FOLDER")
-    params = jax.tree.map(jnp.asarray, setting.selector.params)
-    selection = setting.selection
-    return HashCodes(name, rule_of(selection), selection.dense_layers, params, cfg=setting.selector.cfg)
+    selector, selection = setting.selector, setting.selection
+    args = name, rule_of(selection), selection.dense_layers
+    if not selector.shorter:
+        return HashCodes(*args, jax.tree.map(jnp.asarray, selector.params), cfg=selector.cfg)
+    params = jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *selector.sets)
+    return HashCodes(*args, params, cfg=selector.cfg, shorter=tuple(most for most, _ in selector.shorter))

@@ -15,7 +15,8 @@ from tyro.conf import OmitArgPrefixes
 
 from spotlight_jax import cli, runs
 from spotlight_jax.checkpoint import Selector, check_shape, choose_model, describe_range, load_selector
-from spotlight_jax.engine import DecodeState, Engine
+from spotlight_jax.decode_step import DecodeState
+from spotlight_jax.engine import Engine
 from spotlight_jax.errors import InputError
 from spotlight_jax.generate import (
     STREAM_BLOCK,

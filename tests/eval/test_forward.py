@@ -11,7 +11,8 @@ import pytest
 from eval.forward import ForwardConfig, Sequence, check_length, pass_sequence, pass_sparse_layer
 from eval.methods import METHODS
 from eval.methods.window import Window
-from spotlight_jax.engine import DecodeConfig, Engine, decode_step
+from spotlight_jax.decode_step import DecodeConfig, decode_step
+from spotlight_jax.engine import Engine
 from spotlight_jax.errors import InputError
 from spotlight_jax.models.decoder import forward
 from spotlight_jax.selection import SelectionConfig
@@ -131,7 +132,13 @@ def test_spotlight_selects_what_the_engines_steps_select(per):
     cache = engine.empty_cache(1, 256)
     step = jax.jit(decode_step, static_argnums=(5, 6, 7))
     for place in range(59):
-        args = (engine.params, engine.selectors, cache, jnp.asarray(TOKENS[place : place + 1]), jnp.full((1,), 256))
+        args = (
+            engine.params,
+            engine.selectors(np.zeros(1, int)),
+            cache,
+            jnp.asarray(TOKENS[place : place + 1]),
+            jnp.full((1,), 256),
+        )
         logits, cache = step(*args, MODEL, engine.cfg, "sparse")
         cache = cache.replace(lengths=cache.lengths + 1)
         found = jax.nn.log_softmax(logits[0])[TOKENS[place + 1]]

@@ -52,6 +52,17 @@ def read(method, queries, keys, positions, budgets):
     return reading.mask, reading.index_bytes, reading.log_weights
 
 
+@pytest.mark.parametrize(("most", "own"), [(KV_LEN, 0), (KV_LEN - 1, 1)])
+def test_spotlight_reads_by_the_set_for_the_sequences_length(most, own):
+    short = draw_params(selector().cfg, SHAPE, seed=9)
+    both = dataclasses.replace(selector(), positions=10**6, shorter=((most, short),))
+    alone = dataclasses.replace(selector(), params=both.sets[own])
+    args = (*draw(), POSITIONS, budgets_of(0.3))
+    masks = [read(open_method("spotlight", one, BARE, SHAPE).layer(1), *args)[0] for one in (both, alone, selector())]
+    np.testing.assert_array_equal(masks[0], masks[1])
+    assert np.array_equal(masks[0], masks[2]) == (own == 1)
+
+
 def budgets_of(share, least=1):
     return np.maximum(np.minimum(POSITIONS + 1, least), np.ceil(share * (POSITIONS + 1))).astype(np.int32)
 

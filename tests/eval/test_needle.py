@@ -14,7 +14,8 @@ from eval.haystack import Haystack
 from eval.prefilled import pass_tail, prefill
 from spotlight_jax import hashing
 from spotlight_jax.checkpoint import Selector
-from spotlight_jax.engine import DecodeConfig, Engine
+from spotlight_jax.decode_step import DecodeConfig
+from spotlight_jax.engine import Engine
 from spotlight_jax.errors import InputError
 from spotlight_jax.generate import head_shape
 from spotlight_jax.models.decoder import init_params

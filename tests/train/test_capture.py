@@ -26,7 +26,7 @@ def test_captured_queries_and_keys_are_those_the_model_attends_with(inputs):
     for layer in range(cfg.layers):  # as decoder.forward does
         x, aux = layer_of(params[f"layer_{layer}"], x, positions, attend, cfg)
         seen.append(aux)
-    got = capture(params, tokens, positions, picks, cfg, make_mesh())
+    got = capture(params, tokens, positions[None], picks, cfg, make_mesh())
     assert len(seen) == cfg.layers
     for layer, (queries, keys) in enumerate(seen):
         for window in range(2):
@@ -36,10 +36,24 @@ def test_captured_queries_and_keys_are_those_the_model_attends_with(inputs):
             np.testing.assert_array_equal(got.picks[layer, window], picks[window])
 
 
+def test_ways_of_placing_windows_follow_each_other(inputs):
+    cfg, params = load_weights(str(inputs.model), jnp.float32)
+    tokens = jnp.asarray(np.random.default_rng(1).integers(0, cfg.vocab, (2, 24)), jnp.int32)
+    picks = jnp.asarray([[0, 3], [1, 22]], jnp.int32)
+    near = jnp.tile(POSITIONS, (2, 1))
+    far = near + jnp.asarray([[0] * 10 + [70] * 14, [5] * 24], jnp.int32)
+    both = capture(params, tokens, jnp.stack([near, far]), picks, cfg, make_mesh())
+    for place, positions in enumerate((near, far)):
+        alone = capture(params, tokens, positions[None], picks, cfg, make_mesh())
+        rows = slice(place * cfg.layers, (place + 1) * cfg.layers)
+        jax.tree.map(lambda leaf, own, rows=rows: np.testing.assert_array_equal(leaf[rows], own), both, alone)
+    assert not np.array_equal(both.keys[: cfg.layers], both.keys[cfg.layers :])
+
+
 def test_weights_in_the_hosts_memory_give_the_same(inputs):
     cfg, params = load_weights(str(inputs.model), jnp.float32)
     tokens = np.random.default_rng(1).integers(0, cfg.vocab, (1, 24)).astype(np.int32)
-    args = (jnp.asarray(tokens), POSITIONS, jnp.asarray([[1, 7, 23]], jnp.int32), cfg, make_mesh())
+    args = (jnp.asarray(tokens), POSITIONS[None], jnp.asarray([[1, 7, 23]], jnp.int32), cfg, make_mesh())
     found, wanted = capture(jax.tree.map(np.asarray, params), *args), capture(params, *args)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -65,7 +79,7 @@ def test_a_step_takes_one_window_and_one_draw(inputs):
     tokens = jnp.asarray(np.random.default_rng(1).integers(0, cfg.vocab, (2, 24)), jnp.int32)
     picks = jnp.asarray([[0, 3, 5, 20, 1, 23], [1, 2, 9, 10, 11, 22]], jnp.int32)
     positions = jnp.tile(POSITIONS, (2, 1))
-    captured = capture(params, tokens, positions, picks, cfg, make_mesh())
+    captured = capture(params, tokens, positions[None], picks, cfg, make_mesh())
     step = take_step(captured, jnp.int32(1), jnp.int32(2), 2)
     np.testing.assert_array_equal(step.picks, np.tile([11, 22], (cfg.layers, 1)))
     np.testing.assert_array_equal(step.queries, captured.queries[:, 1, 4:6])

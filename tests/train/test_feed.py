@@ -25,7 +25,7 @@ def open_feed(tmp_path):
 
     def open_one(windows_at_once=1):
         cfg = DataConfig(train=(str(tmp_path / "t.npy"),), window=WINDOW, held_out_windows=2)
-        feed_cfg = FeedConfig(WINDOW, WINDOW, 0, QUERIES, PER_WINDOW, windows_at_once)
+        feed_cfg = FeedConfig(WINDOW, (WINDOW,), 0, QUERIES, PER_WINDOW, windows_at_once)
         return Feed(open_windows(cfg, None, 400), _capture, jax.random.key(5), feed_cfg)
 
     return open_one

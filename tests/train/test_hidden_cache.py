@@ -24,7 +24,8 @@ def _draw(first, count):
 
 
 def _place(first, count):
-    return np.stack([draw_positions(WINDOW, LENGTH, 0, number) for number in range(first, first + count)])
+    numbers = range(first, first + count)
+    return np.stack([[draw_positions(WINDOW, length, 0, number) for number in numbers] for length in (WINDOW, LENGTH)])
 
 
 @pytest.fixture
@@ -170,7 +171,7 @@ def test_other_weights_of_the_same_model_are_another_cache(inputs, tmp_path):
     cfg, params = load_weights(str(inputs.model), jnp.float32)
     other = params | {"layer_1": jax.tree.map(lambda leaf: leaf.at[..., 0].multiply(2), params["layer_1"])}
     dtype = np.dtype("float32")
-    identities = [hidden_cache.identify(each, cfg, "text", 64, dtype) for each in (params, other, params)]
+    identities = [hidden_cache.identify(each, cfg, "text", (64,), dtype) for each in (params, other, params)]
     assert identities[0] == identities[2] != identities[1]
     HiddenCache(tmp_path / "cache", CachePlan(1, 1, 1), identities[0])
     with pytest.raises(InputError, match="another model, text or seed"):

@@ -21,7 +21,7 @@ from spotlight_jax.checkpoint import load_selector
 from spotlight_jax.errors import InputError
 from spotlight_jax.models.config import config_from_hf
 from tests.models import tiny
-from tests.train.conftest import LAYERS, SAVE_EVERY, STEPS, WINDOW
+from tests.train.conftest import LAYERS, LENGTH, SAVE_EVERY, STEPS, WINDOW
 from train import hidden_cache, layerwise, plan, session, step
 from train.config import PRESETS
 from train.session import Session
@@ -76,6 +76,17 @@ def test_the_last_line_is_the_summary_as_json(finished):
     assert summary["mass"] <= summary["mass_oracle"] + 1e-5
     assert summary["steps"] == STEPS and summary["seconds"] > 0 and summary["tokens_per_second"] > 0
     assert pathlib.Path(summary["selector"]) == finished.path / "selector"
+
+
+def test_hash_functions_for_a_length_are_those_of_a_run_for_that_length_alone(inputs, finished, tmp_path):
+    """Sets for several lengths are trained side by side: none changes another."""
+    assert layerwise.command(inputs.flags(tmp_path / "run", "--length-step", "1")) == 0
+    both, alone = load_selector(finished.path), load_selector(tmp_path / "run")
+    assert [most for most, _ in both.shorter] == [WINDOW] and both.positions == alone.positions == LENGTH
+    assert not alone.shorter
+    for one, other in zip(jax.tree.leaves(both.params), jax.tree.leaves(alone.params), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert not np.array_equal(both.sets[0].stats.axes, both.sets[1].stats.axes)
 
 
 def test_every_step_and_measurement_has_one_row(finished):
@@ -241,7 +252,7 @@ def test_eight_devices_give_what_one_gives(inputs, finished, tmp_path):
 @pytest.mark.parametrize("windows_on_disk", [100, 2])  # all six, and three fillings
 def test_hidden_states_on_disk_give_what_streaming_gives(inputs, finished, tmp_path, windows_on_disk):
     width = config_from_hf(json.loads((inputs.model / "config.json").read_text())).embed
-    gib = (windows_on_disk + 0.5) * LAYERS * WINDOW * width * 4 / hidden_cache.GIB
+    gib = (windows_on_disk + 0.5) * 2 * LAYERS * WINDOW * width * 4 / hidden_cache.GIB  # each window at two lengths
     more = ["--cache-dir", str(tmp_path / "cache"), "--cache-gib", f"{gib:.12f}"]
     assert layerwise.command(inputs.flags(tmp_path / "run", *more)) == 0
     assert len(list((tmp_path / "cache").glob("*.npy"))) == min(windows_on_disk, STEPS // 2)
@@ -263,7 +274,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoi
     monkeypatch.setattr(Session, "take_step", take_step)
     assert layerwise.command(inputs.flags(path)) == 2
     told = capsys.readouterr().err.splitlines()[-1]
-    assert told.startswith("train.layerwise: the loss of layer_1 is nan")
+    assert told.startswith("train.layerwise: the loss of layer_1 (up to 64 tokens) is nan")
     assert "checkpoint 5 is kept" in told
     assert _checkpoints(path) == [0, 5]
     assert not (path / "selector").exists()
@@ -303,6 +314,7 @@ def test_a_loss_that_is_no_number_names_what_is_at_fault():
         cfg = dataclasses.replace(PRESETS["default"], **(flags or {}))
         run = object.__new__(Session)  # of which only these are read
         run.cfg, run.step, run.shape = cfg, 3, hashing.HeadShape(layers=3, q_heads=2, kv_heads=1, head_dim=8)
+        run.rows, run.lengths = 3, (64,)
         with pytest.raises(InputError) as caught:
             session.check_finite(report, run)
         return str(caught.value)

@@ -11,7 +11,7 @@ from spotlight_jax.models.decoder import apply_layer, attend_densely, init_param
 from spotlight_jax.models.embedded import EMBEDDED
 from spotlight_jax.models.load import load_config
 from tests.models import tiny
-from train.config import LayerwiseConfig, positions_covered
+from train.config import LayerwiseConfig, lengths_covered
 from train.positions import PIECES, draw_positions, far_positions
 
 
@@ -54,13 +54,29 @@ def test_the_length_covered_is_the_models_context_with_its_scaling_the_windows_o
     model = dataclasses.replace(config_from_hf(tiny.CASES["llama_yarn"]), max_len=4096)
     model = dataclasses.replace(model, rope=dataclasses.replace(model.rope, factor=4.0, trained_len=4096))
     cfg = LayerwiseConfig(data=dataclasses.replace(LayerwiseConfig().data, window=2048))
-    assert positions_covered(cfg, model) == 16384
-    assert positions_covered(dataclasses.replace(cfg, length="window"), model) == 2048
-    assert positions_covered(dataclasses.replace(cfg, length=5000), model) == 5000
+    assert lengths_covered(cfg, model)[-1] == 16384
+    assert lengths_covered(dataclasses.replace(cfg, length="window"), model) == (2048,)
+    assert lengths_covered(dataclasses.replace(cfg, length=5000), model)[-1] == 5000
     with pytest.raises(InputError, match="--length 16385 is more than the 16384 tokens"):
-        positions_covered(dataclasses.replace(cfg, length=16385), model)
+        lengths_covered(dataclasses.replace(cfg, length=16385), model)
     with pytest.raises(InputError, match="length is 100, less than the 2048 tokens of a window"):
         dataclasses.replace(cfg, length=100)
+
+
+def test_hash_functions_are_trained_for_lengths_a_step_apart_from_the_window_to_the_length():
+    model = dataclasses.replace(config_from_hf(tiny.CASES["llama3"]), max_len=131_072)
+
+    def lengths(**fields):
+        data = dataclasses.replace(LayerwiseConfig().data, window=8192)
+        return lengths_covered(LayerwiseConfig(data=data, **fields), model)
+
+    assert lengths() == (8192, 32_768, 131_072)
+    assert lengths(length=32_768) == (8192, 32_768)
+    assert lengths(length=32_768, length_step=2) == (8192, 16_384, 32_768)
+    assert lengths(length=40_960) == (8192, 40_960)  # the nearest number of steps
+    assert lengths(length=10_000) == (8192, 10_000)
+    assert lengths(length_step=1) == (131_072,)
+    assert lengths(length="window") == (8192,)
 
 
 def test_the_long_variants_are_the_embedded_model_with_a_longer_context():

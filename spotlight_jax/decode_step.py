@@ -1,0 +1,226 @@
+"""What the device computes in prefill and decoding: pure functions of params, cache and state.
+
+Sequences of a batch are filled from slot 0 on, so positions are those of each sequence alone; what a shorter prompt
+leaves behind it is never read and later overwritten.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int32, PyTree
+
+from spotlight_jax import hashing
+from spotlight_jax.cache import Cache, LayerCache
+from spotlight_jax.cached_attention import (
+    AttentionImpl,
+    LayerSelector,
+    attend_chunk,
+    attend_densely,
+    attend_sparsely,
+)
+from spotlight_jax.checkpoint import Selector
+from spotlight_jax.errors import InputError
+from spotlight_jax.models.config import DecoderConfig
+from spotlight_jax.models.decoder import apply_layer, embed_tokens, unembed
+from spotlight_jax.sampling import NOT_FINITE, SamplingConfig, sample
+from spotlight_jax.selection import SelectionConfig, check_layers, sparse_from
+
+Mode = Literal["dense", "sparse", "mixed"]  # what the sparse layers do in a block: by length, sequences may differ
+
+_CODED_AT_ONCE = 2048  # cached tokens whose codes are made together
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """What a compiled decoding step depends on beside shapes."""
+
+    selection: SelectionConfig = dataclasses.field(default_factory=SelectionConfig)
+    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+    stop_tokens: tuple[int, ...] = ()
+    prefill_chunk: int | None = None
+    """Prompt tokens per prefill step; None: by device."""
+    block: int = 32
+    """Most tokens decoded on the device between two looks of the host."""
+    attention: AttentionImpl = "auto"
+    """Implementation of dense attention."""
+
+    def __post_init__(self) -> None:
+        """Refuse chunks and blocks of nothing."""
+        if self.prefill_chunk is not None and self.prefill_chunk < 1:
+            raise InputError(f"prefill_chunk is {self.prefill_chunk}; give at least 1 token")
+        if self.block < 1:
+            raise InputError(f"block is {self.block}; give at least 1 token")
+
+
+@flax.struct.dataclass
+class DecodeState:
+    """Where each sequence of a batch stands between two blocks."""
+
+    cache: Cache
+    tokens: Int32[Array, "batch"]  # chosen last, not cached yet
+    is_done: Bool[Array, "batch"]
+    left: Int32[Array, "batch"]  # tokens that may still be chosen
+    chosen: Int32[Array, "batch"]  # tokens chosen since the prompt: the draw's number
+    rope_len: Int32[Array, "batch"]  # length that `dynamic` RoPE adapts to; the same for prompt and steps
+
+
+LayerSelectors = tuple[LayerSelector | None, ...]  # of all layers; None for those that are always read densely
+
+
+def layer_selectors(selector: Selector | None, layers: int, cfg: SelectionConfig) -> tuple[LayerSelectors, ...]:
+    """Each layer's hash function, for each of the selector's sets of them."""
+    check_layers(cfg.dense_layers, layers)
+    if selector is None:
+        return ((None,) * layers,)
+    return tuple(
+        tuple(
+            None if layer in cfg.dense_layers else LayerSelector(hashing.layer_params(params, layer), selector.cfg)
+            for layer in range(layers)
+        )
+        for params in selector.sets
+    )
+
+
+def code_layer(layer: LayerCache, selector: LayerSelector) -> LayerCache:
+    """The layer with the codes that this hash function gives its keys, made in blocks that are small beside a cache."""
+    assert layer.codes is not None, "a layer with a selector keeps codes"
+    max_len = layer.keys.shape[1]
+    block = min(_CODED_AT_ONCE, max_len)
+
+    def code_block(index: Array, codes: Array) -> Array:
+        first = jnp.minimum(index * block, max_len - block)  # the last block may overlap the one before it
+        keys = lax.dynamic_slice_in_dim(layer.keys, first, block, axis=1)
+        return lax.dynamic_update_slice_in_dim(codes, selector.key_codes(keys), first, axis=3)
+
+    return dataclasses.replace(layer, codes=lax.fori_loop(0, -(-max_len // block), code_block, layer.codes))
+
+
+def prefill_layer(
+    layer_params: PyTree,
+    x: Float[Array, "batch q_len embed"],
+    layer: LayerCache,
+    selector: LayerSelector | None,
+    starts: Int32[Array, "batch"],
+    rope_len: Int32[Array, "batch"],
+    cfg: DecoderConfig,
+    implementation: AttentionImpl,
+) -> tuple[Float[Array, "batch q_len embed"], LayerCache]:
+    """One layer over one chunk of the prompt."""
+    positions = starts[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None, :]
+
+    def attend(queries, keys, values):
+        return attend_chunk(queries, keys, values, layer, starts, selector, implementation)
+
+    return apply_layer(layer_params, x, positions, attend, cfg, rope_len)
+
+
+def rows_of_step(batch: int) -> int:
+    """Rows of a step's products with weights.
+
+    One more than a single sequence has: XLA for GPUs makes sums of products with one row. It does not merge them, and
+    computes them anew, weights and all, where it fuses them with what follows.
+    """
+    return 2 if batch == 1 and jax.default_backend() == "gpu" else batch
+
+
+def decode_step(
+    params: PyTree,
+    selectors: LayerSelectors,
+    cache: Cache,
+    tokens: Int32[Array, "batch"],
+    rope_len: Int32[Array, "batch"],
+    model_cfg: DecoderConfig,
+    cfg: DecodeConfig,
+    mode: Mode,
+) -> tuple[Float[Array, "batch vocab"], Cache]:
+    """Logits after one more token of each sequence, and the cache with it; lengths are left to the caller."""
+    lengths, batch = cache.lengths, tokens.shape[0]
+    rows = rows_of_step(batch)
+
+    def fill(array: Array) -> Array:
+        return jnp.broadcast_to(array, (rows, *array.shape[1:]))
+
+    shortest = sparse_from(cfg.selection, batch, jax.default_backend())
+    is_sparse = (lengths + 1 >= shortest)[:, None, None, None]
+
+    def attend_with(layer: LayerCache, selector: LayerSelector | None) -> Callable:
+        def attend(queries, keys, values):
+            if selector is None or mode == "dense":
+                return attend_densely(queries, keys, values, layer, lengths, selector, cfg.attention)
+            sparse, appended = attend_sparsely(queries, keys, values, layer, lengths, selector, cfg.selection)
+            if mode == "sparse":
+                return sparse, appended
+            dense, appended = attend_densely(queries, keys, values, appended, lengths, None, cfg.attention)
+            return jnp.where(is_sparse, sparse, dense), appended
+
+        def attend_filled(*new):
+            out, appended = attend(*(heads[:batch] for heads in new))
+            return fill(out), appended
+
+        return attend_filled
+
+    x = embed_tokens(params, fill(tokens)[:, None], model_cfg)
+    positions, rope_lens = fill(lengths)[:, None], fill(rope_len)
+    layers = []
+    for index, (layer, selector) in enumerate(zip(cache.layers, selectors, strict=True)):
+        attend = attend_with(layer, selector)
+        x, appended = apply_layer(params[f"layer_{index}"], x, positions, attend, model_cfg, rope_lens)
+        layers.append(appended)
+    return unembed(params, x, model_cfg)[:batch, 0], dataclasses.replace(cache, layers=tuple(layers))
+
+
+def _choose(logits: Float[Array, "batch vocab"], state: DecodeState, cfg: DecodeConfig) -> DecodeState:
+    """Draw each sequence's next token, and see who is done."""
+    base = jax.random.key(cfg.sampling.seed)
+    rows = jnp.arange(logits.shape[0])
+    keys = jax.vmap(lambda row, draw: jax.random.fold_in(jax.random.fold_in(base, row), draw))(rows, state.chosen)
+    tokens = jnp.where(state.is_done, state.tokens, sample(logits, keys, cfg.sampling))
+    running = (~state.is_done).astype(jnp.int32)
+    left = state.left - running
+    is_stop = jnp.any(tokens[:, None] == jnp.asarray(cfg.stop_tokens, jnp.int32)[None, :], axis=1)
+    is_done = state.is_done | is_stop | (left <= 0) | (tokens == NOT_FINITE)
+    return dataclasses.replace(state, tokens=tokens, left=left, chosen=state.chosen + running, is_done=is_done)
+
+
+def first_token(
+    params: PyTree, x: Float[Array, "batch embed"], state: DecodeState, model_cfg: DecoderConfig, cfg: DecodeConfig
+) -> DecodeState:
+    """The first token after the prompt, from the stream of the prompt's last one."""
+    return _choose(unembed(params, x[:, None], model_cfg)[:, 0], state, cfg)
+
+
+def decode_block(
+    params: PyTree,
+    selectors: LayerSelectors,
+    state: DecodeState,
+    limit: Int32[Array, ""],
+    model_cfg: DecoderConfig,
+    cfg: DecodeConfig,
+    mode: Mode,
+) -> tuple[DecodeState, Int32[Array, "batch block"], Int32[Array, ""]]:
+    """Up to `limit` (at most cfg.block) steps, fewer where every sequence is done before.
+
+    Returns: the state, the tokens chosen (a sequence that is done repeats its last), and how many steps were taken.
+    """
+    batch = state.tokens.shape[0]
+
+    def is_running(carry):
+        step, state, _ = carry
+        return (step < limit) & ~jnp.all(state.is_done)
+
+    def take_step(carry):
+        step, state, out = carry
+        logits, cache = decode_step(params, selectors, state.cache, state.tokens, state.rope_len, model_cfg, cfg, mode)
+        # a sequence that is done writes to the same unfilled slot again and again, and stays as long as it was
+        cache = cache.replace(lengths=cache.lengths + (~state.is_done).astype(jnp.int32))
+        state = _choose(logits, state.replace(cache=cache), cfg)
+        return step + 1, state, lax.dynamic_update_slice_in_dim(out, state.tokens[:, None], step, axis=1)
+
+    out = jnp.zeros((batch, cfg.block), jnp.int32)
+    steps, state, out = lax.while_loop(is_running, take_step, (jnp.int32(0), state, out))
+    return state, out, steps
