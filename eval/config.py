@@ -10,6 +10,7 @@ import transformers
 from eval.methods import UNBUDGETED, Method, base_name, check_names, open_method, selector_of
 from spotlight_jax import runs
 from spotlight_jax.checkpoint import Selector, choose_model, describe_range, load_selector
+from spotlight_jax.config.selection import DENSE_LAYERS, LONGEST, MIN_TOKENS, SelectionConfig, check_layers
 from spotlight_jax.errors import InputError, check_numbers
 from spotlight_jax.generate import head_shape
 from spotlight_jax.models.config import DecoderConfig
@@ -17,7 +18,6 @@ from spotlight_jax.models.decoder import Params
 from spotlight_jax.models.load import load_config, load_weights, open_tokenizer
 from spotlight_jax.models.params import resolve_dtype
 from spotlight_jax.models.presets import RANDOM
-from spotlight_jax.selection import DENSE_LAYERS, LONGEST, MIN_TOKENS, SelectionConfig, check_layers
 
 # what a resumed run may add to or leave out, because each of its parts names it
 FREE_FIELDS = ("out", "resume", "methods", "keep", "settings")

@@ -28,10 +28,12 @@ from rich.table import Table
 from eval.kernel_times import kernel_table, trace_kernels
 from spotlight_jax import cli, hashing
 from spotlight_jax.cache import Cache, bucket_length
-from spotlight_jax.cached_attention import AttentionImpl
 from spotlight_jax.checkpoint import Selector, choose_model, load_selector
+from spotlight_jax.config.generation import AttentionImpl, DecodeConfig
+from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.selection import SelectionConfig, check_layers
 from spotlight_jax.display import print_result
-from spotlight_jax.engine import DecodeConfig, Engine
+from spotlight_jax.engine import Engine
 from spotlight_jax.errors import InputError
 from spotlight_jax.generate import head_shape
 from spotlight_jax.memory import GIB, MemoryPlan, available_bytes, check_memory, plan_memory, step_reads
@@ -40,7 +42,6 @@ from spotlight_jax.models.load import load_config, load_weights
 from spotlight_jax.models.params import resolve_dtype
 from spotlight_jax.models.presets import PRESETS, RANDOM
 from spotlight_jax.models.source import DEFAULT_MODEL
-from spotlight_jax.selection import SelectionConfig, check_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +117,7 @@ def load(cfg: DecodeSpeedConfig, dtype: jnp.dtype) -> tuple[DecoderConfig, dict,
     shape = head_shape(model_cfg)
     if cfg.selector is not None:
         return model_cfg, params, load_selector(cfg.selector, shape)
-    hash_cfg = hashing.HashConfig(code_bits=cfg.code_bits)
+    hash_cfg = HashConfig(code_bits=cfg.code_bits)
     return model_cfg, params, Selector(hash_cfg, shape, hashing.init_params(jax.random.key(1), hash_cfg, shape), "", {})
 
 
@@ -204,7 +205,7 @@ def measure(cfg: DecodeSpeedConfig, model_cfg: DecoderConfig, params: dict, sele
 def plan(cfg: DecodeSpeedConfig, model_cfg: DecoderConfig, code_bits: int) -> MemoryPlan:
     """What `measure` needs: both methods' caches where both are timed."""
     batch, room = len(cfg.lengths), max(cfg.lengths) + decoded(cfg.new_tokens, cfg.rounds, cfg.profile)
-    hash_cfg = hashing.HashConfig(code_bits=code_bits) if "sparse" in cfg.methods else None
+    hash_cfg = HashConfig(code_bits=code_bits) if "sparse" in cfg.methods else None
     chunk = 1 if cfg.skip_prefill else cfg.prefill_chunk or 2048
     needed = plan_memory(
         model_cfg, resolve_dtype(cfg.dtype), batch, bucket_length(room), chunk, hash_cfg, cfg.selection

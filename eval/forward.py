@@ -11,10 +11,10 @@ from jaxtyping import Array, Bool, Float, Int32, PyTree
 
 from eval.attend import attend_with, causal_budgets, default_chunk, dense_reads
 from eval.methods.base import Method
+from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.errors import InputError
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import Params, apply_layer, attend_densely, embed_tokens, unembed, unembed_params
-from spotlight_jax.selection import SelectionConfig
 
 _LOGIT_BYTES = 2**27  # float32 logits held at once
 

@@ -15,13 +15,14 @@ from eval.config import Subject, Trial
 from eval.decoder import Decoder, open_decoder
 from eval.prefilled import Prefilled, pass_tail, prefill
 from spotlight_jax.cache import bucket_length
+from spotlight_jax.config.generation import GenerateConfig
+from spotlight_jax.config.sampling import SamplingConfig
 from spotlight_jax.engine import Engine
 from spotlight_jax.errors import InputError
-from spotlight_jax.generate import GenerateConfig, generate, make_engine
+from spotlight_jax.generate import generate, make_engine
 from spotlight_jax.memory import step_reads
 from spotlight_jax.models.decoder import embed_tokens, unembed_params
 from spotlight_jax.models.load import BaseModel
-from spotlight_jax.sampling import SamplingConfig
 from spotlight_jax.stops import Stops, find_stops
 from spotlight_jax.text_stream import TextStream
 

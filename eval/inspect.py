@@ -48,7 +48,8 @@ from eval.record import ALL_TEXTS, Part, Record, Row, stored_by
 from spotlight_jax import cli, files, metrics
 from spotlight_jax.attention import causal_attention
 from spotlight_jax.compiled import use_compile_cache
-from spotlight_jax.data import DataConfig, read_windows
+from spotlight_jax.config.data import DataConfig
+from spotlight_jax.data import read_windows
 from spotlight_jax.display import make_table
 from spotlight_jax.errors import InputError
 from spotlight_jax.models.config import DecoderConfig

@@ -37,7 +37,8 @@ from eval.pictures import plot_tradeoff
 from eval.record import ALL_TEXTS, Record, Row, stored_by
 from spotlight_jax import cli
 from spotlight_jax.compiled import use_compile_cache
-from spotlight_jax.data import DataConfig, read_windows
+from spotlight_jax.config.data import DataConfig
+from spotlight_jax.data import read_windows
 from spotlight_jax.display import make_table
 from spotlight_jax.errors import InputError
 

@@ -40,12 +40,12 @@ from eval.speed_ops import (
 from eval.timing import Op, copy_bandwidth, time_ops
 from spotlight_jax import cli
 from spotlight_jax.compiled import use_compile_cache
+from spotlight_jax.config.selection import SelectionConfig, check_layers
 from spotlight_jax.display import make_table
 from spotlight_jax.errors import InputError
 from spotlight_jax.memory import available_bytes
 from spotlight_jax.models.config import DecoderConfig, nearest
 from spotlight_jax.models.presets import PRESETS
-from spotlight_jax.selection import SelectionConfig, check_layers
 
 Kind = Literal["ops", "model"]
 

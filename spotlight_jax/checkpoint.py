@@ -19,6 +19,7 @@ import safetensors
 import safetensors.numpy
 
 from spotlight_jax import files, hashing, manifest
+from spotlight_jax.config.hashing import HashConfig
 from spotlight_jax.errors import InputError, naming
 from spotlight_jax.fields import read_dataclass
 from spotlight_jax.models.source import DEFAULT_MODEL, find_again, lasting_name
@@ -31,7 +32,7 @@ _READ = ("config.json", "selector.safetensors")  # the files that loading reads
 class Selector:
     """Hash functions of every layer of one base model."""
 
-    cfg: hashing.HashConfig
+    cfg: HashConfig
     shape: hashing.HeadShape
     params: hashing.HashParams
     base_model: str  # that it was trained for
@@ -101,7 +102,7 @@ def load_selector(folder: str | pathlib.Path, shape: hashing.HeadShape | None = 
             f"yourself, delete {manifest.FILE})"
         )
     with naming(f"'{folder / 'config.json'}' is not a selector's config"):
-        cfg = read_dataclass(hashing.HashConfig, config.get("hash"))
+        cfg = read_dataclass(HashConfig, config.get("hash"))
         own = read_dataclass(hashing.HeadShape, config.get("shape"))
         if not isinstance(config.get("base_model", ""), str):
             raise InputError("base_model is no text")

@@ -17,11 +17,11 @@ from typing import Any
 
 from spotlight_jax import cli, runs, texts
 from spotlight_jax.commands import generate
+from spotlight_jax.config.generation import GenerateConfig
+from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.display import print_result
 from spotlight_jax.errors import InputError
-from spotlight_jax.generate import GenerateConfig
 from spotlight_jax.models.load import load_config, open_tokenizer
-from spotlight_jax.selection import SelectionConfig
 from spotlight_jax.token_ids import encode_text
 from train import layerwise
 from train.config import PRESETS, LayerwiseConfig

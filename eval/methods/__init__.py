@@ -13,10 +13,10 @@ from eval.methods.random import open_random
 from eval.methods.spotlight import open_spotlight
 from eval.methods.window import open_window
 from spotlight_jax.checkpoint import Selector, load_selector
+from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.errors import InputError
 from spotlight_jax.hashing import HeadShape
 from spotlight_jax.models.config import nearest
-from spotlight_jax.selection import SelectionConfig
 
 __all__ = [
     "METHODS",

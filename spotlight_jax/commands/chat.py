@@ -18,9 +18,10 @@ from spotlight_jax import cli
 from spotlight_jax.checkpoint import Selector
 from spotlight_jax.commands.session import SessionConfig, decode, describe, load_fitting, read_configs, write_text
 from spotlight_jax.compiled import use_compile_cache
+from spotlight_jax.config.generation import GenerateConfig
 from spotlight_jax.engine import DecodeState, Engine
 from spotlight_jax.errors import InputError
-from spotlight_jax.generate import GenerateConfig, Run
+from spotlight_jax.generate import Run
 from spotlight_jax.models.load import BaseModel, open_tokenizer
 from spotlight_jax.token_ids import encode_chat
 

@@ -15,7 +15,8 @@ from rich.console import Console
 
 from spotlight_jax import cli
 from spotlight_jax.compiled import use_compile_cache
-from spotlight_jax.hashing import HashConfig, weight_bounds
+from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.hashing import weight_bounds
 from spotlight_jax.kernels import hash_append, pair_cost, score_select, sparse_attention
 from spotlight_jax.kernels.match_score import choose_impl
 from spotlight_jax.memory import GIB, available_bytes

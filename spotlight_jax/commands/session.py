@@ -15,22 +15,15 @@ from tyro.conf import OmitArgPrefixes
 
 from spotlight_jax import cli, runs
 from spotlight_jax.checkpoint import Selector, check_shape, choose_model, describe_range, load_selector
+from spotlight_jax.config.generation import GenerateConfig, make_decode_config
+from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.engine import DecodeState, Engine
 from spotlight_jax.errors import InputError
-from spotlight_jax.generate import (
-    STREAM_BLOCK,
-    GenerateConfig,
-    Report,
-    Run,
-    head_shape,
-    make_decode_config,
-    make_engine,
-)
+from spotlight_jax.generate import STREAM_BLOCK, Report, Run, head_shape, make_engine
 from spotlight_jax.memory import GIB, available_bytes, check_memory, plan_memory
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.load import BaseModel, load_config, load_model
 from spotlight_jax.models.params import resolve_dtype
-from spotlight_jax.selection import SelectionConfig
 from spotlight_jax.stops import find_stops
 
 MIB = 2**20

@@ -11,10 +11,11 @@ import pytest
 from eval.forward import ForwardConfig, Sequence, check_length, pass_sequence, pass_sparse_layer
 from eval.methods import METHODS
 from eval.methods.window import Window
-from spotlight_jax.engine import DecodeConfig, Engine, decode_step
+from spotlight_jax.config.generation import DecodeConfig
+from spotlight_jax.config.selection import SelectionConfig
+from spotlight_jax.engine import Engine, decode_step
 from spotlight_jax.errors import InputError
 from spotlight_jax.models.decoder import forward
-from spotlight_jax.selection import SelectionConfig
 from tests.eval.subjects import MODEL, draw_tokens, make_selector, subject
 
 TOKENS = draw_tokens(90)

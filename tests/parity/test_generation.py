@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spotlight_jax.engine import DecodeConfig, Engine
+from spotlight_jax.config.generation import DecodeConfig
+from spotlight_jax.engine import Engine
 from spotlight_jax.models.hf import hf_name, load_hf_config, read_hf_weights
 from spotlight_jax.models.load import load_model
 from spotlight_jax.models.params import fill_params
