@@ -7,7 +7,7 @@ import pytest
 
 from spotlight_jax import cli
 
-HEAVY = "jax flax optax orbax transformers tokenizers datasets pyarrow matplotlib lm_eval gguf".split()
+HEAVY = set("jax flax optax orbax transformers tokenizers datasets pyarrow matplotlib lm_eval gguf".split())  # noqa: SIM905
 CASES = [*(name.split() for name, _, _ in cli._COMMANDS), ["eval", "longbench", "score"]]
 
 PROGRAM = f"""
@@ -17,7 +17,7 @@ try:
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 except SystemExit as stop:
     assert not stop.code, stop.code
-print([name for name in {HEAVY} if name in sys.modules], file=sys.stderr)
+print(sorted({HEAVY} & set(sys.modules)), file=sys.stderr)
 """
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from eval.decoder import Decoder, open_decoder
-from eval.forward import ForwardConfig, Sequence, pass_sequence
+from eval.flags import ForwardConfig
+from eval.forward import Sequence, pass_sequence
 from spotlight_jax.checkpoint import save_selector
 from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.errors import InputError

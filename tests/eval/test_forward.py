@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eval.forward import ForwardConfig, Sequence, check_length, pass_sequence, pass_sparse_layer
+from eval.flags import ForwardConfig
+from eval.forward import Sequence, check_length, pass_sequence, pass_sparse_layer
 from eval.methods import METHODS
 from eval.methods.window import Window
 from spotlight_jax.config.generation import DecodeConfig

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eval.methods import METHODS, open_method
+from eval.methods import METHODS
 from eval.methods.magicpig import MagicPig
+from eval.methods.opening import open_method
 from spotlight_jax import hashing
 from spotlight_jax.checkpoint import Selector, save_selector
 from spotlight_jax.config.hashing import HashConfig

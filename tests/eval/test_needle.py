@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from eval import needle
-from eval.config import ReadingConfig, Subject
-from eval.forward import ForwardConfig, Sequence, pass_sequence
+from eval.commands.needle import NeedleConfig
+from eval.config import Subject
+from eval.flags import ForwardConfig, ReadingConfig
+from eval.forward import Sequence, pass_sequence
 from eval.haystack import Haystack
 from eval.prefilled import pass_tail, prefill
 from spotlight_jax import hashing
@@ -68,7 +70,7 @@ def test_a_tail_after_a_dense_prompt_equals_a_pass_with_a_dense_prefix(name):
 
 
 def make_desk(text_file, trial_name: str, **fields) -> tuple[needle.Desk, needle.Trial]:
-    cfg = needle.NeedleConfig(
+    cfg = NeedleConfig(
         methods=(trial_name,), selector="x", lengths=(400,), sparse_from="answer", haystack=str(text_file), **fields
     )
     trial = needle.Trial(trial_name, 0.2, "bare", SELECTION)
@@ -211,7 +213,7 @@ def test_bad_input_is_told_in_one_line(args, message, tiny, text_file, tmp_path,
 
 
 def test_a_model_without_a_tokenizer_is_refused():
-    cfg = needle.NeedleConfig(methods=("dense",), lengths=(100,))
+    cfg = NeedleConfig(methods=("dense",), lengths=(100,))
     bare = Subject(MODEL, {}, None, None, "random:tiny")
     with pytest.raises(InputError, match="has no tokenizer"):
         needle.check_subject(cfg, bare)
