@@ -97,10 +97,10 @@ def run(
     return 0
 
 
-def main_of(module: str) -> Callable[[Any], object]:
+def main_of(module: str) -> Callable[[Any], Any]:
     """The `main` of a module that is imported when it is called: flags and `--help` wait for no JAX."""
 
-    def main(cfg: Any) -> object:
+    def main(cfg: Any) -> Any:
         return importlib.import_module(module).main(cfg)
 
     return main

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from spotlight_jax import hashing
 from spotlight_jax.checkpoint import Selector, save_selector
-from spotlight_jax.commands import chat, doctor, generate, session
+from spotlight_jax.commands import chat, completion, doctor, generate, machine, session, talk
 from spotlight_jax.config.generation import GenerateConfig
 from spotlight_jax.config.hashing import HashConfig
 from spotlight_jax.config.selection import SelectionConfig
@@ -45,7 +45,7 @@ def tiny_model(monkeypatch):
         lambda source, dtype: BaseModel(MODEL, init_params(jax.random.key(0), MODEL, dtype), byte_tokenizer(), source),
     )
     monkeypatch.setattr(session, "load_config", lambda source: MODEL)
-    for module in (generate, chat):
+    for module in (completion, talk):
         monkeypatch.setattr(module, "open_tokenizer", lambda source: byte_tokenizer())
         monkeypatch.setattr(module, "use_compile_cache", lambda: None)
 
@@ -304,7 +304,7 @@ def talk(lines, new=6, **fields):
             raise KeyboardInterrupt
         return line
 
-    return chat.main(chat.ChatCommandConfig(generation=GenerateConfig(max_new_tokens=new), **fields), read)
+    return talk.main(chat.ChatCommandConfig(generation=GenerateConfig(max_new_tokens=new), **fields), read)
 
 
 def users(messages):
@@ -396,7 +396,7 @@ def test_a_line_that_is_no_text_is_said_and_the_talk_goes_on(capsys):
 def test_a_bad_byte_on_standard_input_costs_its_line_alone(capsys, monkeypatch):
     said = io.TextIOWrapper(io.BytesIO(b"hello\nbad \xff byte\nand then?\n"), encoding="utf-8")
     monkeypatch.setattr("sys.stdin", said)
-    messages = chat.main(chat.ChatCommandConfig(generation=GenerateConfig(max_new_tokens=2)))
+    messages = talk.main(chat.ChatCommandConfig(generation=GenerateConfig(max_new_tokens=2)))
     assert users(messages) == ["hello", "and then?"]
 
 
@@ -405,7 +405,7 @@ def test_a_template_that_takes_no_system_message_is_refused_at_the_start(capsys,
     tokenizer.chat_template = (
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}hi"
     )
-    monkeypatch.setattr(chat, "open_tokenizer", lambda source: tokenizer)
+    monkeypatch.setattr(talk, "open_tokenizer", lambda source: tokenizer)
     monkeypatch.setattr(session, "load_model", lambda *_: pytest.fail("loaded"))
     with pytest.raises(InputError, match=r"chat template cannot write these messages \(system, user\): no system role"):
         talk(["hello"], system="be brief")
@@ -417,7 +417,7 @@ def test_an_answer_that_its_length_ends_says_so(capsys):
 
 
 def test_doctor_names_versions_device_ops_and_folders(capsys, own_cache, monkeypatch):
-    monkeypatch.setattr(doctor, "use_compile_cache", lambda: own_cache / "compiled")
+    monkeypatch.setattr(machine, "use_compile_cache", lambda: own_cache / "compiled")
     assert doctor.command([]) == 0
     out = capsys.readouterr().out
     for word in ("jaxlib", "cpu 0", "GiB free", "match_score", "score_select", "sparse_attention", "compiled"):
