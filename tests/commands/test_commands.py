@@ -292,7 +292,7 @@ def test_the_memory_plan_by_hand():
     assert plan.codes / (plan.cache * 26 / 28) == 1 / 32
 
 
-def talk(lines, new=6, **fields):
+def have_talk(lines, new=6, **fields):
     """The messages of a talk in which these lines were said; None is Ctrl-C at the prompt."""
     said = iter(lines)
 
@@ -312,7 +312,7 @@ def users(messages):
 
 
 def test_a_talk_keeps_what_was_said(capsys):
-    messages = talk(["hello", "", "and then?", "/quit", "never said"], system="be brief")
+    messages = have_talk(["hello", "", "and then?", "/quit", "never said"], system="be brief")
     assert [message["role"] for message in messages] == ["system", "user", "assistant", "user", "assistant"]
     assert messages[1]["content"] == "hello" and messages[3]["content"] == "and then?"
 
@@ -325,7 +325,7 @@ def answer_to(messages, new=6):
 
 
 def test_a_second_turn_answers_as_if_the_whole_talk_were_its_prompt(capsys):
-    messages = talk(["hello", "and then?"])
+    messages = have_talk(["hello", "and then?"])
     assert messages[3]["content"] == answer_to(messages[:3])
 
 
@@ -345,34 +345,34 @@ def test_a_turn_reads_what_is_new_unless_rope_turns_all_keys_anew(capsys, monkey
 
     monkeypatch.setattr(sys.modules[__name__], "MODEL", model)
     monkeypatch.setattr(Engine, "prefill", counted)
-    messages = talk(["hello", "and then?"], new=4)
+    messages = have_talk(["hello", "and then?"], new=4)
     assert messages[1]["content"].isascii()  # else its bytes are other tokens when it is read again
     assert seen == counts
     assert messages[3]["content"] == answer_to(messages[:3], 4)
 
 
 def test_new_forgets_and_a_full_talk_is_said(capsys):
-    messages = talk(["x" * 600, "hello", "y" * 480, "/new", "again"])
+    messages = have_talk(["x" * 600, "hello", "y" * 480, "/new", "again"])
     assert users(messages) == ["again"]
     too_much, full = [line for line in capsys.readouterr().err.splitlines() if "passes its limit of 512" in line]
     assert "shorten what you said" in too_much and "/new" in full
 
 
 def test_a_talk_may_be_held_shorter_than_the_models_context(capsys):
-    assert users(talk(["x" * 100, "hello"], context=90)) == ["hello"]
+    assert users(have_talk(["x" * 100, "hello"], context=90)) == ["hello"]
     assert "passes its limit of 90" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"at most 6 tokens has no room for answers of 6; .* --context"):
-        talk(["hello"], context=6)
+        have_talk(["hello"], context=6)
 
 
 def test_ctrl_c_at_the_prompt_drops_the_line_and_says_how_to_end(capsys):
-    assert users(talk([None, "hello"])) == ["hello"]
+    assert users(have_talk([None, "hello"])) == ["hello"]
     assert capsys.readouterr().err.count("Ctrl-D ends") == 2
 
 
 def test_ctrl_c_cuts_an_answer_short_and_the_talk_goes_on(capsys, interrupt):
     interrupt("decode", 2)
-    messages = talk(["hello", "and then?"], new=40)
+    messages = have_talk(["hello", "and then?"], new=40)
     assert messages[1]["content"] == answer_to(messages[:1], 9).rstrip(BROKEN) != ""
     assert messages[3]["content"] == answer_to(messages[:3], 40)
     assert f"{messages[1]['content']} ...\n" in capsys.readouterr().out
@@ -381,7 +381,7 @@ def test_ctrl_c_cuts_an_answer_short_and_the_talk_goes_on(capsys, interrupt):
 @pytest.mark.parametrize(("method", "times"), [("prefill", 1), ("decode", 2)])
 def test_ctrl_c_before_an_answer_or_twice_leaves_the_talk_as_it_was(capsys, interrupt, method, times):
     interrupt(method, 2, times)  # the second block, or the second turn's prompt
-    messages = talk(["hello", "and then?", "and now?"], new=5)
+    messages = have_talk(["hello", "and then?", "and now?"], new=5)
     kept = ["hello", "and now?"]
     assert users(messages) == kept
     assert messages[3]["content"] == answer_to(messages[:3], 5)
@@ -389,7 +389,7 @@ def test_ctrl_c_before_an_answer_or_twice_leaves_the_talk_as_it_was(capsys, inte
 
 
 def test_a_line_that_is_no_text_is_said_and_the_talk_goes_on(capsys):
-    assert users(talk(["hello", "one bad byte \udcff", "and then?"])) == ["hello", "and then?"]
+    assert users(have_talk(["hello", "one bad byte \udcff", "and then?"])) == ["hello", "and then?"]
     assert "is not valid Unicode" in capsys.readouterr().err
 
 
@@ -408,11 +408,11 @@ def test_a_template_that_takes_no_system_message_is_refused_at_the_start(capsys,
     monkeypatch.setattr(talk, "open_tokenizer", lambda source: tokenizer)
     monkeypatch.setattr(session, "load_model", lambda *_: pytest.fail("loaded"))
     with pytest.raises(InputError, match=r"chat template cannot write these messages \(system, user\): no system role"):
-        talk(["hello"], system="be brief")
+        have_talk(["hello"], system="be brief")
 
 
 def test_an_answer_that_its_length_ends_says_so(capsys):
-    talk(["hello"], report=True)
+    have_talk(["hello"], report=True)
     assert "the answer ends at --max-new-tokens 6" in capsys.readouterr().err
 
 
