@@ -1,13 +1,4 @@
-"""Prefill and decode at a model's shape, dense beside sparse: tokens per second and peak memory.
-
-    python -m eval.decode --preset smollm2-135m --lengths 7500                # two CPU cores: about three minutes
-    python -m eval.decode --preset qwen2.5-7b --lengths 131072               # one 80 GB GPU
-    python -m eval.decode --preset qwen2.5-7b --lengths 32768 24576 32000 16384
-
-Weights and hash functions are random (times do not depend on them); `--model` and `--selector` take real ones. Each
-length is one sequence of the batch. Dense and sparse steps are timed in turn, so that whatever else the machine does
-falls on both. Single operations, and sweeps over lengths and batches: `eval.speed`.
-"""
+"""A model's prefill and decoding, timed."""
 
 import dataclasses
 import platform
@@ -15,8 +6,6 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,78 +14,23 @@ from jaxtyping import Array
 from rich.console import Console
 from rich.table import Table
 
+from eval.commands.decode import DecodeSpeedConfig, command
 from eval.kernel_times import kernel_table, trace_kernels
-from spotlight_jax import cli, hashing
+from spotlight_jax import hashing
 from spotlight_jax.cache import Cache, bucket_length
-from spotlight_jax.cached_attention import AttentionImpl
 from spotlight_jax.checkpoint import Selector, choose_model, load_selector
-from spotlight_jax.decode_step import DecodeConfig
+from spotlight_jax.config.generation import DecodeConfig
+from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.selection import check_layers
 from spotlight_jax.display import print_result
 from spotlight_jax.engine import Engine
-from spotlight_jax.errors import InputError
 from spotlight_jax.generate import head_shape
 from spotlight_jax.memory import GIB, MemoryPlan, available_bytes, check_memory, plan_memory, step_reads
-from spotlight_jax.models.config import DecoderConfig, nearest
+from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.load import load_config, load_weights
 from spotlight_jax.models.params import resolve_dtype
-from spotlight_jax.models.presets import PRESETS, RANDOM
+from spotlight_jax.models.presets import RANDOM
 from spotlight_jax.models.source import DEFAULT_MODEL
-from spotlight_jax.selection import SelectionConfig, check_layers
-
-
-@dataclasses.dataclass(frozen=True)
-class DecodeSpeedConfig:
-    """What is timed."""
-
-    preset: str | None = None
-    """Shape of the model, with random weights; without this, a model and a selector, smollm2-135m."""
-    model: str | None = None
-    """A real model instead; with a selector alone, the one it was trained for."""
-    selector: Path | None = None
-    """A trained selector instead of random hash functions."""
-    lengths: tuple[int, ...] = (7500,)
-    """Prompt tokens of each sequence of the batch."""
-    new_tokens: int = 64
-    """Steps timed per round."""
-    rounds: int = 7
-    """Rounds, dense and sparse in turn; medians are reported."""
-    keep: float = 0.02
-    """Share of the tokens that a query reads."""
-    code_bits: int = 128
-    """Of the random hash functions."""
-    dense_layers: tuple[int, ...] = SelectionConfig().dense_layers
-    """Layers that sparse decoding reads densely; none with nothing after the flag."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of weights and cache; auto: bfloat16 on an accelerator, float32 on a CPU."""
-    prefill_chunk: int | None = None
-    """Prompt tokens per prefill step."""
-    attention: AttentionImpl = "auto"
-    """Implementation of dense attention."""
-    skip_prefill: bool = False
-    """Fill the cache with random numbers instead: the same decoding times, sooner."""
-    methods: tuple[Literal["dense", "sparse"], ...] = ("dense", "sparse")
-    """What to time; one alone gives its own peak memory."""
-    profile: bool = False
-    """Trace one round more, and say what each kernel of a step took."""
-
-    @property
-    def selection(self) -> SelectionConfig:
-        """Of sparse decoding, at every length."""
-        return SelectionConfig(keep=self.keep, min_context=0, dense_layers=self.dense_layers)
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be timed."""
-        if self.preset is not None and self.model is not None:
-            raise InputError("--preset and --model both say what is timed; give one of them")
-        if self.selector is not None and self.code_bits != DecodeSpeedConfig.code_bits:
-            raise InputError("--code-bits is of random hash functions, and --selector brings its own; give one of them")
-        if self.preset is not None and self.preset not in PRESETS:
-            raise InputError(f"there is no preset {self.preset!r}{nearest(self.preset, tuple(PRESETS))}")
-        if not self.methods or len(set(self.methods)) < len(self.methods):
-            raise InputError("give --methods dense, sparse or both, each once")
-        if not self.lengths or min(self.lengths) < 1 or self.new_tokens < 1 or self.rounds < 1:
-            raise InputError("lengths, new_tokens and rounds must be at least 1")
-        _ = self.selection  # refuses what selects nothing
 
 
 def name_model(cfg: DecodeSpeedConfig) -> DecodeSpeedConfig:
@@ -117,7 +51,7 @@ def load(cfg: DecodeSpeedConfig, dtype: jnp.dtype) -> tuple[DecoderConfig, dict,
     shape = head_shape(model_cfg)
     if cfg.selector is not None:
         return model_cfg, params, load_selector(cfg.selector, shape)
-    hash_cfg = hashing.HashConfig(code_bits=cfg.code_bits)
+    hash_cfg = HashConfig(code_bits=cfg.code_bits)
     return model_cfg, params, Selector(hash_cfg, shape, hashing.init_params(jax.random.key(1), hash_cfg, shape), "", {})
 
 
@@ -205,7 +139,7 @@ def measure(cfg: DecodeSpeedConfig, model_cfg: DecoderConfig, params: dict, sele
 def plan(cfg: DecodeSpeedConfig, model_cfg: DecoderConfig, code_bits: int) -> MemoryPlan:
     """What `measure` needs: both methods' caches where both are timed."""
     batch, room = len(cfg.lengths), max(cfg.lengths) + decoded(cfg.new_tokens, cfg.rounds, cfg.profile)
-    hash_cfg = hashing.HashConfig(code_bits=code_bits) if "sparse" in cfg.methods else None
+    hash_cfg = HashConfig(code_bits=code_bits) if "sparse" in cfg.methods else None
     chunk = 1 if cfg.skip_prefill else cfg.prefill_chunk or 2048
     needed = plan_memory(
         model_cfg, resolve_dtype(cfg.dtype), batch, bucket_length(room), chunk, hash_cfg, cfg.selection
@@ -271,11 +205,6 @@ def _table(cfg: DecodeSpeedConfig, results: dict[str, dict]) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
-
-
-def command(args: Sequence[str] | None = None) -> int:
-    """`spotlight eval decode`."""
-    return cli.run(main, DecodeSpeedConfig, "spotlight eval decode", __doc__, args)
 
 
 if __name__ == "__main__":

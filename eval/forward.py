@@ -1,6 +1,5 @@
 """A model over whole sequences, layer by layer, as a method reads: what it makes of every next token."""
 
-import dataclasses
 import functools
 
 import flax.struct
@@ -10,11 +9,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, PyTree
 
 from eval.attend import attend_with, causal_budgets, default_chunk, dense_reads
+from eval.flags import ForwardConfig
 from eval.methods.base import Method
+from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.errors import InputError
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import Params, apply_layer, attend_densely, embed_tokens, unembed, unembed_params
-from spotlight_jax.selection import SelectionConfig
 
 _LOGIT_BYTES = 2**27  # float32 logits held at once
 
@@ -93,25 +93,6 @@ def score_next(
 
     log_probs, is_greedy = jax.lax.map(score, (streams, targets))
     return log_probs.reshape(-1)[: length - 1], is_greedy.reshape(-1)[: length - 1]
-
-
-@dataclasses.dataclass(frozen=True)
-class ForwardConfig:
-    """How whole sequences are evaluated."""
-
-    whole_length: bool = False
-    """Give every query the budget of the whole sequence (the paper's rule), instead of that of the tokens before it."""
-    dense_prefix: int = 0
-    """Queries at the first positions that read everything."""
-    scores_mib: int | None = None
-    """Memory for the scores that are held at once, MiB; without it, 32 on a CPU and 256 on a GPU."""
-
-    def __post_init__(self) -> None:
-        """Refuse prefixes and memory of less than nothing."""
-        if self.dense_prefix < 0:
-            raise InputError(f"dense_prefix is {self.dense_prefix}; give 0 or more tokens")
-        if self.scores_mib is not None and self.scores_mib < 1:
-            raise InputError(f"scores_mib is {self.scores_mib}; give at least 1")
 
 
 def check_length(length: int, cfg: DecoderConfig, what: str = "the window") -> None:

@@ -1,15 +1,4 @@
-"""Tasks of lm-evaluation-harness (MMLU, GSM8K, RULER, ...) with any method; needs the extra `eval`, never torch.
-
-    pip install -e '.[eval]'
-    spotlight eval harness --selector runs/smollm2 --tasks arc_easy lambada_openai --limit 100
-    spotlight eval harness --selector runs/smollm2 --tasks gsm8k --fewshot 5 --chat --batch 8
-    spotlight eval harness --task-folder my_tasks --tasks my_task --question-sparse
-
-Contexts are passed densely, as a prefill, and continuations scored or written as decoding does. A task whose answers
-are one token long then says nothing about a method: its only query belongs to the context. Each row counts the tokens
-that were scored or chosen by a query which left tokens out (`tokens_by_selection`), and a line names the tasks without
-any. --question-sparse passes the question (what follows the context's last blank line) sparsely too.
-"""
+"""Tasks of lm-evaluation-harness, asked of each method."""
 
 import dataclasses
 import difflib
@@ -17,55 +6,21 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from eval.config import FREE_FIELDS, EvalConfig, Subject, Trial, describe_part, list_trials, load_subject, name_model
+from eval.commands.harness import HarnessConfig, command
+from eval.config import Subject, Trial, describe_part, list_trials, load_subject, name_model
+from eval.flags import FREE_FIELDS
 from eval.harness_scores import Reader, Tally
 from eval.labels import name_methods
-from eval.record import Record, Row, file_name, stored_by
-from spotlight_jax import cli, files
+from eval.record import Record, Row, file_name
+from spotlight_jax import files
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.display import make_table
 from spotlight_jax.errors import InputError
 from spotlight_jax.text_files import json_line
 
 EXTRA = "pip install 'spotlight-jax[eval]' (lm_eval, without torch)"
-
-
-@dataclasses.dataclass(frozen=True)
-class HarnessConfig(EvalConfig):
-    """Which tasks, and how they are asked."""
-
-    tasks: tuple[str, ...] = ()
-    """Tasks or groups by the harness's names."""
-    task_folder: str | None = None
-    """Folder with task definitions (YAML) beside the harness's own."""
-    fewshot: int | None = None
-    """Examples before each question; without it, as each task says."""
-    limit: int | None = None
-    """Documents of each task; without it, all."""
-    batch: int = 1
-    """Sequences passed (dense) or continued (dense, spotlight) together."""
-    chat: bool = False
-    """Ask through the model's chat template."""
-    question_sparse: bool = False
-    """Pass the question after the context as the method reads, not only what follows it."""
-    max_length: int | None = None
-    """Tokens of a sequence; longer ones lose their beginning. Without it, the model's context."""
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be asked."""
-        super().__post_init__()
-        if not self.tasks:
-            raise InputError("give --tasks, by lm-evaluation-harness's names")
-        for name in ("limit", "batch", "max_length"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; give at least 1")
-        if self.fewshot is not None and self.fewshot < 0:
-            raise InputError(f"fewshot is {self.fewshot}; give 0 examples or more")
-        if self.task_folder is not None and not Path(self.task_folder).is_dir():
-            raise InputError(f"there is no folder '{self.task_folder}' of tasks")
 
 
 def open_tasks(cfg: HarnessConfig) -> Any:
@@ -208,11 +163,6 @@ def _table(cfg: HarnessConfig, rows: Sequence[Row]) -> Any:
     note = "of: questions; tokens, MiB: read for a token, mean; "
     note += "by selection: tokens scored or chosen by a query that left tokens out"
     return make_table(f"lm-evaluation-harness, {cfg.model}\n{note}", columns, lines, names=5)
-
-
-def command(args: Sequence[str] | None = None) -> int:
-    """`spotlight eval harness`."""
-    return cli.run(main, HarnessConfig, "spotlight eval harness", __doc__, args, stored_by(HarnessConfig))
 
 
 if __name__ == "__main__":

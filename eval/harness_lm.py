@@ -8,8 +8,8 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from eval.harness_scores import Progress, Reader, Request, Tally, Wanted
+from spotlight_jax.config.sampling import SamplingConfig
 from spotlight_jax.errors import InputError
-from spotlight_jax.sampling import SamplingConfig
 from spotlight_jax.token_ids import check_ids, encode_text, render_chat
 
 DEFAULT_NEW_TOKENS = 256  # the harness's own, where a task names none

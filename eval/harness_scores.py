@@ -13,15 +13,17 @@ import numpy as np
 from eval import forward
 from eval.config import Subject, Trial
 from eval.decoder import Decoder, open_decoder
+from eval.flags import ForwardConfig
 from eval.prefilled import Prefilled, pass_tail, prefill
 from spotlight_jax.cache import bucket_length
+from spotlight_jax.config.generation import GenerateConfig
+from spotlight_jax.config.sampling import SamplingConfig
 from spotlight_jax.engine import Engine
 from spotlight_jax.errors import InputError
-from spotlight_jax.generate import GenerateConfig, generate, make_engine
+from spotlight_jax.generate import generate, make_engine
 from spotlight_jax.memory import step_reads
 from spotlight_jax.models.decoder import embed_tokens, unembed_params
 from spotlight_jax.models.load import BaseModel
-from spotlight_jax.sampling import SamplingConfig
 from spotlight_jax.stops import Stops, find_stops
 from spotlight_jax.text_stream import TextStream
 
@@ -185,7 +187,7 @@ class Reader:
     def _score_whole(self, request: Request) -> Answer:
         length = len(request.tokens)
         sequence = forward.Sequence(np.asarray(request.tokens, np.int32), min(bucket_length(length), self.limit))
-        cfg = forward.ForwardConfig(dense_prefix=request.sparse_from)
+        cfg = ForwardConfig(dense_prefix=request.sparse_from)
         subject = self.subject
         passed = forward.pass_sequence(subject.params, subject.cfg, sequence, self.method, self.trial.selection, cfg)
         scored = slice(request.scored_from - 1, length - 1)

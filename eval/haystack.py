@@ -4,12 +4,12 @@ import dataclasses
 import logging
 import re
 from collections.abc import Iterator
-from typing import Literal
 
 import numpy as np
 import transformers
 from jaxtyping import Int32
 
+from eval.commands.needle import Variant
 from spotlight_jax import documents
 from spotlight_jax.encoding import NullCount
 from spotlight_jax.errors import InputError
@@ -17,7 +17,6 @@ from spotlight_jax.token_ids import encode_text
 
 _log = logging.getLogger(__name__)
 
-Variant = Literal["needle", "passkey", "copy"]
 
 # A needle says that the best thing to do somewhere is something; which pairs with which is drawn anew each time.
 _CITIES = ("Lisbon", "Bergen", "Kyoto", "Valparaiso", "Tallinn", "Marrakesh", "Hobart", "Winnipeg", "Ghent", "Busan")

@@ -1,17 +1,6 @@
-"""How good each method's selections are: overlap with an oracle's, recall and attention mass, by layer and head.
-
-    spotlight eval inspect --selector runs/demo --texts text:alice      # two CPU cores: 2 minutes
-    spotlight eval inspect --selector runs/smollm2 --window 8192 --keep 0.02 0.05   # for a GPU
-
-Queries spread over each window are taken from one dense pass, and every method chooses for the same ones. IoU and
-recall are with `oracle-scores`, the tokens with the highest summed dot products, by the method's budget, sinks and
-recent tokens, per KV head or per query head as the method chooses. A method can read more attention mass than it;
-`oracle-mass` reads the most that a set of its size can hold. Means are over the layers that a method does not read
-densely.
-"""
+"""Each method's selections beside the best ones, by layer and head."""
 
 import csv
-import dataclasses
 import functools
 import io
 import itertools
@@ -26,9 +15,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from eval.attend import causal_budgets, default_chunk, dense_reads, sparse_reads
+from eval.commands.inspect import InspectConfig, command
 from eval.config import (
-    FREE_FIELDS,
-    EvalConfig,
     Subject,
     Trial,
     describe_part,
@@ -38,53 +26,25 @@ from eval.config import (
     name_model,
     say_ranges,
 )
+from eval.flags import FREE_FIELDS
 from eval.forward import check_length
 from eval.labels import name_methods
-from eval.methods import Method, base_name
-from eval.methods.base import rule_of
+from eval.methods import base_name
+from eval.methods.base import Method, rule_of
 from eval.methods.oracle import Oracle
 from eval.pictures import plot_heads
-from eval.record import ALL_TEXTS, Part, Record, Row, stored_by
-from spotlight_jax import cli, files, metrics
+from eval.record import ALL_TEXTS, Part, Record, Row
+from spotlight_jax import files, metrics
 from spotlight_jax.attention import causal_attention
 from spotlight_jax.compiled import use_compile_cache
-from spotlight_jax.data import DataConfig, read_windows
+from spotlight_jax.config.data import DataConfig
+from spotlight_jax.data import read_windows
 from spotlight_jax.display import make_table
-from spotlight_jax.errors import InputError
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import Params, apply_layer, embed_tokens
 
 MEASURES = ("iou", "recall", "mass", "oracle_mass")
 WORST = 10
-
-
-@dataclasses.dataclass(frozen=True)
-class InspectConfig(EvalConfig):
-    """What is looked at."""
-
-    methods: tuple[str, ...] = ("oracle-scores", "spotlight", "lsh", "quest", "window")
-    """Which methods choose; see `spotlight eval perplexity --help`."""
-    texts: tuple[str, ...] = ("embedded-test",)
-    """Text files, folders, globs, .npy files of token ids, hub data sets (hf:NAME[:CONFIG][:SPLIT]), embedded texts."""
-    window: int = 2048
-    """Tokens in one window."""
-    windows_per_text: int = 1
-    """Windows of each text, spread over it."""
-    text_column: str = "text"
-    """Key or column that holds the text in JSON, CSV, parquet and hub data sets; rows where it is null are left out."""
-    queries: int = 256
-    """Queries of each window, spread over it."""
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be looked at."""
-        super().__post_init__()
-        if self.methods == ("dense",):
-            raise InputError("dense selects nothing; give --methods at least one other")
-        if not 1 <= self.queries <= self.window or self.windows_per_text < 1:
-            raise InputError(
-                f"queries is {self.queries}, window {self.window}, windows_per_text {self.windows_per_text}; "
-                "give at least 1 of each, and no more queries than a window has tokens"
-            )
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
@@ -288,11 +248,6 @@ def _worst_table(rows: Several[Row]) -> Any:
     columns = ["", "mass lost", "IoU", "recall", "mass read", "mass of oracle-scores"]
     method = name_methods(row["method"] for row in rows)[row["method"]]
     return make_table(f"{method}: the {len(lines)} worst heads, by mass lost against oracle-scores", columns, lines)
-
-
-def command(args: Several[str] | None = None) -> int:
-    """`spotlight eval inspect`."""
-    return cli.run(main, InspectConfig, "spotlight eval inspect", __doc__, args, stored_by(InspectConfig))
 
 
 if __name__ == "__main__":

@@ -9,13 +9,14 @@ from typing import Any
 import rich.table
 import transformers
 
-from eval.config import EvalConfig, Subject, Trial, list_trials, load_subject, name_model
+from eval.config import Subject, Trial, list_trials, load_subject, name_model
 from eval.decoder import Decoder, open_decoder
 from eval.fidelity import compare_task
 from eval.labels import name_methods
+from eval.longbench import LongBenchConfig
 from eval.longbench_data import Prompt, Sample, available_tasks, chat_tokens, encode_prompt, read_samples
 from eval.longbench_score import score_task
-from eval.longbench_tasks import CATEGORIES, TASKS, TASKS_E, Task, find_task
+from eval.longbench_tasks import CATEGORIES, TASKS, TASKS_E, Task
 from eval.predictions import read_predictions
 from eval.record import Record, Row, file_name
 from eval.text_metrics import open_package
@@ -27,45 +28,6 @@ from spotlight_jax.text_files import decode_text, json_line, read_json_lines, sp
 
 FREE_FIELDS = ("out", "resume", "methods", "keep", "settings", "tasks")
 _MIB = 2**20
-
-
-@dataclasses.dataclass(frozen=True)
-class LongBenchConfig(EvalConfig):
-    """Which questions are answered, and how they are asked. To score predictions: `score FOLDER`."""
-
-    data: str = "hf:Xnhyacinth/LongBench"
-    """A folder of LongBench's files (<task>.jsonl, or parquet), or hf:OWNER/NAME, a data set of the hub in parquet."""
-    tasks: tuple[str, ...] = ()
-    """Only these tasks; all 21 (13 of LongBench-E), or those that a folder holds, otherwise."""
-    e: bool = False
-    """LongBench-E: files <task>_e, whose contexts are spread evenly over lengths; scores by length too."""
-    limit: int | None = None
-    """Only the first questions of each task."""
-    max_length: int | None = None
-    """Tokens of a prompt before the chat template; longer ones lose their middle. Without it, what the context
-    holds."""
-    chat: bool = True
-    """Ask through the model's chat template, if it has one, all but few-shot and code tasks, as published."""
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be asked."""
-        super().__post_init__()
-        for name in self.tasks:
-            if find_task(name).name not in TASKS_E and self.e:
-                raise InputError(f"LongBench-E has no task '{name}'; it has {', '.join(TASKS_E)}")
-        if self.limit is not None and self.limit < 1:
-            raise InputError(f"limit is {self.limit}; give at least 1 question")
-        if self.max_length is not None and self.max_length < 2:
-            raise InputError(f"max_length is {self.max_length}; give at least 2 tokens")
-
-    @property
-    def wanted(self) -> list[str]:
-        """Tasks in LongBench's order, before it is known which ones are there."""
-        return [name for name in TASKS if name in (self.tasks or (TASKS_E if self.e else TASKS))]
-
-    def file_name(self, task: str) -> str:
-        """What a task's file is called."""
-        return f"{task}_e" if self.e else task
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,30 +1,17 @@
-"""Needle in a haystack: does a method still find what lies far back, by length and depth, beside the dense model?
-
-    spotlight eval needle --selector runs/demo --variant passkey --lengths 512 1024        # two CPU cores
-    spotlight eval needle --selector runs/smollm2 --samples 5 --keep 0.02 0.05 \\
-        --methods dense oracle-scores spotlight lsh quest magicpig window random                  # for a GPU
-
-Variants: `needle` hides a sentence in a text and asks for it, `passkey` five digits; `copy` hides nothing but comes
-back to a passage of the text and scores how well the model goes on with it. The haystack is read densely (prefill);
-what comes after it reads as each method does, the question too (--sparse-from answer: only the answer).
-
-Every answer token is scored given the ones before it. A greedy decoder would write the answer exactly when each of its
-tokens is then the most probable one, so that `exact` needs one pass and no decoding; `ROUGE-L` is that of the most
-probable tokens. `--generate` writes answers token by token instead, and scores those.
-"""
+"""Questions about what lies far back, answered as each method reads."""
 
 import dataclasses
 import math
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import transformers
 from jaxtyping import Int32
 
+from eval.commands.needle import NeedleConfig, Variant, command
 from eval.config import (
-    EvalConfig,
     Subject,
     Trial,
     describe_part,
@@ -34,14 +21,14 @@ from eval.config import (
     name_model,
     say_ranges,
 )
-from eval.haystack import Haystack, Question, Variant
+from eval.haystack import Haystack, Question
 from eval.labels import name_methods
-from eval.methods import Method
+from eval.methods.base import Method
 from eval.needle_plot import Panel, plot_grids
 from eval.prefilled import Prefilled, Tail, pass_tail, prefill
-from eval.record import Record, Row, stored_by
+from eval.record import Record, Row
 from eval.text_metrics import lcs_rouge
-from spotlight_jax import cli, files
+from spotlight_jax import files
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.display import make_table
 from spotlight_jax.errors import InputError
@@ -56,45 +43,6 @@ _LABELS = {
     "copy": "perplexity of the passage's second copy",
 }
 FREE_FIELDS = ("out", "resume", "methods", "keep", "settings", "lengths", "depths")
-
-
-@dataclasses.dataclass(frozen=True)
-class NeedleConfig(EvalConfig):
-    """What is hidden where, and who looks for it."""
-
-    variant: Variant = "needle"
-    """needle: a sentence; passkey: five digits; copy: the rest of a passage that begins again."""
-    lengths: tuple[int, ...] = (1024, 2048, 4096, 8192)
-    """Tokens of the whole, question and answer included."""
-    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    """Where it is hidden: 0 is the start of the haystack, 1 its end."""
-    samples: int = 1
-    """Texts of each length and depth, each with a haystack and something hidden of its own."""
-    passage: int = 128
-    """Tokens of the passage that `copy` repeats."""
-    haystack: str = "text:sherlock"
-    """A text file, a folder or glob of them, or an embedded text (text:NAME)."""
-    sparse_from: Literal["question", "answer"] = "question"
-    """Read sparsely from the question on, or from the answer on as generation does (its first token is then dense)."""
-    generate: bool = False
-    """Write each answer token by token for its ROUGE-L, instead of the most probable tokens after the right ones."""
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be asked."""
-        super().__post_init__()
-        for name in ("lengths", "depths"):
-            if not getattr(self, name) or len(set(getattr(self, name))) < len(getattr(self, name)):
-                raise InputError(f"give --{name} at least one, each once")
-        if not all(0 <= depth <= 1 for depth in self.depths):
-            raise InputError(f"depths are {self.depths}; give numbers from 0 (the start) to 1 (the end)")
-        if self.samples < 1:
-            raise InputError(f"samples is {self.samples}; give at least 1")
-        if self.variant != "copy" and self.passage != NeedleConfig.passage:
-            raise InputError(f"--passage is of --variant copy; a {self.variant} has none")
-        if self.passage < 32:
-            raise InputError(f"passage is {self.passage}; give at least 32 tokens, 16 of which ask for the rest")
-        if min(self.lengths) < 1:
-            raise InputError(f"lengths are {self.lengths}; give at least 1 token")
 
 
 def check_subject(cfg: NeedleConfig, subject: Subject) -> transformers.PreTrainedTokenizerBase:
@@ -271,11 +219,6 @@ def _table(cfg: NeedleConfig, results: Sequence[Row], title: str) -> Any:
         lines.append([*describe_part(row, names), *cells, f"{row['accuracy']:.0%}", f"{row['rouge']:.3f}", *reads])
     note = f"{_LABELS[cfg.variant]}; sparse from the {cfg.sparse_from} on"
     return make_table(f"{title}\n{note}", columns, lines, names=3)
-
-
-def command(args: Sequence[str] | None = None) -> int:
-    """`spotlight eval needle`."""
-    return cli.run(main, NeedleConfig, "spotlight eval needle", __doc__, args, stored_by(NeedleConfig))
 
 
 if __name__ == "__main__":

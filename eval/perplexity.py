@@ -1,16 +1,5 @@
-"""Perplexity of texts when every position reads as a method does, beside its rivals and the dense model.
+"""Texts passed as each method reads, and their perplexity."""
 
-    spotlight eval perplexity --selector runs/demo --texts text:alice --keep 0.02 0.05     # two CPU cores: minutes
-    spotlight eval perplexity --selector runs/smollm2 --window 8192 --settings bare sinks \\
-        --methods dense oracle-scores spotlight lsh quest magicpig window --keep 0.02 0.05 0.1    # for a GPU
-    spotlight eval perplexity --selector runs/demo --copy-test                             # far tokens alone
-
-Teacher-forced: the query at each position reads what a decoding step there would, from the tokens before it
-(--whole-length gives the paper's budgets instead). Each window counts as a document; a text's perplexity is the mean of
-its documents' exp(mean negative log-likelihood), and `pooled` is that of all its tokens together.
-"""
-
-import dataclasses
 import math
 import sys
 from collections.abc import Sequence as Several
@@ -19,68 +8,20 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
-from eval.config import (
-    FREE_FIELDS,
-    EvalConfig,
-    Subject,
-    Trial,
-    describe_part,
-    list_trials,
-    load_subject,
-    name_model,
-    say_ranges,
-)
-from eval.copy_text import CopyConfig, copy_texts
-from eval.forward import ForwardConfig, Passed, Sequence, check_length, pass_sequence
+from eval.commands.perplexity import PerplexityConfig, command
+from eval.config import Subject, Trial, describe_part, list_trials, load_subject, name_model, say_ranges
+from eval.copy_text import copy_texts
+from eval.flags import FREE_FIELDS
+from eval.forward import Passed, Sequence, check_length, pass_sequence
 from eval.labels import name_methods
 from eval.pictures import plot_tradeoff
-from eval.record import ALL_TEXTS, Record, Row, stored_by
-from spotlight_jax import cli
+from eval.record import ALL_TEXTS, Record, Row
 from spotlight_jax.compiled import use_compile_cache
-from spotlight_jax.data import DataConfig, read_windows
+from spotlight_jax.config.data import DataConfig
+from spotlight_jax.data import read_windows
 from spotlight_jax.display import make_table
-from spotlight_jax.errors import InputError
 
 _MIB = 2**20
-
-
-@dataclasses.dataclass(frozen=True)
-class PerplexityConfig(ForwardConfig, EvalConfig):
-    """Which texts, how long, and how they are read."""
-
-    texts: tuple[str, ...] = ("embedded-test",)
-    """Text files, folders, globs, .npy files of token ids, hub data sets (hf:NAME[:CONFIG][:SPLIT]), embedded texts
-    (text:alice, ...; embedded-test: all six that no training sees)."""
-    window: int = 2048
-    """Tokens in one window."""
-    windows_per_text: int = 2
-    """Windows of each text, spread over it."""
-    text_column: str = "text"
-    """Key or column that holds the text in JSON, CSV, parquet and hub data sets; rows where it is null are left out."""
-    copy_test: bool = False
-    """Instead of windows, texts in which a passage comes twice; the second copy alone is scored."""
-    copy: CopyConfig = CopyConfig()
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be evaluated."""
-        EvalConfig.__post_init__(self)
-        ForwardConfig.__post_init__(self)
-        if self.windows_per_text < 1:
-            raise InputError(f"windows_per_text is {self.windows_per_text}; give at least 1")
-        if not self.copy_test and self.copy != CopyConfig():
-            raise InputError("--copy says how the texts of --copy-test are made; add --copy-test")
-        if self.dense_prefix >= self.length:
-            raise InputError(f"dense_prefix is {self.dense_prefix}, all of the {self.length} tokens; lower it")
-
-    @property
-    def length(self) -> int:
-        """Tokens of each sequence."""
-        return self.copy.length if self.copy_test else self.window
-
-    @property
-    def first_scored(self) -> int:
-        """The first token of each sequence whose probability counts."""
-        return self.copy.first_scored if self.copy_test else 1
 
 
 def read_sequences(cfg: PerplexityConfig, subject: Subject, record: Record) -> dict[str, Int32[np.ndarray, "n length"]]:
@@ -200,11 +141,6 @@ def _tables(cfg: PerplexityConfig, results: Several[Row], texts: Several[str], t
     note = "columns of texts: mean perplexity of documents; pooled: of all their tokens together; "
     note += "tokens: read per query, mean over heads of sparse layers; MiB: read per token, all layers"
     return [make_table(f"perplexity, {title}; {rule}\n{note}", columns, list(lines.values()), names=3)]
-
-
-def command(args: Several[str] | None = None) -> int:
-    """`spotlight eval perplexity`."""
-    return cli.run(main, PerplexityConfig, "spotlight eval perplexity", __doc__, args, stored_by(PerplexityConfig))
 
 
 if __name__ == "__main__":

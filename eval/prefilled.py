@@ -12,9 +12,9 @@ from eval.attend import attend_with, causal_budgets, default_chunk, dense_reads,
 from eval.forward import check_scores
 from eval.methods.base import Method
 from spotlight_jax.attention import causal_attention
+from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import Params, apply_layer, embed_tokens, unembed, unembed_params
-from spotlight_jax.selection import SelectionConfig
 
 KeysValues = tuple[
     Float[Array, "one room kv_heads head_dim"],

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import rich.console
 import rich.table
 
-from eval.config import FREE_FIELDS
+from eval.flags import FREE_FIELDS
 from eval.labels import explain_methods, explain_names
 from spotlight_jax import runs
 from spotlight_jax.display import Display, print_result, print_table

@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from eval.config import EvalConfig, name_model
+from eval.config import name_model
+from eval.flags import EvalConfig
 from spotlight_jax import cli
 from spotlight_jax.errors import InputError
 from spotlight_jax.models.config import nearest

@@ -1,31 +1,21 @@
-"""Speed by length and batch: one layer's operations with dense attention beside them, and decoding of a whole model.
-
-    python -m eval.speed                                     # two CPU cores, SmolLM2's shape: about 10 minutes
-    python -m eval.speed --parts ops --lengths 32768 131072 524288 --batches 1 8      # one GPU, Qwen2.5-7B's shape
-    python -m eval.speed --parts model --model-lengths 32768 131072 --model-batches 1 4 6 24
-    python -m eval.speed --parts model --model-lengths 32768 --model-batches 24 --profile    # and a step by kernel
-
-Everything runs on random data, never zeros, and every operation's output is compared with a plain NumPy version
-before it is timed. Operations run in a compiled loop whose steps wait for each other; the time of the same loop around
-nothing is taken off. Medians over rounds, each round one call of everything. The floor is the bytes that an operation
-has to move over the bandwidth of rewriting a large array, measured in the same run; short caches can be faster, since
-they stay in the device's own caches.
-"""
+"""A layer's operations and whole models, timed by length and batch."""
 
 import dataclasses
 import functools
 import statistics
 import sys
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from rich.table import Table
 
 from eval import decode, speed_plots
+from eval.commands.decode import DecodeSpeedConfig
+from eval.commands.speed import FLAGS_OF, SpeedConfig, command
 from eval.kernel_times import kernel_table
-from eval.record import Part, Record, Row, stored_by
+from eval.record import Part, Record, Row
 from eval.speed_checks import check_ops
 from eval.speed_ops import (
     count_copies,
@@ -38,16 +28,13 @@ from eval.speed_ops import (
     shape_of,
 )
 from eval.timing import Op, copy_bandwidth, time_ops
-from spotlight_jax import cli
 from spotlight_jax.compiled import use_compile_cache
+from spotlight_jax.config.selection import check_layers
 from spotlight_jax.display import make_table
 from spotlight_jax.errors import InputError
 from spotlight_jax.memory import available_bytes
 from spotlight_jax.models.config import DecoderConfig, nearest
 from spotlight_jax.models.presets import PRESETS
-from spotlight_jax.selection import SelectionConfig, check_layers
-
-Kind = Literal["ops", "model"]
 
 # what fits, by platform: preset, lengths of operations, lengths and batches of whole models
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -66,78 +53,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-# flags that matter to one part alone
-_FLAGS_OF = {
-    "ops": ("lengths", "batches", "ops", "caches"),
-    "model": ("model_lengths", "model_batches", "dense_layers", "profile"),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class SpeedConfig:
-    """What is timed. Without lengths, batches or a preset: Qwen2.5-7B's on an accelerator, SmolLM2's on a CPU."""
-
-    parts: tuple[Kind, ...] = ("ops", "model")
-    """One layer's operations, decoding with a whole model, or both."""
-    preset: str | None = None
-    """Shape of the model, with random weights."""
-    lengths: tuple[int, ...] = ()
-    """Cached tokens that operations are timed at."""
-    batches: tuple[int, ...] = (1,)
-    """Sequences that operations are timed with, every length with every batch."""
-    model_lengths: tuple[int, ...] = ()
-    """Cached tokens of each sequence that whole models are timed at, those that are decoded included."""
-    model_batches: tuple[int, ...] = ()
-    """Sequences that whole models decode together, every length with every batch that fits."""
-    ops: tuple[str, ...] = ()
-    """Operations to time, by the names in the table; without it, all."""
-    keep: float = 0.02
-    """Share of the tokens that a query reads."""
-    code_bits: int = 128
-    """Bits of a token's code."""
-    dense_layers: tuple[int, ...] = SelectionConfig().dense_layers
-    """Layers of whole models that sparse decoding reads densely; none with nothing after the flag."""
-    rounds: int = 9
-    """Rounds, everything once in each; medians are reported."""
-    caches: int = 8
-    """Most caches that a loop's step walks over, so that none stays in the device's own; fewer compile sooner."""
-    new_tokens: int = 16
-    """Decoding steps of a whole model per round."""
-    profile: bool = False
-    """Trace one round more of whole models, and say what each kernel of a step took."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of weights, keys and values; auto: bfloat16 on an accelerator, float32 on a CPU."""
-    out: str | None = None
-    """Run folder; without it, a new one under runs/."""
-    resume: bool = False
-    """Continue the run in --out: what it has timed is not timed again."""
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be timed."""
-        if self.preset is not None and self.preset not in PRESETS:
-            raise InputError(f"there is no preset {self.preset!r}{nearest(self.preset, tuple(PRESETS))}")
-        if not self.parts or len(set(self.parts)) < len(self.parts):
-            raise InputError("give --parts ops, model or both, each once")
-        counts = (*self.lengths, *self.batches, *self.model_lengths, *self.model_batches, self.rounds, self.new_tokens)
-        if min(*counts, self.caches) < 1 or not self.batches:
-            raise InputError("lengths, batches, rounds, caches and new_tokens must be at least 1")
-        for part, names in _FLAGS_OF.items():
-            given = [name for name in names if getattr(self, name) != getattr(SpeedConfig, name)]
-            if part not in self.parts and given:
-                flag = "--" + given[0].replace("_", "-")
-                raise InputError(f"{flag} is about part '{part}', which is not timed; add it to --parts")
-        if self.resume and self.out is None:
-            raise InputError("--resume needs the run's folder: add --out RUN_FOLDER")
-        SelectionConfig(keep=self.keep)
-
-    def resolve(self) -> "SpeedConfig":
-        """The same with this device's defaults in place of what was not given."""
-        defaults = DEFAULTS.get(jax.default_backend(), DEFAULTS["gpu"])
-        elsewhere = {name for part, names in _FLAGS_OF.items() if part not in self.parts for name in names}
-        given = {name: getattr(self, name) or value for name, value in defaults.items() if name not in elsewhere}
-        check_layers(self.dense_layers, PRESETS[str(given["preset"])].layers)
-        given["dtype"] = decode.resolve_dtype(self.dtype).name
-        return dataclasses.replace(self, **given)
+def resolve(cfg: SpeedConfig) -> SpeedConfig:
+    """The same with this device's defaults in place of what was not given."""
+    defaults = DEFAULTS.get(jax.default_backend(), DEFAULTS["gpu"])
+    elsewhere = {name for part, names in FLAGS_OF.items() if part not in cfg.parts for name in names}
+    given = {name: getattr(cfg, name) or value for name, value in defaults.items() if name not in elsewhere}
+    check_layers(cfg.dense_layers, PRESETS[str(given["preset"])].layers)
+    given["dtype"] = decode.resolve_dtype(cfg.dtype).name
+    return dataclasses.replace(cfg, **given)
 
 
 _MORE_MEMORY = " (JAX takes 75 % of a GPU; XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 lets it take more)"
@@ -194,7 +117,7 @@ def time_decoding(
 ) -> list[Row]:
     """Rows of dense and sparse decoding, timed in turn where both caches fit, else apart; none where neither fits."""
     prompt = max(length - decode.decoded(cfg.new_tokens, cfg.rounds, cfg.profile), 1)
-    point = decode.DecodeSpeedConfig(
+    point = DecodeSpeedConfig(
         preset=cfg.preset or "", lengths=(prompt,) * batch, new_tokens=cfg.new_tokens, rounds=cfg.rounds,
         keep=cfg.keep, code_bits=cfg.code_bits, dense_layers=cfg.dense_layers, dtype=cfg.dtype, skip_prefill=True,
         profile=cfg.profile,
@@ -202,7 +125,7 @@ def time_decoding(
     model_cfg, params, _ = loaded
     weights = _bytes_of_weights(model_cfg, params)
 
-    def fits(point: decode.DecodeSpeedConfig) -> bool:
+    def fits(point: DecodeSpeedConfig) -> bool:
         needed, free = decode.plan(point, model_cfg, cfg.code_bits), available_bytes()
         return free is None or needed.total - needed.weights < free  # the weights are there already
 
@@ -256,7 +179,7 @@ def time_parts(cfg: SpeedConfig, record: Record) -> list[Row]:
             rows = time_length(cfg, batch, length, bandwidth, record)
         else:
             if loaded is None:
-                point = decode.DecodeSpeedConfig(preset=cfg.preset or "", code_bits=cfg.code_bits)
+                point = DecodeSpeedConfig(preset=cfg.preset or "", code_bits=cfg.code_bits)
                 loaded = decode.load(decode.name_model(point), jnp.dtype(cfg.dtype))
             rows = time_decoding(cfg, batch, length, loaded, bandwidth, record)
         record.add(part, {"copy_bandwidth": bandwidth, "rows": rows})
@@ -287,7 +210,7 @@ def _ratio(rows: Sequence[Row], row: Row) -> str:
 def main(cfg: SpeedConfig) -> dict[str, Any]:
     """Time it; returns what the last line of stdout holds."""
     use_compile_cache()
-    cfg = cfg.resolve()
+    cfg = resolve(cfg)
     free = ("out", "resume", "parts", "lengths", "batches", "model_lengths", "model_batches")  # each part names its own
     with Record.open(cfg, "speed", free) as record:
         rows = time_parts(cfg, record)
@@ -339,11 +262,6 @@ def _decode_tables(cfg: SpeedConfig, rows: Sequence[Row]) -> list[Table]:
             title = f"{row['batch']} x {row['length']:,}, {row['method']}: a step by kernel"
             tables.append(kernel_table(title, row["kernels"]))
     return tables
-
-
-def command(args: Sequence[str] | None = None) -> int:
-    """`spotlight eval speed`."""
-    return cli.run(main, SpeedConfig, "spotlight eval speed", __doc__, args, stored_by(SpeedConfig))
 
 
 if __name__ == "__main__":

@@ -16,13 +16,15 @@ from jaxtyping import Array, Bool, Float, Int, Int32
 
 from eval.timing import Op
 from spotlight_jax import hashing
-from spotlight_jax.bits import WORD_BITS
 from spotlight_jax.cache import LANES, LayerCache
-from spotlight_jax.cached_attention import AttentionImpl, LayerSelector, attend_densely, attend_sparsely
+from spotlight_jax.cached_attention import LayerSelector, attend_densely, attend_sparsely
+from spotlight_jax.config.generation import AttentionImpl
+from spotlight_jax.config.hashing import WORD_BITS, HashConfig
+from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.kernels.match_score import match_score
 from spotlight_jax.kernels.sparse_attention import sparse_attention
 from spotlight_jax.models.config import DecoderConfig
-from spotlight_jax.selection import SelectionConfig, max_budget, select_by_codes, select_tokens
+from spotlight_jax.selection import max_budget, select_by_codes, select_tokens
 from spotlight_jax.weights import WeightBounds, quantise
 
 COLD_BYTES = {"cpu": 128 << 20}  # what a step walks over at least, so that no cache of the device helps
@@ -50,17 +52,17 @@ class OpShape:
     @property
     def sums(self) -> int:
         """By how many sums of weights a token is scored."""
-        return min(hashing.HashConfig().sums, self.group)
+        return min(HashConfig().sums, self.group)
 
     @property
     def bounds(self) -> WeightBounds:
         """Of weights that were real."""
-        return hashing.weight_bounds(hashing.HashConfig(code_bits=self.code_bits), self.group, per_kv_head=True)
+        return hashing.weight_bounds(HashConfig(code_bits=self.code_bits), self.group, per_kv_head=True)
 
     @property
     def sign_bounds(self) -> WeightBounds:
         """Of a group's sums of signs."""
-        cfg = hashing.HashConfig("symmetric", self.code_bits)
+        cfg = HashConfig("symmetric", self.code_bits)
         return hashing.weight_bounds(cfg, self.group, per_kv_head=True)
 
     @property
@@ -131,7 +133,7 @@ def draw_inputs(shape: OpShape) -> OpInputs:
     per_kv = (shape.batch, 1, shape.kv_heads)
     heads = hashing.HeadShape(1, shape.q_heads, shape.kv_heads, shape.head_dim)
 
-    def selector(hash_cfg: hashing.HashConfig) -> LayerSelector:
+    def selector(hash_cfg: HashConfig) -> LayerSelector:
         return LayerSelector(hashing.layer_params(hashing.init_params(keys[5], hash_cfg, heads), 0), hash_cfg)
 
     signs = jax.random.bernoulli(keys[4], shape=(*per_kv, shape.group, shape.code_bits))
@@ -142,8 +144,8 @@ def draw_inputs(shape: OpShape) -> OpInputs:
         lengths=jnp.full((shape.batch,), shape.length - 1, jnp.int32),
         weights=quantise(jax.random.normal(keys[3], (*per_kv, shape.sums, shape.code_bits))),
         signs=jnp.sum(2 * signs.astype(jnp.int32) - 1, axis=3, keepdims=True),
-        selector=selector(hashing.HashConfig(code_bits=shape.code_bits)),
-        hamming=selector(hashing.HashConfig("symmetric", shape.code_bits, skip="none", centre=False)),
+        selector=selector(HashConfig(code_bits=shape.code_bits)),
+        hamming=selector(HashConfig("symmetric", shape.code_bits, skip="none", centre=False)),
     )
 
 

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Shaped, UInt32
 
-WORD_BITS = 32
+from spotlight_jax.config.hashing import WORD_BITS
 
 
 def pack_bits(bits: Shaped[Array, "*rows bits"]) -> UInt32[Array, "*rows words"]:

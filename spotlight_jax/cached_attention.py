@@ -6,7 +6,6 @@ the new tokens in it.
 """
 
 import functools
-from typing import Literal
 
 import flax.struct
 import jax
@@ -17,13 +16,14 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 from spotlight_jax import hashing
 from spotlight_jax.attention import causal_attention
 from spotlight_jax.cache import LayerCache, append
+from spotlight_jax.config.generation import AttentionImpl
+from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.kernels import hash_append, score_select
 from spotlight_jax.kernels.hash_append import Transform
 from spotlight_jax.kernels.sparse_attention import sparse_attention
 from spotlight_jax.scoring import hash_score_range, output_scores
-from spotlight_jax.selection import SelectionConfig, select_by_codes, select_tokens
-
-AttentionImpl = Literal["auto", "xla", "cudnn"]
+from spotlight_jax.selection import select_by_codes, select_tokens
 
 BLOCK = 512  # cached tokens that a prefill chunk reads at once
 MASKED = -1e30  # not -inf: a row that has seen no key yet must stay finite
@@ -37,7 +37,7 @@ class LayerSelector:
     """One layer's hash function, or one of several for each sequence of a batch."""
 
     params: hashing.HashParams  # leaves lead with an axis of sets where there is `sets`
-    cfg: hashing.HashConfig = flax.struct.field(pytree_node=False)
+    cfg: HashConfig = flax.struct.field(pytree_node=False)
     sets: Int32[Array, "batch"] | None = None  # which set each sequence uses; None: there is one for all
 
     def key_codes(

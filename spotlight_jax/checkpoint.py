@@ -19,6 +19,7 @@ import safetensors
 import safetensors.numpy
 
 from spotlight_jax import files, hashing, manifest
+from spotlight_jax.config.hashing import HashConfig
 from spotlight_jax.errors import InputError, naming
 from spotlight_jax.fields import read_dataclass
 from spotlight_jax.models.source import DEFAULT_MODEL, find_again, lasting_name
@@ -36,7 +37,7 @@ class Selector:
     for sequences of some lengths; a sequence's final length says which one makes its codes.
     """
 
-    cfg: hashing.HashConfig
+    cfg: HashConfig
     shape: hashing.HeadShape
     params: hashing.HashParams  # for sequences longer than all of `shorter`
     base_model: str  # that it was trained for
@@ -119,7 +120,7 @@ def load_selector(folder: str | pathlib.Path, shape: hashing.HeadShape | None = 
             f"yourself, delete {manifest.FILE})"
         )
     with naming(f"'{folder / 'config.json'}' is not a selector's config"):
-        cfg = read_dataclass(hashing.HashConfig, config.get("hash"))
+        cfg = read_dataclass(HashConfig, config.get("hash"))
         own = read_dataclass(hashing.HeadShape, config.get("shape"))
         if not isinstance(config.get("base_model", ""), str):
             raise InputError("base_model is no text")

@@ -17,44 +17,22 @@ from jaxtyping import Array, Bool, Float, Int32, PyTree
 from spotlight_jax import hashing
 from spotlight_jax.cache import Cache, LayerCache
 from spotlight_jax.cached_attention import (
-    AttentionImpl,
     LayerSelector,
     attend_chunk,
     attend_densely,
     attend_sparsely,
 )
 from spotlight_jax.checkpoint import Selector
-from spotlight_jax.errors import InputError
+from spotlight_jax.config.generation import AttentionImpl, DecodeConfig
+from spotlight_jax.config.selection import SelectionConfig, check_layers
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import apply_layer, embed_tokens, unembed
-from spotlight_jax.sampling import NOT_FINITE, SamplingConfig, sample
-from spotlight_jax.selection import SelectionConfig, check_layers, sparse_from
+from spotlight_jax.sampling import NOT_FINITE, sample
+from spotlight_jax.selection import sparse_from
 
 Mode = Literal["dense", "sparse", "mixed"]  # what the sparse layers do in a block: by length, sequences may differ
 
 _CODED_AT_ONCE = 2048  # cached tokens whose codes are made together
-
-
-@dataclasses.dataclass(frozen=True)
-class DecodeConfig:
-    """What a compiled decoding step depends on beside shapes."""
-
-    selection: SelectionConfig = dataclasses.field(default_factory=SelectionConfig)
-    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
-    stop_tokens: tuple[int, ...] = ()
-    prefill_chunk: int | None = None
-    """Prompt tokens per prefill step; None: by device."""
-    block: int = 32
-    """Most tokens decoded on the device between two looks of the host."""
-    attention: AttentionImpl = "auto"
-    """Implementation of dense attention."""
-
-    def __post_init__(self) -> None:
-        """Refuse chunks and blocks of nothing."""
-        if self.prefill_chunk is not None and self.prefill_chunk < 1:
-            raise InputError(f"prefill_chunk is {self.prefill_chunk}; give at least 1 token")
-        if self.block < 1:
-            raise InputError(f"block is {self.block}; give at least 1 token")
 
 
 @flax.struct.dataclass

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from spotlight_jax import text_files, texts
+from spotlight_jax.config.data import EMBEDDED
 from spotlight_jax.errors import InputError
 from spotlight_jax.text_files import one_line
 
-EMBEDDED = "embedded"  # the whole training mix
 EMBEDDED_TEST = "embedded-test"  # every test text
 
 _log = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ from spotlight_jax import hashing
 from spotlight_jax.cache import Cache, LayerCache, bucket_length, empty_layer, grow
 from spotlight_jax.checkpoint import Selector, check_shape
 from spotlight_jax.compiled import compile_with
+from spotlight_jax.config.generation import DecodeConfig
 from spotlight_jax.decode_step import (
-    DecodeConfig,
     DecodeState,
     LayerSelectors,
     Mode,

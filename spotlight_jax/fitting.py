@@ -21,8 +21,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32, Shaped
 
 from spotlight_jax import hashing
+from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.metrics import attention_probabilities, captured_mass
-from spotlight_jax.selection import SelectionConfig, select_mask
+from spotlight_jax.selection import select_mask
 
 MOST_DIGITS = 7  # of one axis, where axes are not too few for that
 # Mean square error of 2^b uniform levels for a standard normal variable, and the step between two levels (Max 1960)
@@ -89,7 +91,7 @@ def merge(moments: list[Moments]) -> Moments:
     return Moments(**{name: jnp.asarray(leaf, jnp.float32) for name, leaf in found.items()})
 
 
-def fit_params(params: hashing.HashParams, moments: Moments, cfg: hashing.HashConfig) -> hashing.HashParams:
+def fit_params(params: hashing.HashParams, moments: Moments, cfg: HashConfig) -> hashing.HashParams:
     """Params of `hashing.init_params` for these keys and queries; not centred ones stay as they are.
 
     Args:

@@ -15,51 +15,20 @@ import jax
 import numpy as np
 
 from spotlight_jax.checkpoint import Selector
-from spotlight_jax.decode_step import DecodeConfig, DecodeState
+from spotlight_jax.config.generation import GenerateConfig, make_decode_config
+from spotlight_jax.decode_step import DecodeState
 from spotlight_jax.engine import Engine
 from spotlight_jax.errors import InputError
 from spotlight_jax.hashing import HeadShape
 from spotlight_jax.memory import StepReads, step_reads
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.load import BaseModel
-from spotlight_jax.sampling import SamplingConfig
-from spotlight_jax.selection import SelectionConfig, sparse_from
+from spotlight_jax.selection import sparse_from
 from spotlight_jax.stops import find_stops
 from spotlight_jax.text_stream import TextStream
-from spotlight_jax.token_ids import check_ids, check_text, encode_chat, encode_text
+from spotlight_jax.token_ids import check_ids, encode_chat, encode_text
 
 STREAM_BLOCK = 4  # steps between two pieces of streamed text
-
-
-@dataclasses.dataclass(frozen=True)
-class GenerateConfig:
-    """How text is continued."""
-
-    max_new_tokens: int = 128
-    """Most tokens after each prompt."""
-    stop: tuple[str, ...] = ()
-    """Strings of which the first to appear ends a text; it is left out. A special token's name stands for the token."""
-    ignore_eos: bool = False
-    """Go on after the tokens that the model ends a text or a turn with."""
-    prefill_chunk: int | None = None
-    """Prompt tokens per prefill step; None: by device."""
-    block: int = 32
-    """Tokens decoded on the device between two looks of the host."""
-    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
-    selection: SelectionConfig = dataclasses.field(default_factory=SelectionConfig)
-
-    def __post_init__(self) -> None:
-        """Refuse a generation of nothing, and stop strings that are none."""
-        if self.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens is {self.max_new_tokens}; give at least 1")
-        if isinstance(self.stop, str) or not all(isinstance(text, str) for text in self.stop):
-            raise InputError(f"stop is {self.stop!r}; give strings in a list, such as ('END',)")
-        if "" in self.stop:
-            raise InputError("a stop string is empty, which every text holds; leave it out")
-        for text in self.stop:
-            check_text(text, "a stop string")
-        object.__setattr__(self, "stop", tuple(self.stop))
-        make_decode_config(self)  # refuses chunks and blocks of nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,17 +110,6 @@ def encode_prompts(
     if not encoded:
         raise InputError("there is no prompt; give at least one")
     return encoded
-
-
-def make_decode_config(cfg: GenerateConfig, stop_tokens: tuple[int, ...] = ()) -> DecodeConfig:
-    """The part of the settings that the device sees."""
-    return DecodeConfig(
-        selection=cfg.selection,
-        sampling=cfg.sampling,
-        stop_tokens=stop_tokens,
-        prefill_chunk=cfg.prefill_chunk,
-        block=cfg.block,
-    )
 
 
 def make_engine(model: BaseModel, cfg: GenerateConfig, selector: Selector | None = None) -> Engine:

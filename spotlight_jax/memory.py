@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from spotlight_jax.cached_attention import BLOCK
+from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.errors import InputError
-from spotlight_jax.hashing import HashConfig
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import param_shapes
-from spotlight_jax.selection import SelectionConfig, budget_of, max_budget
+from spotlight_jax.selection import budget_of, max_budget
 
 GIB = 2**30
 FLOAT_BYTES = 4

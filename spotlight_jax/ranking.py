@@ -12,9 +12,7 @@ heads of a KV head together, or of both (`target`). Queries are worked on in blo
 `q_heads * queries_at_once * kv_len` scores, never `q_heads * kv_len * kv_len`.
 """
 
-import dataclasses
 import functools
-from typing import Literal
 
 import flax.struct
 import jax
@@ -22,72 +20,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray, Shaped
 
 from spotlight_jax import hashing
-from spotlight_jax.errors import InputError, check_numbers
+from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.ranking import RankingConfig, Target
 from spotlight_jax.kernels.pair_cost import SLOPES, pair_cost
 from spotlight_jax.kernels.select_top import select_top
 from spotlight_jax.selection import ordered_ranks
-
-Target = Literal["query_head", "kv_head"]
-Loss = Literal["pairs", "mass"]
-
-
-@dataclasses.dataclass(frozen=True)
-class RankingConfig:
-    """What hash functions are trained for, and on how much of it."""
-
-    loss: Loss = "pairs"
-    """pairs: top keys above others, by Bradley-Terry (the paper); mass: the attention probability that is read."""
-    softness: float = 0.012
-    """Width of the mass loss's cut, in root mean square distances of scores from it."""
-    target: Literal["query_head", "kv_head", "both"] = "query_head"
-    """Rank keys for each query head by its dot products (the paper), or for each KV head, as it selects: summed scores
-    by the attention probabilities of its query heads together; both: the mean of the two losses, on the same queries
-    and other keys."""
-    top_share: float = 0.02
-    """Share of a query's visible keys that count as top."""
-    min_top: int = 20
-    """Least number of top keys, as decoding reads at least so many."""
-    top_rule: Literal["prefix", "total"] = "prefix"
-    """Take the share of the keys a query sees (prefix), or of the whole window for all queries (total: the paper)."""
-    queries: int = 256
-    """Random queries per window and step."""
-    tops: int = 48
-    """Random ranks of the top set per query (pairs), spread over it; no more than the largest top set of a window."""
-    others: int = 256
-    """Random ranks of the remaining keys per query (pairs)."""
-    always_top: int = 8
-    """So many of the most probable keys are in every sample of tops (pairs; 0: the paper)."""
-    weighting: Literal["uniform", "attention"] = "attention"
-    """Weigh all top keys alike (pairs, the paper), or half of the weight by attention probability."""
-    beta: float = 1.0
-    """Slope of the loss of pairs."""
-    alpha: float = 3.0
-    """Margin by which a top key should win (3 in the paper's text, 0 in its released scripts)."""
-    queries_at_once: int = 64
-    """Queries worked on together: lower it to use less memory."""
-
-    def __post_init__(self) -> None:
-        """Refuse what no loss can be computed from."""
-        check_numbers(self)
-        if not 0 < self.top_share < 1:
-            raise InputError(f"top_share is {self.top_share}; give a share above 0 and below 1, such as 0.02")
-        for name in ("queries", "tops", "others", "queries_at_once", "min_top"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; give at least 1")
-        if self.queries > self.queries_at_once and self.queries % self.queries_at_once:
-            raise InputError(f"queries ({self.queries}) must be a multiple of queries_at_once ({self.queries_at_once})")
-        for name in ("beta", "softness"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"{name} is {getattr(self, name)}; give a number above 0")
-        if self.alpha < 0:
-            raise InputError(f"alpha is {self.alpha}; give a margin of 0 or more")
-        if not 0 <= self.always_top <= self.tops:
-            raise InputError(f"always_top is {self.always_top}; give 0 to {self.tops}, the number of tops")
-
-    @property
-    def targets(self) -> tuple[Target, ...]:
-        """For which heads keys are ranked: each has a loss of its own."""
-        return ("query_head", "kv_head") if self.target == "both" else (self.target,)
 
 
 @flax.struct.dataclass
@@ -209,7 +146,7 @@ def _query_side(
     params: hashing.HashParams,
     queries: Shaped[Array, "q_len q_heads head_dim"],
     gamma: Float[Array, ""],
-    hash_cfg: hashing.HashConfig,
+    hash_cfg: HashConfig,
     target: Target,
 ) -> Float[Array, "heads sums q_len code_bits"]:
     """What soft key codes are multiplied with: soft codes (symmetric) or real weights, of each head or of groups, so
@@ -228,7 +165,7 @@ def _key_side(
     params: hashing.HashParams,
     keys: Shaped[Array, "kv_len kv_heads head_dim"],
     gamma: Float[Array, ""],
-    hash_cfg: hashing.HashConfig,
+    hash_cfg: HashConfig,
 ) -> Float[Array, "code_heads kv_len code_bits"]:
     """Soft codes, or fitted ones, which are not trained, as they are: bits are about -1 and +1."""
     hashed = hashing.hash_keys(params, keys, hash_cfg)
@@ -326,7 +263,7 @@ def ranking_loss(
     positions: Int32[Array, "q_len"],
     keys: Shaped[Array, "kv_len kv_heads head_dim"],
     gamma: Float[Array, ""],
-    hash_cfg: hashing.HashConfig,
+    hash_cfg: HashConfig,
     cfg: RankingConfig,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """One layer's loss on one window, and the share of sampled pairs ranked wrongly (of attention mass missed).

@@ -14,7 +14,6 @@ import typing
 from collections.abc import Collection, Iterator
 from typing import Any, TextIO, TypeVar
 
-import jax
 import yaml
 
 from spotlight_jax import files
@@ -177,6 +176,8 @@ def next_free(parent: pathlib.Path, name: str) -> pathlib.Path:
 
 def environment() -> dict[str, Any]:
     """Versions and devices, for the record."""
+    import jax  # not at the top: who reads a config needs no device
+
     versions = {}
     for package in _PACKAGES:
         try:

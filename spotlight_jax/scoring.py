@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Shaped, UInt32
 
 from spotlight_jax import hashing
+from spotlight_jax.config.hashing import HashConfig
 from spotlight_jax.kernels.match_score import match_score
 
 
@@ -15,7 +16,7 @@ def hash_scores(
     params: hashing.HashParams,
     queries: Shaped[Array, "batch q_len q_heads head_dim"],
     codes: UInt32[Array, "batch code_heads words kv_len"],
-    cfg: hashing.HashConfig,
+    cfg: HashConfig,
     per_kv_head: bool,
 ) -> Int32[Array, "batch q_len heads kv_len"]:
     """Learned scores of one layer (see `weights`), exact integers, for any form of hash function."""
@@ -26,7 +27,7 @@ def output_scores(
     params: hashing.HashParams,
     outputs: Float[Array, "batch q_len q_heads code_bits"],
     codes: UInt32[Array, "batch code_heads words kv_len"],
-    cfg: hashing.HashConfig,
+    cfg: HashConfig,
     per_kv_head: bool,
 ) -> Int32[Array, "batch q_len heads kv_len"]:
     """`hash_scores` from what `hash_queries` gave."""
@@ -39,7 +40,7 @@ def output_scores(
     return scores
 
 
-def hash_score_range(cfg: hashing.HashConfig, group: int, per_kv_head: bool) -> tuple[int, int]:
+def hash_score_range(cfg: HashConfig, group: int, per_kv_head: bool) -> tuple[int, int]:
     """Least and greatest score `hash_scores` can give: what selection by counting searches."""
     if cfg.code_heads == "query" and per_kv_head:
         least, greatest = hashing.weight_bounds(cfg, group, False).score_range

@@ -29,7 +29,7 @@ from safetensors.numpy import load_file
 
 from tests.models import tiny
 from tests.train.conftest import LAYERS, STEPS, Inputs
-from train import layerwise
+from train import layerwise, loop
 
 _HANGS = 120  # seconds that no run takes
 _EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
@@ -134,7 +134,7 @@ class Campaign:
         is_equal = params.keys() == self.expected.keys() and all(
             np.array_equal(params[name], self.expected[name]) for name in params
         )
-        steps = [row["step"] for row in layerwise.runs.RunFolder(path).metrics() if "loss" in row]
+        steps = [row["step"] for row in loop.runs.RunFolder(path).metrics() if "loss" in row]
         if steps != list(range(1, STEPS + 1)):
             return "wrong: rows of metrics are lost or double"
         return "equal" if is_equal else "wrong: other hash functions in silence"
@@ -231,7 +231,7 @@ class Campaign:
 
 def run(folder: pathlib.Path, kills: int, damages: int, errors: int, seed: int) -> Campaign:
     """A whole campaign in an empty folder."""
-    with mock.patch.object(layerwise, "use_compile_cache", lambda: None):
+    with mock.patch.object(loop, "use_compile_cache", lambda: None):
         campaign = Campaign(folder, seed)
         with mock.patch.object(os, "fsync", campaign.disk.fsync):
             campaign.disk.calm()

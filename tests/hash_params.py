@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from spotlight_jax import hashing
+from spotlight_jax.config.hashing import HashConfig
 
 
-def draw_params(cfg: hashing.HashConfig, shape: hashing.HeadShape, seed: int = 1) -> hashing.HashParams:
+def draw_params(cfg: HashConfig, shape: hashing.HeadShape, seed: int = 1) -> hashing.HashParams:
     """Params for keys of about unit size. In the transform form an axis has four digits, and every second query head
     of a group is in the second sum."""
     rng = np.random.default_rng(seed)

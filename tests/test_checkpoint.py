@@ -13,8 +13,9 @@ import safetensors.numpy
 
 from spotlight_jax import checkpoint, hashing
 from spotlight_jax.checkpoint import Selector, choose_model, describe_range, load_selector, save_selector
+from spotlight_jax.config.hashing import HashConfig
 from spotlight_jax.errors import InputError
-from spotlight_jax.hashing import HashConfig, HeadShape
+from spotlight_jax.hashing import HeadShape
 
 SHAPE = HeadShape(layers=2, q_heads=6, kv_heads=3, head_dim=32)
 PAPER = HashConfig(form="symmetric", skip="none", code_bits=64, hidden=24, code_heads="query", centre=False)

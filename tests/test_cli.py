@@ -15,7 +15,7 @@ from typing import Literal
 import pytest
 
 from spotlight_jax import cli
-from spotlight_jax.data import DataConfig
+from spotlight_jax.config.data import DataConfig
 from spotlight_jax.errors import InputError
 
 

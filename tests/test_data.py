@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spotlight_jax import documents, texts
-from spotlight_jax.data import DataConfig, open_windows
+from spotlight_jax.config.data import DataConfig
+from spotlight_jax.data import open_windows
 from spotlight_jax.encoding import Encoder, split_document
 from spotlight_jax.errors import InputError
 

@@ -9,7 +9,8 @@ import pytest
 import tokenizers
 
 from spotlight_jax import texts
-from spotlight_jax.data import DataConfig, open_windows
+from spotlight_jax.config.data import DataConfig
+from spotlight_jax.data import open_windows
 from spotlight_jax.derived import Derived, find_derived, write_derived
 
 DAMAGES = {

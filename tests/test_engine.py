@@ -13,26 +13,27 @@ from spotlight_jax import hashing
 from spotlight_jax.attention import selected_attention
 from spotlight_jax.cache import bucket_length
 from spotlight_jax.checkpoint import Selector
-from spotlight_jax.decode_step import DecodeConfig, DecodeState, decode_step
+from spotlight_jax.config.generation import DecodeConfig
+from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.sampling import SamplingConfig
+from spotlight_jax.config.selection import SelectionConfig
+from spotlight_jax.decode_step import DecodeState, decode_step
 from spotlight_jax.engine import Engine
 from spotlight_jax.errors import InputError
 from spotlight_jax.models.config import RopeConfig
 from spotlight_jax.models.decoder import apply_layer, embed_tokens, forward, init_params, unembed
 from spotlight_jax.models.presets import PRESETS
-from spotlight_jax.sampling import SamplingConfig
 from spotlight_jax.scoring import hash_score_range, hash_scores
-from spotlight_jax.selection import SelectionConfig, select_mask
+from spotlight_jax.selection import select_mask
 from tests.hash_params import draw_params
 from tests.tolerances import tolerance
 
 MODEL = PRESETS["tiny"]
 HASHES = {
-    "transform": hashing.HashConfig(code_bits=64),
-    "asymmetric": hashing.HashConfig("asymmetric", code_bits=64, hidden=24),
-    "paper": hashing.HashConfig(
-        form="symmetric", skip="none", code_bits=32, hidden=24, code_heads="query", centre=False
-    ),
-    "signs per KV head": hashing.HashConfig(form="symmetric", code_bits=64, hidden=24),
+    "transform": HashConfig(code_bits=64),
+    "asymmetric": HashConfig("asymmetric", code_bits=64, hidden=24),
+    "paper": HashConfig(form="symmetric", skip="none", code_bits=32, hidden=24, code_heads="query", centre=False),
+    "signs per KV head": HashConfig(form="symmetric", code_bits=64, hidden=24),
 }
 ALWAYS_SPARSE = SelectionConfig(keep=0.2, min_tokens=5, min_context=0, dense_layers=(0,))
 

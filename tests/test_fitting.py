@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from spotlight_jax import fitting, hashing
+from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.fitting import MOST_DIGITS, allot_digits, fit_axes, measure_moments, merge
-from spotlight_jax.hashing import HashConfig, HeadShape
-from spotlight_jax.selection import SelectionConfig
+from spotlight_jax.hashing import HeadShape
 
 LAYERS, WINDOWS, KV_LEN, Q_LEN, KV_HEADS, GROUP, HEAD_DIM = 2, 4, 60, 7, 2, 3, 8
 Q_HEADS = KV_HEADS * GROUP

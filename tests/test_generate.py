@@ -8,22 +8,16 @@ import pytest
 
 from spotlight_jax import hashing
 from spotlight_jax.checkpoint import Selector
+from spotlight_jax.config.generation import GenerateConfig
+from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.sampling import SamplingConfig
+from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.errors import InputError
-from spotlight_jax.generate import (
-    GenerateConfig,
-    Run,
-    encode_prompts,
-    generate,
-    head_shape,
-    make_engine,
-    stream,
-)
+from spotlight_jax.generate import Run, encode_prompts, generate, head_shape, make_engine, stream
 from spotlight_jax.models.config import RopeConfig
 from spotlight_jax.models.decoder import init_params
 from spotlight_jax.models.load import BaseModel
 from spotlight_jax.models.presets import PRESETS
-from spotlight_jax.sampling import SamplingConfig
-from spotlight_jax.selection import SelectionConfig
 from spotlight_jax.token_ids import encode_chat
 from tests.byte_tokenizer import byte_tokenizer
 
@@ -41,7 +35,7 @@ def base_model(tokenizer=TOKENIZER):
 
 @functools.cache
 def selector():
-    cfg, shape = hashing.HashConfig(code_bits=64, hidden=24), head_shape(MODEL)
+    cfg, shape = HashConfig(code_bits=64, hidden=24), head_shape(MODEL)
     return Selector(cfg, shape, hashing.init_params(jax.random.key(1), cfg, shape), "tiny", {})
 
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from spotlight_jax import bits, hashing
+from spotlight_jax.config.hashing import HashConfig
 from spotlight_jax.errors import InputError
-from spotlight_jax.hashing import HashConfig, HeadShape
+from spotlight_jax.hashing import HeadShape
 from spotlight_jax.weights import WeightBounds
 from tests.hash_params import draw_params
 from tests.tolerances import tolerance

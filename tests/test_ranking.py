@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from spotlight_jax import hashing, ranking
+from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.ranking import RankingConfig
 from spotlight_jax.errors import InputError
-from spotlight_jax.hashing import HashConfig, HeadShape
+from spotlight_jax.hashing import HeadShape
 from spotlight_jax.kernels import pair_cost
-from spotlight_jax.ranking import RankingConfig
 from tests.hash_params import draw_params
 from tests.tolerances import tolerance
 

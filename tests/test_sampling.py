@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spotlight_jax import sampling
+from spotlight_jax.config.sampling import SamplingConfig
 from spotlight_jax.errors import InputError
-from spotlight_jax.sampling import SamplingConfig, keep_top_p
+from spotlight_jax.sampling import keep_top_p
 
 VOCAB = 50
 sample = jax.jit(sampling.sample, static_argnums=2)

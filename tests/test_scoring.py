@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from spotlight_jax import hashing, scoring
 from spotlight_jax.bits import pack_bits
-from spotlight_jax.hashing import HashConfig, HeadShape
+from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.hashing import HeadShape
 from tests.hash_params import draw_params
 from tests.tolerances import tolerance
 

@@ -25,14 +25,14 @@ import rich.console
 
 from spotlight_jax import cli, files, runs
 from spotlight_jax.compiled import use_compile_cache
-from spotlight_jax.data import DataConfig
+from spotlight_jax.config.data import DataConfig
+from spotlight_jax.config.selection import MIN_TOKENS
 from spotlight_jax.display import Display, make_table, print_result
 from spotlight_jax.errors import InputError, check_numbers
 from spotlight_jax.metrics import SelectionQuality
 from spotlight_jax.models.config import nearest
-from spotlight_jax.selection import MIN_TOKENS
-from train.config import PRESETS, LayerwiseConfig
-from train.measure import MeasureConfig, mean_over_sparse
+from train.config import PRESETS, LayerwiseConfig, MeasureConfig
+from train.measure import mean_over_sparse
 from train.plots import plot_ablation
 from train.report import write_results
 from train.session import Session

@@ -4,13 +4,91 @@ import dataclasses
 import math
 from typing import Literal
 
-from spotlight_jax.data import DataConfig
+from spotlight_jax.config.data import DataConfig
+from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.ranking import RankingConfig
+from spotlight_jax.config.selection import DENSE_LAYERS, SelectionConfig
 from spotlight_jax.errors import InputError, check_numbers
-from spotlight_jax.hashing import HashConfig
 from spotlight_jax.models.config import DecoderConfig
-from spotlight_jax.ranking import RankingConfig
-from train.measure import MeasureConfig
-from train.step import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW on each layer by itself: its own gradient clip, warm-up, then cosine decay to zero."""
+
+    learning_rate: float = 1e-3
+    """Highest learning rate."""
+    warmup: float = 0.01
+    """Share of the steps over which the learning rate rises from zero."""
+    b1: float = 0.9
+    """Decay of AdamW's first moment."""
+    b2: float = 0.98
+    """Decay of AdamW's second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay."""
+    clip: float = 1.0
+    """Largest norm of one layer's gradient."""
+    ema: float = 0.0
+    """Decay per step of a moving average of the weights; it is what is measured and exported (0: the weights)."""
+    gamma_start: float = 4.0
+    """Sharpness of the soft sign at the first step."""
+    gamma_end: float = 64.0
+    """Sharpness from the end of the annealing on (the paper: 64 throughout)."""
+    anneal: float = 0.7
+    """Share of the steps over which gamma grows, geometrically; 0 means gamma_end throughout."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no run can use."""
+        check_numbers(self)
+        for name in ("learning_rate", "clip", "gamma_start", "gamma_end"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"{name} is {getattr(self, name)}; give a number above 0")
+        for name in ("warmup", "anneal"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} is {getattr(self, name)}; give a share of the steps from 0 to 1")
+        for name in ("b1", "b2", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; give a decay from 0 to below 1, such as 0.99")
+        if self.weight_decay < 0:
+            raise InputError(f"weight_decay is {self.weight_decay}; give 0 or more")
+
+
+Oracle = Literal["scores", "probabilities"]
+
+
+ORACLES: dict[Oracle, str] = {"scores": "oracle-scores", "probabilities": "oracle-mass"}  # as evaluations call them
+
+
+@dataclasses.dataclass(frozen=True)
+class MeasureConfig:
+    """What is measured on held-out windows, and when."""
+
+    every: int = 100
+    """Steps between two measurements; the first and the last state are always measured."""
+    queries: int = 256
+    """Queries per held-out window, spread over it."""
+    keep: float = 0.02
+    """Share of the visible tokens a query reads."""
+    per: Literal["kv_head", "query_head"] = "kv_head"
+    """One selection for all query heads that share a KV head, or one per query head."""
+    oracle: Oracle = "probabilities"
+    """What the oracle of a KV head ranks tokens by: its query heads' summed attention probabilities, the most that one
+    set can hold (`oracle-mass` in results), or their summed dot products (`oracle-scores`)."""
+    dense_layers: tuple[int, ...] = DENSE_LAYERS
+    """Layers that decoding reads densely: trained, but not in the means."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured."""
+        check_numbers(self)
+        if self.every < 1 or self.queries < 1:
+            raise InputError(f"measure every {self.every} steps with {self.queries} queries; give at least 1 of each")
+        _ = self.selection  # refuses what selects nothing
+
+    @property
+    def selection(self) -> SelectionConfig:
+        """The rule of selection, bare: no sinks, no window of recent tokens."""
+        return SelectionConfig(keep=self.keep, per=self.per, dense_layers=self.dense_layers)
+
 
 _AT_LEAST_ONE = (
     "length_step",

@@ -17,13 +17,11 @@ from typing import Any
 
 from spotlight_jax import cli, runs, texts
 from spotlight_jax.commands import generate
+from spotlight_jax.config.generation import GenerateConfig
+from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.display import print_result
 from spotlight_jax.errors import InputError
-from spotlight_jax.generate import GenerateConfig
-from spotlight_jax.models.load import load_config, open_tokenizer
-from spotlight_jax.selection import SelectionConfig
 from spotlight_jax.token_ids import encode_text
-from train import layerwise
 from train.config import PRESETS, LayerwiseConfig
 
 _PASSAGE, _OPENING = 400, 60  # tokens of the passage, and of its opening at the end of the prompt
@@ -64,8 +62,10 @@ class DemoConfig:
 
 def main(cfg: DemoConfig) -> dict[str, Any]:
     """Train, generate twice, and print what both came to."""
+    from train import loop  # not at the top: `--help` waits for no JAX
+
     out = cfg.out or str(runs.next_free(pathlib.Path("runs"), "demo"))
-    summary = layerwise.train(dataclasses.replace(cfg.training, out=out))
+    summary = loop.train(dataclasses.replace(cfg.training, out=out))
     prompt, expected = _long_prompt(PRESETS["demo"].model, cfg)
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder) / "prompt.txt"
@@ -93,6 +93,8 @@ def main(cfg: DemoConfig) -> dict[str, Any]:
 
 def _long_prompt(model: str, cfg: DemoConfig) -> tuple[str, str]:
     """A passage, other text and the passage's opening again; and how the passage goes on."""
+    from spotlight_jax.models.load import load_config, open_tokenizer
+
     tokenizer, vocab = open_tokenizer(model), load_config(model).vocab
 
     def tokens_of(name: str, count: int) -> list[int]:

@@ -7,14 +7,15 @@ import jax
 import numpy as np
 
 from spotlight_jax import fitting, hashing
-from spotlight_jax.selection import SelectionConfig
+from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.selection import SelectionConfig
 from train.capture import Captured
 from train.config import LayerwiseConfig
 
 _SPLIT_QUERIES = 64  # of a window, that ways of splitting groups are compared on
 
 
-def needs_windows(cfg: hashing.HashConfig) -> bool:
+def needs_windows(cfg: HashConfig) -> bool:
     """Whether anything is measured: hash functions of keys as they are need nothing."""
     return cfg.form == "transform" or cfg.centre
 

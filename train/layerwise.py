@@ -11,33 +11,14 @@ selector/, which is what generation and evaluation load.
 The last line on stdout is the summary as JSON.
 """
 
-import contextlib
-import dataclasses
 import itertools
-import pathlib
-import shlex
-import statistics
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import jax
-import rich.console
-
-from spotlight_jax import cli, runs
-from spotlight_jax.compiled import use_compile_cache
-from spotlight_jax.display import Display, print_result
-from spotlight_jax.errors import InputError
-from spotlight_jax.memory import GIB
-from spotlight_jax.models.source import lasting_name
-from train import plan
+from spotlight_jax import cli
 from train.config import PRESETS, LayerwiseConfig
-from train.report import print_results, write_results
-from train.session import Session, check_finite
-from train.states import newest_step
 
-_TIMED_STEPS = 3  # of a dry run
+main = cli.main_of("train.loop")
 
 
 def command(args: Sequence[str] | None = None) -> int:
@@ -53,169 +34,6 @@ def _preset_of(args: Sequence[str]) -> str:
         if word == "--preset" or word.startswith("--preset="):
             name = word.partition("=")[2] or following
     return name if name in PRESETS else "default"
-
-
-def main(cfg: LayerwiseConfig) -> dict[str, Any]:
-    """Train as `cfg` says; the last line on stdout is the summary as JSON."""
-    summary = train(cfg)
-    print_result(summary)
-    return summary
-
-
-def train(cfg: LayerwiseConfig) -> dict[str, Any]:
-    """Train as `cfg` says; returns the summary that is also written to the run folder."""
-    use_compile_cache()
-    cfg, path, is_there = _find_run(cfg)
-    with Display() as display, contextlib.nullcontext() if cfg.dry_run else runs.hold(path):
-        with cli.insistent_interrupt():
-            session = Session(cfg, display)
-            plan.check_memory(cfg, session.model_cfg, session.dtype)
-            if cfg.dry_run:
-                return _dry_run(session, display)
-            session.prepare()
-        folder = runs.RunFolder(path) if is_there else runs.RunFolder.create(path, cfg)
-        if is_there and not cfg.resume:
-            folder.keep_metrics_before(0)
-        with _resumable(path), contextlib.closing(session):
-            with cli.insistent_interrupt():
-                session.start(folder)
-            with _explained_memory(), cli.noted_signals(*cli.STOPPING) as stop:  # each ends the run after its step
-                _train(session, stop, display)
-            summary = write_results(session, folder)
-    print_results(rich.console.Console(), session, summary, folder)
-    return summary
-
-
-def resume_command(path: pathlib.Path) -> str:
-    """The command that continues a run, to be pasted into a shell."""
-    return shlex.join(["spotlight", "train", "--resume", "--out", str(path)])
-
-
-@contextlib.contextmanager
-def _resumable(path: pathlib.Path) -> Iterator[None]:
-    """A disk that fails is told with the command that continues the run."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        what = f"'{error.filename or path}' cannot be written: {error.strerror or error}"
-        raise InputError(f"{what}; mend that, then continue with: {resume_command(path)}") from error
-
-
-def _find_run(cfg: LayerwiseConfig) -> tuple[LayerwiseConfig, pathlib.Path, bool]:
-    """The config of the run, on --resume the one it was started with, its folder, and whether that is there."""
-    cfg = dataclasses.replace(cfg, model=lasting_name(cfg.model))
-    if not cfg.resume:
-        name = f"{pathlib.PurePath(cfg.model).name.removesuffix('.gguf')}-{cfg.preset}"
-        path = pathlib.Path(cfg.out) if cfg.out else runs.next_free(pathlib.Path("runs"), name)
-        runs.RunFolder.check_free(path)
-        return cfg, path, False
-    assert cfg.out is not None
-    path = pathlib.Path(cfg.out)
-    folder = runs.RunFolder(path)
-    stored = folder.config(LayerwiseConfig)
-    given = set(runs.differences(cfg, PRESETS[cfg.preset]))
-    changed = sorted((given & set(runs.differences(cfg, stored))) - {"--out", "--resume", "--dry-run"})
-    if changed:
-        raise InputError(f"'{cfg.out}' was started with another {', '.join(changed)}; a resumed run keeps its flags")
-    found = dataclasses.replace(stored, out=cfg.out, resume=True, dry_run=cfg.dry_run)
-    return dataclasses.replace(found, resume=_has_checkpoint(folder)), path, True
-
-
-def _has_checkpoint(folder: runs.RunFolder) -> bool:
-    """Whether the run has a sound checkpoint; raises InputError where it had some and has none now.
-
-    A run that was killed before its first checkpoint was whole has not been trained: it begins again.
-    """
-    step, damaged = newest_step(folder.path / "checkpoints")
-    if step is None and any(row.get("step", 0) > 0 for row in folder.metrics()):
-        told = "; ".join(f"checkpoint {number} is damaged ({why})" for number, why in damaged.items())
-        raise InputError(f"{told or 'the run has no checkpoint to resume from'}; start it anew in another folder")
-    return step is not None
-
-
-def _train(session: Session, stop: list[int], display: Display) -> None:
-    """Steps, measurements and checkpoints until the last step or a signal."""
-    cfg = session.cfg
-    if session.step == 0:
-        session.save(is_awaited=True)  # a run that has rows of steps has a checkpoint to resume from
-    pending = None  # the step before this one: its report is read while this one runs
-    while session.step < cfg.steps and not stop:
-        report = session.take_step()
-        if pending is not None:
-            session.log(*pending)
-        pending = (session.step, report)
-        is_last = session.step == cfg.steps
-        if is_last or session.step % cfg.measure.every == 0 or session.step % cfg.save_every == 0 or stop:
-            session.log(*pending)
-            pending = None
-        if is_last or session.step % cfg.measure.every == 0:
-            session.measure()
-        if is_last or session.step % cfg.save_every == 0:
-            session.save()
-    if pending is not None:
-        session.log(*pending)
-    if stop:
-        session.save()
-        session.close()
-        with contextlib.suppress(OSError):  # the terminal may be what was closed
-            display.say(f"stopped at step {session.step}; continue with: {resume_command(session.folder_path)}")
-        raise SystemExit(128 + stop[0])
-    session.close()  # before the results: what could not be saved is not reported
-
-
-@contextlib.contextmanager
-def _explained_memory() -> Iterator[None]:
-    """Too little device memory is told with the flags that need less."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise InputError(
-            "the device has too little memory; lower --layers-at-once, --ranking.queries-at-once or --data.window "
-            "(--dry-run tells what a step needs)"
-        ) from None
-
-
-def _dry_run(session: Session, display: Display) -> dict[str, Any]:
-    """Compile one step, time it, and say what it needs."""
-    cfg = session.cfg
-    with _explained_memory():
-        display.say("compiling a step")
-        temporary = session.compiled_step_bytes()
-        display.say(f"a step works in {temporary / GIB:.2f} GiB beside its inputs; loading the model and the text")
-        session.prepare()
-        display.say("timing")
-        check_finite(session.take_step(), session)  # compiles what is left
-        forward, loss = [], []
-        for _ in range(_TIMED_STEPS):
-            started = time.monotonic()
-            captured = jax.block_until_ready(session.capture_next())
-            forward.append(time.monotonic() - started)
-            started = time.monotonic()
-            check_finite(session.take_step(captured), session)
-            loss.append(time.monotonic() - started)
-    # a forward pass takes a window for each device at once
-    forward_seconds, loss_seconds = statistics.median(forward) / session.mesh.size, statistics.median(loss)
-    seconds = forward_seconds / cfg.steps_per_window + loss_seconds
-    stats = jax.devices()[0].memory_stats() or {}
-    result = {
-        "dry_run": True,
-        "step_temporary_bytes": temporary,
-        "peak_bytes": stats.get("peak_bytes_in_use"),
-        "forward_seconds": round(forward_seconds, 4),
-        "loss_seconds": round(loss_seconds, 4),
-        "seconds_per_step": round(seconds, 4),
-        "eta_seconds": round(seconds * cfg.steps, 1),
-    }
-    peak = f", peak of everything so far {result['peak_bytes'] / GIB:.2f} GiB" if result["peak_bytes"] else ""
-    print(f"memory    {temporary / GIB:.2f} GiB for a step beside its inputs{peak};")
-    print("          lower --layers-at-once or --ranking.queries-at-once if that does not fit")
-    print(f"time      {forward_seconds:.3f} s for a window's forward pass, {loss_seconds:.3f} s for a step's losses")
-    print(f"          {seconds:.3f} s a step, about {seconds * cfg.steps / 60:.1f} minutes for {cfg.steps} steps")
-    return result
 
 
 if __name__ == "__main__":

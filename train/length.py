@@ -9,12 +9,14 @@ from jax.sharding import Mesh
 from jaxtyping import Int32
 
 from spotlight_jax import hashing
+from spotlight_jax.config.hashing import HashConfig
 from spotlight_jax.memory import available_bytes
 from spotlight_jax.metrics import SelectionQuality
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import Params
 from train.capture import capture_layers
-from train.measure import MeasureConfig, measure_layers
+from train.config import MeasureConfig
+from train.measure import measure_layers
 from train.positions import far_positions
 
 MOST_QUERIES = 64  # of a window: their probabilities over a long context are large
@@ -60,7 +62,7 @@ def measure_far(
     far: FarWindows,
     model_params: Params,
     model_cfg: DecoderConfig,
-    hashes: dict[str, tuple[hashing.HashParams, hashing.HashConfig]],
+    hashes: dict[str, tuple[hashing.HashParams, HashConfig]],
     cfg: MeasureConfig,
     mesh: Mesh,
 ) -> dict[str, SelectionQuality]:

@@ -1,27 +1,24 @@
 """Selection quality of hash functions on held-out windows, layer by layer."""
 
-import dataclasses
 import functools
-from typing import Literal
 
 import jax
 import numpy as np
 from jaxtyping import Float, PRNGKeyArray
 
 from spotlight_jax import hashing, metrics, scoring
-from spotlight_jax.errors import InputError, check_numbers
-from spotlight_jax.selection import DENSE_LAYERS, SelectionConfig, select_mask
+from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.selection import SelectionConfig
+from spotlight_jax.selection import select_mask
 from train.capture import Captured
-
-Oracle = Literal["scores", "probabilities"]
-ORACLES: dict[Oracle, str] = {"scores": "oracle-scores", "probabilities": "oracle-mass"}  # as evaluations call them
+from train.config import MeasureConfig, Oracle
 
 
 @functools.partial(jax.jit, static_argnames=("hash_cfg", "selection_cfg", "layers_at_once", "oracle"))
 def measure_layers(
     params: hashing.HashParams,
     captured: Captured,
-    hash_cfg: hashing.HashConfig,
+    hash_cfg: HashConfig,
     selection_cfg: SelectionConfig,
     layers_at_once: int = 1,
     oracle: Oracle = "probabilities",
@@ -44,49 +41,18 @@ def measure_layers(
     return jax.lax.map(measure_layer, (params, captured), batch_size=layers_at_once)
 
 
-@dataclasses.dataclass(frozen=True)
-class MeasureConfig:
-    """What is measured on held-out windows, and when."""
-
-    every: int = 100
-    """Steps between two measurements; the first and the last state are always measured."""
-    queries: int = 256
-    """Queries per held-out window, spread over it."""
-    keep: float = 0.02
-    """Share of the visible tokens a query reads."""
-    per: Literal["kv_head", "query_head"] = "kv_head"
-    """One selection for all query heads that share a KV head, or one per query head."""
-    oracle: Oracle = "probabilities"
-    """What the oracle of a KV head ranks tokens by: its query heads' summed attention probabilities, the most that one
-    set can hold (`oracle-mass` in results), or their summed dot products (`oracle-scores`)."""
-    dense_layers: tuple[int, ...] = DENSE_LAYERS
-    """Layers that decoding reads densely: trained, but not in the means."""
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be measured."""
-        check_numbers(self)
-        if self.every < 1 or self.queries < 1:
-            raise InputError(f"measure every {self.every} steps with {self.queries} queries; give at least 1 of each")
-        _ = self.selection  # refuses what selects nothing
-
-    @property
-    def selection(self) -> SelectionConfig:
-        """The rule of selection, bare: no sinks, no window of recent tokens."""
-        return SelectionConfig(keep=self.keep, per=self.per, dense_layers=self.dense_layers)
-
-
 def orthogonal_lsh(
     key: PRNGKeyArray, code_bits: int, shape: hashing.HeadShape
-) -> tuple[hashing.HashParams, hashing.HashConfig]:
+) -> tuple[hashing.HashParams, HashConfig]:
     """Random rotations and signs, of as many bits as a selector: what it is compared with."""
-    cfg = hashing.HashConfig(form="symmetric", skip="rotation", code_bits=code_bits, hidden=1, centre=False)
+    cfg = HashConfig(form="symmetric", skip="rotation", code_bits=code_bits, hidden=1, centre=False)
     return hashing.init_params(key, cfg, shape), cfg
 
 
 def measure(
     params: hashing.HashParams,
     held_out: list[Captured],
-    hash_cfg: hashing.HashConfig,
+    hash_cfg: HashConfig,
     cfg: MeasureConfig,
     layers_at_once: int,
 ) -> metrics.SelectionQuality:

@@ -8,8 +8,8 @@ import matplotlib
 import numpy as np
 from jaxtyping import Float
 
+from spotlight_jax.config.ranking import Loss
 from spotlight_jax.files import replace_file
-from spotlight_jax.ranking import Loss
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -9,11 +9,12 @@ import rich.console
 
 from spotlight_jax import hashing, runs
 from spotlight_jax.checkpoint import Selector, save_selector
+from spotlight_jax.config.selection import MIN_TOKENS
 from spotlight_jax.display import make_table, print_table
 from spotlight_jax.memory import GIB
 from spotlight_jax.metrics import spread_positions
-from spotlight_jax.selection import MIN_TOKENS, share_read
-from train.measure import ORACLES
+from spotlight_jax.selection import share_read
+from train.config import ORACLES
 from train.plots import plot_curves, plot_layers
 from train.session import Session
 

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from spotlight_jax import hashing, runs, text_files
+from spotlight_jax.config.selection import check_layers
 from spotlight_jax.data import open_windows
 from spotlight_jax.display import Display
 from spotlight_jax.errors import InputError
@@ -23,14 +24,13 @@ from spotlight_jax.metrics import SelectionQuality, spread_positions
 from spotlight_jax.models.decoder import Params
 from spotlight_jax.models.load import load_config, load_weights, open_tokenizer
 from spotlight_jax.models.params import resolve_dtype
-from spotlight_jax.selection import check_layers
 from train import hidden_cache, plan
 from train.capture import Captured, capture, make_mesh, padded_layers
-from train.config import PRESETS, LayerwiseConfig, lengths_covered
+from train.config import PRESETS, LayerwiseConfig, MeasureConfig, lengths_covered
 from train.feed import Feed, FeedConfig
 from train.fit import fit, needs_windows
 from train.length import choose_windows, measure_far
-from train.measure import MeasureConfig, mean_over_sparse, measure, orthogonal_lsh
+from train.measure import mean_over_sparse, measure, orthogonal_lsh
 from train.states import StateStore
 from train.step import (
     StepConfig,

@@ -14,50 +14,11 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 
 from spotlight_jax import hashing
-from spotlight_jax.errors import InputError, check_numbers
-from spotlight_jax.ranking import RankingConfig, ranking_loss
+from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.ranking import RankingConfig
+from spotlight_jax.ranking import ranking_loss
 from train.capture import AXIS, Captured, padded_layers
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW on each layer by itself: its own gradient clip, warm-up, then cosine decay to zero."""
-
-    learning_rate: float = 1e-3
-    """Highest learning rate."""
-    warmup: float = 0.01
-    """Share of the steps over which the learning rate rises from zero."""
-    b1: float = 0.9
-    """Decay of AdamW's first moment."""
-    b2: float = 0.98
-    """Decay of AdamW's second moment."""
-    weight_decay: float = 0.1
-    """Decoupled weight decay."""
-    clip: float = 1.0
-    """Largest norm of one layer's gradient."""
-    ema: float = 0.0
-    """Decay per step of a moving average of the weights; it is what is measured and exported (0: the weights)."""
-    gamma_start: float = 4.0
-    """Sharpness of the soft sign at the first step."""
-    gamma_end: float = 64.0
-    """Sharpness from the end of the annealing on (the paper: 64 throughout)."""
-    anneal: float = 0.7
-    """Share of the steps over which gamma grows, geometrically; 0 means gamma_end throughout."""
-
-    def __post_init__(self) -> None:
-        """Refuse what no run can use."""
-        check_numbers(self)
-        for name in ("learning_rate", "clip", "gamma_start", "gamma_end"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"{name} is {getattr(self, name)}; give a number above 0")
-        for name in ("warmup", "anneal"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name} is {getattr(self, name)}; give a share of the steps from 0 to 1")
-        for name in ("b1", "b2", "ema"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; give a decay from 0 to below 1, such as 0.99")
-        if self.weight_decay < 0:
-            raise InputError(f"weight_decay is {self.weight_decay}; give 0 or more")
+from train.config import OptimizerConfig
 
 
 @flax.struct.dataclass
@@ -119,7 +80,7 @@ class StepReport:
 class StepConfig:
     """All that shapes a step and does not change during a run."""
 
-    hash: hashing.HashConfig
+    hash: HashConfig
     ranking: RankingConfig
     optimizer: OptimizerConfig
     steps: int

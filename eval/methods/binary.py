@@ -9,11 +9,12 @@ from eval.methods.base import Setting, rule_of
 from eval.methods.lsh import code_bits
 from eval.methods.spotlight import HashCodes
 from spotlight_jax import hashing
+from spotlight_jax.config.hashing import HashConfig
 
 
 def open_binary(name: str, setting: Setting) -> HashCodes:
     """Random rotations of queries and of keys brought to mean 0 and spread 1, the keys' signs alone being kept."""
-    cfg = hashing.HashConfig("asymmetric", code_bits(setting), hidden=1)
+    cfg = HashConfig("asymmetric", code_bits(setting), hidden=1)
     params = hashing.init_params(jax.random.key(setting.seed), cfg, setting.shape)
     selection = setting.selection
     return HashCodes(name, rule_of(selection), selection.dense_layers, params, cfg=cfg, stats="own mean and spread")

@@ -7,6 +7,7 @@ import jax
 from eval.methods.base import Setting, rule_of
 from eval.methods.spotlight import HashCodes
 from spotlight_jax import hashing
+from spotlight_jax.config.hashing import HashConfig
 
 DEFAULT_BITS = 128
 
@@ -19,7 +20,7 @@ def code_bits(setting: Setting) -> int:
 def open_lsh(name: str, setting: Setting) -> HashCodes:
     """`lsh` has orthogonal planes (the fair baseline), `lsh-gaussian` independent ones; `-centred` hashes keys relative
     to the mean of the sequence's keys."""
-    cfg = hashing.HashConfig("symmetric", code_bits(setting), skip="rotation", hidden=1, centre="centred" in name)
+    cfg = HashConfig("symmetric", code_bits(setting), skip="rotation", hidden=1, centre="centred" in name)
     params = hashing.init_params(jax.random.key(setting.seed), cfg, setting.shape)
     if "gaussian" in name:
         assert isinstance(params.weights, hashing.NetworkWeights)

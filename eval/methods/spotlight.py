@@ -10,6 +10,7 @@ from jaxtyping import Array, Int32, PyTree, UInt32
 
 from eval.methods.base import Keys, Positions, Queries, ScoreMethod, Setting, key_moments, rule_of
 from spotlight_jax import hashing
+from spotlight_jax.config.hashing import HashConfig
 from spotlight_jax.errors import InputError
 from spotlight_jax.scoring import hash_score_range, hash_scores
 
@@ -21,7 +22,7 @@ class HashCodes(ScoreMethod):
     `params` are `hashing.HashParams`, whose leaves have an axis of sets after the layers' where there are `shorter`.
     """
 
-    cfg: hashing.HashConfig = flax.struct.field(pytree_node=False, default_factory=hashing.HashConfig)
+    cfg: HashConfig = flax.struct.field(pytree_node=False, default_factory=HashConfig)
     # where keys are taken to lie: as measured in training, or as this sequence's own keys do
     stats: Literal["trained", "own mean", "own mean and spread"] = flax.struct.field(
         pytree_node=False, default="trained"

@@ -4,24 +4,10 @@ spotlight doctor
 """
 
 import dataclasses
-import importlib.metadata
-import platform
 import sys
 from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
-from rich.console import Console
-
 from spotlight_jax import cli
-from spotlight_jax.compiled import use_compile_cache
-from spotlight_jax.hashing import HashConfig, weight_bounds
-from spotlight_jax.kernels import hash_append, pair_cost, score_select, sparse_attention
-from spotlight_jax.kernels.match_score import choose_impl
-from spotlight_jax.memory import GIB, available_bytes
-from spotlight_jax.selection import CROSSOVER
-
-PACKAGES = ("spotlight-jax", "jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "flax", "transformers", "numpy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,62 +18,7 @@ class DoctorConfig:
     """Run a small product on the device, to see that it works."""
 
 
-def versions() -> dict[str, str]:
-    """Installed versions of what matters."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def implementations() -> list[tuple[str, str, str]]:
-    """Op, what `auto` uses for it here, and why."""
-    is_cpu = jax.default_backend() == "cpu"
-    fused = ("XLA, block by block", "cuDNN needs an NVIDIA GPU") if is_cpu else ("cuDNN", "16-bit floats on a GPU")
-
-    def kernel(is_used: bool) -> tuple[str, str]:
-        if is_used:
-            return "Pallas-Triton", "tried here: gives what its reference gives"
-        return "XLA", "kernels need an NVIDIA GPU" if is_cpu else "the kernel failed its check here, see the warning"
-
-    return [
-        ("prefill attention", *fused),
-        ("dense decoding", "XLA" if is_cpu else "cuDNN", fused[1]),
-        ("hash_append", *kernel(hash_append.is_fused())),
-        ("score_select", *kernel(score_select.is_fused(weight_bounds(HashConfig(), 1, per_kv_head=True)))),
-        ("sparse_attention", *kernel(sparse_attention.choose_impl() == "pallas_triton")),
-        ("match_score", f"XLA, {choose_impl(64)}", "many queries: codes are unpacked once"),
-        ("pair_cost", *kernel(pair_cost.choose_impl() == "pallas_triton")),
-    ]
-
-
-def main(cfg: DoctorConfig) -> None:
-    """Print what was found; raises InputError where there is no device."""
-    console = Console(highlight=False)
-    console.rule("versions")
-    for name, version in versions().items():
-        console.print(f"{name:20} {version}", markup=False)
-    folder = use_compile_cache()  # refuses a machine without the device that JAX was told to use
-    console.rule("device")
-    for device in jax.devices():
-        free = available_bytes(device)
-        memory = "memory unknown" if free is None else f"{free / GIB:.1f} GiB free"
-        console.print(f"{device.platform} {device.id}: {device.device_kind}, {memory}", markup=False)
-    if cfg.run:
-        product = jnp.ones((64, 64)) @ jnp.ones((64, 64))
-        works = "works" if float(product[0, 0]) == 64 else "gives WRONG results"
-        console.print(f"a small product {works}", markup=False)
-    console.rule("what each op uses")
-    for op, used, why in implementations():
-        console.print(f"{op:20} {used} ({why})", markup=False)
-    tokens = CROSSOVER.get(jax.default_backend(), CROSSOVER["gpu"])
-    console.print(f"{'sparse reading':20} from {tokens:,} tokens x batch (--min-context auto)", markup=False)
-    console.rule("folders")
-    console.print(f"compiled programs    {folder}", markup=False, soft_wrap=True)
-    console.print(f"texts and models     {folder.parent}", markup=False, soft_wrap=True)
+main = cli.main_of("spotlight_jax.commands.machine")
 
 
 def command(args: Sequence[str] | None = None) -> int:

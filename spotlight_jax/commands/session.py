@@ -1,59 +1,28 @@
-"""What generate and chat share: flags, the compilation cache, and a model loaded only after it was seen to fit."""
+"""What generate and chat share: a model that is loaded only after it was seen to fit, and decoding with Ctrl-C."""
 
 import contextlib
-import dataclasses
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Literal
 
 import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from tyro.conf import OmitArgPrefixes
 
-from spotlight_jax import cli, runs
+from spotlight_jax import cli
 from spotlight_jax.checkpoint import Selector, check_shape, choose_model, describe_range, load_selector
+from spotlight_jax.commands.flags import SessionConfig
+from spotlight_jax.config.generation import GenerateConfig, make_decode_config
 from spotlight_jax.decode_step import DecodeState
 from spotlight_jax.engine import Engine
-from spotlight_jax.errors import InputError
-from spotlight_jax.generate import (
-    STREAM_BLOCK,
-    GenerateConfig,
-    Report,
-    Run,
-    head_shape,
-    make_decode_config,
-    make_engine,
-)
+from spotlight_jax.generate import STREAM_BLOCK, Report, Run, head_shape, make_engine
 from spotlight_jax.memory import GIB, available_bytes, check_memory, plan_memory
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.load import BaseModel, load_config, load_model
 from spotlight_jax.models.params import resolve_dtype
-from spotlight_jax.selection import SelectionConfig
 from spotlight_jax.stops import find_stops
 
 MIB = 2**20
-
-
-@dataclasses.dataclass(frozen=True)
-class SessionConfig:
-    """A model, a selector, and how text is continued."""
-
-    model: str | None = None
-    """Folder in Hugging Face's layout, hub id or .gguf file; None: the selector's own, or else smollm2-135m."""
-    selector: Path | None = None
-    """What training wrote (a run or its selector folder); without one, every token is read."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of weights and cache; auto: bfloat16 on an accelerator, float32 on a CPU."""
-    generation: OmitArgPrefixes[GenerateConfig] = dataclasses.field(default_factory=GenerateConfig)
-
-    def __post_init__(self) -> None:
-        """Refuse ways of reading for which there is no selector."""
-        given = runs.differences(self.generation.selection, SelectionConfig())
-        if self.selector is None and given:
-            raise InputError(f"without a selector every token is read, whatever {given[0]} says; give --selector")
 
 
 def read_configs(cfg: SessionConfig, console: Console) -> tuple[str, DecoderConfig, Selector | None]:

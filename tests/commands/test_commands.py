@@ -16,17 +16,19 @@ from rich.console import Console
 
 from spotlight_jax import hashing
 from spotlight_jax.checkpoint import Selector, save_selector
-from spotlight_jax.commands import chat, doctor, generate, session
+from spotlight_jax.commands import chat, completion, doctor, generate, machine, session, talk
+from spotlight_jax.config.generation import GenerateConfig
+from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.engine import Engine
 from spotlight_jax.errors import InputError
-from spotlight_jax.generate import GenerateConfig, Run, head_shape
+from spotlight_jax.generate import Run, head_shape
 from spotlight_jax.generate import generate as continue_prompts
 from spotlight_jax.memory import MemoryPlan, check_memory, plan_memory
 from spotlight_jax.models.config import RopeConfig
 from spotlight_jax.models.decoder import init_params
 from spotlight_jax.models.load import BaseModel
 from spotlight_jax.models.presets import PRESETS
-from spotlight_jax.selection import SelectionConfig
 from spotlight_jax.text_stream import BROKEN
 from spotlight_jax.token_ids import encode_chat
 from tests.byte_tokenizer import byte_tokenizer
@@ -43,14 +45,14 @@ def tiny_model(monkeypatch):
         lambda source, dtype: BaseModel(MODEL, init_params(jax.random.key(0), MODEL, dtype), byte_tokenizer(), source),
     )
     monkeypatch.setattr(session, "load_config", lambda source: MODEL)
-    for module in (generate, chat):
+    for module in (completion, talk):
         monkeypatch.setattr(module, "open_tokenizer", lambda source: byte_tokenizer())
         monkeypatch.setattr(module, "use_compile_cache", lambda: None)
 
 
 @pytest.fixture
 def selector_folder(tmp_path):
-    cfg, shape = hashing.HashConfig(code_bits=64), head_shape(MODEL)
+    cfg, shape = HashConfig(code_bits=64), head_shape(MODEL)
     save_selector(
         tmp_path / "selector", Selector(cfg, shape, hashing.init_params(jax.random.key(1), cfg, shape), "tiny", {}), ""
     )
@@ -81,7 +83,7 @@ def test_the_model_is_the_selectors_unless_one_is_named(capsys, selector_folder)
 
 
 def test_a_prompt_beyond_the_positions_that_a_selector_covers_gets_one_line(capsys, tmp_path):
-    cfg, shape = hashing.HashConfig(code_bits=64), head_shape(MODEL)
+    cfg, shape = HashConfig(code_bits=64), head_shape(MODEL)
     params = hashing.init_params(jax.random.key(1), cfg, shape)
     save_selector(tmp_path / "short", Selector(cfg, shape, params, "tiny", {}, 100), "")
     for tokens, count in ((90, 0), (97, 1)):  # with four new ones
@@ -243,7 +245,7 @@ def test_bad_input_ends_with_one_line_and_exit_code_2(args, message, capsys):
 
 
 def test_a_selector_of_another_model_is_refused_before_the_weights_are_loaded(tmp_path, capsys, monkeypatch):
-    cfg, shape = hashing.HashConfig(code_bits=64), hashing.HeadShape(5, 4, 2, 8)
+    cfg, shape = HashConfig(code_bits=64), hashing.HeadShape(5, 4, 2, 8)
     params = hashing.init_params(jax.random.key(1), cfg, shape)
     save_selector(tmp_path / "other", Selector(cfg, shape, params, "other", {}), "")
     monkeypatch.setattr(session, "load_model", lambda *_: pytest.fail("loaded"))
@@ -282,7 +284,7 @@ def test_what_does_not_fit_is_refused_with_the_numbers_before_loading(monkeypatc
 
 
 def test_the_memory_plan_by_hand():
-    hash_cfg = hashing.HashConfig(code_bits=128)
+    hash_cfg = HashConfig(code_bits=128)
     plan = plan_memory(PRESETS["qwen2.5-7b"], jnp.dtype("bfloat16"), 1, 131072, 2048, hash_cfg, SelectionConfig())
     assert plan.cache == 2 * 28 * 131072 * 4 * 128 * 2
     assert plan.codes == 26 * 131072 * 4 * 16
@@ -290,7 +292,7 @@ def test_the_memory_plan_by_hand():
     assert plan.codes / (plan.cache * 26 / 28) == 1 / 32
 
 
-def talk(lines, new=6, **fields):
+def have_talk(lines, new=6, **fields):
     """The messages of a talk in which these lines were said; None is Ctrl-C at the prompt."""
     said = iter(lines)
 
@@ -302,7 +304,7 @@ def talk(lines, new=6, **fields):
             raise KeyboardInterrupt
         return line
 
-    return chat.main(chat.ChatCommandConfig(generation=GenerateConfig(max_new_tokens=new), **fields), read)
+    return talk.main(chat.ChatCommandConfig(generation=GenerateConfig(max_new_tokens=new), **fields), read)
 
 
 def users(messages):
@@ -310,7 +312,7 @@ def users(messages):
 
 
 def test_a_talk_keeps_what_was_said(capsys):
-    messages = talk(["hello", "", "and then?", "/quit", "never said"], system="be brief")
+    messages = have_talk(["hello", "", "and then?", "/quit", "never said"], system="be brief")
     assert [message["role"] for message in messages] == ["system", "user", "assistant", "user", "assistant"]
     assert messages[1]["content"] == "hello" and messages[3]["content"] == "and then?"
 
@@ -323,7 +325,7 @@ def answer_to(messages, new=6):
 
 
 def test_a_second_turn_answers_as_if_the_whole_talk_were_its_prompt(capsys):
-    messages = talk(["hello", "and then?"])
+    messages = have_talk(["hello", "and then?"])
     assert messages[3]["content"] == answer_to(messages[:3])
 
 
@@ -343,34 +345,34 @@ def test_a_turn_reads_what_is_new_unless_rope_turns_all_keys_anew(capsys, monkey
 
     monkeypatch.setattr(sys.modules[__name__], "MODEL", model)
     monkeypatch.setattr(Engine, "prefill", counted)
-    messages = talk(["hello", "and then?"], new=4)
+    messages = have_talk(["hello", "and then?"], new=4)
     assert messages[1]["content"].isascii()  # else its bytes are other tokens when it is read again
     assert seen == counts
     assert messages[3]["content"] == answer_to(messages[:3], 4)
 
 
 def test_new_forgets_and_a_full_talk_is_said(capsys):
-    messages = talk(["x" * 600, "hello", "y" * 480, "/new", "again"])
+    messages = have_talk(["x" * 600, "hello", "y" * 480, "/new", "again"])
     assert users(messages) == ["again"]
     too_much, full = [line for line in capsys.readouterr().err.splitlines() if "passes its limit of 512" in line]
     assert "shorten what you said" in too_much and "/new" in full
 
 
 def test_a_talk_may_be_held_shorter_than_the_models_context(capsys):
-    assert users(talk(["x" * 100, "hello"], context=90)) == ["hello"]
+    assert users(have_talk(["x" * 100, "hello"], context=90)) == ["hello"]
     assert "passes its limit of 90" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"at most 6 tokens has no room for answers of 6; .* --context"):
-        talk(["hello"], context=6)
+        have_talk(["hello"], context=6)
 
 
 def test_ctrl_c_at_the_prompt_drops_the_line_and_says_how_to_end(capsys):
-    assert users(talk([None, "hello"])) == ["hello"]
+    assert users(have_talk([None, "hello"])) == ["hello"]
     assert capsys.readouterr().err.count("Ctrl-D ends") == 2
 
 
 def test_ctrl_c_cuts_an_answer_short_and_the_talk_goes_on(capsys, interrupt):
     interrupt("decode", 2)
-    messages = talk(["hello", "and then?"], new=40)
+    messages = have_talk(["hello", "and then?"], new=40)
     assert messages[1]["content"] == answer_to(messages[:1], 9).rstrip(BROKEN) != ""
     assert messages[3]["content"] == answer_to(messages[:3], 40)
     assert f"{messages[1]['content']} ...\n" in capsys.readouterr().out
@@ -379,7 +381,7 @@ def test_ctrl_c_cuts_an_answer_short_and_the_talk_goes_on(capsys, interrupt):
 @pytest.mark.parametrize(("method", "times"), [("prefill", 1), ("decode", 2)])
 def test_ctrl_c_before_an_answer_or_twice_leaves_the_talk_as_it_was(capsys, interrupt, method, times):
     interrupt(method, 2, times)  # the second block, or the second turn's prompt
-    messages = talk(["hello", "and then?", "and now?"], new=5)
+    messages = have_talk(["hello", "and then?", "and now?"], new=5)
     kept = ["hello", "and now?"]
     assert users(messages) == kept
     assert messages[3]["content"] == answer_to(messages[:3], 5)
@@ -387,14 +389,14 @@ def test_ctrl_c_before_an_answer_or_twice_leaves_the_talk_as_it_was(capsys, inte
 
 
 def test_a_line_that_is_no_text_is_said_and_the_talk_goes_on(capsys):
-    assert users(talk(["hello", "one bad byte \udcff", "and then?"])) == ["hello", "and then?"]
+    assert users(have_talk(["hello", "one bad byte \udcff", "and then?"])) == ["hello", "and then?"]
     assert "is not valid Unicode" in capsys.readouterr().err
 
 
 def test_a_bad_byte_on_standard_input_costs_its_line_alone(capsys, monkeypatch):
     said = io.TextIOWrapper(io.BytesIO(b"hello\nbad \xff byte\nand then?\n"), encoding="utf-8")
     monkeypatch.setattr("sys.stdin", said)
-    messages = chat.main(chat.ChatCommandConfig(generation=GenerateConfig(max_new_tokens=2)))
+    messages = talk.main(chat.ChatCommandConfig(generation=GenerateConfig(max_new_tokens=2)))
     assert users(messages) == ["hello", "and then?"]
 
 
@@ -403,19 +405,19 @@ def test_a_template_that_takes_no_system_message_is_refused_at_the_start(capsys,
     tokenizer.chat_template = (
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}hi"
     )
-    monkeypatch.setattr(chat, "open_tokenizer", lambda source: tokenizer)
+    monkeypatch.setattr(talk, "open_tokenizer", lambda source: tokenizer)
     monkeypatch.setattr(session, "load_model", lambda *_: pytest.fail("loaded"))
     with pytest.raises(InputError, match=r"chat template cannot write these messages \(system, user\): no system role"):
-        talk(["hello"], system="be brief")
+        have_talk(["hello"], system="be brief")
 
 
 def test_an_answer_that_its_length_ends_says_so(capsys):
-    talk(["hello"], report=True)
+    have_talk(["hello"], report=True)
     assert "the answer ends at --max-new-tokens 6" in capsys.readouterr().err
 
 
 def test_doctor_names_versions_device_ops_and_folders(capsys, own_cache, monkeypatch):
-    monkeypatch.setattr(doctor, "use_compile_cache", lambda: own_cache / "compiled")
+    monkeypatch.setattr(machine, "use_compile_cache", lambda: own_cache / "compiled")
     assert doctor.command([]) == 0
     out = capsys.readouterr().out
     for word in ("jaxlib", "cpu 0", "GiB free", "match_score", "score_select", "sparse_attention", "compiled"):

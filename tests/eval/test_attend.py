@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from eval.attend import attend_with, causal_budgets, default_chunk
-from eval.methods import open_method
 from eval.methods.base import Method, Reading
+from eval.methods.opening import open_method
+from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.hashing import HeadShape
-from spotlight_jax.selection import SelectionConfig
 from tests.tolerances import tolerance
 
 pytestmark = pytest.mark.slow  # whole commands and many methods, compiled anew

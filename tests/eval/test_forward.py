@@ -8,14 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eval.forward import ForwardConfig, Sequence, check_length, pass_sequence, pass_sparse_layer
+from eval.flags import ForwardConfig
+from eval.forward import Sequence, check_length, pass_sequence, pass_sparse_layer
 from eval.methods import METHODS
 from eval.methods.window import Window
-from spotlight_jax.decode_step import DecodeConfig, decode_step
+from spotlight_jax.config.generation import DecodeConfig
+from spotlight_jax.config.selection import SelectionConfig
+from spotlight_jax.decode_step import decode_step
 from spotlight_jax.engine import Engine
 from spotlight_jax.errors import InputError
 from spotlight_jax.models.decoder import forward
-from spotlight_jax.selection import SelectionConfig
 from tests.eval.subjects import MODEL, draw_tokens, make_selector, subject
 
 TOKENS = draw_tokens(90)

@@ -17,12 +17,14 @@ from eval.decoder import open_decoder
 from eval.harness_scores import Reader, Request, Tally, Wanted
 from spotlight_jax import hashing
 from spotlight_jax.checkpoint import Selector, save_selector
-from spotlight_jax.generate import GenerateConfig, generate, head_shape
+from spotlight_jax.config.generation import GenerateConfig
+from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.sampling import SamplingConfig
+from spotlight_jax.config.selection import SelectionConfig
+from spotlight_jax.generate import generate, head_shape
 from spotlight_jax.models.decoder import forward, init_params
 from spotlight_jax.models.load import BaseModel
 from spotlight_jax.models.presets import PRESETS
-from spotlight_jax.sampling import SamplingConfig
-from spotlight_jax.selection import SelectionConfig
 from tests.byte_tokenizer import byte_tokenizer
 
 pytestmark = pytest.mark.slow  # whole commands and many methods, compiled anew
@@ -34,7 +36,7 @@ FULL = SelectionConfig(keep=1.0, min_context=0, dense_layers=(0,))
 
 @pytest.fixture(scope="module")
 def subject():
-    cfg = hashing.HashConfig(code_bits=64)
+    cfg = HashConfig(code_bits=64)
     shape = head_shape(MODEL)
     selector = Selector(cfg, shape, hashing.init_params(jax.random.key(1), cfg, shape), "tiny", {})
     params = init_params(jax.random.key(0), MODEL, jnp.float32)
@@ -140,7 +142,7 @@ def test_a_tasks_stop_string_that_is_a_special_token_ends_the_text(subject, meth
 def test_a_selector_behind_the_name_is_the_one_that_reads(subject, tmp_path):
     """Scores and texts are those of this selector alone, whichever other stands beside it."""
     shape = head_shape(MODEL)
-    cfg = hashing.HashConfig(code_bits=32)
+    cfg = HashConfig(code_bits=32)
     other = Selector(cfg, shape, hashing.init_params(jax.random.key(2), cfg, shape), "tiny", {})
     save_selector(tmp_path / "other", other, "card")
     requests, prompts = draw_requests(), [list(b"once upon a time there was a "), list(range(60))]

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from eval import inspect
-from eval.config import EvalConfig, describe_reading, list_trials
+from eval.config import describe_reading, list_trials
+from eval.flags import EvalConfig
 from spotlight_jax import metrics
 from spotlight_jax.attention import causal_attention
 from spotlight_jax.models.decoder import apply_layer, embed_tokens

@@ -16,7 +16,8 @@ from eval.longbench_data import Sample, encode_prompt
 from eval.longbench_score import score_folder
 from eval.longbench_tasks import TASKS
 from spotlight_jax.checkpoint import save_selector
-from spotlight_jax.generate import GenerateConfig, generate
+from spotlight_jax.config.generation import GenerateConfig
+from spotlight_jax.generate import generate
 from spotlight_jax.models.load import BaseModel
 from tests.byte_tokenizer import byte_tokenizer
 from tests.eval import subjects

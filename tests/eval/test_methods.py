@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eval.methods import METHODS, open_method
+from eval.methods import METHODS
 from eval.methods.magicpig import MagicPig
+from eval.methods.opening import open_method
 from spotlight_jax import hashing
 from spotlight_jax.checkpoint import Selector, save_selector
+from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.errors import InputError
-from spotlight_jax.selection import SelectionConfig
 from tests.hash_params import draw_params
 
 BATCH, N, KV_HEADS, GROUP, HEAD_DIM, KV_LEN = 1, 9, 2, 3, 16, 131
@@ -36,7 +38,7 @@ def draw(seed=0):
 
 @functools.cache
 def selector():
-    cfg = hashing.HashConfig(code_bits=64)
+    cfg = HashConfig(code_bits=64)
     return Selector(cfg, SHAPE, draw_params(cfg, SHAPE), "tiny", {})
 
 

@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 
 from eval import needle
-from eval.config import ReadingConfig, Subject
-from eval.forward import ForwardConfig, Sequence, pass_sequence
+from eval.commands.needle import NeedleConfig
+from eval.config import Subject
+from eval.flags import ForwardConfig, ReadingConfig
+from eval.forward import Sequence, pass_sequence
 from eval.haystack import Haystack
 from eval.prefilled import pass_tail, prefill
 from spotlight_jax import hashing
 from spotlight_jax.checkpoint import Selector
-from spotlight_jax.decode_step import DecodeConfig
+from spotlight_jax.config.generation import DecodeConfig
+from spotlight_jax.config.hashing import HashConfig
 from spotlight_jax.engine import Engine
 from spotlight_jax.errors import InputError
 from spotlight_jax.generate import head_shape
@@ -31,7 +34,7 @@ SELECTION = ReadingConfig(min_tokens=5, sink_tokens=2, recent_tokens=3, dense_la
 
 @functools.cache
 def subject() -> Subject:
-    cfg, shape = hashing.HashConfig(code_bits=64), head_shape(MODEL)
+    cfg, shape = HashConfig(code_bits=64), head_shape(MODEL)
     selector = Selector(cfg, shape, hashing.init_params(jax.random.key(1), cfg, shape), "tiny", {})
     return Subject(MODEL, init_params(jax.random.key(0), MODEL), TOKENIZER, selector, "tiny")
 
@@ -67,7 +70,7 @@ def test_a_tail_after_a_dense_prompt_equals_a_pass_with_a_dense_prefix(name):
 
 
 def make_desk(text_file, trial_name: str, **fields) -> tuple[needle.Desk, needle.Trial]:
-    cfg = needle.NeedleConfig(
+    cfg = NeedleConfig(
         methods=(trial_name,), selector="x", lengths=(400,), sparse_from="answer", haystack=str(text_file), **fields
     )
     trial = needle.Trial(trial_name, 0.2, "bare", SELECTION)
@@ -210,7 +213,7 @@ def test_bad_input_is_told_in_one_line(args, message, tiny, text_file, tmp_path,
 
 
 def test_a_model_without_a_tokenizer_is_refused():
-    cfg = needle.NeedleConfig(methods=("dense",), lengths=(100,))
+    cfg = NeedleConfig(methods=("dense",), lengths=(100,))
     bare = Subject(MODEL, {}, None, None, "random:tiny")
     with pytest.raises(InputError, match="has no tokenizer"):
         needle.check_subject(cfg, bare)

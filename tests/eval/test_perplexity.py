@@ -9,7 +9,8 @@ import pytest
 from eval import perplexity
 from eval.copy_text import CopyConfig, copy_texts
 from eval.forward import Passed
-from spotlight_jax.data import DataConfig, open_windows, read_windows
+from spotlight_jax.config.data import DataConfig
+from spotlight_jax.data import open_windows, read_windows
 from spotlight_jax.errors import InputError
 from tests.eval.subjects import write_inputs
 

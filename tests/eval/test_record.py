@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from eval.config import EvalConfig, list_trials
+from eval.config import list_trials
+from eval.flags import EvalConfig
 from eval.record import Record, file_name
 from spotlight_jax.display import make_table
 from spotlight_jax.errors import InputError

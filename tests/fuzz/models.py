@@ -11,6 +11,7 @@ import numpy as np
 
 from spotlight_jax import hashing
 from spotlight_jax.checkpoint import Selector, load_selector, save_selector
+from spotlight_jax.config.hashing import HashConfig
 from spotlight_jax.generate import encode_prompts
 from spotlight_jax.models import hf
 from spotlight_jax.models.decoder import param_shapes
@@ -36,7 +37,7 @@ def _sound() -> dict[str, bytes]:
         folder = Path(scratch)
         tiny.write_folder(folder / "model", _MODEL, shards=1)
         tokenizer_from_gguf(open_gguf(write_gguf(folder / "model.gguf", _MODEL))).save_pretrained(folder / "model")
-        cfg = hashing.HashConfig(code_bits=32)
+        cfg = HashConfig(code_bits=32)
         params = hashing.init_params(jax.random.key(0), cfg, _SHAPE)
         save_selector(folder / "selector", Selector(cfg, _SHAPE, params, "owner/model", {"steps": 3}), "card")
         return {

@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 
 from eval.longbench_data import read_samples
 from eval.longbench_score import score_folder
-from spotlight_jax.data import DataConfig, open_windows
+from spotlight_jax.config.data import DataConfig
+from spotlight_jax.data import open_windows
 from tests.byte_tokenizer import byte_tokenizer
 from tests.fuzz.damage import Rng, damage_bytes, damage_json, json_bytes, strange_value
 from tests.fuzz.target import Target

@@ -11,13 +11,14 @@ from spotlight_jax import hashing
 from spotlight_jax.bits import pack_bits
 from spotlight_jax.cache import LayerCache
 from spotlight_jax.cached_attention import LayerSelector, attend_sparsely
+from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.kernels import hash_append as op
 from spotlight_jax.kernels import score_select
 from spotlight_jax.kernels.hash_append import Transform, hash_append
 from spotlight_jax.kernels.hash_append.cases import CASES
 from spotlight_jax.kernels.hash_append.pallas_triton import hash_append_pallas_triton
 from spotlight_jax.kernels.score_select.pallas_triton import score_select_pallas_triton
-from spotlight_jax.selection import SelectionConfig
 from tests.hash_params import draw_params
 from tests.kernels.cuda import lower_for_cuda
 
@@ -140,7 +141,7 @@ def test_a_token_that_does_not_fit_takes_the_last_place(impl):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_a_selectors_codes_and_weights_are_those_of_hashing(impl):
     """Codes of every bit; weights but for those that lie halfway between two integers, which may go to either."""
-    cfg, shape = hashing.HashConfig(code_bits=128), hashing.HeadShape(1, 12, 3, 64)
+    cfg, shape = HashConfig(code_bits=128), hashing.HeadShape(1, 12, 3, 64)
     params = hashing.layer_params(draw_params(cfg, shape), 0)
     coder, weights = params.stats, params.weights
     transform = Transform(coder.mean, coder.axes, coder.cells, weights.decode, coder.members, weights.log_gain)
@@ -156,7 +157,7 @@ def test_a_selectors_codes_and_weights_are_those_of_hashing(impl):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_a_key_on_a_cells_end_has_the_code_of_hashing_and_is_in_the_cell_below(impl):
     """Four digits on each axis of the space; keys at every sixteenth, the ends and beyond, exact in float32."""
-    cfg, shape = hashing.HashConfig(code_bits=64), hashing.HeadShape(1, 6, 3, 16)
+    cfg, shape = HashConfig(code_bits=64), hashing.HeadShape(1, 6, 3, 16)
     params = hashing.layer_params(draw_params(cfg, shape), 0)
     mean = jnp.arange(3.0)[:, None] - jnp.arange(16.0)[None, :] / 4
     axes = jnp.broadcast_to(jnp.repeat(jnp.eye(16), 4, axis=1), params.stats.axes.shape)
@@ -188,7 +189,7 @@ def test_a_key_on_a_cells_end_has_the_code_of_hashing_and_is_in_the_cell_below(i
 )
 def test_a_sparse_step_is_the_same_with_the_kernels(monkeypatch, batch, per, form, kernels):
     """On the interpreter, against the step in plain XLA; hash_append runs for what it is written for."""
-    shape, cfg = hashing.HeadShape(1, 6, 2, 16), hashing.HashConfig(form, code_bits=64, hidden=24)
+    shape, cfg = hashing.HeadShape(1, 6, 2, 16), HashConfig(form, code_bits=64, hidden=24)
     selector = LayerSelector(hashing.layer_params(draw_params(cfg, shape), 0), cfg)
     rng = np.random.default_rng(1)
 

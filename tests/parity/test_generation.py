@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spotlight_jax.decode_step import DecodeConfig
+from spotlight_jax.config.generation import DecodeConfig
 from spotlight_jax.engine import Engine
 from spotlight_jax.models.hf import hf_name, load_hf_config, read_hf_weights
 from spotlight_jax.models.load import load_model

@@ -5,7 +5,8 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from eval.config import EvalConfig, list_trials, load_subject
+from eval.config import list_trials, load_subject
+from eval.flags import EvalConfig
 from eval.harness_scores import Reader
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]  # of the harness and its imports

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from eval import perplexity
+from eval.commands.perplexity import PerplexityConfig
 from tests.models import golden
 
 pytestmark = pytest.mark.parity
@@ -18,7 +19,7 @@ def test_dense_perplexity_of_smollm2_equals_torch(tmp_path, monkeypatch, smollm2
     monkeypatch.setattr(perplexity, "use_compile_cache", lambda: None)
     tokens = np.asarray(golden.read_smollm2()["tokens"])
     np.save(tmp_path / "text.npy", tokens.astype(np.uint16))
-    cfg = perplexity.PerplexityConfig(
+    cfg = PerplexityConfig(
         texts=(str(tmp_path / "text.npy"),),
         window=WINDOW,
         windows_per_text=2,

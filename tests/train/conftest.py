@@ -10,7 +10,7 @@ import pytest
 
 from spotlight_jax import hashing, metrics
 from tests.models import tiny
-from train import capture, layerwise, step
+from train import capture, layerwise, loop, step
 
 LAYERS, WINDOW, LENGTH = 3, 64, 160  # at this length one group is shared out between two sums
 STEPS, SAVE_EVERY = 12, 5
@@ -53,7 +53,7 @@ def _prepare(patch: pytest.MonkeyPatch) -> None:
     """Trees take leaves of any kind, functions still check theirs; compiled programs stay where the tests keep them."""
     for tree in _TREES:
         patch.setattr(tree, "__init__", tree.__init__.__wrapped__)
-    patch.setattr(layerwise, "use_compile_cache", lambda: None)
+    patch.setattr(loop, "use_compile_cache", lambda: None)
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from spotlight_jax import runs
 from spotlight_jax.errors import InputError
 from tests.train.conftest import WINDOW
-from train import ablate, layerwise
+from train import ablate, loop
 from train.config import LayerwiseConfig
 from train.session import Session
 
@@ -46,7 +46,7 @@ def test_a_variant_is_the_run_it_would_be_alone(small, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["results"] == rows
     for name in ("first", "second", "reseeded", "copied"):
         alone = ablate.variant_config(name, cfg)
-        layerwise.train(dataclasses.replace(alone, out=str(tmp_path / name)))
+        loop.train(dataclasses.replace(alone, out=str(tmp_path / name)))
         one, other = (
             load_file(folder / "selector" / "selector.safetensors")
             for folder in (tmp_path / "all" / name, tmp_path / name)

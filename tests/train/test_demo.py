@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from train import demo
+from train import demo, loop
 
 
 @pytest.mark.slow
@@ -29,7 +29,7 @@ def test_the_demo_trains_then_generates_with_what_it_trained(tmp_path, monkeypat
             for way, (text, rate, tokens) in ways.items()
         }
 
-    monkeypatch.setattr(demo.layerwise, "train", train)
+    monkeypatch.setattr(loop, "train", train)
     monkeypatch.setattr(demo.generate, "main", generate)
     out = str(tmp_path / "run")
     demo.main(demo.DemoConfig(out=out, steps=3, prompt_tokens=700, keep=0.07))

@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spotlight_jax.data import DataConfig, open_windows
+from spotlight_jax.config.data import DataConfig
+from spotlight_jax.data import open_windows
 from train.capture import Captured
 from train.feed import Feed, FeedConfig
 

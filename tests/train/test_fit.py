@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from spotlight_jax import hashing
-from spotlight_jax.data import DataConfig
-from spotlight_jax.ranking import RankingConfig
+from spotlight_jax.config.data import DataConfig
+from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.ranking import RankingConfig
 from train.capture import Captured
-from train.config import LayerwiseConfig
+from train.config import LayerwiseConfig, MeasureConfig, OptimizerConfig
 from train.fit import fit, needs_windows
-from train.measure import MeasureConfig, measure
-from train.step import OptimizerConfig
+from train.measure import measure
 
 SHAPE = hashing.HeadShape(2, 6, 2, 8)
 KEPT = MeasureConfig(keep=0.1, queries=8)
@@ -20,7 +20,7 @@ def _config(**of_hash):
     return LayerwiseConfig(
         fit_windows=2,
         data=DataConfig(window=200),
-        hash=hashing.HashConfig(code_bits=32, hidden=4, **of_hash),
+        hash=HashConfig(code_bits=32, hidden=4, **of_hash),
         ranking=RankingConfig(loss="mass", target="kv_head", top_share=0.1, min_top=8, queries=16),
         optimizer=OptimizerConfig(),
         measure=KEPT,
@@ -62,6 +62,6 @@ def test_the_same_windows_give_the_same_hash_functions_and_others_do_not():
 
 
 def test_hash_functions_of_keys_as_they_are_need_no_windows():
-    assert needs_windows(hashing.HashConfig(centre=False))
-    assert needs_windows(hashing.HashConfig("symmetric"))
-    assert not needs_windows(hashing.HashConfig("symmetric", centre=False))
+    assert needs_windows(HashConfig(centre=False))
+    assert needs_windows(HashConfig("symmetric"))
+    assert not needs_windows(HashConfig("symmetric", centre=False))

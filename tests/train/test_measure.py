@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 
 from spotlight_jax import hashing
+from spotlight_jax.config.hashing import HashConfig
 from spotlight_jax.errors import InputError
 from train.capture import Captured
-from train.measure import MeasureConfig, mean_over_sparse, measure
+from train.config import MeasureConfig
+from train.measure import mean_over_sparse, measure
 
 LAYERS, KV_LEN, KV_HEADS, GROUP, HEAD_DIM = 2, 60, 2, 3, 8
 
@@ -38,7 +40,7 @@ def _probabilities(keys, query):
     ("per", "oracle"), [("kv_head", "scores"), ("kv_head", "probabilities"), ("query_head", "probabilities")]
 )
 def test_quality_equals_a_count_by_hand(per, oracle):
-    cfg = hashing.HashConfig(form="symmetric", code_bits=32, hidden=4, centre=False)
+    cfg = HashConfig(form="symmetric", code_bits=32, hidden=4, centre=False)
     params = hashing.init_params(
         jax.random.key(0), cfg, hashing.HeadShape(LAYERS, KV_HEADS * GROUP, KV_HEADS, HEAD_DIM)
     )

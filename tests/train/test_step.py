@@ -8,13 +8,16 @@ import optax
 import pytest
 
 from spotlight_jax import hashing
-from spotlight_jax.ranking import RankingConfig, ranking_loss
+from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.ranking import RankingConfig
+from spotlight_jax.ranking import ranking_loss
 from train.capture import Captured, make_mesh
-from train.step import OptimizerConfig, StepConfig, gamma_at, init_state, make_optimizer, train_step
+from train.config import OptimizerConfig
+from train.step import StepConfig, gamma_at, init_state, make_optimizer, train_step
 
 SHAPE = hashing.HeadShape(layers=3, q_heads=4, kv_heads=2, head_dim=6)
-NETWORKS = hashing.HashConfig(form="asymmetric", code_bits=32, hidden=5)
-TRANSFORM = hashing.HashConfig(code_bits=32)
+NETWORKS = HashConfig(form="asymmetric", code_bits=32, hidden=5)
+TRANSFORM = HashConfig(code_bits=32)
 PAIRS = RankingConfig(queries=4, tops=3, others=7, min_top=3, always_top=1)
 MASS = RankingConfig(loss="mass", target="kv_head", softness=0.1, queries=4, tops=3, min_top=3, always_top=1)
 RECIPES = {"networks by pairs": (NETWORKS, PAIRS), "transform by mass": (TRANSFORM, MASS)}

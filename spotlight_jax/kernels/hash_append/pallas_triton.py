@@ -18,7 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Int8, Int32, Shaped, UInt32
 
-from spotlight_jax.bits import WORD_BITS, pack_bits
+from spotlight_jax.bits import pack_bits
+from spotlight_jax.config.hashing import WORD_BITS
 from spotlight_jax.kernels.hash_append.reference import Transform
 from spotlight_jax.weights import INT8_LIMIT, real_room
 

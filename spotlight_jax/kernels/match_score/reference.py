@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Int32, UInt32
 
-from spotlight_jax.bits import WORD_BITS
+from spotlight_jax.config.hashing import WORD_BITS
 
 
 def unpack_codes(codes: UInt32[Array, "batch code_heads words kv_len"]) -> Int32[Array, "b h code_bits kv_len"]:

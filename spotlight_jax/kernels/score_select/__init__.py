@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int8, Int32, UInt32
 
-from spotlight_jax.bits import WORD_BITS
+from spotlight_jax.config.hashing import WORD_BITS
 from spotlight_jax.errors import InputError
 from spotlight_jax.kernels.score_select.pallas_triton import score_select_pallas_triton
 from spotlight_jax.kernels.score_select.plan import MOST_BITS

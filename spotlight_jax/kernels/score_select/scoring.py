@@ -14,7 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Int32
 
-from spotlight_jax.bits import WORD_BITS, pack_bits
+from spotlight_jax.bits import pack_bits
+from spotlight_jax.config.hashing import WORD_BITS
 from spotlight_jax.kernels.score_select.plan import Plan, positions_of, run_instruction
 
 TOKENS = 2  # of a thread, that one product counts

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32, UInt32
 
-from spotlight_jax.bits import WORD_BITS
+from spotlight_jax.config.hashing import WORD_BITS
 from spotlight_jax.errors import InputError
 from spotlight_jax.kernels.select_top.counting import compact_mask, find_cut
 from spotlight_jax.kernels.select_top.reference import select_top_reference

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int32, PyTree, UInt32
 
-from spotlight_jax.bits import WORD_BITS, pack_bits
+from spotlight_jax.bits import pack_bits
+from spotlight_jax.config.hashing import WORD_BITS
 
 
 @flax.struct.dataclass

@@ -1,0 +1,39 @@
+"""A method by its name, ready for a model."""
+
+import importlib
+
+from eval.methods import METHODS, base_name, check_names
+from eval.methods.base import Method, Setting
+from spotlight_jax.checkpoint import Selector, load_selector
+from spotlight_jax.config.selection import SelectionConfig
+from spotlight_jax.hashing import HeadShape
+
+
+def selector_of(name: str, selector: Selector | None, shape: HeadShape) -> Selector | None:
+    """The selector that a method reads by: the one in the folder that it names, else `selector`.
+
+    Raises: InputError for an unknown name (with the nearest), or a folder without a selector for this shape.
+    """
+    check_names((name,))
+    folder = name.partition("@")[2]
+    return load_selector(folder, shape) if folder else selector
+
+
+def open_method(
+    name: str, selector: Selector | None, selection: SelectionConfig, shape: HeadShape, seed: int = 0
+) -> Method:
+    """A method ready for a model.
+
+    Args:
+        name: a key of `METHODS`, or spotlight@FOLDER for the selector in that folder.
+        selector: for methods that need one, and for the number of bits of those that have codes.
+        selection: sinks, recent tokens, dense layers and per; its share is not read here (see `attend`).
+        shape: of the model's heads.
+        seed: of what is drawn at random.
+
+    Raises: InputError for an unknown name (with the nearest), or a method that misses its selector.
+    """
+    selector, base = selector_of(name, selector, shape), base_name(name)
+    module = importlib.import_module(f"eval.methods.{METHODS[base]}")
+    method: Method = getattr(module, f"open_{METHODS[base]}")(base, Setting(selection, shape, selector, seed))
+    return method  # those of one base share compiled programs

@@ -1,0 +1,104 @@
+"""Prompts continued: texts on stdout, what it took on stderr."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from spotlight_jax.checkpoint import Selector
+from spotlight_jax.commands.generate import GenerateCommandConfig
+from spotlight_jax.commands.session import decode, describe, load_fitting, read_configs, write_text
+from spotlight_jax.compiled import use_compile_cache
+from spotlight_jax.engine import Engine
+from spotlight_jax.errors import InputError
+from spotlight_jax.generate import encode_prompts, make_engine
+from spotlight_jax.models.load import BaseModel, open_tokenizer
+from spotlight_jax.text_files import decode_text, read_text
+
+STDIN = Path("-")
+
+
+def main(cfg: GenerateCommandConfig) -> dict:
+    """Run the command; returns what `--json` prints."""
+    console, notes = Console(highlight=False), Console(stderr=True, highlight=False)
+    use_compile_cache()
+    texts = _read_texts(cfg)
+    if cfg.stream and len(texts) > 1:
+        raise InputError(f"--stream shows one text; {len(texts)} prompts were given")
+    name, model_cfg, selector = read_configs(cfg, notes)
+    max_new = cfg.generation.max_new_tokens
+    prompts = encode_prompts(open_tokenizer(name), texts, max_new, model_cfg, cfg.chat, cfg.prompt_tokens)
+    model, engine = load_fitting(cfg, name, model_cfg, selector, [len(prompt) for prompt in prompts], notes)
+    result = _generate(cfg, model, engine, prompts, selector, notes)
+    if cfg.compare:
+        dense = make_engine(model, cfg.generation)
+        result = {"sparse": result, "dense": _generate(cfg, model, dense, prompts, None, notes)}
+        if not cfg.json:
+            console.print(_side_by_side(result))
+    if cfg.json:
+        print(json.dumps({"command": "generate", "model": name, **result}))
+    return result
+
+
+def _read_texts(cfg: GenerateCommandConfig) -> list[str]:
+    """The prompts: those given, those in files, or else what is piped in."""
+    files = cfg.prompt_file if cfg.prompt or cfg.prompt_file or sys.stdin.isatty() else (STDIN,)
+    texts = [*cfg.prompt, *(_read_text(path) for path in files)]
+    if not texts:
+        raise InputError("there is no prompt; give --prompt TEXT or --prompt-file FILE, or pipe one in")
+    return texts
+
+
+def _read_text(path: Path) -> str:
+    """A text file's content, read as training text is. What is piped in loses its last newline."""
+    if path != STDIN:
+        return read_text(path)
+    return decode_text(sys.stdin.buffer.read(), "standard input").removesuffix("\n")
+
+
+def _generate(
+    cfg: GenerateCommandConfig,
+    model: BaseModel,
+    engine: Engine,
+    prompts: list[list[int]],
+    selector: Selector | None,
+    notes: Console,
+) -> dict:
+    """Generate, show the texts and the report; an interruption still reports what there is."""
+    write = write_text if cfg.stream else None
+    run, is_interrupted = decode(engine, model.tokenizer, prompts, cfg.generation, notes, write)
+    results, report = run.results(), run.report()
+    if cfg.stream:
+        write_text("\n")
+    elif not cfg.json and (is_interrupted or not cfg.compare):
+        for number, result in enumerate(results):
+            heading = f"--- prompt {number}\n" if len(results) > 1 else ""
+            write_text(f"{heading}{result.text}\n")
+    notes.rule("sparse" if selector else "dense")
+    for line in describe(report, selector, cfg.generation, model.cfg):
+        notes.print(line, markup=False, soft_wrap=True)
+    if is_interrupted:
+        raise KeyboardInterrupt
+    return {
+        "results": [dataclasses.asdict(result) for result in results],
+        "prefill_tokens_per_second": report.prefill_rate,
+        "decode_tokens_per_second": report.decode_rate,
+        "compile_seconds": report.compile_seconds,
+        "reads": dataclasses.asdict(report.reads),
+    }
+
+
+def _side_by_side(result: dict) -> Table:
+    """Both texts and both speeds."""
+    table = Table(show_lines=True)
+    rates = {name: result[name]["decode_tokens_per_second"] for name in ("dense", "sparse")}
+    for name in ("dense", "sparse"):
+        times = f" ({rates['sparse'] / rates['dense']:.2f} x)" if name == "sparse" else ""
+        table.add_column(f"{name}: {rates[name]:.1f} tokens/s{times}", ratio=1, overflow="fold")
+    for dense, sparse in zip(result["dense"]["results"], result["sparse"]["results"], strict=True):
+        table.add_row(Text(dense["text"]), Text(sparse["text"]))  # as they are: text is no markup
+    return table

@@ -1,0 +1,75 @@
+"""How text is continued."""
+
+import dataclasses
+from typing import Literal
+
+from spotlight_jax.config.sampling import SamplingConfig
+from spotlight_jax.config.selection import SelectionConfig
+from spotlight_jax.errors import InputError
+from spotlight_jax.token_ids import check_text
+
+AttentionImpl = Literal["auto", "xla", "cudnn"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """What a compiled decoding step depends on beside shapes."""
+
+    selection: SelectionConfig = dataclasses.field(default_factory=SelectionConfig)
+    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+    stop_tokens: tuple[int, ...] = ()
+    prefill_chunk: int | None = None
+    """Prompt tokens per prefill step; None: by device."""
+    block: int = 32
+    """Most tokens decoded on the device between two looks of the host."""
+    attention: AttentionImpl = "auto"
+    """Implementation of dense attention."""
+
+    def __post_init__(self) -> None:
+        """Refuse chunks and blocks of nothing."""
+        if self.prefill_chunk is not None and self.prefill_chunk < 1:
+            raise InputError(f"prefill_chunk is {self.prefill_chunk}; give at least 1 token")
+        if self.block < 1:
+            raise InputError(f"block is {self.block}; give at least 1 token")
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateConfig:
+    """How text is continued."""
+
+    max_new_tokens: int = 128
+    """Most tokens after each prompt."""
+    stop: tuple[str, ...] = ()
+    """Strings of which the first to appear ends a text; it is left out. A special token's name stands for the token."""
+    ignore_eos: bool = False
+    """Go on after the tokens that the model ends a text or a turn with."""
+    prefill_chunk: int | None = None
+    """Prompt tokens per prefill step; None: by device."""
+    block: int = 32
+    """Tokens decoded on the device between two looks of the host."""
+    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+    selection: SelectionConfig = dataclasses.field(default_factory=SelectionConfig)
+
+    def __post_init__(self) -> None:
+        """Refuse a generation of nothing, and stop strings that are none."""
+        if self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {self.max_new_tokens}; give at least 1")
+        if isinstance(self.stop, str) or not all(isinstance(text, str) for text in self.stop):
+            raise InputError(f"stop is {self.stop!r}; give strings in a list, such as ('END',)")
+        if "" in self.stop:
+            raise InputError("a stop string is empty, which every text holds; leave it out")
+        for text in self.stop:
+            check_text(text, "a stop string")
+        object.__setattr__(self, "stop", tuple(self.stop))
+        make_decode_config(self)  # refuses chunks and blocks of nothing
+
+
+def make_decode_config(cfg: GenerateConfig, stop_tokens: tuple[int, ...] = ()) -> DecodeConfig:
+    """The part of the settings that the device sees."""
+    return DecodeConfig(
+        selection=cfg.selection,
+        sampling=cfg.sampling,
+        stop_tokens=stop_tokens,
+        prefill_chunk=cfg.prefill_chunk,
+        block=cfg.block,
+    )

@@ -1,0 +1,47 @@
+"""Kinds of hash functions."""
+
+import dataclasses
+from typing import Literal
+
+from spotlight_jax.errors import InputError
+
+WORD_BITS = 32  # of a code's words, uint32
+_WIDEST = 2**16  # hidden layer of a network
+
+
+@dataclasses.dataclass(frozen=True)
+class HashConfig:
+    """What kind of hash function each head has."""
+
+    form: Literal["transform", "asymmetric", "symmetric"] = "transform"
+    """transform: coordinates on fitted axes in fixed point, linear query weights; asymmetric: a trained network's bits
+    and real query weights; symmetric: queries and keys share a network and both become bits (the paper)."""
+    code_bits: int = 128
+    """Bits per code, a multiple of 32 from 32 to 256."""
+    sums: Literal[1, 2] = 2
+    """How a KV head's query heads score a token together (transform form): 1: all are added up; 2: one part of them is,
+    and the rest, and the higher sum counts, so that the many do not drown what a few look for."""
+    skip: Literal["none", "layers", "rotation"] = "rotation"
+    """What runs beside a network: nothing (the paper), an identity around each of its two layers (the released code),
+    or a trained rotation with the network's last layer at zero, so that step 0 is orthogonal LSH."""
+    hidden: int = 128
+    """Width of a network's hidden layer."""
+    code_heads: Literal["kv", "query"] = "kv"
+    """One key code per KV head, or one per query head (the paper)."""
+    centre: bool = True
+    """Hash keys relative to their mean, each dimension scaled so that its spread is equal on both sides of the dot
+    product (measured on the first training windows), instead of keys and queries as they are."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no hash function can be built from."""
+        if self.code_bits % WORD_BITS or not 32 <= self.code_bits <= 256:
+            raise InputError(f"code_bits is {self.code_bits}; give a multiple of 32 from 32 to 256")
+        if not 1 <= self.hidden <= _WIDEST:
+            raise InputError(f"hidden is {self.hidden}; give a width from 1 to {_WIDEST}")
+        if self.form != "symmetric" and self.code_heads == "query":
+            raise InputError(f"the {self.form} form keeps one code per KV head; give --hash.code-heads kv")
+
+    @property
+    def words(self) -> int:
+        """Number of uint32 words of a packed code."""
+        return self.code_bits // WORD_BITS
