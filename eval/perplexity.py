@@ -7,18 +7,21 @@
 
 Teacher-forced: the query at each position reads what a decoding step there would, from the tokens before it
 (--whole-length gives the paper's budgets instead). Each window counts as a document; a text's perplexity is the mean of
-its documents' exp(mean negative log-likelihood), and `pooled` is that of all its tokens together.
+its documents' exp(mean negative log-likelihood), and `pooled` is that of all its tokens together; `by_position` (and
+by_position.png) that of the tokens which the queries in each part of the sequence foretell.
 """
 
 import dataclasses
 import math
 import sys
 from collections.abc import Sequence as Several
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
 
+from eval.by_position import Bucket, buckets_of, combine_buckets, mean_by_position
 from eval.config import (
     FREE_FIELDS,
     EvalConfig,
@@ -33,7 +36,7 @@ from eval.config import (
 from eval.copy_text import CopyConfig, copy_texts
 from eval.forward import ForwardConfig, Passed, Sequence, check_length, pass_sequence
 from eval.labels import name_methods
-from eval.pictures import plot_tradeoff
+from eval.pictures import plot_positions, plot_tradeoff
 from eval.record import ALL_TEXTS, Record, Row, stored_by
 from spotlight_jax import cli
 from spotlight_jax.compiled import use_compile_cache
@@ -101,6 +104,10 @@ def measure(passes: Several[Passed], first_scored: int) -> Row:
     def mean(name: str) -> float:
         return float(np.mean([getattr(passed, name)[:-1][scored] for passed in passes]))
 
+    buckets = []
+    for passed, loss in zip(passes, losses, strict=True):
+        positions = np.arange(len(passed.log_probs))[scored]  # of the queries
+        buckets.append(mean_by_position({"loss": loss}, positions, len(passed.tokens_read)))
     return {
         "ppl": float(np.mean([math.exp(loss.mean()) for loss in losses])),
         "ppl_pooled": math.exp(np.concatenate(losses).mean()),
@@ -109,7 +116,14 @@ def measure(passes: Several[Passed], first_scored: int) -> Row:
         "tokens_read": round(mean("tokens_read"), 2),
         "bytes_read": round(mean("bytes_read")),
         "index_bytes": round(mean("index_bytes")),
+        "by_position": _combine_positions(buckets),
     }
+
+
+def _combine_positions(rows: Several[Several[Bucket]]) -> list[Bucket]:
+    """Buckets with the mean loss of their tokens, and the perplexity that it is."""
+    combined = combine_buckets(rows, ("loss",))
+    return [bucket | {"ppl_pooled": math.exp(bucket["loss"])} for bucket in combined]
 
 
 def combine(rows: Several[Row]) -> Row:
@@ -126,6 +140,7 @@ def combine(rows: Several[Row]) -> Row:
         "tokens_scored": sum(scored),
         **{name: round(float(value), 2) for name, value in means.items()},
         **{name: round(float(value)) for name, value in sizes.items()},
+        "by_position": _combine_positions([buckets_of(row) for row in rows]),
     }
 
 
@@ -155,7 +170,24 @@ def main(cfg: PerplexityConfig) -> dict[str, Any]:
         title = f"{subject.source}, {cfg.length:,} tokens, {told}"
         picture = record.folder.path / "perplexity.png"
         plot_tradeoff(picture, overall, "ppl_pooled", f"{metric}, all tokens together", title)
+        _draw_positions(record.folder.path / "by_position.png", overall, metric, title)
         return record.finish(results, _tables(cfg, results, list(texts), title))
+
+
+def _draw_positions(path: Path, rows: Several[Row], metric: str, title: str) -> None:
+    """Perplexity by position over that of the dense model; itself where that was not measured."""
+    dense = next((buckets_of(row) for row in rows if row["method"] == "dense"), None)
+    if dense is None:
+        plot_positions(path, rows, {"ppl_pooled": metric}, title, is_low_better=True)
+        return
+    ratios = [
+        row | {"by_position": [
+            bucket | {"ratio": bucket["ppl_pooled"] / whole["ppl_pooled"]}
+            for bucket, whole in zip(buckets_of(row), dense, strict=True)
+        ]}
+        for row in rows
+    ]  # fmt: skip
+    plot_positions(path, ratios, {"ratio": f"{metric} over dense"}, title, is_low_better=True)
 
 
 def _pass_all(
