@@ -93,7 +93,10 @@ def plot_positions(
             middles = [(bucket["from"] + bucket["to"]) / 2 for bucket in buckets]
             told = names[method] + describe_reading(first[method]).replace("\n", ", ") + describe_outside(line, end)
             axis.plot(middles, line, label=told, **styles[method])
-        axis.set(xlabel="position in the sequence", ylabel=label, xlim=(0, buckets[-1]["to"]))
+        ends = [0, *(bucket["to"] for bucket in buckets)]
+        axis.set(
+            xlabel="position in the sequence", ylabel=label, xlim=(0, ends[-1]), xticks=ends[:: -(-len(ends) // 9)]
+        )
         axis.grid(alpha=0.25)
         axis.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:,.0f}"))
         if is_low_better:

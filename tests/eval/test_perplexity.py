@@ -50,6 +50,22 @@ def test_perplexities_are_means_over_documents_and_over_tokens():
     assert both["documents"] == 3
 
 
+def test_perplexity_by_position_is_that_of_the_tokens_which_its_queries_foretell():
+    losses = np.random.default_rng(0).uniform(0.1, 3, (2, 8))  # of tokens 1 to 8, by queries at 0 to 7 of nine
+    row = perplexity.measure([passed(-own, 5) for own in losses], first_scored=4)  # token 4 is that of query 3
+    expected = [(2, 4, losses[:, 3]), (4, 6, losses[:, 4:6]), (6, 8, losses[:, 6:])]
+    for bucket, (start, end, own) in zip(row["by_position"], expected, strict=True):
+        assert (bucket["from"], bucket["to"], bucket["queries"]) == (start, end, own.size)
+        assert bucket["ppl_pooled"] == pytest.approx(math.exp(own.mean()))
+    more = np.random.default_rng(1).uniform(0.1, 3, (1, 8))
+    both = perplexity.combine([row, perplexity.measure([passed(-own, 5) for own in more], first_scored=4)])
+    last = both["by_position"][-1]
+    assert last["queries"] == 6 and last["loss"] == pytest.approx(np.concatenate([losses, more])[:, 6:].mean())
+    for whole in (row, both):
+        counts, parts = zip(*((bucket["queries"], bucket["loss"]) for bucket in whole["by_position"]), strict=True)
+        assert np.average(parts, weights=counts) == pytest.approx(math.log(whole["ppl_pooled"]))
+
+
 def test_a_run_has_a_row_for_every_method_share_setting_and_text(tmp_path, capsys, monkeypatch):
     flags = [*write_inputs(tmp_path), *SIZES, "--out", str(tmp_path / "run")]
     flags += ["--methods", "dense", "spotlight", "window", "--keep", "0.1", "1", "--settings", "bare", "sinks"]
@@ -65,7 +81,8 @@ def test_a_run_has_a_row_for_every_method_share_setting_and_text(tmp_path, capsy
         sparse = found["spotlight", 0.1, "bare", text]
         assert sparse["ppl"] != pytest.approx(dense["ppl"], rel=1e-5)
         assert sparse["tokens_read"] < 12 and dense["tokens_read"] == 48  # of queries at 0 to 94
-    assert "0.1" in captured.out and (tmp_path / "run" / "perplexity.png").stat().st_size > 10_000
+    for name in ("perplexity.png", "by_position.png"):
+        assert "0.1" in captured.out and (tmp_path / "run" / name).stat().st_size > 10_000
 
     def refuse(*args, **kwargs):
         raise AssertionError("measured twice")
