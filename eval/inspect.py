@@ -36,7 +36,6 @@ from eval.config import (
     describe_reading,
     list_trials,
     load_subject,
-    name_model,
     say_ranges,
 )
 from eval.forward import check_length
@@ -195,10 +194,10 @@ def _average(rows: Several[Row]) -> Row:
 def main(cfg: InspectConfig) -> dict[str, Any]:
     """Measure every part that is not finished; write pictures and the CSV, print tables and the line of JSON."""
     use_compile_cache()
-    cfg = name_model(cfg)
     subject = load_subject(cfg)
+    cfg = dataclasses.replace(cfg, model=subject.source)
     check_length(cfg.window, subject.cfg)
-    say_ranges(cfg, cfg.window)
+    say_ranges(subject, cfg.window)
     trials = [trial for trial in list_trials(cfg) if trial.method != "dense"]
     with Record.open(cfg, "inspect", (*FREE_FIELDS, "texts")) as record:
         data = DataConfig(

@@ -30,7 +30,6 @@ from eval.config import (
     describe_part,
     list_trials,
     load_subject,
-    name_model,
     say_ranges,
 )
 from eval.copy_text import CopyConfig, copy_texts
@@ -147,10 +146,10 @@ def combine(rows: Several[Row]) -> Row:
 def main(cfg: PerplexityConfig) -> dict[str, Any]:
     """Measure every part that is not finished; print the table and the line of JSON, which is returned."""
     use_compile_cache()
-    cfg = name_model(cfg)
     subject = load_subject(cfg)
+    cfg = dataclasses.replace(cfg, model=subject.source)
     check_length(cfg.length, subject.cfg, "a copy text" if cfg.copy_test else "the window")
-    say_ranges(cfg, cfg.length)
+    say_ranges(subject, cfg.length)
     # a copy text is made of other texts too, so that none may be added
     free_fields = FREE_FIELDS if cfg.copy_test else (*FREE_FIELDS, "texts")
     with Record.open(cfg, "copy" if cfg.copy_test else "perplexity", free_fields) as record:

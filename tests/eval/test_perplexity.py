@@ -9,9 +9,10 @@ import pytest
 from eval import perplexity
 from eval.copy_text import CopyConfig, copy_texts
 from eval.forward import Passed
+from spotlight_jax.checkpoint import load_selector, save_selector
 from spotlight_jax.data import DataConfig, open_windows, read_windows
 from spotlight_jax.errors import InputError
-from tests.eval.subjects import write_inputs
+from tests.eval.subjects import make_selector, write_inputs
 
 SIZES = ["--window", "96", "--selection.min-tokens", "5", "--selection.dense-layers", "0"]
 
@@ -164,4 +165,27 @@ def test_a_selector_of_another_model_is_told(tmp_path, capsys):
     flags = write_inputs(tmp_path)
     flags[1] = "random:smollm2-135m"
     assert perplexity.command([*flags, "--out", str(tmp_path / "run")]) == 2
+    assert "layers 3 instead of 30" in capsys.readouterr().err
+
+
+def test_selectors_are_opened_once_however_many_parts_read_by_them(tmp_path, capsys, monkeypatch):
+    flags = [*write_inputs(tmp_path), *SIZES, "--out", str(tmp_path / "run")]
+    save_selector(tmp_path / "other", make_selector(seed=2), "card")
+    opened = []
+    monkeypatch.setattr("eval.config.load_selector", lambda folder: opened.append(folder) or load_selector(folder))
+    monkeypatch.setattr("eval.methods.load_selector", lambda *args: pytest.fail("opened again"))
+    other = f"spotlight@{tmp_path / 'other'}"
+    rows, _ = run([*flags, "--methods", "spotlight", other, "--keep", "0.1", "0.2"], capsys)
+    assert opened == [str(tmp_path / "selector"), str(tmp_path / "other")]
+    found = {row["method"]: row["ppl"] for row in rows if row["keep"] == 0.1 and row["text"] == "all texts"}
+    assert found["spotlight"] != found[other]  # each by its own
+
+
+def test_a_selector_behind_a_method_that_does_not_fit_is_told_before_weights_are_read(tmp_path, capsys, monkeypatch):
+    flags = write_inputs(tmp_path)
+    flags[1] = "random:smollm2-135m"
+    flags[flags.index("--selector") : flags.index("--selector") + 2] = []
+    monkeypatch.setattr("eval.config.load_weights", lambda *args: pytest.fail("weights were read"))
+    name = f"spotlight@{tmp_path / 'selector'}"
+    assert perplexity.command([*flags, "--methods", "dense", name, "--out", str(tmp_path / "run")]) == 2
     assert "layers 3 instead of 30" in capsys.readouterr().err
