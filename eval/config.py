@@ -12,7 +12,7 @@ from eval.methods import UNBUDGETED, base_name
 from eval.methods.base import Method
 from eval.methods.opening import open_method, selector_of
 from spotlight_jax import runs
-from spotlight_jax.checkpoint import Selector, choose_model, describe_range, load_selector
+from spotlight_jax.checkpoint import Selector, check_shape, choose_model, describe_range, load_selector
 from spotlight_jax.config.selection import SelectionConfig, check_layers
 from spotlight_jax.errors import InputError
 from spotlight_jax.generate import head_shape
@@ -89,17 +89,22 @@ class Subject:
     cfg: DecoderConfig
     params: Params
     tokenizer: transformers.PreTrainedTokenizerBase | None  # None: a random model, whose texts are token ids
-    selector: Selector | None
+    selector: Selector | None  # of --selector
     source: str
+    selectors: Mapping[str, Selector] = dataclasses.field(
+        default_factory=dict
+    )  # all that were opened, by their folders
 
     def reading(self, name: str) -> tuple["Subject", str]:
         """Itself with the selector that a method reads by, and that method's name without the selector's folder."""
-        selector = selector_of(name, self.selector, head_shape(self.cfg))
+        opened = self.selectors.get(name.partition("@")[2])
+        selector = opened or selector_of(name, self.selector, head_shape(self.cfg))
         return dataclasses.replace(self, selector=selector), base_name(name)
 
     def open_method(self, name: str, selection: SelectionConfig, seed: int = 0) -> Method:
         """A method for this model; see `eval.methods.open_method`. Raises InputError for one that never chooses."""
-        method = open_method(name, self.selector, selection, head_shape(self.cfg), seed)
+        reader, base = self.reading(name)
+        method = open_method(base, reader.selector, selection, head_shape(self.cfg), seed)
         if name != "dense" and set(range(self.cfg.layers)) <= set(method.dense_layers):
             raise InputError(f"method '{name}' reads all {self.cfg.layers} layers of this model densely; leave it out")
         return method
@@ -119,26 +124,31 @@ def _open_selectors(cfg: EvalConfig) -> dict[str, Selector]:
     return {folder: load_selector(folder) for folder in (cfg.selector, *named) if folder is not None}
 
 
-def say_ranges(cfg: EvalConfig, length: int) -> None:
+def say_ranges(subject: Subject, length: int) -> None:
     """On stderr, a line for each selector that was fitted to fewer positions than sequences of `length` tokens have."""
-    for folder, selector in _open_selectors(cfg).items():
+    for folder, selector in subject.selectors.items():
         if remark := describe_range(selector, length):
             print(f"'{folder}': {remark}", file=sys.stderr, flush=True)
 
 
 def load_subject(cfg: EvalConfig) -> Subject:
-    """Weights, tokenizer and selector; a selector that was trained for another model is named on stderr.
+    """Weights, tokenizer and selectors; a selector that was trained for another model is named on stderr.
 
-    Where the results go is looked at first: loading and measuring take long.
+    What loading and measuring, which take long, would fail at is looked at first: where the results go, and whether
+    the selectors fit the model.
 
     Raises: InputError where one is missing or does not fit the others.
     """
     runs.check_destination(cfg.out, cfg.resume)
-    model, remarks = choose_model(cfg.model, _open_selectors(cfg))
+    selectors = _open_selectors(cfg)
+    model, remarks = choose_model(cfg.model, selectors)
     for remark in remarks:
         print(remark, file=sys.stderr, flush=True)
-    check_layers(cfg.selection.dense_layers, load_config(model).layers)
+    model_cfg = load_config(model)
+    check_layers(cfg.selection.dense_layers, model_cfg.layers)
+    for folder, selector in selectors.items():
+        what = f"selector '{folder}' (trained for {selector.base_model})"
+        check_shape(selector.shape, head_shape(model_cfg), what)
     model_cfg, params = load_weights(model, resolve_dtype(cfg.dtype))
-    selector = None if cfg.selector is None else load_selector(cfg.selector, head_shape(model_cfg))
     tokenizer = None if model.startswith(RANDOM) else open_tokenizer(model)
-    return Subject(model_cfg, params, tokenizer, selector, model)
+    return Subject(model_cfg, params, tokenizer, selectors.get(cfg.selector or ""), model, selectors)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from eval.commands.harness import HarnessConfig, command
-from eval.config import Subject, Trial, describe_part, list_trials, load_subject, name_model
+from eval.config import Subject, Trial, describe_part, list_trials, load_subject
 from eval.flags import FREE_FIELDS
 from eval.harness_scores import Reader, Tally
 from eval.labels import name_methods
@@ -106,8 +106,8 @@ def main(cfg: HarnessConfig) -> dict[str, Any]:
     """Ask every task of every method; returns what the last line of stdout holds."""
     manager = open_tasks(cfg)
     use_compile_cache()
-    cfg = name_model(cfg)
     subject = load_subject(cfg)
+    cfg = dataclasses.replace(cfg, model=subject.source)
     if subject.tokenizer is None:
         raise InputError(f"{cfg.model} has no tokenizer, and the harness gives texts; name a real model")
     limit = subject.cfg.max_context

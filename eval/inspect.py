@@ -1,6 +1,7 @@
 """Each method's selections beside the best ones, by layer and head."""
 
 import csv
+import dataclasses
 import functools
 import io
 import itertools
@@ -15,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from eval.attend import causal_budgets, default_chunk, dense_reads, sparse_reads
+from eval.by_position import buckets_of, combine_buckets, mean_by_position
 from eval.commands.inspect import InspectConfig, command
 from eval.config import (
     Subject,
@@ -23,7 +25,6 @@ from eval.config import (
     describe_reading,
     list_trials,
     load_subject,
-    name_model,
     say_ranges,
 )
 from eval.flags import FREE_FIELDS
@@ -32,7 +33,7 @@ from eval.labels import name_methods
 from eval.methods import base_name
 from eval.methods.base import Method, rule_of
 from eval.methods.oracle import Oracle
-from eval.pictures import plot_heads
+from eval.pictures import plot_heads, plot_positions
 from eval.record import ALL_TEXTS, Part, Record, Row
 from spotlight_jax import files, metrics
 from spotlight_jax.attention import causal_attention
@@ -69,8 +70,8 @@ def inspect_layer(
     picks: Int32[Array, "one n"],
     budgets: Int32[Array, " length"],
     chunk: int,
-) -> dict[str, Float[Array, "*heads"]]:
-    """`MEASURES` per selecting head of what a method chooses for these queries, and what they read on average.
+) -> tuple[dict[str, Float[Array, "n heads"]], dict[str, Float[Array, ""]]]:
+    """`MEASURES` per query and selecting head of what a method chooses, and what the queries read on average.
 
     Args:
         chunk: queries at once; it divides their number.
@@ -85,18 +86,19 @@ def inspect_layer(
         per = "kv_head" if heads == keys.shape[2] else "query_head"
         oracle = Oracle("oracle-scores", rule_of(method.selection, per=per), ()).select(rows, keys, None, at, allowed)
         probabilities = metrics.attention_probabilities(rows, keys, at, heads)
-        quality = metrics.selection_quality(reading.mask, oracle.mask, probabilities)
-        return {name: getattr(quality, name) for name in MEASURES}, sparse_reads(reading, keys)
+        quality = metrics.quality_of_queries(reading.mask, oracle.mask, probabilities)
+        return {name: getattr(quality, name)[0] for name in MEASURES}, sparse_reads(reading, keys)
 
     pieces = queries.reshape(-1, chunk, *queries.shape[2:]), picks.reshape(-1, chunk)
     quality, reads = jax.lax.map(look, pieces)
-    return {name: jnp.mean(values, axis=0) for name, values in quality.items()} | jax.tree.map(jnp.mean, reads)
+    quality = {name: values.reshape(-1, values.shape[-1]) for name, values in quality.items()}
+    return quality, jax.tree.map(jnp.mean, reads)
 
 
 def inspect_window(
     subject: Subject, tokens: Int32[np.ndarray, " length"], trials: Several[Trial], count: int, seed: int
 ) -> list[Row]:
-    """Each trial's `by_head` (lists `[layers][heads]` of every measure) and reads, from one dense pass."""
+    """Each trial's `by_head` (`[layers, heads]` of every measure), `by_position` and reads, from one dense pass."""
     cfg, params = subject.cfg, subject.params
     picks = jnp.asarray(metrics.spread_positions(len(tokens), count))[None]
     most = default_chunk(cfg.q_heads, len(tokens))
@@ -111,16 +113,22 @@ def inspect_window(
             own.append(inspect_layer(method.layer(layer), queries, keys, picks, allowed, chunk))
     whole = dense_reads(picks, cfg.kv_heads, 2 * cfg.head_dim * keys.dtype.itemsize)
     dense_bytes = float(jnp.mean(whole["bytes"]))
-    return [_summarise(jax.device_get(own), method, dense_bytes) for own, method in zip(found, methods, strict=True)]
+    rows = [_summarise(jax.device_get(own), method, dense_bytes) for own, method in zip(found, methods, strict=True)]
+    for row in rows:
+        row["by_position"] = mean_by_position(row.pop("by_query"), np.asarray(picks)[0], len(tokens))
+    return rows
 
 
-def _summarise(layers: list[dict[str, Any]], method: Method, dense_bytes: float) -> Row:
-    """The layers of one trial put together."""
-    reads = [read for layer, read in enumerate(layers) if layer not in method.dense_layers]
+def _summarise(layers: list[Any], method: Method, dense_bytes: float) -> Row:
+    """The layers of one trial, as `inspect_layer` gives them, put together."""
+    sparse = [layer for layer in range(len(layers)) if layer not in method.dense_layers]
+    reads = [layers[layer][1] for layer in sparse]
     dense = (len(layers) - len(reads)) * dense_bytes
+    quality = {name: np.stack([found[name] for found, _ in layers]) for name in MEASURES}  # [layers, queries, heads]
     return {
-        "by_head": {name: np.stack([found[name] for found in layers]) for name in MEASURES},
-        "sparse_layers": [layer for layer in range(len(layers)) if layer not in method.dense_layers],
+        "by_head": {name: values.mean(axis=1) for name, values in quality.items()},
+        "by_query": {name: values[sparse].mean(axis=(0, 2)) for name, values in quality.items()},
+        "sparse_layers": sparse,
         "tokens_read": float(np.mean([read["tokens"] for read in reads])),
         "bytes_read": dense + float(sum(read["bytes"] + read["index_bytes"] for read in reads)),
         "index_bytes": float(sum(read["index_bytes"] for read in reads)),
@@ -132,11 +140,13 @@ def _average(rows: Several[Row]) -> Row:
     sparse = rows[0]["sparse_layers"]
     by_head = {name: np.mean([np.asarray(row["by_head"][name]) for row in rows], axis=0) for name in MEASURES}
     reads = {name: float(np.mean([row[name] for row in rows])) for name in ("tokens_read", "bytes_read", "index_bytes")}
+    buckets = combine_buckets([buckets_of(row) for row in rows], MEASURES, weights=[1.0] * len(rows))
     return {
         **{name: round(float(by_head[name][sparse].mean()), 5) for name in MEASURES},
         "tokens_read": round(reads["tokens_read"], 2),
         "bytes_read": round(reads["bytes_read"]),
         "index_bytes": round(reads["index_bytes"]),
+        "by_position": [bucket | {name: round(bucket[name], 5) for name in MEASURES} for bucket in buckets],
         "sparse_layers": sparse,
         "by_head": {name: np.round(values, 5).tolist() for name, values in by_head.items()},
     }
@@ -145,10 +155,10 @@ def _average(rows: Several[Row]) -> Row:
 def main(cfg: InspectConfig) -> dict[str, Any]:
     """Measure every part that is not finished; write pictures and the CSV, print tables and the line of JSON."""
     use_compile_cache()
-    cfg = name_model(cfg)
     subject = load_subject(cfg)
+    cfg = dataclasses.replace(cfg, model=subject.source)
     check_length(cfg.window, subject.cfg)
-    say_ranges(cfg, cfg.window)
+    say_ranges(subject, cfg.window)
     trials = [trial for trial in list_trials(cfg) if trial.method != "dense"]
     with Record.open(cfg, "inspect", (*FREE_FIELDS, "texts")) as record:
         data = DataConfig(
@@ -171,6 +181,8 @@ def main(cfg: InspectConfig) -> dict[str, Any]:
         _draw(record.folder.path, overall)
         told = ", ".join(text.removeprefix("text:") for text in texts)
         title = f"{subject.source}, {cfg.window:,} tokens, {cfg.queries} queries a window, {told}"
+        labels = {"mass": "attention probability read", "iou": "IoU with oracle-scores"}
+        plot_positions(record.folder.path / "by_position.png", overall, labels, title)
         results = [record.row_of(_part(trial, name)) or {} for name in texts for trial in trials]
         results += overall if len(texts) > 1 else []
         plain = [{name: row[name] for name in row if name not in ("by_head", "sparse_layers")} for row in results]

@@ -9,7 +9,7 @@ from typing import Any
 import rich.table
 import transformers
 
-from eval.config import Subject, Trial, list_trials, load_subject, name_model
+from eval.config import Subject, Trial, list_trials, load_subject
 from eval.decoder import Decoder, open_decoder
 from eval.fidelity import compare_task
 from eval.labels import name_methods
@@ -128,8 +128,8 @@ def main(cfg: LongBenchConfig) -> dict[str, Any]:
     use_compile_cache()
     names = _available(cfg)
     read_samples(cfg.data, cfg.file_name(names[0]), limit=1)  # before a run folder is made and a model is loaded
-    cfg = name_model(cfg)
     subject = load_subject(cfg)
+    cfg = dataclasses.replace(cfg, model=subject.source)
     check_room(cfg, subject, names)
     assert subject.tokenizer is not None
     trials = list_trials(cfg)

@@ -18,7 +18,6 @@ from eval.config import (
     describe_reading,
     list_trials,
     load_subject,
-    name_model,
     say_ranges,
 )
 from eval.haystack import Haystack, Question
@@ -155,9 +154,9 @@ def combine(variant: Variant, rows: Sequence[Row]) -> Row:
 def main(cfg: NeedleConfig) -> dict[str, Any]:
     """Ask what is not answered; draw the map, print the table and one line of JSON, whose content is returned."""
     use_compile_cache()
-    cfg = name_model(cfg)
     subject = load_subject(cfg)
-    say_ranges(cfg, max(cfg.lengths))
+    cfg = dataclasses.replace(cfg, model=subject.source)
+    say_ranges(subject, max(cfg.lengths))
     tokenizer = check_subject(cfg, subject)
     trials = list_trials(cfg)
     methods = {trial: subject.open_method(trial.method, trial.selection, cfg.seed) for trial in trials}

@@ -1,20 +1,23 @@
 """Texts passed as each method reads, and their perplexity."""
 
+import dataclasses
 import math
 import sys
 from collections.abc import Sequence as Several
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
 
+from eval.by_position import Bucket, buckets_of, combine_buckets, mean_by_position
 from eval.commands.perplexity import PerplexityConfig, command
-from eval.config import Subject, Trial, describe_part, list_trials, load_subject, name_model, say_ranges
+from eval.config import Subject, Trial, describe_part, list_trials, load_subject, say_ranges
 from eval.copy_text import copy_texts
 from eval.flags import FREE_FIELDS
 from eval.forward import Passed, Sequence, check_length, pass_sequence
 from eval.labels import name_methods
-from eval.pictures import plot_tradeoff
+from eval.pictures import plot_positions, plot_tradeoff
 from eval.record import ALL_TEXTS, Record, Row
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.config.data import DataConfig
@@ -42,6 +45,10 @@ def measure(passes: Several[Passed], first_scored: int) -> Row:
     def mean(name: str) -> float:
         return float(np.mean([getattr(passed, name)[:-1][scored] for passed in passes]))
 
+    buckets = []
+    for passed, loss in zip(passes, losses, strict=True):
+        positions = np.arange(len(passed.log_probs))[scored]  # of the queries
+        buckets.append(mean_by_position({"loss": loss}, positions, len(passed.tokens_read)))
     return {
         "ppl": float(np.mean([math.exp(loss.mean()) for loss in losses])),
         "ppl_pooled": math.exp(np.concatenate(losses).mean()),
@@ -50,7 +57,14 @@ def measure(passes: Several[Passed], first_scored: int) -> Row:
         "tokens_read": round(mean("tokens_read"), 2),
         "bytes_read": round(mean("bytes_read")),
         "index_bytes": round(mean("index_bytes")),
+        "by_position": _combine_positions(buckets),
     }
+
+
+def _combine_positions(rows: Several[Several[Bucket]]) -> list[Bucket]:
+    """Buckets with the mean loss of their tokens, and the perplexity that it is."""
+    combined = combine_buckets(rows, ("loss",))
+    return [bucket | {"ppl_pooled": math.exp(bucket["loss"])} for bucket in combined]
 
 
 def combine(rows: Several[Row]) -> Row:
@@ -67,16 +81,17 @@ def combine(rows: Several[Row]) -> Row:
         "tokens_scored": sum(scored),
         **{name: round(float(value), 2) for name, value in means.items()},
         **{name: round(float(value)) for name, value in sizes.items()},
+        "by_position": _combine_positions([buckets_of(row) for row in rows]),
     }
 
 
 def main(cfg: PerplexityConfig) -> dict[str, Any]:
     """Measure every part that is not finished; print the table and the line of JSON, which is returned."""
     use_compile_cache()
-    cfg = name_model(cfg)
     subject = load_subject(cfg)
+    cfg = dataclasses.replace(cfg, model=subject.source)
     check_length(cfg.length, subject.cfg, "a copy text" if cfg.copy_test else "the window")
-    say_ranges(cfg, cfg.length)
+    say_ranges(subject, cfg.length)
     # a copy text is made of other texts too, so that none may be added
     free_fields = FREE_FIELDS if cfg.copy_test else (*FREE_FIELDS, "texts")
     with Record.open(cfg, "copy" if cfg.copy_test else "perplexity", free_fields) as record:
@@ -96,7 +111,24 @@ def main(cfg: PerplexityConfig) -> dict[str, Any]:
         title = f"{subject.source}, {cfg.length:,} tokens, {told}"
         picture = record.folder.path / "perplexity.png"
         plot_tradeoff(picture, overall, "ppl_pooled", f"{metric}, all tokens together", title)
+        _draw_positions(record.folder.path / "by_position.png", overall, metric, title)
         return record.finish(results, _tables(cfg, results, list(texts), title))
+
+
+def _draw_positions(path: Path, rows: Several[Row], metric: str, title: str) -> None:
+    """Perplexity by position over that of the dense model; itself where that was not measured."""
+    dense = next((buckets_of(row) for row in rows if row["method"] == "dense"), None)
+    if dense is None:
+        plot_positions(path, rows, {"ppl_pooled": metric}, title, is_low_better=True)
+        return
+    ratios = [
+        row | {"by_position": [
+            bucket | {"ratio": bucket["ppl_pooled"] / whole["ppl_pooled"]}
+            for bucket, whole in zip(buckets_of(row), dense, strict=True)
+        ]}
+        for row in rows
+    ]  # fmt: skip
+    plot_positions(path, ratios, {"ratio": f"{metric} over dense"}, title, is_low_better=True)
 
 
 def _pass_all(

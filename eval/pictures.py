@@ -1,8 +1,9 @@
 """Pictures of evaluations: quality against bytes read, and quality by layer and head."""
 
+import math
 import statistics
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import matplotlib.axis
 import numpy as np
 from jaxtyping import Float
 
+from eval.by_position import buckets_of
+from eval.config import describe_reading
 from eval.labels import name_methods, style_methods
 from spotlight_jax.files import replace_file
 
@@ -61,6 +64,48 @@ def plot_tradeoff(path: Path, rows: Sequence[dict[str, Any]], metric: str, label
     axes[0][0].set_ylabel(label)
     set_title(figure, title)
     # of the last panel, so that the layout keeps it apart from the title
+    axes[0][-1].legend(loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0, frameon=False)
+    with replace_file(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+    plt.close(figure)
+
+
+def plot_positions(
+    path: Path, rows: Sequence[dict[str, Any]], labels: Mapping[str, str], title: str, is_low_better: bool = False
+) -> None:
+    """Measures by position in the sequence: a panel a measure, a line a method with its first share and setting.
+
+    Args:
+        rows: with `by_position`, as `eval.by_position` makes it.
+        labels: of the measures, by their names.
+        is_low_better: a method that is far off then leaves the axis, as in `plot_tradeoff`.
+    """
+    first = {row["method"]: row for row in reversed(rows)}
+    names, styles = name_methods(row["method"] for row in rows), style_methods(row["method"] for row in rows)
+    size = 4.0 + 5.4 * len(labels), max(4.8, 1.2 + 0.23 * len(names))
+    figure, axes = plt.subplots(1, len(labels), figsize=size, layout="constrained", squeeze=False)
+    for axis, (measure, label) in zip(axes[0], labels.items(), strict=True):
+        lines = {method: [bucket[measure] for bucket in buckets_of(first[method])] for method in names}
+        every = [value for line in lines.values() for value in line]
+        end = find_end(every) if is_low_better else math.inf
+        for method, line in lines.items():
+            buckets = buckets_of(first[method])
+            middles = [(bucket["from"] + bucket["to"]) / 2 for bucket in buckets]
+            told = names[method] + describe_reading(first[method]).replace("\n", ", ") + describe_outside(line, end)
+            axis.plot(middles, line, label=told, **styles[method])
+        ends = [0, *(bucket["to"] for bucket in buckets)]
+        axis.set(
+            xlabel="position in the sequence", ylabel=label, xlim=(0, ends[-1]), xticks=ends[:: -(-len(ends) // 9)]
+        )
+        axis.grid(alpha=0.25)
+        axis.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        if is_low_better:
+            axis.set_yscale("log")
+            _end_axis(axis, every, end)
+            _tick_logarithms(axis.yaxis)
+        else:
+            axis.set_ylim(bottom=0)
+    set_title(figure, title)
     axes[0][-1].legend(loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0, frameon=False)
     with replace_file(path) as file:
         figure.savefig(file, format="png", dpi=120)

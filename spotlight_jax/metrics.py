@@ -9,12 +9,12 @@ from jaxtyping import Array, Bool, Float, Int32, Shaped
 
 @flax.struct.dataclass
 class SelectionQuality:
-    """Means over queries, per selecting head."""
+    """Per selecting head: means over queries, or what each query has."""
 
-    iou: Float[Array, "*layers heads"]  # intersection over union with the oracle's selection
-    recall: Float[Array, "*layers heads"]  # share of the oracle's selection that was chosen
-    mass: Float[Array, "*layers heads"]  # attention probability of the chosen tokens, mean over the head's group
-    oracle_mass: Float[Array, "*layers heads"]  # the same for the oracle's selection
+    iou: Float[Array, "*rows heads"]  # intersection over union with the oracle's selection
+    recall: Float[Array, "*rows heads"]  # share of the oracle's selection that was chosen
+    mass: Float[Array, "*rows heads"]  # attention probability of the chosen tokens, mean over the head's group
+    oracle_mass: Float[Array, "*rows heads"]  # the same for the oracle's selection
 
 
 def spread_positions(window: int, count: int) -> Int32[np.ndarray, "picks"]:
@@ -42,7 +42,11 @@ def captured_mass(
     chosen: Bool[Array, "batch q_len heads kv_len"], probabilities: Float[Array, "batch q_len heads kv_len"]
 ) -> Float[Array, "heads"]:
     """Attention probability of the chosen tokens, mean over queries."""
-    return jnp.mean(jnp.sum(jnp.where(chosen, probabilities, 0.0), axis=-1), axis=(0, 1))
+    return jnp.mean(_mass(chosen, probabilities), axis=(0, 1))
+
+
+def _mass(chosen: Array, probabilities: Array) -> Float[Array, "batch q_len heads"]:
+    return jnp.sum(jnp.where(chosen, probabilities, 0.0), axis=-1)
 
 
 def selection_quality(
@@ -50,13 +54,23 @@ def selection_quality(
     oracle: Bool[Array, "batch q_len heads kv_len"],
     probabilities: Float[Array, "batch q_len heads kv_len"],
 ) -> SelectionQuality:
-    """IoU, recall and captured mass of a selection beside the oracle's."""
+    """IoU, recall and captured mass of a selection beside the oracle's: means over queries, `[heads]`."""
+    each = quality_of_queries(chosen, oracle, probabilities)
+    return jax.tree.map(lambda values: jnp.mean(values, axis=(0, 1)), each)
+
+
+def quality_of_queries(
+    chosen: Bool[Array, "batch q_len heads kv_len"],
+    oracle: Bool[Array, "batch q_len heads kv_len"],
+    probabilities: Float[Array, "batch q_len heads kv_len"],
+) -> SelectionQuality:
+    """`selection_quality` of each query, `[batch, q_len, heads]`."""
     common = jnp.sum(chosen & oracle, axis=-1)
     either = jnp.sum(chosen | oracle, axis=-1)
     wanted = jnp.sum(oracle, axis=-1)
     return SelectionQuality(
-        iou=jnp.mean(common / jnp.maximum(either, 1), axis=(0, 1)),
-        recall=jnp.mean(common / jnp.maximum(wanted, 1), axis=(0, 1)),
-        mass=captured_mass(chosen, probabilities),
-        oracle_mass=captured_mass(oracle, probabilities),
+        iou=common / jnp.maximum(either, 1),
+        recall=common / jnp.maximum(wanted, 1),
+        mass=_mass(chosen, probabilities),
+        oracle_mass=_mass(oracle, probabilities),
     )

@@ -7,7 +7,7 @@ Queries spread over each window are taken from one dense pass, and every method 
 recall are with `oracle-scores`, the tokens with the highest summed dot products, by the method's budget, sinks and
 recent tokens, per KV head or per query head as the method chooses. A method can read more attention mass than it;
 `oracle-mass` reads the most that a set of its size can hold. Means are over the layers that a method does not read
-densely.
+densely. `by_position` (and by_position.png) are the means over the queries of each part of the sequence.
 """
 
 import dataclasses

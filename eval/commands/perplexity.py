@@ -7,7 +7,8 @@
 
 Teacher-forced: the query at each position reads what a decoding step there would, from the tokens before it
 (--whole-length gives the paper's budgets instead). Each window counts as a document; a text's perplexity is the mean of
-its documents' exp(mean negative log-likelihood), and `pooled` is that of all its tokens together.
+its documents' exp(mean negative log-likelihood), and `pooled` is that of all its tokens together; `by_position` (and
+by_position.png) that of the tokens which the queries in each part of the sequence foretell.
 """
 
 import dataclasses

@@ -205,7 +205,6 @@ def asked(subject, monkeypatch, tmp_path, task_folder, capsys):
     manager = functools.partial(tasks.TaskManager, include_defaults=False)
     monkeypatch.setattr(tasks, "TaskManager", manager)
     monkeypatch.setattr(harness, "load_subject", lambda cfg: subject)
-    monkeypatch.setattr(harness, "name_model", lambda cfg: cfg)
     monkeypatch.setattr(harness, "use_compile_cache", lambda: None)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
 

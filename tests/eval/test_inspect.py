@@ -42,7 +42,7 @@ def seen_by_layers(tokens):
 
 
 def quality_by_hand(queries, keys, places, choose, budget):
-    """IoU, recall, mass and the oracle's mass of each KV head, by sets of positions."""
+    """IoU, recall, mass and the oracle's mass of each KV head and query, by sets of positions: [heads, queries, 4]."""
     rows = []
     for head in range(HEADS):
         own = queries[:, head * GROUP : (head + 1) * GROUP]
@@ -62,7 +62,7 @@ def quality_by_hand(queries, keys, places, choose, budget):
                     shares[list(wanted)].sum(),
                 ]
             )
-        rows.append(np.mean(values, axis=0))
+        rows.append(values)
     return np.array(rows)
 
 
@@ -82,13 +82,19 @@ def test_quality_is_that_of_sets_of_positions():
         return {0, 1, 2, 3} | set(range(place - count + 5, place + 1))
 
     for layer, (queries, keys) in enumerate(seen_by_layers(tokens)):
-        expected = quality_by_hand(queries, keys, places, newest, budget)
+        each = quality_by_hand(queries, keys, places, newest, budget)
+        expected = each.mean(axis=1)
         found = np.stack([window["by_head"][name][layer] for name in inspect.MEASURES], axis=-1)
         np.testing.assert_allclose(found, expected, atol=1e-4)
         np.testing.assert_allclose(oracle["by_head"]["iou"][layer], 1)
         np.testing.assert_allclose(oracle["by_head"]["mass"][layer], expected[:, 3], atol=1e-4)
     assert window["tokens_read"] == pytest.approx(np.mean([budget(place) for place in places]))
     assert window["sparse_layers"] == [2]  # of three, 0 and 1 being dense by default
+    queries_of = {(0, 16): [0, 1], (16, 32): [2, 3], (32, 48): [4, 5], (48, 64): [6, 7], (64, 80): [8, 9]}
+    for bucket, ((start, end), own) in zip(window["by_position"], queries_of.items(), strict=True):
+        assert (bucket["from"], bucket["to"], bucket["queries"]) == (start, end, 2)
+        found = [bucket[name] for name in inspect.MEASURES]
+        np.testing.assert_allclose(found, each[:, own].mean(axis=(0, 1)), atol=1e-4)  # of the last layer alone
     row = 2 * MODEL.head_dim * 4 * HEADS
     seen = np.mean(places) + 1
     assert window["bytes_read"] == pytest.approx((2 * seen + window["tokens_read"]) * row)
@@ -106,6 +112,11 @@ def test_a_run_writes_rows_heads_and_pictures_and_resumes(tmp_path, capsys, monk
         assert 0 < row["mass"] <= 1 and "by_head" not in row
         if row["method"] == "oracle-scores":
             assert row["iou"] == 1 and row["mass"] == row["oracle_mass"]
+        counts = [bucket["queries"] for bucket in row["by_position"]]
+        assert counts == 6 * [4 if row["text"] == "all texts" else 2]  # twelve queries of each text's window
+        for name in inspect.MEASURES:
+            parts = [bucket[name] for bucket in row["by_position"]]
+            assert np.average(parts, weights=counts) == pytest.approx(row[name], abs=2e-5)
     with (tmp_path / "run" / "heads.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == MODEL.layers * (4 * MODEL.kv_heads + MODEL.q_heads)
@@ -113,7 +124,7 @@ def test_a_run_writes_rows_heads_and_pictures_and_resumes(tmp_path, capsys, monk
     sparse = [float(line["iou"]) for line in own if line["read_densely"] == "0"]
     total = next(row for row in rows if (row["method"], row["keep"], row["text"]) == ("spotlight", 0.2, "all texts"))
     assert np.mean(sparse) == pytest.approx(total["iou"], abs=1e-4)
-    for name in ("iou.png", "mass.png", "mass-6-heads.png"):
+    for name in ("iou.png", "mass.png", "mass-6-heads.png", "by_position.png"):
         assert (tmp_path / "run" / name).stat().st_size > 5_000
 
     def refuse(*args, **kwargs):

@@ -36,7 +36,6 @@ def subject() -> Subject:
 @pytest.fixture
 def tiny(monkeypatch):
     monkeypatch.setattr(longbench_generate, "load_subject", lambda cfg: subject())
-    monkeypatch.setattr(longbench_generate, "name_model", lambda cfg: cfg)
     monkeypatch.setattr(longbench_generate, "use_compile_cache", lambda: None)
 
 

@@ -148,8 +148,6 @@ def test_questions_differ_by_sample_and_not_by_call(text_file):
 @pytest.fixture
 def tiny(monkeypatch):
     monkeypatch.setattr(needle, "load_subject", lambda cfg: subject())
-    monkeypatch.setattr(needle, "name_model", lambda cfg: cfg)
-    monkeypatch.setattr(needle, "say_ranges", lambda cfg, length: None)
     monkeypatch.setattr(needle, "use_compile_cache", lambda: None)
 
 

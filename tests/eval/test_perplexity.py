@@ -9,10 +9,11 @@ import pytest
 from eval import perplexity
 from eval.copy_text import CopyConfig, copy_texts
 from eval.forward import Passed
+from spotlight_jax.checkpoint import load_selector, save_selector
 from spotlight_jax.config.data import DataConfig
 from spotlight_jax.data import open_windows, read_windows
 from spotlight_jax.errors import InputError
-from tests.eval.subjects import write_inputs
+from tests.eval.subjects import make_selector, write_inputs
 
 SIZES = ["--window", "96", "--selection.min-tokens", "5", "--selection.dense-layers", "0"]
 
@@ -51,6 +52,22 @@ def test_perplexities_are_means_over_documents_and_over_tokens():
     assert both["documents"] == 3
 
 
+def test_perplexity_by_position_is_that_of_the_tokens_which_its_queries_foretell():
+    losses = np.random.default_rng(0).uniform(0.1, 3, (2, 8))  # of tokens 1 to 8, by queries at 0 to 7 of nine
+    row = perplexity.measure([passed(-own, 5) for own in losses], first_scored=4)  # token 4 is that of query 3
+    expected = [(2, 4, losses[:, 3]), (4, 6, losses[:, 4:6]), (6, 8, losses[:, 6:])]
+    for bucket, (start, end, own) in zip(row["by_position"], expected, strict=True):
+        assert (bucket["from"], bucket["to"], bucket["queries"]) == (start, end, own.size)
+        assert bucket["ppl_pooled"] == pytest.approx(math.exp(own.mean()))
+    more = np.random.default_rng(1).uniform(0.1, 3, (1, 8))
+    both = perplexity.combine([row, perplexity.measure([passed(-own, 5) for own in more], first_scored=4)])
+    last = both["by_position"][-1]
+    assert last["queries"] == 6 and last["loss"] == pytest.approx(np.concatenate([losses, more])[:, 6:].mean())
+    for whole in (row, both):
+        counts, parts = zip(*((bucket["queries"], bucket["loss"]) for bucket in whole["by_position"]), strict=True)
+        assert np.average(parts, weights=counts) == pytest.approx(math.log(whole["ppl_pooled"]))
+
+
 def test_a_run_has_a_row_for_every_method_share_setting_and_text(tmp_path, capsys, monkeypatch):
     flags = [*write_inputs(tmp_path), *SIZES, "--out", str(tmp_path / "run")]
     flags += ["--methods", "dense", "spotlight", "window", "--keep", "0.1", "1", "--settings", "bare", "sinks"]
@@ -66,7 +83,8 @@ def test_a_run_has_a_row_for_every_method_share_setting_and_text(tmp_path, capsy
         sparse = found["spotlight", 0.1, "bare", text]
         assert sparse["ppl"] != pytest.approx(dense["ppl"], rel=1e-5)
         assert sparse["tokens_read"] < 12 and dense["tokens_read"] == 48  # of queries at 0 to 94
-    assert "0.1" in captured.out and (tmp_path / "run" / "perplexity.png").stat().st_size > 10_000
+    for name in ("perplexity.png", "by_position.png"):
+        assert "0.1" in captured.out and (tmp_path / "run" / name).stat().st_size > 10_000
 
     def refuse(*args, **kwargs):
         raise AssertionError("measured twice")
@@ -148,4 +166,27 @@ def test_a_selector_of_another_model_is_told(tmp_path, capsys):
     flags = write_inputs(tmp_path)
     flags[1] = "random:smollm2-135m"
     assert perplexity.command([*flags, "--out", str(tmp_path / "run")]) == 2
+    assert "layers 3 instead of 30" in capsys.readouterr().err
+
+
+def test_selectors_are_opened_once_however_many_parts_read_by_them(tmp_path, capsys, monkeypatch):
+    flags = [*write_inputs(tmp_path), *SIZES, "--out", str(tmp_path / "run")]
+    save_selector(tmp_path / "other", make_selector(seed=2), "card")
+    opened = []
+    monkeypatch.setattr("eval.config.load_selector", lambda folder: opened.append(folder) or load_selector(folder))
+    monkeypatch.setattr("eval.methods.load_selector", lambda *args: pytest.fail("opened again"))
+    other = f"spotlight@{tmp_path / 'other'}"
+    rows, _ = run([*flags, "--methods", "spotlight", other, "--keep", "0.1", "0.2"], capsys)
+    assert opened == [str(tmp_path / "selector"), str(tmp_path / "other")]
+    found = {row["method"]: row["ppl"] for row in rows if row["keep"] == 0.1 and row["text"] == "all texts"}
+    assert found["spotlight"] != found[other]  # each by its own
+
+
+def test_a_selector_behind_a_method_that_does_not_fit_is_told_before_weights_are_read(tmp_path, capsys, monkeypatch):
+    flags = write_inputs(tmp_path)
+    flags[1] = "random:smollm2-135m"
+    flags[flags.index("--selector") : flags.index("--selector") + 2] = []
+    monkeypatch.setattr("eval.config.load_weights", lambda *args: pytest.fail("weights were read"))
+    name = f"spotlight@{tmp_path / 'selector'}"
+    assert perplexity.command([*flags, "--methods", "dense", name, "--out", str(tmp_path / "run")]) == 2
     assert "layers 3 instead of 30" in capsys.readouterr().err
