@@ -174,7 +174,7 @@ def test_selectors_are_opened_once_however_many_parts_read_by_them(tmp_path, cap
     save_selector(tmp_path / "other", make_selector(seed=2), "card")
     opened = []
     monkeypatch.setattr("eval.config.load_selector", lambda folder: opened.append(folder) or load_selector(folder))
-    monkeypatch.setattr("eval.methods.load_selector", lambda *args: pytest.fail("opened again"))
+    monkeypatch.setattr("eval.methods.opening.load_selector", lambda *args: pytest.fail("opened again"))
     other = f"spotlight@{tmp_path / 'other'}"
     rows, _ = run([*flags, "--methods", "spotlight", other, "--keep", "0.1", "0.2"], capsys)
     assert opened == [str(tmp_path / "selector"), str(tmp_path / "other")]
