@@ -19,7 +19,7 @@ from eval.methods.base import Method
 from spotlight_jax.attention import causal_attention
 from spotlight_jax.cache import LayerCache, append
 from spotlight_jax.checkpoint import Selector
-from spotlight_jax.config.generation import DecodeConfig
+from spotlight_jax.config.generation import DecodeConfig, RowConfig
 from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.decode_step import DecodeState
 from spotlight_jax.engine import Engine
@@ -91,10 +91,7 @@ class Decoder:
 
     def _make_engine(self, selector: Selector | None) -> Engine:
         selection = dataclasses.replace(self.selection, min_context=0)
-        stops = self.stop_tokens if self._by_engine else ()
-        return Engine(
-            self.subject.cfg, self.subject.params, selector, DecodeConfig(selection=selection, stop_tokens=stops)
-        )
+        return Engine(self.subject.cfg, self.subject.params, selector, DecodeConfig(selection=selection))
 
     def write(self, prompt: Sequence[int], max_new_tokens: int) -> Written:
         """Continue a prompt; raises InputError where it is empty or passes the model's context."""
@@ -103,7 +100,8 @@ class Decoder:
             raise InputError(
                 f"a prompt of {len(prompt)} tokens with {max_new_tokens} new ones does not fit the context of {limit}"
             )
-        state = self._engine.prefill([list(prompt)], max_new_tokens)
+        row = RowConfig(stop_tokens=self.stop_tokens if self._by_engine else ())
+        state = self._engine.prefill([list(prompt)], max_new_tokens, rows=[row])
         if self._by_engine:
             return self._write_by_engine(state, max_new_tokens)
         return self._write_by_method(state, max_new_tokens)

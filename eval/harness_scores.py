@@ -129,7 +129,7 @@ class Reader:
         self.limit = subject.cfg.max_context
         self.is_dense = len(set(self.method.dense_layers) & set(range(subject.cfg.layers))) == subject.cfg.layers
         self.seed = seed
-        self._engines: dict[tuple[SamplingConfig, tuple[int, ...]], Engine] = {}
+        self._engine: Engine | None = None
         self._decoders: dict[tuple[int, ...], Decoder] = {}
 
     def score(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Answer]:
@@ -248,8 +248,7 @@ class Reader:
         selector = subject.selector if self.method.name == "spotlight" else None
         assert subject.tokenizer is not None, "who gives texts has a tokenizer"
         model = BaseModel(subject.cfg, subject.params, subject.tokenizer, subject.source)
-        key = (wanted.sampling, self.stops(wanted).tokens)
-        engine = self._engines.setdefault(key, make_engine(model, cfg, selector))
+        engine = self._engine = self._engine or make_engine(model, cfg, selector)
         hash_cfg = None if selector is None else selector.cfg
         texts = []
         for found in generate(model, prompts, cfg, selector, engine):

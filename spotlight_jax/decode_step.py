@@ -27,11 +27,12 @@ from spotlight_jax.config.generation import AttentionImpl, DecodeConfig
 from spotlight_jax.config.selection import SelectionConfig, check_layers
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import apply_layer, embed_tokens, unembed
-from spotlight_jax.sampling import NOT_FINITE, sample
+from spotlight_jax.sampling import NOT_FINITE, Sampling, sample
 from spotlight_jax.selection import sparse_from
 
 Mode = Literal["dense", "sparse", "mixed"]  # what the sparse layers do in a block: by length, sequences may differ
 
+NO_TOKEN = -2  # where a sequence has fewer stop tokens than there is room for; no id, and not NOT_FINITE
 _CODED_AT_ONCE = 2048  # cached tokens whose codes are made together
 
 
@@ -45,6 +46,8 @@ class DecodeState:
     left: Int32[Array, "batch"]  # tokens that may still be chosen
     chosen: Int32[Array, "batch"]  # tokens chosen since the prompt: the draw's number
     rope_len: Int32[Array, "batch"]  # length that `dynamic` RoPE adapts to; the same for prompt and steps
+    sampling: Sampling
+    stop_tokens: Int32[Array, "batch stops"]  # that end each sequence, and NO_TOKEN
 
 
 LayerSelectors = tuple[LayerSelector | None, ...]  # of all layers; None for those that are always read densely
@@ -152,24 +155,37 @@ def decode_step(
     return unembed(params, x, model_cfg)[:batch, 0], dataclasses.replace(cache, layers=tuple(layers))
 
 
-def _choose(logits: Float[Array, "batch vocab"], state: DecodeState, cfg: DecodeConfig) -> DecodeState:
+def _choose(logits: Float[Array, "batch vocab"], state: DecodeState) -> DecodeState:
     """Draw each sequence's next token, and see who is done."""
-    base = jax.random.key(cfg.sampling.seed)
-    rows = jnp.arange(logits.shape[0])
-    keys = jax.vmap(lambda row, draw: jax.random.fold_in(jax.random.fold_in(base, row), draw))(rows, state.chosen)
-    tokens = jnp.where(state.is_done, state.tokens, sample(logits, keys, cfg.sampling))
+    tokens = jnp.where(state.is_done, state.tokens, sample(logits, state.sampling, state.chosen))
     running = (~state.is_done).astype(jnp.int32)
     left = state.left - running
-    is_stop = jnp.any(tokens[:, None] == jnp.asarray(cfg.stop_tokens, jnp.int32)[None, :], axis=1)
+    is_stop = jnp.any(tokens[:, None] == state.stop_tokens, axis=1)
     is_done = state.is_done | is_stop | (left <= 0) | (tokens == NOT_FINITE)
     return dataclasses.replace(state, tokens=tokens, left=left, chosen=state.chosen + running, is_done=is_done)
 
 
 def first_token(
-    params: PyTree, x: Float[Array, "batch embed"], state: DecodeState, model_cfg: DecoderConfig, cfg: DecodeConfig
+    params: PyTree, x: Float[Array, "batch embed"], state: DecodeState, model_cfg: DecoderConfig
 ) -> DecodeState:
     """The first token after the prompt, from the stream of the prompt's last one."""
-    return _choose(unembed(params, x[:, None], model_cfg)[:, 0], state, cfg)
+    return _choose(unembed(params, x[:, None], model_cfg)[:, 0], state)
+
+
+def insert_row(state: DecodeState, other: DecodeState, slot: Int32[Array, ""], row: Int32[Array, ""]) -> DecodeState:
+    """A batch with one sequence of another, whose cache is no longer, in one of its slots."""
+
+    def insert(leaf: Array, own: Array) -> Array:
+        one = lax.dynamic_slice_in_dim(own, row, 1, axis=0)
+        return lax.dynamic_update_slice(leaf, one, (slot, *[jnp.int32(0)] * (leaf.ndim - 1)))
+
+    return jax.tree.map(insert, state, other)
+
+
+def free_rows(state: DecodeState, is_free: Bool[Array, "batch"]) -> DecodeState:
+    """A batch in which some sequences are done and hold nothing."""
+    cache = dataclasses.replace(state.cache, lengths=jnp.where(is_free, 0, state.cache.lengths))
+    return dataclasses.replace(state, cache=cache, is_done=state.is_done | is_free)
 
 
 def decode_block(
@@ -196,7 +212,7 @@ def decode_block(
         logits, cache = decode_step(params, selectors, state.cache, state.tokens, state.rope_len, model_cfg, cfg, mode)
         # a sequence that is done writes to the same unfilled slot again and again, and stays as long as it was
         cache = cache.replace(lengths=cache.lengths + (~state.is_done).astype(jnp.int32))
-        state = _choose(logits, state.replace(cache=cache), cfg)
+        state = _choose(logits, state.replace(cache=cache))
         return step + 1, state, lax.dynamic_update_slice_in_dim(out, state.tokens[:, None], step, axis=1)
 
     out = jnp.zeros((batch, cfg.block), jnp.int32)

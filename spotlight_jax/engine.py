@@ -13,21 +13,24 @@ from spotlight_jax import hashing
 from spotlight_jax.cache import Cache, LayerCache, bucket_length, empty_layer, grow
 from spotlight_jax.checkpoint import Selector, check_shape
 from spotlight_jax.compiled import compile_with
-from spotlight_jax.config.generation import DecodeConfig
+from spotlight_jax.config.generation import MOST_STOPS, DecodeConfig, RowConfig
 from spotlight_jax.decode_step import (
+    NO_TOKEN,
     DecodeState,
     LayerSelectors,
     Mode,
     code_layer,
     decode_block,
     first_token,
+    free_rows,
+    insert_row,
     layer_selectors,
     prefill_layer,
 )
 from spotlight_jax.errors import InputError
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.split_k import FEW_ROWS
-from spotlight_jax.sampling import check_chosen
+from spotlight_jax.sampling import batch_sampling, check_chosen
 from spotlight_jax.selection import sparse_from
 
 SMALLEST_CHUNK = 16
@@ -36,6 +39,11 @@ GPU_CHUNK = 2048
 # A step's products with the same input become one, however large their weights (XLA stops at 64 MiB): it reads them
 # as they lie, in one launch. Not for many sequences: there XLA may take a library's product, and copy weights for it.
 MERGED_PRODUCTS = {"xla_gpu_dot_merger_threshold_mb": 1 << 14}
+
+
+def _padded_stops(row: RowConfig) -> list[int]:
+    """A sequence's stop tokens, filled up."""
+    return [*row.stop_tokens, *[NO_TOKEN] * (MOST_STOPS - len(row.stop_tokens))]
 
 
 class Engine:
@@ -134,38 +142,44 @@ class Engine:
     def prefill(
         self,
         prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
+        max_new_tokens: int | Sequence[int],
         cache: Cache | None = None,
         progress: Callable[[int, int], None] | None = None,
+        rows: Sequence[RowConfig] | None = None,
     ) -> DecodeState:
         """Cache the prompts (after what `cache` holds, which is given up) and choose each one's first token.
 
         Raises InputError where the model's logits are not finite, as `decode` does.
 
         Args:
+            prompts: token ids.
+            max_new_tokens: of all sequences, or of each.
+            cache: of an earlier state, with as many sequences.
             progress: gets the tokens of the longest prompt done so far, and all of them; the host then waits for each
                 chunk.
+            rows: how each sequence goes on; None: the most probable token, and no token ends one.
         """
         counts = np.array([len(prompt) for prompt in prompts], np.int32)
         if counts.size == 0 or counts.min() < 1:
             raise InputError("a prompt is empty; give at least one token")
-        longest = int(counts.max())
+        longest, new = int(counts.max()), np.broadcast_to(np.asarray(max_new_tokens, np.int32), counts.shape)
+        rows = [RowConfig()] * len(prompts) if rows is None else rows
         cached = 0 if cache is None else int(cache.lengths.max())
-        max_len = self.capacity(cached, longest, max_new_tokens)
+        max_len = self.capacity(cached, longest, int(new.max()))
         cache = self.empty_cache(len(prompts), max_len) if cache is None else grow(cache, max_len)
         chunk = self.chunk_length(longest)
         padded = np.zeros((len(prompts), -(-longest // chunk) * chunk), np.int32)
         for row, prompt in enumerate(prompts):
             padded[row, : len(prompt)] = prompt
         layers, base, held_sets, last = list(cache.layers), cache.lengths, cache.code_sets, None
-        rope_len = base + jnp.asarray(counts + max_new_tokens)
+        rope_len = base + jnp.asarray(counts + new)
         selectors, code_sets = self._open_codes(layers, np.asarray(base), np.asarray(rope_len), np.asarray(held_sets))
         for start in range(0, padded.shape[1], chunk):
             tokens = padded[:, start : start + chunk]
             x, layers = self._prefill_chunk(tokens, layers, selectors, base + start, rope_len)
-            rows = np.clip(counts - 1 - start, 0, chunk - 1)
+            places = np.clip(counts - 1 - start, 0, chunk - 1)
             is_here = (counts > start) & (counts <= start + chunk)
-            picked = x[jnp.arange(len(prompts)), jnp.asarray(rows)]
+            picked = x[jnp.arange(len(prompts)), jnp.asarray(places)]
             last = picked if last is None else jnp.where(jnp.asarray(is_here)[:, None], picked, last)
             if progress is not None:
                 last.block_until_ready()
@@ -174,12 +188,14 @@ class Engine:
             cache=Cache(layers=tuple(layers), lengths=base + jnp.asarray(counts), code_sets=jnp.asarray(code_sets)),
             tokens=jnp.zeros((len(prompts),), jnp.int32),
             is_done=jnp.zeros((len(prompts),), bool),
-            left=jnp.full((len(prompts),), max_new_tokens, jnp.int32),
+            left=jnp.asarray(new),
             chosen=jnp.zeros((len(prompts),), jnp.int32),
             rope_len=rope_len,
+            sampling=batch_sampling([row.sampling for row in rows], [row.number for row in rows]),
+            stop_tokens=jnp.asarray([_padded_stops(row) for row in rows], jnp.int32),
         )
         args = (self.params, last, state)
-        state = self.run("first_token", first_token, args, (2,), model_cfg=self.model_cfg, cfg=self.cfg)
+        state = self.run("first_token", first_token, args, (2,), model_cfg=self.model_cfg)
         check_chosen(np.asarray(state.tokens))
         return state
 
@@ -212,6 +228,40 @@ class Engine:
             x, layer = self.run("prefill", prefill_layer, args, (1, 2), **static)
             filled.append(layer)
         return x, filled
+
+    def empty_state(self, slots: int, max_len: int) -> DecodeState:
+        """A batch of free slots, each for sequences of up to `max_len` tokens: prefill, `insert`, `decode`, `free`."""
+        none = [RowConfig()] * slots
+        return DecodeState(
+            cache=self.empty_cache(slots, bucket_length(max_len)),
+            **{name: jnp.zeros((slots,), jnp.int32) for name in ("tokens", "left", "chosen", "rope_len")},
+            is_done=jnp.ones((slots,), bool),
+            sampling=batch_sampling([row.sampling for row in none], [0] * slots),
+            stop_tokens=jnp.asarray([_padded_stops(row) for row in none], jnp.int32),
+        )
+
+    def insert(self, state: DecodeState, slot: int, other: DecodeState, row: int = 0) -> DecodeState:
+        """A batch with one sequence of another, which goes on as it would have alone; `state` is given up.
+
+        Args:
+            state: the batch.
+            slot: of the batch; what it held is overwritten.
+            other: holds the sequence, such as what `prefill` gave; it is kept.
+            row: of the sequence in it.
+
+        Raises: InputError where the sequence's cache is longer than the batch's.
+        """
+        if other.cache.max_len > state.cache.max_len:
+            raise InputError(
+                f"a cache of {other.cache.max_len} slots does not fit a batch of {state.cache.max_len}; "
+                "make the batch for longer sequences"
+            )
+        return self.run("insert", insert_row, (state, other, np.int32(slot), np.int32(row)), (0,))
+
+    def free(self, state: DecodeState, slots: Sequence[int]) -> DecodeState:
+        """A batch in which these slots are free; `state` is given up."""
+        is_free = np.isin(np.arange(len(state.tokens)), slots)
+        return self.run("free", free_rows, (state, jnp.asarray(is_free)), (0,))
 
     def mode_of(self, lengths: np.ndarray, is_done: np.ndarray) -> tuple[Mode, int]:
         """How the next block reads, and for how many steps that stays right.

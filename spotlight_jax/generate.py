@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from spotlight_jax.checkpoint import Selector
-from spotlight_jax.config.generation import GenerateConfig, make_decode_config
+from spotlight_jax.config.generation import GenerateConfig, RowConfig, make_decode_config
 from spotlight_jax.decode_step import DecodeState
 from spotlight_jax.engine import Engine
 from spotlight_jax.errors import InputError
@@ -114,8 +114,7 @@ def encode_prompts(
 
 def make_engine(model: BaseModel, cfg: GenerateConfig, selector: Selector | None = None) -> Engine:
     """An engine for this model and these settings; keep it to generate again without compiling."""
-    stops = find_stops(model.cfg, model.tokenizer, cfg.stop, cfg.ignore_eos)
-    return Engine(model.cfg, model.params, selector, make_decode_config(cfg, stops.tokens))
+    return Engine(model.cfg, model.params, selector, make_decode_config(cfg))
 
 
 class Run:
@@ -143,7 +142,8 @@ class Run:
         self.decode_seconds, self._compiled_before = 0.0, engine.compile_seconds
         start = time.perf_counter()
         cache = None if state is None else state.cache
-        self.state = engine.prefill(prompts, cfg.max_new_tokens, cache, progress)
+        rows = [RowConfig(cfg.sampling, self._stops.tokens, number) for number in range(len(prompts))]
+        self.state = engine.prefill(prompts, cfg.max_new_tokens, cache, progress, rows)
         first = np.asarray(self.state.tokens)[:, None]
         self.prefill_seconds = time.perf_counter() - start - (engine.compile_seconds - self._compiled_before)
         self.pieces = self._add(first)
@@ -154,7 +154,7 @@ class Run:
         for row, stream in enumerate(self.streams):
             room = self.cfg.max_new_tokens - len(self.tokens[row])
             new = [] if stream.is_stopped or self._ended(row) else tokens[row, :room].tolist()
-            ends = [place for place, token in enumerate(new) if token in self.engine.cfg.stop_tokens]
+            ends = [place for place, token in enumerate(new) if token in self._stops.tokens]
             new = new[: ends[0] + 1] if ends else new
             self.tokens[row] += new
             piece = stream.push(new)
@@ -165,7 +165,7 @@ class Run:
 
     def _ended(self, row: int) -> bool:
         tokens = self.tokens[row]
-        return len(tokens) >= self.cfg.max_new_tokens or (bool(tokens) and tokens[-1] in self.engine.cfg.stop_tokens)
+        return len(tokens) >= self.cfg.max_new_tokens or (bool(tokens) and tokens[-1] in self._stops.tokens)
 
     @property
     def is_done(self) -> bool:
@@ -191,7 +191,7 @@ class Run:
         for stream, tokens, prompt in zip(self.streams, self.tokens, self.prompts, strict=True):
             last = tokens[-1] if tokens else -1
             is_stopped = stream.is_stopped or last in self._stops.by_string
-            is_end = last in self.engine.cfg.stop_tokens
+            is_end = last in self._stops.tokens
             ended_by = "stop string" if is_stopped else "end of text" if is_end else "length"
             found.append(Generation(stream.text, tuple(tokens), len(prompt), ended_by))
         return found

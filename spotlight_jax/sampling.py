@@ -1,10 +1,13 @@
 """The next token from logits: greedy, or drawn at a temperature from the most probable tokens."""
 
+from collections.abc import Sequence
+
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int32, Key
+from jaxtyping import Array, Float, Int32, UInt32
 
 from spotlight_jax.config.sampling import SamplingConfig
 from spotlight_jax.errors import InputError
@@ -12,33 +15,84 @@ from spotlight_jax.errors import InputError
 NOT_FINITE = -1  # stands for a token where the logits have none to choose
 
 
-def keep_top_p(logits: Float[Array, "batch vocab"], top_p: float) -> Float[Array, "batch vocab"]:
-    """Mask all but the most probable tokens that together hold `top_p`; ties with the last are kept.
+@flax.struct.dataclass
+class Sampling:
+    """How the next token of each sequence is drawn; see `SamplingConfig`. One compiled step serves all settings."""
+
+    temperature: Float[Array, "batch"]
+    top_k: Int32[Array, "batch"]
+    top_p: Float[Array, "batch"]
+    keys: UInt32[Array, "batch words"]  # of each sequence: a draw's own key is this one folded with the draw's number
+
+
+def batch_sampling(configs: Sequence[SamplingConfig], numbers: Sequence[int]) -> Sampling:
+    """The settings of some sequences as arrays.
+
+    Args:
+        configs: one for each sequence.
+        numbers: of each sequence among those of its seed.
+    """
+    keys = [jax.random.fold_in(jax.random.key(cfg.seed), number) for cfg, number in zip(configs, numbers, strict=True)]
+    return Sampling(
+        temperature=jnp.asarray([cfg.temperature for cfg in configs], jnp.float32),
+        top_k=jnp.asarray([cfg.top_k for cfg in configs], jnp.int32),
+        top_p=jnp.asarray([cfg.top_p for cfg in configs], jnp.float32),
+        keys=jnp.stack([jax.random.key_data(key) for key in keys]),
+    )
+
+
+def keep_top_k(logits: Float[Array, "batch vocab"], top_k: Int32[Array, "batch"]) -> Float[Array, "batch vocab"]:
+    """Mask all but the `top_k` highest of each row, and those that tie with the last; 0 masks none.
+
+    The last one is found by bisection on the float32 bits: floats are ordered as their bits are, once those of
+    negative ones are turned round.
+    """
+    count = jnp.where(top_k > 0, jnp.minimum(top_k, logits.shape[-1]), logits.shape[-1])
+    bits = lax.bitcast_convert_type(jnp.where(logits == 0, 0.0, logits).astype(jnp.float32), jnp.uint32)  # no -0
+    ranks = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+    def raise_bound(step: Array, bound: Array) -> Array:
+        raised = bound | (jnp.uint32(1 << 31) >> step.astype(jnp.uint32))
+        held = jnp.sum(ranks >= raised[:, None], axis=-1)
+        return jnp.where(held >= count, raised, bound)
+
+    bound = lax.fori_loop(0, 32, raise_bound, jnp.zeros(logits.shape[:1], jnp.uint32))
+    return jnp.where(ranks >= bound[:, None], logits, -jnp.inf)
+
+
+def keep_top_p(logits: Float[Array, "batch vocab"], top_p: Float[Array, "batch"]) -> Float[Array, "batch vocab"]:
+    """Mask all but the most probable tokens of each row that together hold `top_p`; ties with the last are kept, and 1
+    masks none.
 
     The least probability kept is found by bisection on its float32 bits, not by sorting the vocabulary.
     """
     shares = jax.nn.softmax(logits, axis=-1)
-    bound = jnp.zeros(logits.shape[:1], jnp.int32)
-    for shift in reversed(range(30)):  # floats in [0, 1] are ordered as their bits, which stay below 2^30
-        raised = bound + (1 << shift)
+
+    def raise_bound(step: Array, bound: Array) -> Array:
+        raised = bound + (jnp.int32(1 << 29) >> step)  # bits of floats in [0, 1] are in their order, and below 2^30
         floor = lax.bitcast_convert_type(raised, jnp.float32)[:, None]
         held = jnp.sum(jnp.where(shares >= floor, shares, 0.0), axis=-1)
-        bound = jnp.where(held >= top_p, raised, bound)
+        return jnp.where(held >= top_p, raised, bound)
+
+    bound = lax.fori_loop(0, 30, raise_bound, jnp.zeros(logits.shape[:1], jnp.int32))
     floor = lax.bitcast_convert_type(bound, jnp.float32)[:, None]
-    return jnp.where(shares >= floor, logits, -jnp.inf)
+    return jnp.where((shares >= floor) | (top_p >= 1)[:, None], logits, -jnp.inf)
 
 
 def sample(
-    logits: Float[Array, "batch vocab"], keys: Key[Array, "batch"], cfg: SamplingConfig
+    logits: Float[Array, "batch vocab"], sampling: Sampling, draws: Int32[Array, "batch"]
 ) -> Int32[Array, "batch"]:
     """One token per sequence; `NOT_FINITE` for a sequence whose logits hold NaN, or no finite maximum.
 
     Args:
         logits: of the next token.
-        keys: one PRNG key per sequence; not used by greedy decoding.
-        cfg: how.
+        sampling: how; where no sequence has a temperature, nothing is drawn.
+        draws: each sequence's number of this draw.
     """
-    return pick_best(logits) if cfg.temperature == 0 else _or_not_finite(_draw(logits, keys, cfg), logits)
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    is_drawn = sampling.temperature > 0
+    drawn = lax.cond(jnp.any(is_drawn), lambda: _draw(logits, sampling, draws), lambda: best)
+    return _or_not_finite(jnp.where(is_drawn, drawn, best), logits)
 
 
 def pick_best(logits: Float[Array, "batch vocab"]) -> Int32[Array, "batch"]:
@@ -59,12 +113,14 @@ def check_chosen(tokens: np.ndarray) -> None:
         )
 
 
-def _draw(logits: Float[Array, "batch vocab"], keys: Key[Array, "batch"], cfg: SamplingConfig) -> Int32[Array, "batch"]:
-    """One token per sequence, at the temperature and from the most probable ones."""
-    logits = logits.astype(jnp.float32) / cfg.temperature
-    if 0 < cfg.top_k < logits.shape[-1]:
-        least = lax.top_k(logits, cfg.top_k)[0][:, -1:]
-        logits = jnp.where(logits >= least, logits, -jnp.inf)
-    if cfg.top_p < 1:
-        logits = keep_top_p(logits, cfg.top_p)
+def _draw(
+    logits: Float[Array, "batch vocab"], sampling: Sampling, draws: Int32[Array, "batch"]
+) -> Int32[Array, "batch"]:
+    """One token per sequence, at its temperature and from its most probable ones."""
+    temperature = jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)
+    logits = logits.astype(jnp.float32) / temperature[:, None]
+    is_cut = jnp.any((sampling.top_k > 0) & (sampling.top_k < logits.shape[-1]))
+    logits = lax.cond(is_cut, lambda: keep_top_k(logits, sampling.top_k), lambda: logits)
+    logits = lax.cond(jnp.any(sampling.top_p < 1), lambda: keep_top_p(logits, sampling.top_p), lambda: logits)
+    keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(sampling.keys), draws)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)

@@ -13,11 +13,11 @@ from spotlight_jax import hashing
 from spotlight_jax.attention import selected_attention
 from spotlight_jax.cache import bucket_length
 from spotlight_jax.checkpoint import Selector
-from spotlight_jax.config.generation import DecodeConfig
+from spotlight_jax.config.generation import DecodeConfig, RowConfig
 from spotlight_jax.config.hashing import HashConfig
 from spotlight_jax.config.sampling import SamplingConfig
 from spotlight_jax.config.selection import SelectionConfig
-from spotlight_jax.decode_step import DecodeState, decode_step
+from spotlight_jax.decode_step import decode_step
 from spotlight_jax.engine import Engine
 from spotlight_jax.errors import InputError
 from spotlight_jax.models.config import RopeConfig
@@ -60,9 +60,9 @@ def draw_prompt(length, seed=0):
     return np.random.default_rng(seed).integers(0, MODEL.vocab, length).tolist()
 
 
-def run(engine, prompts, new, limit=None):
+def run(engine, prompts, new, limit=None, rows=None):
     """Tokens chosen after each prompt, first one included."""
-    state = engine.prefill(prompts, new)
+    state = engine.prefill(prompts, new, rows=rows)
     chosen = [np.asarray(state.tokens)[:, None]]
     while not np.asarray(state.is_done).all():
         state, tokens = engine.decode(state, limit)
@@ -271,9 +271,9 @@ def test_poisoned_slots_past_each_length_never_reach_the_output(chosen, batch):
 def test_a_block_of_steps_never_copies_the_cache(chosen, batch):
     """The program takes over the cache's buffers, and needs less workspace than one layer's keys."""
     engine = make_engine(chosen, selection=ALWAYS_SPARSE, block=4)
-    cache = engine.empty_cache(batch, 32768)
-    zeros = np.zeros((batch,), np.int32)  # on the host: no buffer may be given up twice
-    state = DecodeState(cache, *map(jnp.array, (zeros, zeros > 0, zeros + 4, zeros, zeros + 8)))
+    state = engine.empty_state(batch, 32768)
+    state = dataclasses.replace(state, is_done=jnp.zeros(batch, bool), left=jnp.full(batch, 4, jnp.int32))
+    cache = state.cache
     cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
     layer_bytes = cache.layers[0].keys.nbytes
     state_shape = (cache.layers[0].keys.shape, "float32")
@@ -294,9 +294,9 @@ def test_decoding_compiles_once_while_the_cache_grows():
 @pytest.mark.slow
 def test_block_length_does_not_change_the_tokens():
     prompt = draw_prompt(30)
-    sampling = SamplingConfig(temperature=0.8, top_k=50, top_p=0.9, seed=7)
-    one, _ = run(make_engine("transform", selection=ALWAYS_SPARSE, sampling=sampling, block=32), [prompt], 20)
-    other, _ = run(make_engine("transform", selection=ALWAYS_SPARSE, sampling=sampling, block=3), [prompt], 20, limit=2)
+    rows = [RowConfig(SamplingConfig(temperature=0.8, top_k=50, top_p=0.9, seed=7))]
+    one, _ = run(make_engine("transform", selection=ALWAYS_SPARSE, block=32), [prompt], 20, rows=rows)
+    other, _ = run(make_engine("transform", selection=ALWAYS_SPARSE, block=3), [prompt], 20, limit=2, rows=rows)
     np.testing.assert_array_equal(one, other)
 
 
@@ -304,13 +304,80 @@ def test_a_stop_token_ends_its_own_sequence_only():
     prompts = [draw_prompt(20, seed=1), draw_prompt(26, seed=2)]
     free, _ = run(make_engine(), prompts, 16)
     stop = int(free[0, 5])
-    engine = make_engine(stop_tokens=(stop,))
-    tokens, state = run(engine, prompts, 16)
+    tokens, state = run(make_engine(), prompts, 16, rows=[RowConfig(stop_tokens=(stop,))] * 2)
     ends = [row.tolist().index(stop) + 1 if stop in row else 16 for row in free]
     for row in range(2):
         assert tokens[row, : ends[row]].tolist() == free[row, : ends[row]].tolist()
     # every chosen token but the last is cached
     assert np.asarray(state.cache.lengths).tolist() == [20 + ends[0] - 1, 26 + ends[1] - 1]
+
+
+# Slots
+
+
+MIXED = [
+    RowConfig(),
+    RowConfig(SamplingConfig(0.9, seed=5)),
+    RowConfig(SamplingConfig(1.2, top_k=20, top_p=0.9, seed=2), number=3),
+]
+
+
+def collect(engine, state, slots, texts):
+    """One block; what each sequence in a slot gets goes to its text."""
+    is_done = np.asarray(state.is_done)
+    state, tokens = engine.decode(state, 4)
+    for slot, name in slots.items():
+        if not is_done[slot]:
+            texts[name] += tokens[slot].tolist()
+    return state
+
+
+@pytest.mark.parametrize("chosen", [None, "transform"])
+def test_sequences_that_come_and_go_get_the_texts_they_get_alone(chosen):
+    """Other prompts, settings and lengths, in slots of a batch that others join and leave."""
+    engine = make_engine(chosen, selection=ALWAYS_SPARSE)
+    lengths, new = [33, 70, 12, 51, 20], [12, 30, 17, 9, 21]
+    prompts = [draw_prompt(length, seed=length) for length in lengths]
+    rows = [MIXED[number % 3] for number in range(5)]
+    wanted = [
+        run(engine, [prompt], count, rows=[row])[0][0] for prompt, count, row in zip(prompts, new, rows, strict=True)
+    ]
+    state, slots, texts, waiting = engine.empty_state(3, 256), {}, {}, list(range(5))
+    while waiting or slots:
+        for slot in [slot for slot in range(3) if slot not in slots][: len(waiting)]:
+            name = waiting.pop(0)
+            alone = engine.prefill([prompts[name]], new[name], rows=[rows[name]])
+            state, slots[slot], texts[name] = engine.insert(state, slot, alone), name, [int(alone.tokens[0])]
+        state = collect(engine, state, slots, texts)
+        ended = [slot for slot in slots if np.asarray(state.is_done)[slot]]
+        state = engine.free(state, ended)
+        for slot in ended:
+            del slots[slot]
+    for name in range(5):
+        assert texts[name][: new[name]] == wanted[name].tolist()
+    assert np.asarray(state.cache.lengths).tolist() == [0, 0, 0]
+
+
+def test_settings_of_sequences_compile_nothing_anew():
+    engine = Engine(MODEL, model_params(), None, DecodeConfig(prefill_chunk=32))
+    prompts = [draw_prompt(20, seed=1), draw_prompt(26, seed=2)]
+    counts = []
+    for rows in (None, MIXED[:2], [RowConfig(stop_tokens=(1, 2, 3)), MIXED[2]]):
+        run(engine, prompts, 8, rows=rows)
+        counts.append(len(engine.programs))
+    assert len(set(counts)) == 1
+
+
+def test_a_sequence_that_is_longer_than_a_batchs_slots_is_refused():
+    engine = make_engine()
+    alone = engine.prefill([draw_prompt(300)], 8)
+    with pytest.raises(InputError, match="does not fit a batch of 256"):
+        engine.insert(engine.empty_state(2, 256), 0, alone)
+
+
+def test_more_stop_tokens_than_a_step_looks_for_are_refused():
+    with pytest.raises(InputError, match="33 tokens end a text; give at most 32"):
+        RowConfig(stop_tokens=tuple(range(33)))
 
 
 def test_a_second_turn_equals_one_long_prompt():

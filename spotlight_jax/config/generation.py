@@ -9,6 +9,7 @@ from spotlight_jax.errors import InputError
 from spotlight_jax.token_ids import check_text
 
 AttentionImpl = Literal["auto", "xla", "cudnn"]
+MOST_STOPS = 32  # ids that can end a sequence: a step compares with so many, whoever asked for how many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,8 +17,6 @@ class DecodeConfig:
     """What a compiled decoding step depends on beside shapes."""
 
     selection: SelectionConfig = dataclasses.field(default_factory=SelectionConfig)
-    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
-    stop_tokens: tuple[int, ...] = ()
     prefill_chunk: int | None = None
     """Prompt tokens per prefill step; None: by device."""
     block: int = 32
@@ -31,6 +30,22 @@ class DecodeConfig:
             raise InputError(f"prefill_chunk is {self.prefill_chunk}; give at least 1 token")
         if self.block < 1:
             raise InputError(f"block is {self.block}; give at least 1 token")
+
+
+@dataclasses.dataclass(frozen=True)
+class RowConfig:
+    """How one sequence of a batch goes on: each has its own, and all share a compiled step."""
+
+    sampling: SamplingConfig = SamplingConfig()
+    stop_tokens: tuple[int, ...] = ()
+    """Ids that end the sequence; it keeps the first of them."""
+    number: int = 0
+    """Of the sequence among those of one seed, which draw apart from each other."""
+
+    def __post_init__(self) -> None:
+        """Refuse more stop tokens than a step looks for."""
+        if len(self.stop_tokens) > MOST_STOPS:
+            raise InputError(f"{len(self.stop_tokens)} tokens end a text; give at most {MOST_STOPS}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +79,6 @@ class GenerateConfig:
         make_decode_config(self)  # refuses chunks and blocks of nothing
 
 
-def make_decode_config(cfg: GenerateConfig, stop_tokens: tuple[int, ...] = ()) -> DecodeConfig:
-    """The part of the settings that the device sees."""
-    return DecodeConfig(
-        selection=cfg.selection,
-        sampling=cfg.sampling,
-        stop_tokens=stop_tokens,
-        prefill_chunk=cfg.prefill_chunk,
-        block=cfg.block,
-    )
+def make_decode_config(cfg: GenerateConfig) -> DecodeConfig:
+    """The part of the settings that a step is compiled for."""
+    return DecodeConfig(selection=cfg.selection, prefill_chunk=cfg.prefill_chunk, block=cfg.block)
