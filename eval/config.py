@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import transformers
@@ -134,6 +135,8 @@ def load_subject(cfg: EvalConfig) -> Subject:
     Raises: InputError where one is missing or does not fit the others.
     """
     runs.check_destination(cfg.out, cfg.resume)
+    if cfg.out is not None and cfg.resume:
+        runs.RunFolder(Path(cfg.out)).check_resumed(cfg, cfg.free_fields)
     model, remarks = choose_model(cfg.model, _open_selectors(cfg))
     for remark in remarks:
         print(remark, file=sys.stderr, flush=True)

@@ -148,7 +148,7 @@ def variant_config(name: str, cfg: AblateConfig) -> LayerwiseConfig:
 
 def command(args: Sequence[str] | None = None) -> int:
     """Run from flags: `python -m train.ablate`."""
-    return cli.run(main, AblateConfig, "train.ablate", __doc__ or "", args)
+    return cli.run(main, AblateConfig, "train.ablate", __doc__ or "", args, runs.stored_by(AblateConfig))
 
 
 def main(cfg: AblateConfig) -> dict[str, Any]:
@@ -156,12 +156,16 @@ def main(cfg: AblateConfig) -> dict[str, Any]:
     use_compile_cache()
     names = cfg.variants or tuple(VARIANTS)
     out = pathlib.Path(cfg.out) if cfg.out else runs.next_free(pathlib.Path("runs"), "ablation")
-    if not cfg.resume:
+    if cfg.resume:
+        runs.RunFolder(out).check_resumed(cfg, ("out", "resume", "variants", "perplexity"))
+    else:
         runs.RunFolder.check_free(out)
     evaluations = [_read_evaluation(pathlib.Path(folder)) for folder in cfg.perplexity]  # before anything is trained
     left = [name for name in names if not (row := _read_row(out / name)) or not row["is_finished"]]
     variants = {name: variant_config(name, cfg) for name in left}
     with runs.hold(out):
+        if not cfg.resume:
+            runs.RunFolder.create(out, cfg)
         with Display() as display, cli.noted_signals(*cli.STOPPING) as stop:
             _train_together(cfg, variants, out, display, stop)
         rows = [row for name in names if (row := _read_row(out / name))]
@@ -169,8 +173,7 @@ def main(cfg: AblateConfig) -> dict[str, Any]:
         _write_table(rows, out)
     print_result({"ablation": str(out), "results": rows})
     if stop:
-        flags = runs.given_flags(cfg, AblateConfig(), ("--out", "--resume"))
-        told = shlex.join(["python", "-m", "train.ablate", "--resume", "--out", str(out), *flags])
+        told = shlex.join(["python", "-m", "train.ablate", "--resume", "--out", str(out)])
         print(f"stopped; train the rest with: {told}", file=sys.stderr)
         raise SystemExit(128 + stop[0])
     return {"results": rows}
