@@ -4,7 +4,7 @@
 
 Prints the text on stdout, and on stderr what it took: tokens per second of prompt and decoding, compile time apart, and
 what a step read beside what a dense step reads. `--compare` generates densely too, and shows both side by side;
-`--prompts FILE.jsonl --json` takes prompts and gives results as JSON lines. Seconds for a short prompt; on two CPU cores
+`--prompts FILE.jsonl --json` takes prompts and gives results as JSON lines. Seconds for a short prompt; on two CPUs
 a prompt of 7,500 tokens takes SmolLM2 about a minute.
 """
 
