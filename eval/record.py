@@ -7,15 +7,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-import rich.console
 import rich.table
 
 from eval.labels import explain_methods, explain_names
 from spotlight_jax import runs
-from spotlight_jax.display import Display, print_result, print_table
+from spotlight_jax.display import Display, open_console, print_result, print_table
 from spotlight_jax.errors import InputError
 
-_FILE_WIDTH = 180
 Config = TypeVar("Config")
 
 ALL_TEXTS = "all texts"  # the `text` of a row about several
@@ -110,9 +108,7 @@ class Record:
         summary = {"eval": self.name, "out": str(self.folder.path), "results": list(results)}
         self.folder.write_summary(summary)
         self.display.stop()
-        console = rich.console.Console(highlight=False)
-        if not console.is_terminal:  # a file takes lines of any length
-            console = rich.console.Console(highlight=False, width=_FILE_WIDTH)
+        console = open_console()
         for table in tables:
             print_table(console, table)
         methods = [row["method"] for row in results if "method" in row]

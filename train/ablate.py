@@ -21,13 +21,12 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-import rich.console
 
 from spotlight_jax import cli, files, runs
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.config.data import DataConfig
 from spotlight_jax.config.selection import MIN_TOKENS
-from spotlight_jax.display import Display, make_table, print_result
+from spotlight_jax.display import Display, make_table, open_console, print_result, print_table
 from spotlight_jax.errors import InputError, check_numbers
 from spotlight_jax.metrics import SelectionQuality
 from spotlight_jax.models.config import nearest
@@ -314,14 +313,8 @@ def _write_table(rows: list[dict[str, Any]], out: pathlib.Path) -> None:
     files.write_text(out / "ablation.md", "\n".join(lines) + "\n")
     files.write_json(out / _ROW, rows)
     plot_ablation(out / "ablation.png", rows)
-    console = rich.console.Console() if sys.stdout.isatty() else rich.console.Console(width=200)
-    console.print(
-        make_table(
-            f"{len(rows)} variants, keep {MeasureConfig.keep:g} (at least {MIN_TOKENS} tokens)",
-            list(columns.values()),
-            cells,
-        )
-    )
+    title = f"{len(rows)} variants, keep {MeasureConfig.keep:g} (at least {MIN_TOKENS} tokens)"
+    print_table(open_console(), make_table(title, list(columns.values()), cells))
     methods = " ".join(f"spotlight@{out / row['variant']}" for row in rows)
     keeps = " ".join(f"{keep:g}" for keep in _KEEPS)
     flags = f"--settings bare sinks --keep {keeps} --methods dense oracle-scores {methods}"
