@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import transformers
@@ -140,6 +141,8 @@ def load_subject(cfg: EvalConfig) -> Subject:
     Raises: InputError where one is missing or does not fit the others.
     """
     runs.check_destination(cfg.out, cfg.resume)
+    if cfg.out is not None and cfg.resume:
+        runs.RunFolder(Path(cfg.out)).check_resumed(cfg, cfg.free_fields)
     selectors = _open_selectors(cfg)
     model, remarks = choose_model(cfg.model, selectors)
     for remark in remarks:

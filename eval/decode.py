@@ -22,7 +22,7 @@ from spotlight_jax.checkpoint import Selector, choose_model, load_selector
 from spotlight_jax.config.generation import DecodeConfig
 from spotlight_jax.config.hashing import HashConfig
 from spotlight_jax.config.selection import check_layers
-from spotlight_jax.display import print_result
+from spotlight_jax.display import open_console, print_result, print_table
 from spotlight_jax.engine import Engine
 from spotlight_jax.generate import head_shape
 from spotlight_jax.memory import GIB, MemoryPlan, available_bytes, check_memory, plan_memory, step_reads
@@ -159,10 +159,7 @@ def main(cfg: DecodeSpeedConfig) -> dict:
         console.print(f"memory: {needed.describe()}")
         check_memory(needed, available_bytes())
     results = measure(cfg, *load(cfg, resolve_dtype(cfg.dtype)))
-    console.print(_table(cfg, results))
-    if cfg.profile:
-        for name, result in results.items():
-            console.print(kernel_table(f"{name}: a step by kernel", result["kernels"]))
+    show(cfg, results)
     summary = {
         "eval": "decode",
         "config": {**dataclasses.asdict(cfg), "selector": str(cfg.selector), "dtype": resolve_dtype(cfg.dtype).name},
@@ -176,6 +173,15 @@ def main(cfg: DecodeSpeedConfig) -> dict:
         summary["step_ratio"] = dense / sparse
     print_result(summary)
     return summary
+
+
+def show(cfg: DecodeSpeedConfig, results: dict[str, dict]) -> None:
+    """Print the table, and with --profile one of the kernels of each way to read."""
+    console = open_console()
+    print_table(console, _table(cfg, results))
+    if cfg.profile:
+        for name, result in results.items():
+            print_table(console, kernel_table(f"{name}: a step by kernel", result["kernels"]))
 
 
 def _table(cfg: DecodeSpeedConfig, results: dict[str, dict]) -> Table:

@@ -13,14 +13,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import rich.console
 import rich.table
 import tyro
 
 from eval.predictions import find_files, read_predictions
 from eval.text_metrics import agreement
 from spotlight_jax import cli
-from spotlight_jax.display import print_result
+from spotlight_jax.display import open_console, print_result, print_table
 from spotlight_jax.errors import InputError
 
 
@@ -78,13 +77,13 @@ def main(cfg: FidelityConfig) -> dict:
     """Compare, print a table of each folder and one line of JSON; returns what the line holds."""
     if not cfg.predictions:
         raise InputError("give a folder of predictions to compare with the reference")
-    console = rich.console.Console(highlight=False)
+    console = open_console()
     results: list[dict] = []
     for folder in cfg.predictions:
         tasks, alone = compare_folders(cfg.reference, folder, cfg.plain)
         mean = statistics.fmean(task.score for task in tasks)
         identical = statistics.fmean(task.identical for task in tasks)
-        console.print(_table(f"{folder} beside {cfg.reference}", tasks, mean, identical))
+        print_table(console, _table(f"{folder} beside {cfg.reference}", tasks, mean, identical))
         if alone:
             console.print(f"{len(tasks)} tasks are in both folders; left out: {', '.join(alone)}")
         rows = [

@@ -83,6 +83,11 @@ class EvalConfig:
             raise InputError("method 'spotlight' needs trained hash functions; add --selector FOLDER")
 
     @property
+    def free_fields(self) -> tuple[str, ...]:
+        """In which a resumed run may differ from how it was started: its rows name them, and no row depends on them."""
+        return FREE_FIELDS
+
+    @property
     def readings(self) -> tuple[ReadingConfig, ...]:
         """The selections that each method is run with."""
         pairs = {"bare": (0, 0), "sinks": (4, 64)}

@@ -10,7 +10,6 @@ from typing import Any
 
 from eval.commands.harness import HarnessConfig, command
 from eval.config import Subject, Trial, describe_part, list_trials, load_subject
-from eval.flags import FREE_FIELDS
 from eval.harness_scores import Reader, Tally
 from eval.labels import name_methods
 from eval.record import Record, Row, file_name
@@ -113,7 +112,7 @@ def main(cfg: HarnessConfig) -> dict[str, Any]:
     limit = subject.cfg.max_context
     if cfg.max_length is not None and cfg.max_length >= limit:
         raise InputError(f"max_length {cfg.max_length} with the token after it passes the model's context of {limit}")
-    with Record.open(cfg, "harness", (*FREE_FIELDS, "tasks", "batch")) as record:
+    with Record.open(cfg, "harness") as record:
         trials = list_trials(cfg)
         parts = [(trial, trial.part | {"task": task}) for trial in trials for task in cfg.tasks]
         left = record.begin([part for _, part in parts])

@@ -27,7 +27,6 @@ from eval.config import (
     load_subject,
     say_ranges,
 )
-from eval.flags import FREE_FIELDS
 from eval.forward import check_length
 from eval.labels import name_methods
 from eval.methods import base_name
@@ -160,7 +159,7 @@ def main(cfg: InspectConfig) -> dict[str, Any]:
     check_length(cfg.window, subject.cfg)
     say_ranges(subject, cfg.window)
     trials = [trial for trial in list_trials(cfg) if trial.method != "dense"]
-    with Record.open(cfg, "inspect", (*FREE_FIELDS, "texts")) as record:
+    with Record.open(cfg, "inspect") as record:
         data = DataConfig(
             train=cfg.texts, window=cfg.window, held_out_windows=cfg.windows_per_text, text_column=cfg.text_column
         )

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from eval import longbench_score as score
 from eval.flags import EvalConfig
 from eval.longbench_tasks import TASKS, TASKS_E, find_task
-from eval.record import stored_by
 from spotlight_jax import cli
 from spotlight_jax.errors import InputError
+from spotlight_jax.runs import stored_by
 
 PROG = "spotlight eval longbench"
 
@@ -60,6 +60,11 @@ class LongBenchConfig(EvalConfig):
     def file_name(self, task: str) -> str:
         """What a task's file is called."""
         return f"{task}_e" if self.e else task
+
+    @property
+    def free_fields(self) -> tuple[str, ...]:
+        """See `EvalConfig`."""
+        return (*super().free_fields, "tasks")
 
 
 main = cli.main_of("eval.longbench_generate")

@@ -26,7 +26,6 @@ from spotlight_jax.display import make_table
 from spotlight_jax.errors import InputError
 from spotlight_jax.text_files import decode_text, json_line, read_json_lines, split_lines
 
-FREE_FIELDS = ("out", "resume", "methods", "keep", "settings", "tasks")
 _MIB = 2**20
 
 
@@ -133,7 +132,7 @@ def main(cfg: LongBenchConfig) -> dict[str, Any]:
     check_room(cfg, subject, names)
     assert subject.tokenizer is not None
     trials = list_trials(cfg)
-    with Record.open(cfg, "longbench", FREE_FIELDS) as record:
+    with Record.open(cfg, "longbench") as record:
         desk = Desk(cfg, subject, subject.tokenizer, record)
         if absent := [name for name in cfg.wanted if name not in names]:
             record.say(f"{len(names)} of {len(cfg.wanted)} tasks are in '{cfg.data}'; not there: {', '.join(absent)}")

@@ -4,7 +4,6 @@ import dataclasses
 import statistics
 from pathlib import Path
 
-import rich.console
 import rich.progress
 import rich.table
 import tyro
@@ -12,7 +11,7 @@ import tyro
 from eval.longbench_tasks import CATEGORIES, TASKS, Task, find_task
 from eval.predictions import Prediction, find_files, find_folders, read_predictions
 from eval.text_metrics import CLASSIFICATION, score_answers
-from spotlight_jax.display import print_result
+from spotlight_jax.display import open_console, print_result, print_table
 from spotlight_jax.errors import InputError
 
 # LongBench-E's groups by the context's length in words: name, and the length from which the next one starts
@@ -99,11 +98,11 @@ def main(cfg: ScoreConfig) -> dict:
     """Score the folders, print a table of each and one line of JSON; returns what the line holds."""
     if not cfg.folders:
         raise InputError("give at least one folder of predictions")
-    console = rich.console.Console(highlight=False)
+    console = open_console()
     results = []
     for folder in (inner for given in cfg.folders for inner in find_folders(given)):
         scores = score_folder(folder, cfg.tasks, cfg.by_length)
-        console.print(table_of(f"{folder}: scores of 100", scores))
+        print_table(console, table_of(f"{folder}: scores of 100", scores))
         if absent := [name for name in TASKS if name not in {score.task.name for score in scores}]:
             console.print(
                 f"{len(scores)} of {len(TASKS)} tasks; the mean is over these. Not scored: {', '.join(absent)}"

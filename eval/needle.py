@@ -41,7 +41,6 @@ _LABELS = {
     "passkey": "exact answers",
     "copy": "perplexity of the passage's second copy",
 }
-FREE_FIELDS = ("out", "resume", "methods", "keep", "settings", "lengths", "depths")
 
 
 def check_subject(cfg: NeedleConfig, subject: Subject) -> transformers.PreTrainedTokenizerBase:
@@ -161,7 +160,7 @@ def main(cfg: NeedleConfig) -> dict[str, Any]:
     trials = list_trials(cfg)
     methods = {trial: subject.open_method(trial.method, trial.selection, cfg.seed) for trial in trials}
     cells: list[Row] = [{"length": length, "depth": depth} for length in cfg.lengths for depth in cfg.depths]
-    with Record.open(cfg, cfg.variant, FREE_FIELDS) as record:
+    with Record.open(cfg, cfg.variant) as record:
         haystack = Haystack(cfg.haystack, tokenizer, subject.cfg.vocab, 2 * max(cfg.lengths))
         desk = Desk(cfg, subject, tokenizer, haystack, methods)
         left = record.begin([trial.part | cell for cell in cells for trial in trials])

@@ -14,7 +14,6 @@ from eval.by_position import Bucket, buckets_of, combine_buckets, mean_by_positi
 from eval.commands.perplexity import PerplexityConfig, command
 from eval.config import Subject, Trial, describe_part, list_trials, load_subject, say_ranges
 from eval.copy_text import copy_texts
-from eval.flags import FREE_FIELDS
 from eval.forward import Passed, Sequence, check_length, pass_sequence
 from eval.labels import name_methods
 from eval.pictures import plot_positions, plot_tradeoff
@@ -92,9 +91,7 @@ def main(cfg: PerplexityConfig) -> dict[str, Any]:
     cfg = dataclasses.replace(cfg, model=subject.source)
     check_length(cfg.length, subject.cfg, "a copy text" if cfg.copy_test else "the window")
     say_ranges(subject, cfg.length)
-    # a copy text is made of other texts too, so that none may be added
-    free_fields = FREE_FIELDS if cfg.copy_test else (*FREE_FIELDS, "texts")
-    with Record.open(cfg, "copy" if cfg.copy_test else "perplexity", free_fields) as record:
+    with Record.open(cfg, "copy" if cfg.copy_test else "perplexity") as record:
         texts = read_sequences(cfg, subject, record)
         trials = list_trials(cfg)
         parts = {name: [trial.part | {"text": name} for trial in trials] for name in texts}

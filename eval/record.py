@@ -1,24 +1,19 @@
 """An evaluation's run folder and what a person sees of it: parts that are finished are never measured twice."""
 
 import contextlib
-import dataclasses
-import itertools
 import urllib.parse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-import rich.console
 import rich.table
 
-from eval.flags import FREE_FIELDS
 from eval.labels import explain_methods, explain_names
 from spotlight_jax import runs
-from spotlight_jax.display import Display, print_result, print_table
+from spotlight_jax.display import Display, open_console, print_result, print_table
 from spotlight_jax.errors import InputError
 
-_FILE_WIDTH = 180
 Config = TypeVar("Config")
 
 ALL_TEXTS = "all texts"  # the `text` of a row about several
@@ -41,13 +36,12 @@ class Record:
         self._done = self._total = 0
 
     @classmethod
-    def open(cls, cfg: Any, name: str, free_fields: Sequence[str] = FREE_FIELDS) -> "Record":
+    def open(cls, cfg: Any, name: str) -> "Record":
         """The run folder of `cfg.out`, or a new one under runs/; with `cfg.resume` the rows it has.
 
         Args:
-            cfg: a frozen dataclass with `out` and `resume`.
+            cfg: a frozen dataclass with `out`, `resume`, and `free_fields`, in which a resumed run may differ.
             name: of the evaluation, and of a new folder.
-            free_fields: in which a resumed run may differ from how it was started.
 
         Raises: InputError where the folder is taken, or holds a run with other flags.
         """
@@ -58,13 +52,7 @@ class Record:
                 held.enter_context(runs.hold(path))
                 return cls(runs.RunFolder.create(path, cfg), name, held.pop_all())
         folder = runs.RunFolder(Path(cfg.out))
-        first = folder.config(type(cfg))
-        same = dataclasses.replace(first, **{field: getattr(cfg, field) for field in free_fields})
-        if changed := runs.differences(same, cfg):
-            raise InputError(
-                f"the run in '{cfg.out}' was started with other flags ({', '.join(changed)}); "
-                "resume with those, or give another --out"
-            )
+        folder.check_resumed(cfg, cfg.free_fields)
         with contextlib.ExitStack() as held:
             held.enter_context(runs.hold(folder.path))
             return cls(folder, name, held.pop_all())
@@ -120,9 +108,7 @@ class Record:
         summary = {"eval": self.name, "out": str(self.folder.path), "results": list(results)}
         self.folder.write_summary(summary)
         self.display.stop()
-        console = rich.console.Console(highlight=False)
-        if not console.is_terminal:  # a file takes lines of any length
-            console = rich.console.Console(highlight=False, width=_FILE_WIDTH)
+        console = open_console()
         for table in tables:
             print_table(console, table)
         methods = [row["method"] for row in results if "method" in row]
@@ -131,22 +117,6 @@ class Record:
         self.say(f"written: {self.folder.path}")
         print_result(summary)
         return summary
-
-
-def stored_by(config_class: type[Config]) -> Callable[[Sequence[str]], Config | None]:
-    """What gives the config that the flags of an evaluation start from: of the run that --resume continues in --out.
-
-    So `--resume --out FOLDER` alone goes on with the flags the run was started with.
-    """
-
-    def find(args: Sequence[str]) -> Config | None:
-        outs = [word.partition("=")[2] or following for word, following in itertools.zip_longest(args, args[1:])
-                if word == "--out" or word.startswith("--out=")]  # fmt: skip
-        if "--resume" not in args or not outs or outs[-1] is None:
-            return None
-        return runs.RunFolder(Path(outs[-1])).config(config_class)
-
-    return find
 
 
 def file_name(label: str) -> str:

@@ -24,13 +24,8 @@ def open_folder(cfg: ReportConfig) -> tuple[ReportConfig, Path]:
         path = Path(cfg.out) if cfg.out is not None else runs.next_free(Path("runs"), "report")
         return cfg, path
     folder = runs.RunFolder(Path(cfg.out or ""))
-    first = folder.config(ReportConfig)
-    given = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg)}
-    changed = {name: value for name, value in given.items() if value != getattr(ReportConfig(), name)}
-    changed = {name: value for name, value in changed.items() if name not in ("out", "resume")}
-    if other := [f"--{name}" for name, value in changed.items() if value != getattr(first, name)]:
-        raise InputError(f"the report in '{cfg.out}' was started with other flags ({', '.join(other)}); leave them out")
-    return dataclasses.replace(first, out=cfg.out, resume=True), folder.path
+    folder.check_resumed(cfg, ("out", "resume"))
+    return cfg, folder.path
 
 
 def main(cfg: ReportConfig) -> dict[str, Any]:

@@ -211,8 +211,7 @@ def main(cfg: SpeedConfig) -> dict[str, Any]:
     """Time it; returns what the last line of stdout holds."""
     use_compile_cache()
     cfg = resolve(cfg)
-    free = ("out", "resume", "parts", "lengths", "batches", "model_lengths", "model_batches")  # each part names its own
-    with Record.open(cfg, "speed", free) as record:
+    with Record.open(cfg, "speed") as record:
         rows = time_parts(cfg, record)
         device, folder = jax.devices()[0].device_kind, record.folder.path
         tables = []

@@ -15,6 +15,7 @@ import rich.text
 
 from spotlight_jax.errors import printable
 
+_FILE_WIDTH = 200  # characters of a line of a table in a file
 _PLAIN_EVERY = 10.0  # seconds between plain lines
 
 
@@ -127,6 +128,12 @@ def make_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def open_console() -> rich.console.Console:
+    """Where tables go: as wide as the terminal; a file takes lines of any length."""
+    console = rich.console.Console(highlight=False)
+    return console if console.is_terminal else rich.console.Console(highlight=False, width=_FILE_WIDTH)
 
 
 def print_table(console: rich.console.Console, table: rich.table.Table) -> None:

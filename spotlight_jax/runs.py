@@ -5,13 +5,14 @@ import dataclasses
 import datetime
 import fcntl
 import importlib.metadata
+import itertools
 import json
 import os
 import pathlib
 import platform
 import types
 import typing
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO, TypeVar
 
 import yaml
@@ -60,6 +61,20 @@ class RunFolder:
         except (yaml.YAMLError, ValueError, RecursionError):  # bytes that are no text, days that no month has, nesting
             raise InputError(f"'{file}' is not readable YAML; start a new run") from None
         return from_plain(config_class, plain, str(file))
+
+    def check_resumed(self, cfg: Any, free_fields: Sequence[str]) -> None:
+        """Raise InputError where a resumed run has other flags than it was started with, which the line names.
+
+        Args:
+            free_fields: in which it may differ.
+        """
+        stored = self.config(type(cfg))
+        same = dataclasses.replace(stored, **{field: getattr(cfg, field) for field in free_fields})
+        if changed := differences(same, cfg):
+            raise InputError(
+                f"the run in '{self.path}' was started with other flags ({', '.join(changed)}); "
+                "resume with those, or give another --out"
+            )
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Add one line to `metrics.jsonl`."""
@@ -246,18 +261,17 @@ def differences(first: Any, second: Any, prefix: str = "") -> list[str]:
     return [] if first == second else ["--" + prefix.rstrip(".")]
 
 
-def given_flags(cfg: Any, default: Any, leave_out: Collection[str] = ()) -> list[str]:
-    """The flags, as words of a command line, that make `cfg` of `default`; bools are named, None is left out."""
-    words: list[str] = []
-    for flag in differences(cfg, default):
-        value = cfg
-        for name in flag.removeprefix("--").split("."):
-            value = getattr(value, name.replace("-", "_"))
-        if flag in leave_out or value is None:
-            continue
-        if isinstance(value, bool):
-            head, dot, last = flag.removeprefix("--").rpartition(".")
-            words.append(f"--{head}{dot}{'' if value else 'no-'}{last}")
-        else:
-            words += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
-    return words
+def stored_by(config_class: type[Config]) -> Callable[[Sequence[str]], Config | None]:
+    """What gives the config that a command's flags start from: of the run that --resume continues in --out.
+
+    So `--resume --out FOLDER` alone goes on with the flags the run was started with.
+    """
+
+    def find(args: Sequence[str]) -> Config | None:
+        outs = [word.partition("=")[2] or following for word, following in itertools.zip_longest(args, args[1:])
+                if word == "--out" or word.startswith("--out=")]  # fmt: skip
+        if "--resume" not in args or not outs or outs[-1] is None:
+            return None
+        return RunFolder(pathlib.Path(outs[-1])).config(config_class)
+
+    return find

@@ -11,7 +11,7 @@ import jax
 import pytest
 import yaml
 
-from spotlight_jax import cli, runs
+from spotlight_jax import runs
 from spotlight_jax.errors import InputError
 from spotlight_jax.runs import RunFolder
 
@@ -167,13 +167,6 @@ def test_holding_leaves_nothing_where_nothing_is_written(tmp_path):
     for path in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(InputError, match=r"is no folder|cannot write the run folder"), runs.hold(path):
             pass
-
-
-def test_given_flags_make_the_config_again():
-    words = runs.given_flags(CFG, Outer(), ("--model",))
-    assert words[:5] == ["--hash-cfg.code-bits", "64", "--hash-cfg.weights", "0.5", "0.25"]
-    assert words[5:] == ["--rate", "2e-05", "--texts", "text: é", "no", "--resume"]
-    assert cli.parse(Outer, "x", "", words) == CFG
 
 
 def test_a_folder_whose_process_ended_before_the_config_was_written_is_free(tmp_path):

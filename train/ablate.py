@@ -21,13 +21,12 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-import rich.console
 
 from spotlight_jax import cli, files, runs
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.config.data import DataConfig
 from spotlight_jax.config.selection import MIN_TOKENS
-from spotlight_jax.display import Display, make_table, print_result
+from spotlight_jax.display import Display, make_table, open_console, print_result, print_table
 from spotlight_jax.errors import InputError, check_numbers
 from spotlight_jax.metrics import SelectionQuality
 from spotlight_jax.models.config import nearest
@@ -148,7 +147,7 @@ def variant_config(name: str, cfg: AblateConfig) -> LayerwiseConfig:
 
 def command(args: Sequence[str] | None = None) -> int:
     """Run from flags: `python -m train.ablate`."""
-    return cli.run(main, AblateConfig, "train.ablate", __doc__ or "", args)
+    return cli.run(main, AblateConfig, "train.ablate", __doc__ or "", args, runs.stored_by(AblateConfig))
 
 
 def main(cfg: AblateConfig) -> dict[str, Any]:
@@ -156,12 +155,16 @@ def main(cfg: AblateConfig) -> dict[str, Any]:
     use_compile_cache()
     names = cfg.variants or tuple(VARIANTS)
     out = pathlib.Path(cfg.out) if cfg.out else runs.next_free(pathlib.Path("runs"), "ablation")
-    if not cfg.resume:
+    if cfg.resume:
+        runs.RunFolder(out).check_resumed(cfg, ("out", "resume", "variants", "perplexity"))
+    else:
         runs.RunFolder.check_free(out)
     evaluations = [_read_evaluation(pathlib.Path(folder)) for folder in cfg.perplexity]  # before anything is trained
     left = [name for name in names if not (row := _read_row(out / name)) or not row["is_finished"]]
     variants = {name: variant_config(name, cfg) for name in left}
     with runs.hold(out):
+        if not cfg.resume:
+            runs.RunFolder.create(out, cfg)
         with Display() as display, cli.noted_signals(*cli.STOPPING) as stop:
             _train_together(cfg, variants, out, display, stop)
         rows = [row for name in names if (row := _read_row(out / name))]
@@ -169,8 +172,7 @@ def main(cfg: AblateConfig) -> dict[str, Any]:
         _write_table(rows, out)
     print_result({"ablation": str(out), "results": rows})
     if stop:
-        flags = runs.given_flags(cfg, AblateConfig(), ("--out", "--resume"))
-        told = shlex.join(["python", "-m", "train.ablate", "--resume", "--out", str(out), *flags])
+        told = shlex.join(["python", "-m", "train.ablate", "--resume", "--out", str(out)])
         print(f"stopped; train the rest with: {told}", file=sys.stderr)
         raise SystemExit(128 + stop[0])
     return {"results": rows}
@@ -311,14 +313,8 @@ def _write_table(rows: list[dict[str, Any]], out: pathlib.Path) -> None:
     files.write_text(out / "ablation.md", "\n".join(lines) + "\n")
     files.write_json(out / _ROW, rows)
     plot_ablation(out / "ablation.png", rows)
-    console = rich.console.Console() if sys.stdout.isatty() else rich.console.Console(width=200)
-    console.print(
-        make_table(
-            f"{len(rows)} variants, keep {MeasureConfig.keep:g} (at least {MIN_TOKENS} tokens)",
-            list(columns.values()),
-            cells,
-        )
-    )
+    title = f"{len(rows)} variants, keep {MeasureConfig.keep:g} (at least {MIN_TOKENS} tokens)"
+    print_table(open_console(), make_table(title, list(columns.values()), cells))
     methods = " ".join(f"spotlight@{out / row['variant']}" for row in rows)
     keeps = " ".join(f"{keep:g}" for keep in _KEEPS)
     flags = f"--settings bare sinks --keep {keeps} --methods dense oracle-scores {methods}"

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 
 from spotlight_jax import cli
+from spotlight_jax.runs import stored_by
 from train.config import PRESETS, LayerwiseConfig
 
 main = cli.main_of("train.loop")
@@ -24,7 +25,12 @@ main = cli.main_of("train.loop")
 def command(args: Sequence[str] | None = None) -> int:
     """Run from flags: `python -m train.layerwise` or `spotlight train`."""
     given = list(sys.argv[1:] if args is None else args)
-    return cli.run(main, LayerwiseConfig, "train.layerwise", __doc__ or "", given, PRESETS[_preset_of(given)])
+    return cli.run(main, LayerwiseConfig, "train.layerwise", __doc__ or "", given, _start)
+
+
+def _start(args: Sequence[str]) -> LayerwiseConfig:
+    """What the flags start from: the run that is resumed, or the preset."""
+    return stored_by(LayerwiseConfig)(args) or PRESETS[_preset_of(args)]
 
 
 def _preset_of(args: Sequence[str]) -> str:

@@ -19,7 +19,7 @@ from spotlight_jax.errors import InputError
 from spotlight_jax.memory import GIB
 from spotlight_jax.models.source import lasting_name
 from train import plan
-from train.config import PRESETS, LayerwiseConfig
+from train.config import LayerwiseConfig
 from train.report import print_results, write_results
 from train.session import Session, check_finite
 from train.states import newest_step
@@ -86,13 +86,8 @@ def _find_run(cfg: LayerwiseConfig) -> tuple[LayerwiseConfig, pathlib.Path, bool
     assert cfg.out is not None
     path = pathlib.Path(cfg.out)
     folder = runs.RunFolder(path)
-    stored = folder.config(LayerwiseConfig)
-    given = set(runs.differences(cfg, PRESETS[cfg.preset]))
-    changed = sorted((given & set(runs.differences(cfg, stored))) - {"--out", "--resume", "--dry-run"})
-    if changed:
-        raise InputError(f"'{cfg.out}' was started with another {', '.join(changed)}; a resumed run keeps its flags")
-    found = dataclasses.replace(stored, out=cfg.out, resume=True, dry_run=cfg.dry_run)
-    return dataclasses.replace(found, resume=_has_checkpoint(folder)), path, True
+    folder.check_resumed(cfg, ("out", "resume", "dry_run"))
+    return dataclasses.replace(cfg, resume=_has_checkpoint(folder)), path, True
 
 
 def _has_checkpoint(folder: runs.RunFolder) -> bool:

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from eval.flags import EvalConfig
-from eval.record import stored_by
 from spotlight_jax import cli
 from spotlight_jax.errors import InputError
+from spotlight_jax.runs import stored_by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +54,11 @@ class HarnessConfig(EvalConfig):
             raise InputError(f"fewshot is {self.fewshot}; give 0 examples or more")
         if self.task_folder is not None and not Path(self.task_folder).is_dir():
             raise InputError(f"there is no folder '{self.task_folder}' of tasks")
+
+    @property
+    def free_fields(self) -> tuple[str, ...]:
+        """See `EvalConfig`."""
+        return (*super().free_fields, "tasks", "batch")
 
 
 main = cli.main_of("eval.harness")

@@ -14,9 +14,9 @@ import dataclasses
 from collections.abc import Sequence
 
 from eval.flags import EvalConfig
-from eval.record import stored_by
 from spotlight_jax import cli
 from spotlight_jax.errors import InputError
+from spotlight_jax.runs import stored_by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +46,11 @@ class InspectConfig(EvalConfig):
                 f"queries is {self.queries}, window {self.window}, windows_per_text {self.windows_per_text}; "
                 "give at least 1 of each, and no more queries than a window has tokens"
             )
+
+    @property
+    def free_fields(self) -> tuple[str, ...]:
+        """See `EvalConfig`."""
+        return (*super().free_fields, "texts")
 
 
 main = cli.main_of("eval.inspect")

@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 from eval.flags import EvalConfig
-from eval.record import stored_by
 from spotlight_jax import cli
 from spotlight_jax.errors import InputError
+from spotlight_jax.runs import stored_by
 
 Variant = Literal["needle", "passkey", "copy"]
 
@@ -62,6 +62,11 @@ class NeedleConfig(EvalConfig):
             raise InputError(f"passage is {self.passage}; give at least 32 tokens, 16 of which ask for the rest")
         if min(self.lengths) < 1:
             raise InputError(f"lengths are {self.lengths}; give at least 1 token")
+
+    @property
+    def free_fields(self) -> tuple[str, ...]:
+        """See `EvalConfig`."""
+        return (*super().free_fields, "lengths", "depths")
 
 
 main = cli.main_of("eval.needle")

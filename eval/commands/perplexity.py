@@ -16,9 +16,9 @@ from collections.abc import Sequence
 
 from eval.copy_text import CopyConfig
 from eval.flags import EvalConfig, ForwardConfig
-from eval.record import stored_by
 from spotlight_jax import cli
 from spotlight_jax.errors import InputError
+from spotlight_jax.runs import stored_by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +58,12 @@ class PerplexityConfig(ForwardConfig, EvalConfig):
     def first_scored(self) -> int:
         """The first token of each sequence whose probability counts."""
         return self.copy.first_scored if self.copy_test else 1
+
+    @property
+    def free_fields(self) -> tuple[str, ...]:
+        """See `EvalConfig`."""
+        # a copy text is made of other texts too, so that none may be added
+        return super().free_fields if self.copy_test else (*super().free_fields, "texts")
 
 
 main = cli.main_of("eval.perplexity")

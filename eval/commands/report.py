@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from spotlight_jax import cli
 from spotlight_jax.errors import InputError
+from spotlight_jax.runs import stored_by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,4 +48,4 @@ main = cli.main_of("eval.report")
 
 def command(args: Sequence[str] | None = None) -> int:
     """`spotlight eval report`."""
-    return cli.run(main, ReportConfig, "spotlight eval report", __doc__, args)
+    return cli.run(main, ReportConfig, "spotlight eval report", __doc__, args, stored_by(ReportConfig))

@@ -16,12 +16,12 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
-from eval.record import stored_by
 from spotlight_jax import cli
 from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.errors import InputError
 from spotlight_jax.models.config import nearest
 from spotlight_jax.models.presets import PRESETS
+from spotlight_jax.runs import stored_by
 
 Kind = Literal["ops", "model"]
 
@@ -89,6 +89,11 @@ class SpeedConfig:
         if self.resume and self.out is None:
             raise InputError("--resume needs the run's folder: add --out RUN_FOLDER")
         SelectionConfig(keep=self.keep)
+
+    @property
+    def free_fields(self) -> tuple[str, ...]:
+        """In which a resumed run may differ from how it was started: its rows name them."""
+        return ("out", "resume", "parts", "lengths", "batches", "model_lengths", "model_batches")
 
 
 main = cli.main_of("eval.speed")

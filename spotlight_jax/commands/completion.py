@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -17,7 +18,7 @@ from spotlight_jax.engine import Engine
 from spotlight_jax.errors import InputError
 from spotlight_jax.generate import encode_prompts, make_engine
 from spotlight_jax.models.load import BaseModel, open_tokenizer
-from spotlight_jax.text_files import decode_text, read_text
+from spotlight_jax.text_files import decode_text, read_json_lines, read_text
 
 STDIN = Path("-")
 
@@ -40,17 +41,46 @@ def main(cfg: GenerateCommandConfig) -> dict:
         if not cfg.json:
             console.print(_side_by_side(result))
     if cfg.json:
-        print(json.dumps({"command": "generate", "model": name, **result}))
+        head = {"command": "generate", "model": name}
+        for row in [head | result] if cfg.prompts is None else _rows(head, result, len(texts)):
+            print(json.dumps(row))
     return result
 
 
 def _read_texts(cfg: GenerateCommandConfig) -> list[str]:
-    """The prompts: those given, those in files, or else what is piped in."""
+    """The prompts: of JSON lines, or those given and those in files, or else what is piped in."""
+    if cfg.prompts is not None:
+        return _read_rows(cfg.prompts)
     files = cfg.prompt_file if cfg.prompt or cfg.prompt_file or sys.stdin.isatty() else (STDIN,)
     texts = [*cfg.prompt, *(_read_text(path) for path in files)]
     if not texts:
         raise InputError("there is no prompt; give --prompt TEXT or --prompt-file FILE, or pipe one in")
     return texts
+
+
+def _read_rows(file: Path) -> list[str]:
+    """The prompts of a file of JSON lines; raises InputError that names the line of one that is none."""
+    texts = []
+    for row, where in read_json_lines(file):
+        text = row.get("prompt")
+        if not isinstance(text, str) or not text:
+            told = "has no 'prompt'" if "prompt" not in row else f"has {text!r:.40} as its 'prompt'"
+            raise InputError(f'\'{where}\' {told}; each line needs a text there, such as {{"prompt": "Once"}}')
+        texts.append(text)
+    if not texts:
+        raise InputError(f"'{file}' holds no prompts")
+    return texts
+
+
+def _rows(head: dict, result: dict, count: int) -> Iterator[dict]:
+    """A row for each prompt: its number from 0, its own result, and the report, which is about all of them."""
+
+    def of_one(found: dict, index: int) -> dict:
+        return found["results"][index] | {name: value for name, value in found.items() if name != "results"}
+
+    for index in range(count):
+        own = of_one(result, index) if "results" in result else {way: of_one(result[way], index) for way in result}
+        yield head | {"index": index} | own
 
 
 def _read_text(path: Path) -> str:

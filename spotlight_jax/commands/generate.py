@@ -3,8 +3,9 @@
     spotlight generate --selector runs/demo --prompt-file book.txt --stream
 
 Prints the text on stdout, and on stderr what it took: tokens per second of prompt and decoding, compile time apart, and
-what a step read beside what a dense step reads. `--compare` generates densely too, and shows both side by side. Seconds
-for a short prompt; on two CPU cores a prompt of 7,500 tokens takes SmolLM2 about a minute.
+what a step read beside what a dense step reads. `--compare` generates densely too, and shows both side by side;
+`--prompts FILE.jsonl --json` takes prompts and gives results as JSON lines. Seconds for a short prompt; on two CPUs
+a prompt of 7,500 tokens takes SmolLM2 about a minute.
 """
 
 import dataclasses
@@ -25,6 +26,8 @@ class GenerateCommandConfig(SessionConfig):
     """Texts to continue; several are decoded together. Without any, what is piped in."""
     prompt_file: tuple[Path, ...] = ()
     """UTF-8 files to continue, after the texts; - is what is piped in."""
+    prompts: Path | None = None
+    """JSON lines instead, each with its text under `prompt`; with --json a line of results comes out for each."""
     prompt_tokens: int | None = None
     """Use only the first tokens of each prompt."""
     chat: bool = False
@@ -34,13 +37,16 @@ class GenerateCommandConfig(SessionConfig):
     compare: bool = False
     """Generate densely as well and show both side by side; needs a selector."""
     json: bool = False
-    """Print one line of JSON and nothing else on stdout: texts, token ids and the report."""
+    """Print one line of JSON and nothing else on stdout: texts, token ids and the report; with --prompts a line for
+    each prompt, in order."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be shown or continued."""
         super().__post_init__()
         if self.prompt_tokens is not None and self.prompt_tokens < 1:
             raise InputError(f"prompt_tokens is {self.prompt_tokens}; give at least 1")
+        if self.prompts is not None and (self.prompt or self.prompt_file):
+            raise InputError("--prompts is a file of all prompts; leave out --prompt and --prompt-file")
         if self.compare and self.selector is None:
             raise InputError("--compare sets a selector beside dense reading; give --selector")
         if self.json and self.stream:

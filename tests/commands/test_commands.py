@@ -135,6 +135,50 @@ def texts_after(args, capsys):
     return json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
 
 
+@pytest.mark.parametrize("is_compared", [False, True], ids=["alone", "compared"])
+def test_json_lines_of_prompts_give_json_lines_of_results(is_compared, capsys, tmp_path, selector_folder):
+    prompts = ["abc", 'two\nlines and "quotes" \u2028', "de"]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": text, "id": 7}) for text in prompts) + "\n\n", encoding="utf-8")
+    flags = ["--max-new-tokens", "4", "--json", "--selector", str(selector_folder), *["--compare"] * is_compared]
+    assert generate.command([*flags, "--prompt", *prompts]) == 0
+    whole = json.loads(capsys.readouterr().out)
+    assert generate.command([*flags, "--prompts", str(file)]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row.pop("index") for row in rows] == [0, 1, 2]
+    for place, row in enumerate(rows):
+        assert row.pop("command") == "generate" and row.pop("model") == whole["model"]
+        for way in ("sparse", "dense") if is_compared else (None,):
+            one, all_of_them = (row[way], whole[way]) if way else (row, whole)
+            assert one["text"] == all_of_them["results"][place]["text"]
+            assert one["tokens"] == all_of_them["results"][place]["tokens"]
+            assert one["reads"] == all_of_them["reads"]
+            named = all_of_them.keys() - {"command", "model", "results"} | all_of_them["results"][place].keys()
+            assert one.keys() == named
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ('{"text": "x"}', "prompts.jsonl:2' has no 'prompt'"),
+        ('{"prompt": 3}', "prompts.jsonl:2' has 3 as its 'prompt'"),
+        ('{"prompt": null}', "prompts.jsonl:2' has None as its 'prompt'"),
+        ('{"prompt": ""}', "prompts.jsonl:2' has '' as its 'prompt'"),
+        ('{"prompt": "\\ud800"}', "prompts.jsonl:2' is not valid Unicode"),
+        ('["x"]', "prompts.jsonl:2' is not a JSON object"),
+        ("{", "prompts.jsonl:2"),
+    ],
+    ids=["missing", "number", "null", "empty", "surrogate", "list", "broken"],
+)
+def test_a_row_that_is_no_prompt_is_named_before_a_model_is_loaded(line, told, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(session, "load_model", lambda *_: pytest.fail("loaded"))
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "fine"}\n' + line + "\n", encoding="utf-8")
+    assert generate.command(["--prompts", str(file), "--json"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and told in err
+
+
 def test_a_prompt_may_be_piped_in(capsys, monkeypatch, tmp_path):
     expected = texts_after(["--prompt", "abc"], capsys)
     for args in ([], ["--prompt-file", "-"]):

@@ -168,6 +168,8 @@ WRONG = [
     ("generate --prompt x y --stream", "2 prompts were given"),
     ("generate --prompt x --selector nowhere", "is no selector"),
     ("generate --prompt x --model nowhere", "no such model"),
+    ("generate --prompts nowhere.jsonl", "no such file"),
+    ("generate --prompts nowhere.jsonl --prompt x", "leave out --prompt and --prompt-file"),
     ("generate --prompt x --block 0", "block is 0"),
     ("generate --promt x", "did you mean '--prompt'?"),
     ("chat --model nowhere", "no such model"),

@@ -1,7 +1,9 @@
 """The record of an evaluation: parts on disk as soon as they are measured, and never measured twice."""
 
 import dataclasses
+import importlib
 import json
+import typing
 
 import pytest
 
@@ -10,6 +12,7 @@ from eval.flags import EvalConfig
 from eval.record import Record, file_name
 from spotlight_jax.display import make_table
 from spotlight_jax.errors import InputError
+from spotlight_jax.runs import RunFolder
 
 PARTS = [{"method": "lsh", "keep": keep, "text": "a"} for keep in (0.02, 0.1)]
 
@@ -124,3 +127,20 @@ def test_trials_are_every_share_and_setting_and_one_of_what_has_no_budget(tmp_pa
 def test_bad_flags_are_refused(fields, message):
     with pytest.raises(InputError, match=message):
         EvalConfig(**fields)
+
+
+@pytest.mark.parametrize("name", ["perplexity", "inspect", "needle", "harness", "longbench_generate"])
+def test_other_flags_are_refused_before_a_model_is_loaded(name, tmp_path, monkeypatch):
+    module = importlib.import_module(f"eval.{name}")
+    config_class = typing.get_type_hints(module.main)["cfg"]
+    more = {"harness": {"tasks": ("toy",)}}.get(name, {})
+    first = config_class(model="random:tiny", methods=("dense", "window"), out=str(tmp_path / "run"), **more)
+    RunFolder.create(tmp_path / "run", first)
+    monkeypatch.setattr("eval.config.load_weights", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("eval.harness.open_tasks", lambda cfg: None)
+    monkeypatch.setattr("eval.longbench_generate.open_package", lambda name: None)
+    monkeypatch.setattr("eval.longbench_generate._available", lambda cfg: ["trec"])
+    monkeypatch.setattr("eval.longbench_generate.read_samples", lambda *_, **__: [])
+    monkeypatch.setattr(module, "use_compile_cache", lambda: None)
+    with pytest.raises(InputError, match=r"was started with other flags \(--seed\)"):
+        module.main(dataclasses.replace(first, resume=True, seed=1))

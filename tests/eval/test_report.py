@@ -112,6 +112,8 @@ def test_a_plan_becomes_one_page_that_needs_nothing_else(plan_file, tmp_path, ca
     assert again == results
     assert report.command(["--resume", "--out", str(out), "--fraction", "0.7"]) == 2
     assert "--fraction" in capsys.readouterr().err
+    assert report.command(["--resume", "--out", str(out), "--fraction", "1"]) == 2  # a new report's, but not this one's
+    assert "--fraction" in capsys.readouterr().err
 
 
 def test_an_interrupted_report_has_a_page_and_goes_on(plan_file, tmp_path, capsys, monkeypatch):

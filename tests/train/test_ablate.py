@@ -126,10 +126,27 @@ def test_what_the_end_of_an_ablation_needs_is_looked_at_first(small, tmp_path, m
     out = tmp_path / "all"
     with pytest.raises(InputError, match="is no finished evaluation"):
         ablate.main(ablate.AblateConfig(out=str(out), perplexity=(str(tmp_path / "none"),), **small))
-    (out / "first").mkdir(parents=True)
+    with pytest.raises(InputError, match="is no run folder"):
+        ablate.main(ablate.AblateConfig(out=str(out), resume=True, **small))
+    runs.RunFolder.create(out, ablate.AblateConfig(out=str(out), **small))
+    (out / "first").mkdir()
     (out / "first" / "ablation.json").write_text("{")
     with pytest.raises(InputError, match=r"ablation.json' is damaged: .* remove it to make it again"):
         ablate.main(ablate.AblateConfig(out=str(out), resume=True, **small))
     (out / "first" / "ablation.json").unlink()
     with runs.hold(out), pytest.raises(InputError, match=f"is being written by process {os.getpid()}"):
         ablate.main(ablate.AblateConfig(out=str(out), resume=True, **small))
+
+
+def test_an_ablation_goes_on_with_the_flags_it_was_started_with(small, tmp_path, monkeypatch, capsys):
+    out, seen = tmp_path / "all", []
+    runs.RunFolder.create(out, ablate.AblateConfig(out=str(out), **small))
+    monkeypatch.setattr(ablate, "_train_together", lambda cfg, *_: seen.append(cfg))
+    monkeypatch.setattr(ablate, "plot_ablation", lambda *_: None)
+    args = ["--resume", "--out", str(out)]
+    assert ablate.command([*args, "--variants", "first"]) == 0
+    assert seen[0].steps == small["steps"] and seen[0].train == small["train"] and seen[0].variants == ("first",)
+    for flag, value in (("--steps", "200"), ("--seed", "1")):  # 200: what every new ablation takes
+        assert ablate.command([*args, flag, value]) == 2
+        assert f"was started with other flags ({flag})" in capsys.readouterr().err
+    assert len(seen) == 1

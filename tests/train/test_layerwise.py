@@ -399,8 +399,11 @@ def test_resuming_what_cannot_be_resumed_is_refused(inputs, finished, tmp_path, 
     _assert_refused(["--resume"], "--resume needs the run's folder", capsys)
     _assert_refused(["--resume", "--out", str(tmp_path / "none")], "is no run folder", capsys)
     assert not (tmp_path / "none").exists()
-    told = "was started with another --seed, --steps"
+    told = "was started with other flags (--steps, --seed)"
     _assert_refused(["--resume", "--out", str(finished.path), "--steps", "99", "--seed", "5"], told, capsys)
+    default = ["--steps", str(PRESETS["default"].steps)]  # as a preset says, but not as the run has it
+    _assert_refused(["--resume", "--out", str(finished.path), *default], "other flags (--steps)", capsys)
+    _assert_refused(["--resume", "--out", str(finished.path), "--preset", "demo"], "other flags (--preset)", capsys)
     shutil.copytree(finished.path, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     _assert_refused(["--resume", "--out", str(tmp_path / "run")], "no checkpoint to resume from", capsys)
