@@ -73,6 +73,8 @@ class NeedleConfig(EvalConfig):
     """Tokens of the passage that `copy` repeats."""
     haystack: str = "text:sherlock"
     """A text file, a folder or glob of them, or an embedded text (text:NAME)."""
+    text_column: str = "text"
+    """Key or column that holds the text in a haystack of JSON, CSV or parquet; rows where it is null are left out."""
     sparse_from: Literal["question", "answer"] = "question"
     """Read sparsely from the question on, or from the answer on as generation does (its first token is then dense)."""
     generate: bool = False
@@ -214,7 +216,7 @@ def main(cfg: NeedleConfig) -> dict[str, Any]:
     methods = {trial: subject.open_method(trial.method, trial.selection, cfg.seed) for trial in trials}
     cells: list[Row] = [{"length": length, "depth": depth} for length in cfg.lengths for depth in cfg.depths]
     with Record.open(cfg, cfg.variant, FREE_FIELDS) as record:
-        haystack = Haystack(cfg.haystack, tokenizer, subject.cfg.vocab, 2 * max(cfg.lengths))
+        haystack = Haystack(cfg.haystack, tokenizer, subject.cfg.vocab, 2 * max(cfg.lengths), cfg.text_column)
         desk = Desk(cfg, subject, tokenizer, haystack, methods)
         left = record.begin([trial.part | cell for cell in cells for trial in trials])
         for cell in cells:

@@ -5,8 +5,8 @@
 The prompt is a passage, thousands of tokens of another book, and the opening of the passage again: to go on, the model
 has to read the passage far back in its cache.
 
-The last lines on stdout are a sentence about the far end of the context, and the training summary as JSON, with what was
-generated under `demo`.
+The last lines on stdout are a sentence about the far end of the context, and the training summary as JSON, with what
+was generated under `demo`.
 """
 
 import dataclasses

@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from eval import needle
 from eval.config import ReadingConfig, Subject
@@ -136,6 +137,27 @@ def test_questions_differ_by_sample_and_not_by_call(text_file):
     first, again, other = (desk.question(400, 0.5, sample).tokens for sample in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
+
+
+@pytest.mark.parametrize(("template", "begin"), [("<s> $A", 1), ("<s> $A </s>", 1), ("$A </s>", 0), ("$A", 0)])
+def test_a_haystack_begins_as_the_tokenizer_begins_a_text_whatever_it_puts_after_it(template, begin, text_file):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in ("<s>", "</s>")}
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=list(ids.items()))
+    haystack = Haystack(str(text_file), tokenizer, MODEL.vocab, 800)
+    question = haystack.ask("passkey", 400, 0.5, np.random.default_rng(3), 64)
+    assert question.prompt[:begin].tolist() == [ids["<s>"]] * begin and len(question.tokens) == 400
+    assert not set(ids.values()) & set(question.tokens[begin:].tolist())
+
+
+def test_a_haystack_of_rows_is_read_by_its_column(tmp_path, text_file):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"title": "no", "body": text_file.read_text()}) + "\n")
+    found = Haystack(str(rows), TOKENIZER, MODEL.vocab, 800, "body")
+    np.testing.assert_array_equal(found.tokens, open_haystack(text_file).tokens)
+    with pytest.raises(InputError, match="text"):
+        Haystack(str(rows), TOKENIZER, MODEL.vocab, 800)
 
 
 # The command

@@ -38,9 +38,8 @@ def test_the_demo_trains_then_generates_with_what_it_trained(tmp_path, monkeypat
     assert str(seen["generate"].selector) == out and seen["generate"].compare
     assert seen["generate"].generation.selection.keep == 0.07
     *_, far, last = capsys.readouterr().out.splitlines()
-    assert far == (
-        "At the far end of 8,192 positions the selector reads 0.905 of the attention mass (LSH 0.845, oracle-mass 0.920)."
-    )
+    assert far.startswith("At the far end of 8,192 positions the selector reads 0.905 of the attention mass")
+    assert far.endswith("(LSH 0.845, oracle-mass 0.920).")
     assert report.describe_far({"iou": 0.5, "length": 2048}) is None  # a window reaches it
     summary = json.loads(last)
     assert summary["iou"] == 0.5
