@@ -126,9 +126,14 @@ class Desk:
         return self.haystack.ask(self.cfg.variant, length, depth, rng, self.cfg.passage)
 
     def prefill(self, question: Question) -> Prefilled:
-        """The dense pass over what comes before the question."""
-        room = max(self.cfg.lengths) + _WIDTH
-        return prefill(self.subject.params, self.subject.cfg, question.prompt, room, len(question.tokens))
+        """The dense pass over what comes before the question; padded, so that all of one length compile once or twice.
+
+        What is past the prompt is overwritten or never seen.
+        """
+        room, count = max(self.cfg.lengths) + _WIDTH, len(question.prompt)
+        padded = np.pad(question.prompt, (0, -count % _WIDTH))
+        found = prefill(self.subject.params, self.subject.cfg, padded, room, len(question.tokens))
+        return dataclasses.replace(found, length=count)
 
     def decode(self, tokens: Int32[np.ndarray, "tokens"]) -> str:
         """Their text."""

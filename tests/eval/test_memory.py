@@ -111,6 +111,19 @@ def test_dense_passes_take_a_chunk_of_scores_and_the_mlp():
     assert temporary(prefilled._prefill_layer.lower(LAYER, stream(LONGEST), ints(), CFG, room)) < most
 
 
+@pytest.mark.slow
+def test_a_question_after_a_long_haystack_takes_its_scores_and_the_layers_cache():
+    room, width = LONGEST, 64
+    cached = (shape_of(1, room, CFG.kv_heads, CFG.head_dim),) * 2
+    method, chunk = open_layer("spotlight"), min(width, default_chunk(CFG.q_heads, room, SCORES_MIB))
+    passed = jax.jit(
+        lambda layer, x, cached, *arrays: prefilled._pass_layer(layer, x, cached, method, *arrays, CFG, chunk)
+    )
+    found = temporary(passed.lower(LAYER, stream(width), cached, ints(room), ints(), ints(1), ints(), ints()))
+    caches = 2 * 2 * 4 * room * CFG.kv_heads * CFG.head_dim  # with the new tokens, and as the products take them
+    assert found < 4 * SCORES_MIB * MIB + caches < 2 * GIB
+
+
 def test_the_streams_that_windows_keep_for_the_next_method_are_on_the_host():
     sequence = forward.Sequence(draw_tokens(40))
     selection = SelectionConfig(keep=0.5, dense_layers=(0,))

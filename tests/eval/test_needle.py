@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from eval import needle
+from eval import needle, prefilled
 from eval.config import ReadingConfig, Subject
 from eval.forward import ForwardConfig, Sequence, pass_sequence
 from eval.haystack import Haystack
@@ -73,6 +73,19 @@ def make_desk(text_file, trial_name: str, **fields) -> tuple[needle.Desk, needle
     trial = needle.Trial(trial_name, 0.2, "bare", SELECTION)
     methods = {trial: subject().open_method(trial_name, SELECTION)}
     return needle.Desk(cfg, subject(), TOKENIZER, Haystack(cfg.haystack, TOKENIZER, MODEL.vocab, 800), methods), trial
+
+
+def test_prompts_of_about_one_length_compile_one_prefill_and_say_what_they_say_alone(text_file):
+    desk, trial = make_desk(text_file, "quest")
+    question = desk.question(400, 0.5, 0)
+    before = prefilled._prefill_layer._cache_size()
+    short = needle.Question(question.prompt[:330], question.question, question.answer)
+    for prompt in (question.prompt[:321], question.prompt[:384]):
+        desk.prefill(needle.Question(prompt, question.question, question.answer))
+    assert prefilled._prefill_layer._cache_size() - before <= 1
+    alone = prefill(subject().params, MODEL, short.prompt, room=464, total=len(short.tokens))
+    found, expected = (needle.ask(desk, short, trial, prompt)[0] for prompt in (desk.prefill(short), alone))
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["dense", "spotlight"])
