@@ -27,7 +27,8 @@ class Sequence:
         self.length = len(tokens)
         missing = 0 if slots is None else slots - len(tokens)
         self.tokens: Int32[Array, "one slots"] = jnp.asarray(np.pad(tokens, (0, missing)), jnp.int32)[None]
-        self.streams: dict[int, Array] = {}  # after how many dense layers
+        # after how many dense layers; on the host, where those of all windows of a text are held at once
+        self.streams: dict[int, Float[np.ndarray, "one slots embed"]] = {}
 
 
 @flax.struct.dataclass
@@ -165,9 +166,9 @@ def _leading_stream(
 ) -> Float[Array, "one length embed"]:
     """The stream after `count` dense layers, from the farthest that is known."""
     known = max((depth for depth in sequence.streams if depth <= count), default=0)
-    x = sequence.streams[known] if known else embed_tokens(params, sequence.tokens, cfg)
+    x = jnp.asarray(sequence.streams[known]) if known else embed_tokens(params, sequence.tokens, cfg)
     for layer in range(known, count):
         x = pass_dense_layer(params[f"layer_{layer}"], x, cfg)
     if count < cfg.layers:
-        sequence.streams[count] = x
+        sequence.streams[count] = jax.device_get(x)
     return x

@@ -54,15 +54,29 @@ class Question:
 class Haystack:
     """A long text as token ids, from which each question takes a piece."""
 
-    def __init__(self, source: str, tokenizer: transformers.PreTrainedTokenizerBase, vocab: int, wanted: int) -> None:
+    def __init__(
+        self,
+        source: str,
+        tokenizer: transformers.PreTrainedTokenizerBase,
+        vocab: int,
+        wanted: int,
+        text_column: str = "text",
+    ) -> None:
         """Read at least `wanted` tokens of a text, for a model whose embedding has `vocab` rows.
+
+        Args:
+            source: a text file, a folder or glob of them, or an embedded text.
+            tokenizer: the model's.
+            vocab: see above.
+            wanted: see above.
+            text_column: key or column that holds the text in files of rows.
 
         Raises:
             InputError: there is no such text, it is too short, or it holds no text but token ids.
         """
         self.tokenizer, self.vocab = tokenizer, vocab
         found: list[int] = []
-        for text in _read(source):
+        for text in _read(source, text_column):
             found += self._encode(text.strip() + "\n\n")
             if len(found) >= 4 * wanted:
                 break
@@ -106,7 +120,8 @@ class Haystack:
     def _begin(self) -> list[int]:
         """What the tokenizer puts before every text."""
         whole, bare = encode_text(self.tokenizer, "a", self.vocab), self._encode("a")
-        return whole[: len(whole) - len(bare)] if whole[len(whole) - len(bare) :] == bare else []
+        places = (place for place in range(len(whole)) if whole[place : place + len(bare)] == bare)
+        return whole[: next(places, 0)]  # it may put something after a text, too
 
     def _split(self, asked: str, wanted: str) -> tuple[np.ndarray, np.ndarray]:
         """Both parts as the tokenizer writes them when they stand together."""
@@ -125,12 +140,12 @@ class Haystack:
         return place
 
 
-def _read(source: str) -> Iterator[str]:
+def _read(source: str, column: str) -> Iterator[str]:
     for found in documents.find_sources((source,)):
         if found.hub is not None:
             raise InputError(f"the haystack '{source}' is a data set of the hub; give a local text or text:NAME")
-        nulls = NullCount(source, "text")
-        for document in nulls.skip(documents.read_source(found, "text")):
+        nulls = NullCount(source, column)
+        for document in nulls.skip(documents.read_source(found, column)):
             if not isinstance(document, str):
                 raise InputError(f"the haystack '{source}' holds token ids; give a text")
             yield document

@@ -71,9 +71,14 @@ class Desk:
         return self.haystack.ask(self.cfg.variant, length, depth, rng, self.cfg.passage)
 
     def prefill(self, question: Question) -> Prefilled:
-        """The dense pass over what comes before the question."""
-        room = max(self.cfg.lengths) + _WIDTH
-        return prefill(self.subject.params, self.subject.cfg, question.prompt, room, len(question.tokens))
+        """The dense pass over what comes before the question; padded, so that all of one length compile once or twice.
+
+        What is past the prompt is overwritten or never seen.
+        """
+        room, count = max(self.cfg.lengths) + _WIDTH, len(question.prompt)
+        padded = np.pad(question.prompt, (0, -count % _WIDTH))
+        found = prefill(self.subject.params, self.subject.cfg, padded, room, len(question.tokens))
+        return dataclasses.replace(found, length=count)
 
     def decode(self, tokens: Int32[np.ndarray, "tokens"]) -> str:
         """Their text."""
@@ -161,7 +166,7 @@ def main(cfg: NeedleConfig) -> dict[str, Any]:
     methods = {trial: subject.open_method(trial.method, trial.selection, cfg.seed) for trial in trials}
     cells: list[Row] = [{"length": length, "depth": depth} for length in cfg.lengths for depth in cfg.depths]
     with Record.open(cfg, cfg.variant) as record:
-        haystack = Haystack(cfg.haystack, tokenizer, subject.cfg.vocab, 2 * max(cfg.lengths))
+        haystack = Haystack(cfg.haystack, tokenizer, subject.cfg.vocab, 2 * max(cfg.lengths), cfg.text_column)
         desk = Desk(cfg, subject, tokenizer, haystack, methods)
         left = record.begin([trial.part | cell for cell in cells for trial in trials])
         for cell in cells:

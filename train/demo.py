@@ -5,7 +5,8 @@
 The prompt is a passage, thousands of tokens of another book, and the opening of the passage again: to go on, the model
 has to read the passage far back in its cache.
 
-The last line on stdout is the training summary as JSON, with what was generated under `demo`.
+The last lines on stdout are a sentence about the far end of the context, and the training summary as JSON, with what
+was generated under `demo`.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from spotlight_jax.display import print_result
 from spotlight_jax.errors import InputError
 from spotlight_jax.token_ids import encode_text
 from train.config import PRESETS, LayerwiseConfig
+from train.report import describe_far
 
 _PASSAGE, _OPENING = 400, 60  # tokens of the passage, and of its opening at the end of the prompt
 
@@ -79,6 +81,8 @@ def main(cfg: DemoConfig) -> dict[str, Any]:
             )
         )
     print(f"The passage {cfg.prompt_tokens - _OPENING:,} tokens back goes on: {expected!r}")
+    if far := describe_far(summary):
+        print(far)
     summary["demo"] = {
         name: {
             "text": compared[name]["results"][0]["text"],

@@ -123,6 +123,17 @@ def _quality_rows(found: dict[str, Any], bits: int, oracle: str, *between: list[
     ]
 
 
+def describe_far(summary: dict[str, Any]) -> str | None:
+    """One sentence about quality at the far end of the context; None where that is no farther than a window's."""
+    if "mass_at_length" not in summary:
+        return None
+    trained, lsh, oracle = (_cell(summary[f"mass{name}_at_length"]) for name in ("", "_lsh", "_oracle"))
+    return (
+        f"At the far end of {summary['length']:,} positions the selector reads {trained} of the attention mass "
+        f"(LSH {lsh}, {summary['oracle']} {oracle})."
+    )
+
+
 def describe_share(summary: dict[str, Any]) -> str:
     """What was asked for, and what was read: more where the least number of tokens is more than the share."""
     read = f"{100 * summary['share_read']:.1f} % of the cached tokens read"

@@ -41,6 +41,8 @@ class NeedleConfig(EvalConfig):
     """Tokens of the passage that `copy` repeats."""
     haystack: str = "text:sherlock"
     """A text file, a folder or glob of them, or an embedded text (text:NAME)."""
+    text_column: str = "text"
+    """Key or column that holds the text in a haystack of JSON, CSV or parquet; rows where it is null are left out."""
     sparse_from: Literal["question", "answer"] = "question"
     """Read sparsely from the question on, or from the answer on as generation does (its first token is then dense)."""
     generate: bool = False

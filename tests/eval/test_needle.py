@@ -6,8 +6,9 @@ import json
 import jax
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 
-from eval import needle
+from eval import needle, prefilled
 from eval.commands.needle import NeedleConfig
 from eval.config import Subject
 from eval.flags import ForwardConfig, ReadingConfig
@@ -78,6 +79,19 @@ def make_desk(text_file, trial_name: str, **fields) -> tuple[needle.Desk, needle
     return needle.Desk(cfg, subject(), TOKENIZER, Haystack(cfg.haystack, TOKENIZER, MODEL.vocab, 800), methods), trial
 
 
+def test_prompts_of_about_one_length_compile_one_prefill_and_say_what_they_say_alone(text_file):
+    desk, trial = make_desk(text_file, "quest")
+    question = desk.question(400, 0.5, 0)
+    before = prefilled._prefill_layer._cache_size()
+    short = needle.Question(question.prompt[:330], question.question, question.answer)
+    for prompt in (question.prompt[:321], question.prompt[:384]):
+        desk.prefill(needle.Question(prompt, question.question, question.answer))
+    assert prefilled._prefill_layer._cache_size() - before <= 1
+    alone = prefill(subject().params, MODEL, short.prompt, room=464, total=len(short.tokens))
+    found, expected = (needle.ask(desk, short, trial, prompt)[0] for prompt in (desk.prefill(short), alone))
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("name", ["dense", "spotlight"])
 def test_exact_means_that_greedy_decoding_writes_the_answer(name, text_file):
     desk, trial = make_desk(text_file, name, generate=True)
@@ -140,6 +154,27 @@ def test_questions_differ_by_sample_and_not_by_call(text_file):
     first, again, other = (desk.question(400, 0.5, sample).tokens for sample in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
+
+
+@pytest.mark.parametrize(("template", "begin"), [("<s> $A", 1), ("<s> $A </s>", 1), ("$A </s>", 0), ("$A", 0)])
+def test_a_haystack_begins_as_the_tokenizer_begins_a_text_whatever_it_puts_after_it(template, begin, text_file):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in ("<s>", "</s>")}
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=list(ids.items()))
+    haystack = Haystack(str(text_file), tokenizer, MODEL.vocab, 800)
+    question = haystack.ask("passkey", 400, 0.5, np.random.default_rng(3), 64)
+    assert question.prompt[:begin].tolist() == [ids["<s>"]] * begin and len(question.tokens) == 400
+    assert not set(ids.values()) & set(question.tokens[begin:].tolist())
+
+
+def test_a_haystack_of_rows_is_read_by_its_column(tmp_path, text_file):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"title": "no", "body": text_file.read_text()}) + "\n")
+    found = Haystack(str(rows), TOKENIZER, MODEL.vocab, 800, "body")
+    np.testing.assert_array_equal(found.tokens, open_haystack(text_file).tokens)
+    with pytest.raises(InputError, match="text"):
+        Haystack(str(rows), TOKENIZER, MODEL.vocab, 800)
 
 
 # The command

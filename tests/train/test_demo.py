@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from train import demo, loop
+from train import demo, loop, report
 
 
 @pytest.mark.slow
@@ -18,7 +18,8 @@ def test_the_demo_trains_then_generates_with_what_it_trained(tmp_path, monkeypat
 
     def train(cfg):
         seen["train"] = cfg
-        return {"iou": 0.5}
+        far = {"mass_at_length": 0.9048, "mass_lsh_at_length": 0.84453, "mass_oracle_at_length": 0.91961}
+        return {"iou": 0.5, "length": 8192, "oracle": "oracle-mass", **far}
 
     def generate(cfg):
         seen["generate"] = cfg
@@ -36,6 +37,10 @@ def test_the_demo_trains_then_generates_with_what_it_trained(tmp_path, monkeypat
     assert seen["train"].preset == "demo" and seen["train"].steps == 3 and seen["train"].out == out
     assert str(seen["generate"].selector) == out and seen["generate"].compare
     assert seen["generate"].generation.selection.keep == 0.07
-    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    *_, far, last = capsys.readouterr().out.splitlines()
+    assert far.startswith("At the far end of 8,192 positions the selector reads 0.905 of the attention mass")
+    assert far.endswith("(LSH 0.845, oracle-mass 0.920).")
+    assert report.describe_far({"iou": 0.5, "length": 2048}) is None  # a window reaches it
+    summary = json.loads(last)
     assert summary["iou"] == 0.5
     assert summary["demo"]["sparse"] == {"text": "twice", "tokens_per_second": 2.0, "tokens_read": 35}
