@@ -1,5 +1,6 @@
 """Attention of one layer as a method reads it, for many queries at once or for one."""
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
@@ -91,6 +92,23 @@ def attend_with(
         return jnp.where(is_dense, visible, reading.mask), log_weights, reads
 
     return selected_attention(queries, keys, values, select, positions=positions, chunk=chunk)
+
+
+@flax.struct.dataclass
+class Selected:
+    """What a layer attends with that reads as a method does; see `attend_with`."""
+
+    method: Method  # with the layer's params
+    budgets: Int32[Array, " kv_len"]
+    positions: Int32[Array, "batch q_len"]
+    lengths: Int32[Array, "batch"]
+    dense_prefix: Int32[Array, ""]
+    chunk: int = flax.struct.field(pytree_node=False, default=64)
+
+    def __call__(self, queries: Array, keys: Array, values: Array) -> tuple[Array, dict[str, Array]]:
+        """See `attend_with`."""
+        args = self.budgets, self.positions, self.lengths, self.dense_prefix, self.chunk
+        return attend_with(self.method, queries, keys, values, *args)
 
 
 def default_chunk(q_heads: int, kv_len: int, scores_mib: int | None = None) -> int:

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, PyTree
 
-from eval.attend import attend_with, causal_budgets, default_chunk, dense_reads
+from eval.attend import Selected, causal_budgets, default_chunk, dense_reads
 from eval.flags import ForwardConfig
 from eval.methods.base import Method
 from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.errors import InputError
 from spotlight_jax.models.config import DecoderConfig
-from spotlight_jax.models.decoder import Params, apply_layer, attend_densely, embed_tokens, unembed, unembed_params
+from spotlight_jax.models.decoder import Params, embed_tokens, unembed, unembed_params
+from spotlight_jax.models.runner import Attend, Dense, run_layers
 
 _LOGIT_BYTES = 2**27  # float32 logits held at once
 
@@ -42,35 +43,8 @@ class Passed:
     index_bytes: Float[np.ndarray, "length"]  # of these, the index
 
 
-@functools.partial(jax.jit, static_argnames="cfg")
-def pass_dense_layer(
-    layer_params: Params, x: Float[Array, "batch length embed"], cfg: DecoderConfig
-) -> Float[Array, "batch length embed"]:
-    """One dense layer over whole sequences."""
-    return apply_layer(layer_params, x, _positions(x), attend_densely, cfg)[0]
-
-
-@functools.partial(jax.jit, static_argnames=("cfg", "chunk"))
-def pass_sparse_layer(
-    layer_params: Params,
-    x: Float[Array, "batch length embed"],
-    method: Method,
-    budgets: Int32[Array, " length"],
-    lengths: Int32[Array, "batch"],
-    dense_prefix: Int32[Array, ""],
-    cfg: DecoderConfig,
-    chunk: int,
-) -> tuple[Array, dict[str, Array]]:
-    """One layer over whole sequences that reads as `method`, which has this layer's params; see `attend_with`."""
-    positions = _positions(x)
-
-    def attend(queries: Array, keys: Array, values: Array) -> tuple[Array, dict[str, Array]]:
-        return attend_with(method, queries, keys, values, budgets, positions, lengths, dense_prefix, chunk)
-
-    return apply_layer(layer_params, x, positions, attend, cfg)
-
-
-def _positions(x: Array) -> Int32[Array, "batch length"]:
+def positions_of(x: Array) -> Int32[Array, "batch length"]:
+    """0, 1, ... in each sequence of a stream."""
     return jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None, :], x.shape[:2])
 
 
@@ -132,18 +106,22 @@ def pass_sequence(
     is_sparse = [layer not in method.dense_layers for layer in range(model_cfg.layers)]
     leading = is_sparse.index(True) if any(is_sparse) else model_cfg.layers
     x = _leading_stream(params, model_cfg, sequence, leading)
-    whole = dense_reads(_positions(x), model_cfg.kv_heads, 2 * model_cfg.head_dim * x.dtype.itemsize)
+    whole = dense_reads(positions_of(x), model_cfg.kv_heads, 2 * model_cfg.head_dim * x.dtype.itemsize)
     sums = {name: leading * read for name, read in whole.items()}
     tokens = jnp.zeros_like(whole["tokens"])
-    for layer in range(leading, model_cfg.layers):
-        layer_params, reads = params[f"layer_{layer}"], whole
+    positions = positions_of(x)
+
+    def attend_of(layer: int) -> Attend:
+        if not is_sparse[layer]:
+            return Dense()
+        return Selected(method.layer(layer), budgets, positions, lengths, dense_prefix, chunk)
+
+    passed = run_layers(params, x, positions, attend_of, model_cfg, layers=range(leading, model_cfg.layers))
+    for layer, (after, reads) in enumerate(passed, start=leading):
+        x = after
         if is_sparse[layer]:
-            own = method.layer(layer)
-            x, reads = pass_sparse_layer(layer_params, x, own, budgets, lengths, dense_prefix, model_cfg, chunk)
             tokens = tokens + reads["tokens"] / sum(is_sparse)
-        else:
-            x = pass_dense_layer(layer_params, x, model_cfg)
-        sums = {name: sums[name] + reads[name] for name in sums}
+        sums = {name: sums[name] + (reads if is_sparse[layer] else whole)[name] for name in sums}
     tokens = tokens if any(is_sparse) else whole["tokens"]
     log_probs, is_greedy = score_next(unembed_params(params), x, sequence.tokens, model_cfg)
     targets = [np.asarray(array)[: sequence.length - 1] for array in (log_probs, is_greedy)]
@@ -167,8 +145,8 @@ def _leading_stream(
     """The stream after `count` dense layers, from the farthest that is known."""
     known = max((depth for depth in sequence.streams if depth <= count), default=0)
     x = jnp.asarray(sequence.streams[known]) if known else embed_tokens(params, sequence.tokens, cfg)
-    for layer in range(known, count):
-        x = pass_dense_layer(params[f"layer_{layer}"], x, cfg)
+    for after, _ in run_layers(params, x, positions_of(x), lambda layer: Dense(), cfg, layers=range(known, count)):
+        x = after
     if count < cfg.layers:
         sequence.streams[count] = jax.device_get(x)
     return x

@@ -24,6 +24,7 @@ from spotlight_jax.generate import generate, make_engine
 from spotlight_jax.memory import step_reads
 from spotlight_jax.models.decoder import embed_tokens, unembed_params
 from spotlight_jax.models.load import BaseModel
+from spotlight_jax.models.runner import Dense, run_layers
 from spotlight_jax.stops import Stops, find_stops
 from spotlight_jax.text_stream import TextStream
 
@@ -156,8 +157,8 @@ class Reader:
                 padded[row, : len(request.tokens)] = request.tokens
             tokens = jnp.asarray(padded)
             x = embed_tokens(params, tokens, cfg)
-            for layer in range(cfg.layers):
-                x = forward.pass_dense_layer(params[f"layer_{layer}"], x, cfg)
+            for after, _ in run_layers(params, x, forward.positions_of(x), lambda layer: Dense(), cfg):
+                x = after
             for row, request in enumerate(group):
                 first = request.scored_from - 1  # the query that foretells the first scored token
                 width = min(_tail_width(len(request.tokens) - first), slots)

@@ -10,6 +10,7 @@ from collections.abc import Sequence as Several
 from pathlib import Path
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +28,7 @@ from eval.config import (
     load_subject,
     say_ranges,
 )
-from eval.forward import check_length
+from eval.forward import check_length, positions_of
 from eval.labels import name_methods
 from eval.methods import base_name
 from eval.methods.base import Method, rule_of
@@ -40,25 +41,23 @@ from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.config.data import DataConfig
 from spotlight_jax.data import read_windows
 from spotlight_jax.display import make_table
-from spotlight_jax.models.config import DecoderConfig
-from spotlight_jax.models.decoder import Params, apply_layer, embed_tokens
+from spotlight_jax.models.decoder import embed_tokens
+from spotlight_jax.models.runner import run_layers
 
 MEASURES = ("iou", "recall", "mass", "oracle_mass")
 WORST = 10
 
 
-@functools.partial(jax.jit, static_argnames="cfg")
-def _capture_layer(
-    layer_params: Params, x: Float[Array, "one length embed"], picks: Int32[Array, "one n"], cfg: DecoderConfig
-) -> tuple[Array, tuple[Array, Array]]:
-    """The stream after a dense layer, and its queries at `picks` and all its keys."""
-    positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+@flax.struct.dataclass
+class Captured:
+    """Dense attention that gives back the queries at `picks` and all keys."""
 
-    def attend(queries: Array, keys: Array, values: Array) -> tuple[Array, tuple[Array, Array]]:
-        picked = jnp.take_along_axis(queries, picks[:, :, None, None], axis=1, mode="clip")
+    picks: Int32[Array, "one n"]
+
+    def __call__(self, queries: Array, keys: Array, values: Array) -> tuple[Array, tuple[Array, Array]]:
+        """See `Attend`."""
+        picked = jnp.take_along_axis(queries, self.picks[:, :, None, None], axis=1, mode="clip")
         return causal_attention(queries, keys, values), (picked, keys)
-
-    return apply_layer(layer_params, x, positions, attend, cfg)
 
 
 @functools.partial(jax.jit, static_argnames="chunk")
@@ -106,8 +105,9 @@ def inspect_window(
     budgets = [causal_budgets(len(tokens), trial.selection) for trial in trials]
     found: list[list[Any]] = [[] for _ in trials]
     x = embed_tokens(params, jnp.asarray(tokens)[None], cfg)
-    for layer in range(cfg.layers):
-        x, (queries, keys) = _capture_layer(params[f"layer_{layer}"], x, picks, cfg)
+    attend = Captured(picks)
+    passed = run_layers(params, x, positions_of(x), lambda layer: attend, cfg)
+    for layer, (_, (queries, keys)) in enumerate(passed):
         for own, method, allowed in zip(found, methods, budgets, strict=True):
             own.append(inspect_layer(method.layer(layer), queries, keys, picks, allowed, chunk))
     whole = dense_reads(picks, cfg.kv_heads, 2 * cfg.head_dim * keys.dtype.itemsize)

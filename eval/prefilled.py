@@ -3,18 +3,20 @@
 import dataclasses
 import functools
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from eval.attend import attend_with, causal_budgets, default_chunk, dense_reads, row_bytes
+from eval.attend import Selected, causal_budgets, default_chunk, dense_reads, row_bytes
 from eval.forward import check_scores
 from eval.methods.base import Method
 from spotlight_jax.attention import causal_attention
 from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.models.config import DecoderConfig
-from spotlight_jax.models.decoder import Params, apply_layer, embed_tokens, unembed, unembed_params
+from spotlight_jax.models.decoder import Params, embed_tokens, unembed, unembed_params
+from spotlight_jax.models.runner import Attend, run_layers
 
 KeysValues = tuple[
     Float[Array, "one room kv_heads head_dim"],
@@ -60,24 +62,42 @@ def prefill(
         total: tokens of the prompt and what will follow it.
     """
     x = embed_tokens(params, jnp.asarray(tokens, jnp.int32)[None], cfg)
-    layers = []
-    for layer in range(cfg.layers):
-        x, cached = _prefill_layer(params[f"layer_{layer}"], x, jnp.int32(total), cfg, room)
-        layers.append(cached)
+    positions, attend = jnp.arange(x.shape[1], dtype=jnp.int32)[None], Kept(room)
+    layers = [cached for _, cached in run_layers(params, x, positions, lambda layer: attend, cfg, jnp.int32(total))]
     return Prefilled(tuple(layers), len(tokens), total)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "room"))
-def _prefill_layer(
-    layer_params: Params, x: Float[Array, "one length embed"], rope_len: Int32[Array, ""], cfg: DecoderConfig, room: int
-) -> tuple[Array, KeysValues]:
-    positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+@flax.struct.dataclass
+class Kept:
+    """Dense attention that gives back keys and values, filled up to `room` tokens."""
 
-    def attend(queries: Array, keys: Array, values: Array) -> tuple[Array, KeysValues]:
-        missing = ((0, 0), (0, room - keys.shape[1]), (0, 0), (0, 0))
+    room: int = flax.struct.field(pytree_node=False)
+
+    def __call__(self, queries: Array, keys: Array, values: Array) -> tuple[Array, KeysValues]:
+        """See `Attend`."""
+        missing = ((0, 0), (0, self.room - keys.shape[1]), (0, 0), (0, 0))
         return causal_attention(queries, keys, values), (jnp.pad(keys, missing), jnp.pad(values, missing))
 
-    return apply_layer(layer_params, x, positions, attend, cfg, rope_len)
+
+@flax.struct.dataclass
+class AfterPrompt:
+    """Attention of the tokens after a prompt: written behind its keys and values first, then read."""
+
+    cached: KeysValues
+    start: Int32[Array, ""]
+    selected: Selected | None  # None: a dense layer
+
+    def __call__(self, queries: Array, keys: Array, values: Array) -> tuple[Array, dict[str, Array]]:
+        """See `Attend`."""
+        keys, values = (
+            jax.lax.dynamic_update_slice_in_dim(old, new, self.start, axis=1)
+            for old, new in zip(self.cached, (keys, values), strict=True)
+        )
+        if self.selected is not None:
+            return self.selected(queries, keys, values)
+        positions = self.start + jnp.arange(queries.shape[1], dtype=jnp.int32)[None]
+        reads = dense_reads(positions, keys.shape[2], row_bytes(keys))
+        return causal_attention(queries, keys, values, offsets=self.start[None]), reads
 
 
 def pass_tail(
@@ -115,20 +135,17 @@ def pass_tail(
     x = embed_tokens(params, padded, cfg)
     sums: dict[str, Array] = {}
     read = jnp.zeros((1, width), jnp.float32)
-    for layer, cached in enumerate(prompt.layers):
-        x, reads = _pass_layer(
-            params[f"layer_{layer}"],
-            x,
-            cached,
-            method.layer(layer) if is_sparse[layer] else None,
-            budgets,
-            start,
-            lengths,
-            jnp.int32(sparse_from),
-            jnp.int32(prompt.rope_len),
-            cfg,
-            chunk,
-        )
+    positions = start + jnp.arange(width, dtype=jnp.int32)[None]
+
+    def attend_of(layer: int) -> Attend:
+        selected = None
+        if is_sparse[layer]:
+            selected = Selected(method.layer(layer), budgets, positions, lengths, jnp.int32(sparse_from), chunk)
+        return AfterPrompt(prompt.layers[layer], start, selected)
+
+    passed = run_layers(params, x, positions, attend_of, cfg, jnp.int32(prompt.rope_len))
+    for layer, (after, reads) in enumerate(passed):
+        x = after
         if is_sparse[layer] or not any(is_sparse):
             read = read + reads["tokens"] / (sum(is_sparse) or cfg.layers)
         sums = {name: sums.get(name, 0) + value for name, value in reads.items()}
@@ -137,36 +154,6 @@ def pass_tail(
     cut = [np.asarray(array)[:count] for array in jax.device_get(found)]
     check_scores(cut[1][:-1])
     return Tail(cut[0], cut[1][:-1], *cut[2:])
-
-
-@functools.partial(jax.jit, static_argnames=("cfg", "chunk"))
-def _pass_layer(
-    layer_params: Params,
-    x: Float[Array, "one tail embed"],
-    cached: KeysValues,
-    method: Method | None,  # None: a dense layer
-    budgets: Int32[Array, " room"],
-    start: Int32[Array, ""],
-    lengths: Int32[Array, "one"],
-    sparse_from: Int32[Array, ""],
-    rope_len: Int32[Array, ""],
-    cfg: DecoderConfig,
-    chunk: int,
-) -> tuple[Array, dict[str, Array]]:
-    positions = start + jnp.arange(x.shape[1], dtype=jnp.int32)[None]
-
-    def attend(queries: Array, keys: Array, values: Array) -> tuple[Array, dict[str, Array]]:
-        keys, values = (
-            jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
-            for old, new in zip(cached, (keys, values), strict=True)
-        )
-        if method is None:
-            return causal_attention(queries, keys, values, offsets=start[None]), dense_reads(
-                positions, keys.shape[2], row_bytes(keys)
-            )
-        return attend_with(method, queries, keys, values, budgets, positions, lengths, sparse_from, chunk)
-
-    return apply_layer(layer_params, x, positions, attend, cfg, rope_len)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")

@@ -21,8 +21,9 @@ from spotlight_jax.decode_step import decode_step
 from spotlight_jax.engine import Engine
 from spotlight_jax.errors import InputError
 from spotlight_jax.models.config import RopeConfig
-from spotlight_jax.models.decoder import apply_layer, embed_tokens, forward, init_params, unembed
+from spotlight_jax.models.decoder import apply_layer, embed_tokens, init_params, unembed
 from spotlight_jax.models.presets import PRESETS
+from spotlight_jax.models.runner import forward
 from spotlight_jax.scoring import hash_score_range, hash_scores
 from spotlight_jax.selection import select_mask
 from tests.hash_params import draw_params

@@ -6,7 +6,6 @@ needs more windows than fit fills the cache several times.
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
 import pathlib
@@ -25,7 +24,8 @@ from spotlight_jax import files
 from spotlight_jax.errors import InputError
 from spotlight_jax.memory import GIB
 from spotlight_jax.models.config import DecoderConfig
-from spotlight_jax.models.decoder import Params, apply_layer, attend_densely, embed_tokens
+from spotlight_jax.models.decoder import Params, embed_tokens
+from spotlight_jax.models.runner import Dense, run_layers
 from train.capture import AXIS, Captured, capture_layer, stack_layers
 
 
@@ -181,11 +181,6 @@ def identify(
     return {"weights": weights.hexdigest(), "dtype": str(dtype), "config": digest}
 
 
-@functools.partial(jax.jit, static_argnames="cfg")
-def _pass_layer(layer_params, x, positions, cfg):
-    return apply_layer(layer_params, x, positions, attend_densely, cfg)[0]
-
-
 def hidden_states(
     params: Params, tokens: Int32[Array, "one window"], positions: Int32[Array, "ranges one window"], cfg: DecoderConfig
 ) -> np.ndarray:
@@ -195,9 +190,8 @@ def hidden_states(
     for own in positions:
         x = embed_tokens(params, tokens, cfg)
         states.append(x)
-        for layer in range(cfg.layers - 1):
-            x = _pass_layer(params[f"layer_{layer}"], x, own, cfg)
-            states.append(x)
+        before_last = run_layers(params, x, own, lambda layer: Dense(), cfg, layers=range(cfg.layers - 1))
+        states += [after for after, _ in before_last]
     return np.stack([np.asarray(state[0]) for state in states])
 
 

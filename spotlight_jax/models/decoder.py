@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, PyTree
 
-from spotlight_jax.attention import causal_attention
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.rope import Angles, apply_rope, rope_angles
 from spotlight_jax.models.split_k import split_k_dot
@@ -128,42 +127,6 @@ def unembed(params: Params, x: Float[Array, "batch len embed"], cfg: DecoderConf
 def unembed_params(params: Params) -> Params:
     """The part of the tree that `unembed` reads: a compiled caller takes this instead of the weights of all layers."""
     return {name: params[name] for name in ("embed", "norm", "head") if name in params}
-
-
-def attend_densely(queries: Array, keys: Array, values: Array) -> tuple[Array, None]:
-    """The `attend` of a plain forward pass: every query reads all tokens up to its own."""
-    return causal_attention(queries, keys, values), None
-
-
-# One compiled layer for all layers of a forward pass that is not itself under jit.
-_jitted_layer = jax.jit(apply_layer, static_argnames=("attend", "cfg"))
-_jitted_unembed = jax.jit(unembed, static_argnames=("cfg",))
-
-
-def forward(
-    params: Params,
-    tokens: Int32[Array, "batch len"],
-    cfg: DecoderConfig,
-    attend: Attend | None = None,
-    positions: Int32[Array, "batch len"] | None = None,
-) -> Float[Array, "batch len vocab"]:
-    """Float32 logits of every token.
-
-    Args:
-        params: see the module.
-        tokens: ids.
-        cfg: the decoder's.
-        attend: used in every layer, what it returns beside outputs is dropped; None: dense causal attention.
-            A function that is made anew for each call compiles anew for each call.
-        positions: None: 0, 1, ... in each sequence.
-    """
-    if positions is None:
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
-    attend = attend_densely if attend is None else attend
-    x = embed_tokens(params, tokens, cfg)
-    for layer in range(cfg.layers):
-        x, _ = _jitted_layer(params[f"layer_{layer}"], x, positions, attend, cfg)
-    return _jitted_unembed(params, x, cfg)
 
 
 def param_shapes(cfg: DecoderConfig, dtype: Any) -> PyTree:

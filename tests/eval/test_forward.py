@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from eval.attend import Selected
 from eval.flags import ForwardConfig
-from eval.forward import Sequence, check_length, pass_sequence, pass_sparse_layer
+from eval.forward import Sequence, check_length, pass_sequence
 from eval.methods import METHODS
 from eval.methods.window import Window
 from spotlight_jax.config.generation import DecodeConfig
@@ -17,7 +18,7 @@ from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.decode_step import decode_step
 from spotlight_jax.engine import Engine
 from spotlight_jax.errors import InputError
-from spotlight_jax.models.decoder import forward
+from spotlight_jax.models.runner import forward, run_layer
 from tests.eval.subjects import MODEL, draw_tokens, make_selector, subject
 
 TOKENS = draw_tokens(90)
@@ -162,10 +163,12 @@ def test_bad_flags_are_refused(fields):
 @pytest.mark.parametrize("name", ["spotlight", "quest", "magicpig", "random"])
 def test_a_layer_lowers_for_cuda(name):
     who = subject()
-    args = [who.params["layer_1"], jnp.zeros((1, 40, MODEL.embed)), who.open_method(name, SPARSE).layer(1)]
-    args += [jnp.zeros(40, jnp.int32), jnp.full((1,), 40, jnp.int32), jnp.int32(0)]
+    positions, lengths = jnp.arange(40, dtype=jnp.int32)[None], jnp.full((1,), 40, jnp.int32)
+    method = who.open_method(name, SPARSE).layer(1)
+    attend = Selected(method, jnp.zeros(40, jnp.int32), positions, lengths, jnp.int32(0), 16)
+    args = [who.params["layer_1"], jnp.zeros((1, 40, MODEL.embed)), positions, attend]
     leaves, structure = jax.tree.flatten(args)  # tracing describes a tree's leaves by objects that are no arrays
-    layer = jax.jit(lambda *leaves: pass_sparse_layer(*jax.tree.unflatten(structure, leaves), MODEL, 16))
+    layer = jax.jit(lambda *leaves: run_layer(*jax.tree.unflatten(structure, leaves), MODEL))
     layer.trace(*leaves).lower(lowering_platforms=("cuda",))
 
 

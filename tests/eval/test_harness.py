@@ -22,9 +22,10 @@ from spotlight_jax.config.hashing import HashConfig
 from spotlight_jax.config.sampling import SamplingConfig
 from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.generate import generate, head_shape
-from spotlight_jax.models.decoder import forward, init_params
+from spotlight_jax.models.decoder import init_params
 from spotlight_jax.models.load import BaseModel
 from spotlight_jax.models.presets import PRESETS
+from spotlight_jax.models.runner import forward
 from tests.byte_tokenizer import byte_tokenizer
 
 pytestmark = pytest.mark.slow  # whole commands and many methods, compiled anew

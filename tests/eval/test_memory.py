@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 
 from eval import forward, inspect, prefilled
-from eval.attend import default_chunk
-from eval.methods import open_method
+from eval.attend import Selected, default_chunk
+from eval.methods.opening import open_method
 from spotlight_jax import hashing
 from spotlight_jax.checkpoint import Selector
+from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.generate import head_shape
 from spotlight_jax.models.decoder import init_params, unembed_params
 from spotlight_jax.models.presets import PRESETS
-from spotlight_jax.selection import SelectionConfig
+from spotlight_jax.models.runner import Dense, run_layer
 from tests.eval.subjects import MODEL, draw_tokens, subject
 
 LONGEST = 131_072
@@ -63,8 +64,12 @@ def bytes_to_inspect(name, length):
 def bytes_to_pass(name, length):
     chunk = default_chunk(CFG.q_heads, length, SCORES_MIB)
     method = open_layer(name)
-    passed = jax.jit(lambda layer, x, *arrays: forward.pass_sparse_layer(layer, x, method, *arrays, CFG, chunk))
-    return temporary(passed.lower(LAYER, stream(length), ints(length), ints(1), ints()))
+
+    def passed(layer, x, positions, budgets, lengths, dense_prefix):
+        attend = Selected(method, budgets, positions, lengths, dense_prefix, chunk)
+        return run_layer(layer, x, positions, attend, CFG)
+
+    return temporary(jax.jit(passed).lower(LAYER, stream(length), ints(1, length), ints(length), ints(1), ints()))
 
 
 def test_as_many_queries_are_scored_at_once_as_their_scores_have_memory():
@@ -105,10 +110,14 @@ def test_dense_passes_take_a_chunk_of_scores_and_the_mlp():
     """One KV head and 256 queries at once, in a few copies."""
     most = 4 * 4 * CFG.group * 256 * LONGEST + 3 * 4 * LONGEST * CFG.mlp
     assert most < 4 * GIB
-    assert temporary(inspect._capture_layer.lower(LAYER, stream(LONGEST), ints(1, QUERIES), cfg=CFG)) < most
-    assert temporary(forward.pass_dense_layer.lower(LAYER, stream(LONGEST), CFG)) < most
-    room = LONGEST + 64
-    assert temporary(prefilled._prefill_layer.lower(LAYER, stream(LONGEST), ints(), CFG, room)) < most
+
+    def passed(layer, x, positions, picks):
+        attends = Dense(), inspect.Captured(picks), prefilled.Kept(LONGEST + 64)
+        return [run_layer(layer, x, positions, attend, CFG) for attend in attends]
+
+    for which in range(3):
+        one = jax.jit(lambda *arrays, which=which: passed(*arrays)[which])
+        assert temporary(one.lower(LAYER, stream(LONGEST), ints(1, LONGEST), ints(1, QUERIES))) < most
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from eval import needle, prefilled
+from eval import needle
 from eval.commands.needle import NeedleConfig
 from eval.config import Subject
 from eval.flags import ForwardConfig, ReadingConfig
@@ -24,6 +24,7 @@ from spotlight_jax.errors import InputError
 from spotlight_jax.generate import head_shape
 from spotlight_jax.models.decoder import init_params
 from spotlight_jax.models.presets import PRESETS
+from spotlight_jax.models.runner import run_layer
 from tests.byte_tokenizer import byte_tokenizer
 
 pytestmark = pytest.mark.slow  # whole commands and many methods, compiled anew
@@ -82,11 +83,11 @@ def make_desk(text_file, trial_name: str, **fields) -> tuple[needle.Desk, needle
 def test_prompts_of_about_one_length_compile_one_prefill_and_say_what_they_say_alone(text_file):
     desk, trial = make_desk(text_file, "quest")
     question = desk.question(400, 0.5, 0)
-    before = prefilled._prefill_layer._cache_size()
+    before = run_layer._cache_size()
     short = needle.Question(question.prompt[:330], question.question, question.answer)
     for prompt in (question.prompt[:321], question.prompt[:384]):
         desk.prefill(needle.Question(prompt, question.question, question.answer))
-    assert prefilled._prefill_layer._cache_size() - before <= 1
+    assert run_layer._cache_size() - before <= 1
     alone = prefill(subject().params, MODEL, short.prompt, room=464, total=len(short.tokens))
     found, expected = (needle.ask(desk, short, trial, prompt)[0] for prompt in (desk.prefill(short), alone))
     assert found == pytest.approx(expected, rel=1e-5)

@@ -7,11 +7,12 @@ import pytest
 
 from spotlight_jax.attention import causal_attention
 from spotlight_jax.models.config import config_from_hf
-from spotlight_jax.models.decoder import apply_layer, attend_densely, embed_tokens, forward, init_params, unembed
+from spotlight_jax.models.decoder import apply_layer, embed_tokens, init_params, unembed
 from spotlight_jax.models.hf import hf_name
 from spotlight_jax.models.load import load_model
 from spotlight_jax.models.params import fill_params
 from spotlight_jax.models.presets import PRESETS
+from spotlight_jax.models.runner import Dense, forward
 from tests.models import golden, tiny
 
 
@@ -86,7 +87,7 @@ def test_attend_sees_every_layer_and_its_aux_comes_back() -> None:
     def attend(queries, keys, values):
         assert queries.shape == (*tokens.shape, cfg.q_heads, cfg.head_dim)
         assert keys.shape == values.shape == (*tokens.shape, cfg.kv_heads, cfg.head_dim)
-        return attend_densely(queries, keys, values)[0], keys
+        return Dense()(queries, keys, values)[0], keys
 
     x = embed_tokens(params, tokens, cfg)
     for layer in range(cfg.layers):

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from spotlight_jax.errors import InputError
-from spotlight_jax.models.decoder import forward
 from spotlight_jax.models.gguf_file import open_gguf
 from spotlight_jax.models.gguf_model import config_from_gguf, gguf_name, read_gguf_weights
 from spotlight_jax.models.load import load_model
 from spotlight_jax.models.params import fill_params
 from spotlight_jax.models.rope import rope_frequencies
+from spotlight_jax.models.runner import forward
 from tests.models import golden, tiny
 from tests.models.tiny_gguf import gguf_tensors, write_gguf
 

@@ -12,11 +12,11 @@ from safetensors.numpy import load_file, save_file
 
 from spotlight_jax.errors import InputError
 from spotlight_jax.models import load, tokenizer
-from spotlight_jax.models.decoder import forward
 from spotlight_jax.models.gguf_file import open_gguf
 from spotlight_jax.models.hf import hf_name, load_hf_config, read_hf_weights
 from spotlight_jax.models.load import load_config, load_model
 from spotlight_jax.models.params import fill_params
+from spotlight_jax.models.runner import forward
 from spotlight_jax.models.tokenizer import tokenizer_from_gguf
 from tests.models import golden, tiny
 from tests.models.tiny_gguf import write_gguf

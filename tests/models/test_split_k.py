@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from spotlight_jax.models import split_k
-from spotlight_jax.models.decoder import apply_layer, attend_densely, embed_tokens
+from spotlight_jax.models.decoder import apply_layer, embed_tokens
+from spotlight_jax.models.runner import Dense
 from spotlight_jax.models.split_k import pieces_of, split_k_dot
 from tests.models import tiny
 from tests.models.test_decoder import build
@@ -67,7 +68,7 @@ def test_a_layer_whose_products_are_split_gives_the_same_stream(monkeypatch: pyt
     positions = jnp.broadcast_to(jnp.arange(9, dtype=jnp.int32)[None, :], x.shape[:2])
 
     def run():
-        return jax.jit(lambda *args: apply_layer(*args, attend_densely, cfg)[0])(params["layer_0"], x, positions)
+        return jax.jit(lambda *args: apply_layer(*args, Dense(), cfg)[0])(params["layer_0"], x, positions)
 
     whole, seen = run(), []
     monkeypatch.setattr(split_k, "pieces_of", lambda rows, depth, backend: seen.append(depth) or 4)

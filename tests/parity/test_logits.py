@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spotlight_jax.models.decoder import forward
 from spotlight_jax.models.hf import hf_name, load_hf_config, read_hf_weights
 from spotlight_jax.models.load import load_model
 from spotlight_jax.models.params import fill_params
+from spotlight_jax.models.runner import forward
 from tests.models import golden, tiny
 
 pytestmark = pytest.mark.parity

@@ -3,9 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spotlight_jax.models.decoder import apply_layer, attend_densely, embed_tokens, init_params
+from spotlight_jax.models.decoder import apply_layer, embed_tokens, init_params
 from spotlight_jax.models.load import load_weights
 from spotlight_jax.models.presets import PRESETS
+from spotlight_jax.models.runner import Dense
 from tests.tolerances import tolerance
 from train.capture import capture, capture_layer, draw_picks, make_mesh, take_step
 
@@ -19,7 +20,7 @@ def test_captured_queries_and_keys_are_those_the_model_attends_with(inputs):
     seen = []
 
     def attend(queries, keys, values):
-        return attend_densely(queries, keys, values)[0], (queries, keys)
+        return Dense()(queries, keys, values)[0], (queries, keys)
 
     positions, x = jnp.broadcast_to(jnp.arange(24)[None], (2, 24)), embed_tokens(params, tokens, cfg)
     layer_of = jax.jit(apply_layer, static_argnames=("attend", "cfg"))

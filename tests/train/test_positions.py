@@ -7,9 +7,10 @@ import pytest
 
 from spotlight_jax.errors import InputError
 from spotlight_jax.models.config import config_from_hf
-from spotlight_jax.models.decoder import apply_layer, attend_densely, init_params
+from spotlight_jax.models.decoder import apply_layer, init_params
 from spotlight_jax.models.embedded import EMBEDDED
 from spotlight_jax.models.load import load_config
+from spotlight_jax.models.runner import Dense
 from tests.models import tiny
 from train.config import LayerwiseConfig, lengths_covered
 from train.positions import PIECES, draw_positions, far_positions
@@ -45,7 +46,7 @@ def test_an_offset_leaves_a_layers_outputs_as_they_are_for_every_kind_of_rope(na
     params = init_params(jax.random.key(0), cfg)["layer_0"]
     x = jax.random.normal(jax.random.key(1), (2, 24, cfg.embed))
     places = jnp.broadcast_to(jnp.arange(24, dtype=jnp.int32)[None], (2, 24))
-    outputs = [apply_layer(params, x, places + offset, attend_densely, cfg, 64)[0] for offset in (0, 5, 40)]
+    outputs = [apply_layer(params, x, places + offset, Dense(), cfg, 64)[0] for offset in (0, 5, 40)]
     for moved in outputs[1:]:
         np.testing.assert_allclose(moved, outputs[0], atol=2e-5)
 
