@@ -69,9 +69,9 @@ RULES = {
     "log-probabilities/dense": Rule(rtol=1e-4, atol=1e-4),
     "log-probabilities/": Rule(rtol=1e-3, atol=1e-3, share=0.8),
     "rows/count": Rule(),
-    "rows/ppl": Rule(rtol=1e-2),
-    "training/loss": Rule(rtol=1e-2),
-    "training/selector": Rule(rtol=1e-2, atol=1e-2, share=0.9),
+    "rows/ppl": Rule(rtol=3e-3),
+    "training/loss": Rule(rtol=1e-3, atol=1e-4),
+    "training/selector": Rule(rtol=1e-3, atol=1e-3, share=0.75),  # AdamW takes the sign of slopes that are almost 0
 }
 
 
