@@ -4,6 +4,7 @@
     python -m eval.speed --parts ops --lengths 32768 131072 524288 --batches 1 8      # one GPU, Qwen2.5-7B's shape
     python -m eval.speed --parts model --model-lengths 32768 131072 --model-batches 1 4 6 24
     python -m eval.speed --parts model --model-lengths 32768 --model-batches 24 --profile    # and a step by kernel
+    python -m eval.speed --parts kernels       # every op of spotlight_jax/kernels by implementation, at its own shapes
 
 Everything runs on random data, never zeros, and every operation's output is compared with a plain NumPy version
 before it is timed. Operations run in a compiled loop whose steps wait for each other; the time of the same loop around
@@ -26,6 +27,7 @@ from rich.table import Table
 from eval import decode, speed_plots
 from eval.kernel_times import kernel_table
 from eval.record import Part, Record, Row, stored_by
+from eval.speed_cases import bytes_of_case, case_names, time_case
 from eval.speed_checks import check_ops
 from eval.speed_ops import (
     count_copies,
@@ -42,12 +44,13 @@ from spotlight_jax import cli
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.display import make_table
 from spotlight_jax.errors import InputError
+from spotlight_jax.kernels.table import OPS
 from spotlight_jax.memory import available_bytes
 from spotlight_jax.models.config import DecoderConfig, nearest
 from spotlight_jax.models.presets import PRESETS
 from spotlight_jax.selection import SelectionConfig, check_layers
 
-Kind = Literal["ops", "model"]
+Kind = Literal["ops", "model", "kernels"]
 
 # what fits, by platform: preset, lengths of operations, lengths and batches of whole models
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -78,7 +81,8 @@ class SpeedConfig:
     """What is timed. Without lengths, batches or a preset: Qwen2.5-7B's on an accelerator, SmolLM2's on a CPU."""
 
     parts: tuple[Kind, ...] = ("ops", "model")
-    """One layer's operations, decoding with a whole model, or both."""
+    """One layer's operations, decoding with a whole model, or (kernels) the ops beneath by implementation, at the
+    shapes of real models that they are checked at, whatever the preset and lengths."""
     preset: str | None = None
     """Shape of the model, with random weights."""
     lengths: tuple[int, ...] = ()
@@ -117,7 +121,7 @@ class SpeedConfig:
         if self.preset is not None and self.preset not in PRESETS:
             raise InputError(f"there is no preset {self.preset!r}{nearest(self.preset, tuple(PRESETS))}")
         if not self.parts or len(set(self.parts)) < len(self.parts):
-            raise InputError("give --parts ops, model or both, each once")
+            raise InputError("give --parts some of ops, model and kernels, each once")
         counts = (*self.lengths, *self.batches, *self.model_lengths, *self.model_batches, self.rounds, self.new_tokens)
         if min(*counts, self.caches) < 1 or not self.batches:
             raise InputError("lengths, batches, rounds, caches and new_tokens must be at least 1")
@@ -238,21 +242,36 @@ def _bytes_of_weights(cfg: DecoderConfig, params: dict) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(read))
 
 
+def time_kernels(cfg: SpeedConfig, op: str, case: str, record: Record) -> list[Row]:
+    """Rows of one op's case by implementation; none where its arrays do not fit."""
+    free = available_bytes()
+    if free is not None and 4 * bytes_of_case(op, case) > free:
+        record.say(f"speed: {op}, {case} does not fit and is left out")
+        return []
+    times = time_case(op, case, cfg.rounds, lambda impl: record.note(f"{op}, {case}: {impl or 'the empty loop'}"))
+    return [{"task": "kernel", "op": op, "case": case, "method": impl} | _spread(times[impl]) for impl in times]
+
+
 def time_parts(cfg: SpeedConfig, record: Record) -> list[Row]:
     """Rows of all parts; those that are finished are read from the record."""
     wanted = {"ops": (cfg.lengths, cfg.batches), "model": (cfg.model_lengths, cfg.model_batches)}
     parts: list[Part] = [
         {"part": kind, "batch": batch, "length": length}
         for kind in cfg.parts
+        if kind in wanted
         for length in wanted[kind][0]
         for batch in wanted[kind][1]
     ]
+    if "kernels" in cfg.parts:
+        parts += [{"part": "kernels", "op": op, "case": case} for op in OPS for case in case_names(op)]
     left = record.begin(parts)
     bandwidth = copy_bandwidth() if left else 0.0
     loaded = None
     for part in left:
-        batch, length = part["batch"], part["length"]
-        if part["part"] == "ops":
+        batch, length = part.get("batch", 0), part.get("length", 0)
+        if part["part"] == "kernels":
+            rows = time_kernels(cfg, part["op"], part["case"], record)
+        elif part["part"] == "ops":
             rows = time_length(cfg, batch, length, bandwidth, record)
         else:
             if loaded is None:
@@ -293,10 +312,11 @@ def main(cfg: SpeedConfig) -> dict[str, Any]:
         rows = time_parts(cfg, record)
         device, folder = jax.devices()[0].device_kind, record.folder.path
         tables = []
-        for task, make in (("op", _ops_tables), ("decode", _decode_tables)):
+        for task, make in (("op", _ops_tables), ("decode", _decode_tables), ("kernel", _kernel_tables)):
             if found := [row for row in rows if row["task"] == task]:
                 tables += make(cfg, found)
-                speed_plots.PLOTS[task](folder / f"{task}.png", found, f"{cfg.preset}, {cfg.dtype}, {device}")
+                if task in speed_plots.PLOTS:
+                    speed_plots.PLOTS[task](folder / f"{task}.png", found, f"{cfg.preset}, {cfg.dtype}, {device}")
         return record.finish(rows, tables)
 
 
@@ -322,6 +342,19 @@ def _ops_tables(cfg: SpeedConfig, rows: Sequence[Row]) -> list[Table]:
             lines.append([row["op"], times[0], f"{times[1]} to {times[2]}", times[3], ratio])
         title = f"{cfg.preset}, {cfg.dtype}, {batch} x {length:,} tokens, keep {cfg.keep:g}: one layer"
         tables.append(make_table(title, ["operation", "µs", "range", "floor", "speed"], lines))
+    return tables
+
+
+def _kernel_tables(cfg: SpeedConfig, rows: Sequence[Row]) -> list[Table]:
+    """One table for each op."""
+    tables = []
+    for op in dict.fromkeys(row["op"] for row in rows):
+        own = [row for row in rows if row["op"] == op]
+        lines = []
+        for row in own:
+            seconds, least, greatest = (f"{row[name] * 1e6:,.1f}" for name in ("seconds", "least", "greatest"))
+            lines.append([row["case"], row["method"], seconds, f"{least} to {greatest}"])
+        tables.append(make_table(f"{op}: by implementation", ["case", "implementation", "µs", "range"], lines, names=2))
     return tables
 
 
