@@ -20,7 +20,7 @@ EXPECTED, MACHINE = recorded.read(recorded.FILE)
 )
 def test_outputs_are_as_recorded(part):
     expected = {name: array for name, array in EXPECTED.items() if name.split("/")[0] == part}
-    assert expected and recorded.compare(outputs.compute(part), expected) == []
+    assert expected and recorded.compare(outputs.compute(part), expected) == [], f"recorded on {MACHINE}"
 
 
 def test_integers_that_follow_from_integers_have_no_tolerance():
