@@ -16,6 +16,7 @@ from eval.commands.decode import DecodeSpeedConfig
 from eval.commands.speed import FLAGS_OF, SpeedConfig, command
 from eval.kernel_times import kernel_table
 from eval.record import Part, Record, Row
+from eval.speed_cases import bytes_of_case, case_names, time_case
 from eval.speed_checks import check_ops
 from eval.speed_ops import (
     count_copies,
@@ -32,6 +33,7 @@ from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.config.selection import check_layers
 from spotlight_jax.display import make_table
 from spotlight_jax.errors import InputError
+from spotlight_jax.kernels.table import OPS
 from spotlight_jax.memory import available_bytes
 from spotlight_jax.models.config import DecoderConfig, nearest
 from spotlight_jax.models.presets import PRESETS
@@ -161,21 +163,36 @@ def _bytes_of_weights(cfg: DecoderConfig, params: dict) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(read))
 
 
+def time_kernels(cfg: SpeedConfig, op: str, case: str, record: Record) -> list[Row]:
+    """Rows of one op's case by implementation; none where its arrays do not fit."""
+    free = available_bytes()
+    if free is not None and 4 * bytes_of_case(op, case) > free:
+        record.say(f"speed: {op}, {case} does not fit and is left out")
+        return []
+    times = time_case(op, case, cfg.rounds, lambda impl: record.note(f"{op}, {case}: {impl or 'the empty loop'}"))
+    return [{"task": "kernel", "op": op, "case": case, "method": impl} | _spread(times[impl]) for impl in times]
+
+
 def time_parts(cfg: SpeedConfig, record: Record) -> list[Row]:
     """Rows of all parts; those that are finished are read from the record."""
     wanted = {"ops": (cfg.lengths, cfg.batches), "model": (cfg.model_lengths, cfg.model_batches)}
     parts: list[Part] = [
         {"part": kind, "batch": batch, "length": length}
         for kind in cfg.parts
+        if kind in wanted
         for length in wanted[kind][0]
         for batch in wanted[kind][1]
     ]
+    if "kernels" in cfg.parts:
+        parts += [{"part": "kernels", "op": op, "case": case} for op in OPS for case in case_names(op)]
     left = record.begin(parts)
     bandwidth = copy_bandwidth() if left else 0.0
     loaded = None
     for part in left:
-        batch, length = part["batch"], part["length"]
-        if part["part"] == "ops":
+        batch, length = part.get("batch", 0), part.get("length", 0)
+        if part["part"] == "kernels":
+            rows = time_kernels(cfg, part["op"], part["case"], record)
+        elif part["part"] == "ops":
             rows = time_length(cfg, batch, length, bandwidth, record)
         else:
             if loaded is None:
@@ -215,10 +232,11 @@ def main(cfg: SpeedConfig) -> dict[str, Any]:
         rows = time_parts(cfg, record)
         device, folder = jax.devices()[0].device_kind, record.folder.path
         tables = []
-        for task, make in (("op", _ops_tables), ("decode", _decode_tables)):
+        for task, make in (("op", _ops_tables), ("decode", _decode_tables), ("kernel", _kernel_tables)):
             if found := [row for row in rows if row["task"] == task]:
                 tables += make(cfg, found)
-                speed_plots.PLOTS[task](folder / f"{task}.png", found, f"{cfg.preset}, {cfg.dtype}, {device}")
+                if task in speed_plots.PLOTS:
+                    speed_plots.PLOTS[task](folder / f"{task}.png", found, f"{cfg.preset}, {cfg.dtype}, {device}")
         return record.finish(rows, tables)
 
 
@@ -244,6 +262,19 @@ def _ops_tables(cfg: SpeedConfig, rows: Sequence[Row]) -> list[Table]:
             lines.append([row["op"], times[0], f"{times[1]} to {times[2]}", times[3], ratio])
         title = f"{cfg.preset}, {cfg.dtype}, {batch} x {length:,} tokens, keep {cfg.keep:g}: one layer"
         tables.append(make_table(title, ["operation", "µs", "range", "floor", "speed"], lines))
+    return tables
+
+
+def _kernel_tables(cfg: SpeedConfig, rows: Sequence[Row]) -> list[Table]:
+    """One table for each op."""
+    tables = []
+    for op in dict.fromkeys(row["op"] for row in rows):
+        own = [row for row in rows if row["op"] == op]
+        lines = []
+        for row in own:
+            seconds, least, greatest = (f"{row[name] * 1e6:,.1f}" for name in ("seconds", "least", "greatest"))
+            lines.append([row["case"], row["method"], seconds, f"{least} to {greatest}"])
+        tables.append(make_table(f"{op}: by implementation", ["case", "implementation", "µs", "range"], lines, names=2))
     return tables
 
 

@@ -19,8 +19,7 @@ from spotlight_jax.cache import LayerCache, append
 from spotlight_jax.config.generation import AttentionImpl
 from spotlight_jax.config.hashing import HashConfig
 from spotlight_jax.config.selection import SelectionConfig
-from spotlight_jax.kernels import hash_append, score_select
-from spotlight_jax.kernels.hash_append import Transform
+from spotlight_jax.kernels.hash_append import Transform, hash_append
 from spotlight_jax.kernels.sparse_attention import sparse_attention
 from spotlight_jax.scoring import hash_score_range, output_scores
 from spotlight_jax.selection import select_by_codes, select_tokens
@@ -244,17 +243,13 @@ def _append_and_select(
     selector: LayerSelector,
     selection: SelectionConfig,
 ) -> tuple[Array, LayerCache, Int32[Array, "batch heads budget"], Bool[Array, "batch heads budget"]]:
-    """The queries to read with, the layer with the new token, and what a step reads of it.
-
-    The default form takes fused kernels where they run.
-    """
+    """The queries to read with, the layer with the new token, and what a step reads of it."""
     assert layer.codes is not None, "a layer with a selector keeps codes"
     params, cfg, kv_heads, ends = selector.params, selector.cfg, keys.shape[2], lengths + 1
     per_kv_head, group = selection.per == "kv_head", queries.shape[2] // kv_heads
     bounds = hashing.weight_bounds(cfg, group, per_kv_head)
-    fits_kernel = cfg.form == "transform" and per_kv_head and selector.sets is None
-    if fits_kernel and hash_append.is_fused() and score_select.is_fused(bounds):
-        copied, weights, cached_keys, cached_values, codes = hash_append.hash_append(
+    if cfg.form == "transform" and per_kv_head and selector.sets is None:
+        copied, weights, cached_keys, cached_values, codes = hash_append(
             queries[:, 0], keys[:, 0], values[:, 0], _as_transform(params),
             layer.keys, layer.values, layer.codes, lengths,
         )  # fmt: skip
@@ -271,7 +266,7 @@ def _append_and_select(
 
 
 def _as_transform(params: hashing.HashParams) -> Transform:
-    """Hash functions of the transform form as the kernel takes them."""
+    """Hash functions of the transform form as the op takes them."""
     coder, weights = params.stats, params.weights
     assert isinstance(coder, hashing.Coder) and isinstance(weights, hashing.TransformWeights)
     return Transform(coder.mean, coder.axes, coder.cells, weights.decode, coder.members, weights.log_gain)

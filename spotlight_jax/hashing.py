@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, PRNGKeyArray, Shaped, UInt32
 
+from spotlight_jax import transform
 from spotlight_jax.bits import pack_bits
 from spotlight_jax.config.hashing import HashConfig
 from spotlight_jax.errors import InputError
@@ -26,7 +27,6 @@ from spotlight_jax.weights import WeightBounds, quantise, real_bounds
 
 _MOST_HEADS = 2**12  # and layers, and dimensions of a head: far above any model's
 RANDOM_START = 0.001  # standard deviation of the paper's initial weights
-SPREAD = 4.0  # of a query's scores in the transform form, so that the ranking loss's margin is neither nothing nor all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,24 +246,14 @@ def hash_keys(
     params: HashParams, keys: Shaped[Array, "*batch kv_heads head_dim"], cfg: HashConfig
 ) -> Float[Array, "*batch code_heads code_bits"]:
     """One layer's key side before the sign: bit b of a key is 1 where the result is > 0."""
-    keys, lead = keys.astype(jnp.float32), (1,) * (keys.ndim - 2)
     if isinstance(params.stats, Coder):
-        return _coordinate_digits(params.stats, keys - params.stats.mean.reshape(*lead, *params.stats.mean.shape))
+        return transform.key_digits(params.stats.mean, params.stats.axes, params.stats.cells, keys)
+    keys, lead = keys.astype(jnp.float32), (1,) * (keys.ndim - 2)
     if cfg.centre:
         mean, scale = (leaf.reshape(*lead, *leaf.shape) for leaf in (params.stats.mean, params.stats.scale))
         keys = (keys - mean) / scale
     assert isinstance(params.weights, NetworkWeights)
     return _apply_network(params.weights.keys, keys, cfg)
-
-
-def _coordinate_digits(
-    coder: Coder, centred: Float[Array, "*batch kv_heads head_dim"]
-) -> Float[Array, "*batch kv_heads code_bits"]:
-    """Above 0 where a digit is 1."""
-    cells = coder.cells.reshape((1,) * (centred.ndim - 2) + coder.cells.shape)
-    coordinate = jnp.einsum("...kd,kdc->...kc", centred, coder.axes, precision=jax.lax.Precision.HIGHEST) + 0.5
-    place = cells * jnp.clip(coordinate, 0.5 / cells, 1 - 0.5 / cells)  # the middles of the outermost cells
-    return (jnp.ceil(place) - 1) % 2 - 0.5  # as `kernels/hash_append` has it, where a place is between two cells
 
 
 def hash_queries(
@@ -274,21 +264,19 @@ def hash_queries(
     Centred keys are (k - mean) / scale, so q . k ranks keys as (q * scale) . centred k does. For networks queries are
     brought to unit root mean square there, each group as a whole: no rank changes, of a head or of its group's sum.
     """
+    if isinstance(params.weights, TransformWeights):
+        return transform.bit_weights(params.weights.decode, params.weights.log_gain, queries)
     queries, lead = queries.astype(jnp.float32), (1,) * (queries.ndim - 2)
     kv_heads, head_dim = params.stats.mean.shape
-    grouped = queries.reshape(*queries.shape[:-2], kv_heads, -1, head_dim)
-    if isinstance(params.weights, TransformWeights):
-        outputs = jnp.einsum("...kgd,kdc->...kgc", grouped, params.weights.decode)
-        outputs = outputs.reshape(*queries.shape[:-1], cfg.code_bits)
-    else:
-        if cfg.centre:
-            assert isinstance(params.stats, KeyStats)
-            grouped = grouped * params.stats.scale.reshape(*lead, kv_heads, 1, head_dim)
-            grouped = grouped * jax.lax.rsqrt(jnp.mean(jnp.square(grouped), axis=(-2, -1), keepdims=True) + 1e-12)
-            queries = grouped.reshape(queries.shape)
-        if params.weights.queries is None:
-            return _apply_network(params.weights.keys, queries, cfg)
-        outputs = _apply_network(params.weights.queries, queries, cfg)
+    if cfg.centre:
+        assert isinstance(params.stats, KeyStats)
+        grouped = queries.reshape(*queries.shape[:-2], kv_heads, -1, head_dim)
+        grouped = grouped * params.stats.scale.reshape(*lead, kv_heads, 1, head_dim)
+        grouped = grouped * jax.lax.rsqrt(jnp.mean(jnp.square(grouped), axis=(-2, -1), keepdims=True) + 1e-12)
+        queries = grouped.reshape(queries.shape)
+    if params.weights.queries is None:
+        return _apply_network(params.weights.keys, queries, cfg)
+    outputs = _apply_network(params.weights.queries, queries, cfg)
     assert params.weights.log_gain is not None, "only the symmetric form has no gains"
     return outputs * jnp.exp(params.weights.log_gain).reshape(*lead, -1, 1)
 
@@ -298,18 +286,14 @@ def sum_weights(
 ) -> Float[Array, "*batch heads sums code_bits"]:
     """The real weights by which a head, or a KV head's group together, scores tokens, from `hash_queries`.
 
-    Sums of the transform form are brought to one length, so that scores of each spread by about `SPREAD`.
+    Sums of the transform form are brought to one length.
     """
     if cfg.form == "symmetric":
         outputs = jnp.where(outputs > 0, 1.0, -1.0)
     if not isinstance(params.stats, Coder):
         return (sum_groups(outputs, params.kv_heads) if per_kv_head else outputs)[..., None, :]
-    sums = outputs[..., None, :]
-    if per_kv_head:
-        grouped = outputs.reshape(*outputs.shape[:-2], params.kv_heads, -1, outputs.shape[-1])
-        sums = jnp.einsum("...kgc,krg->...krc", grouped, params.stats.members)
-    length = jnp.sqrt(jnp.sum(jnp.square(sums), axis=-1, keepdims=True) + 1e-12)
-    return sums * (SPREAD / length)
+    sums = transform.add_heads(params.stats.members, outputs) if per_kv_head else outputs[..., None, :]
+    return transform.to_one_length(sums)
 
 
 def soft_sign(x: Float[Array, "*shape"], gamma: Float[Array, ""] | float) -> Float[Array, "*shape"]:

@@ -11,9 +11,9 @@ from jaxtyping import Array, Bool, Float, Int, Int32, UInt32
 
 from spotlight_jax.config.selection import LONGEST, SHARE_STEPS, SelectionConfig
 from spotlight_jax.errors import InputError
-from spotlight_jax.kernels.match_score import match_score
-from spotlight_jax.kernels.score_select import is_fused, score_select
+from spotlight_jax.kernels.score_select import score_select
 from spotlight_jax.kernels.select_top import mask_top, select_top
+from spotlight_jax.kernels.select_top.ranks import force_ranks
 from spotlight_jax.weights import WeightBounds
 
 THOUSAND = 1_000
@@ -94,11 +94,7 @@ def rank_tokens(
         always = greatest - least + 2
         rank_bits = always.bit_length()
         ranks = (scores - least + 1).astype(jnp.uint32)
-    positions = jnp.arange(scores.shape[-1], dtype=jnp.int32).reshape((1,) * (scores.ndim - 1) + (-1,))
-    ends = lengths[..., None]
-    is_always_read = (positions < cfg.sink_tokens) | (positions >= ends - max(cfg.recent_tokens, 1))
-    ranks = jnp.where(is_always_read, jnp.uint32(always), ranks)
-    return jnp.where(positions < ends, ranks, jnp.uint32(0)), rank_bits
+    return force_ranks(ranks, lengths, always, cfg.sink_tokens, max(cfg.recent_tokens, 1)), rank_bits
 
 
 def select_tokens(
@@ -128,19 +124,15 @@ def select_by_codes(
     lengths: Int32[Array, "batch"],
     cfg: SelectionConfig,
 ) -> tuple[Int32[Array, "batch heads budget"], Bool[Array, "batch heads budget"]]:
-    """What `select_tokens` gives for the scores of weights (see `weights`): by fused kernels where they run.
+    """What `select_tokens` gives for the scores of weights (see `weights`), from codes to positions in one op.
 
     Args:
         weights: of the newest token's query, some sums for each selecting head.
         bounds: of the weights.
         lengths: filled slots, the newest token's included.
     """
-    if is_fused(bounds):
-        budgets, most = budget_of(lengths, cfg), max_budget(codes.shape[-1], cfg)
-        weights, recent = weights.astype(jnp.int8), max(cfg.recent_tokens, 1)
-        return score_select(codes, weights, lengths, budgets, most, bounds, cfg.sink_tokens, recent)
-    scores = match_score(codes, weights[:, None].astype(jnp.int32), bounds.bits)[:, 0]
-    return select_tokens(scores, lengths, cfg, bounds.score_range)
+    budgets, most, recent = budget_of(lengths, cfg), max_budget(codes.shape[-1], cfg), max(cfg.recent_tokens, 1)
+    return score_select(codes, weights, lengths, budgets, most, bounds, cfg.sink_tokens, recent)
 
 
 def select_mask(

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from spotlight_jax import bits, hashing
+from spotlight_jax import bits, hashing, transform
 from spotlight_jax.config.hashing import HashConfig
 from spotlight_jax.errors import InputError
 from spotlight_jax.hashing import HeadShape
@@ -408,7 +408,7 @@ def test_a_groups_sums_add_up_their_members_at_one_length(sums):
     for head, row in np.ndindex(KV_HEADS, sums):
         own = outputs[:, :, head * GROUP : (head + 1) * GROUP].astype(np.float64)
         expected = own[:, :, members[head, row]].sum(2)
-        expected *= hashing.SPREAD / np.linalg.norm(expected, axis=-1, keepdims=True)
+        expected *= transform.SPREAD / np.linalg.norm(expected, axis=-1, keepdims=True)
         np.testing.assert_allclose(found[:, :, head, row], expected, rtol=1e-4, atol=1e-5)
 
 
@@ -416,7 +416,7 @@ def test_a_query_head_alone_has_one_sum():
     params, cfg = transform_params()
     outputs = draw(4, BATCH, LEN, Q_HEADS, cfg.code_bits)
     found = np.asarray(sum_weights(params, outputs, cfg, False))
-    expected = outputs * (hashing.SPREAD / np.linalg.norm(outputs, axis=-1, keepdims=True))
+    expected = outputs * (transform.SPREAD / np.linalg.norm(outputs, axis=-1, keepdims=True))
     np.testing.assert_allclose(found, expected[:, :, :, None], **tolerance("float32"))
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spotlight_jax import hashing, ranking
+from spotlight_jax import hashing, ranking, transform
 from spotlight_jax.config.hashing import HashConfig
 from spotlight_jax.config.ranking import RankingConfig
 from spotlight_jax.errors import InputError
@@ -88,7 +88,7 @@ def learned_scores(params, queries, keys, gamma, cfg, per_kv_head=False):
     for head, t in np.ndindex(found.shape[:2]):
         rows = np.array([each[t] for each in sums[head]])
         if cfg.form == "transform":
-            rows *= hashing.SPREAD / np.linalg.norm(rows, axis=1, keepdims=True)
+            rows *= transform.SPREAD / np.linalg.norm(rows, axis=1, keepdims=True)
         found[head, t] = (rows @ codes[:, head * codes.shape[1] // len(sums)].T).max(0)
     return found
 

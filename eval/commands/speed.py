@@ -4,6 +4,7 @@
     python -m eval.speed --parts ops --lengths 32768 131072 524288 --batches 1 8      # one GPU, Qwen2.5-7B's shape
     python -m eval.speed --parts model --model-lengths 32768 131072 --model-batches 1 4 6 24
     python -m eval.speed --parts model --model-lengths 32768 --model-batches 24 --profile    # and a step by kernel
+    python -m eval.speed --parts kernels       # every op of spotlight_jax/kernels by implementation, at its own shapes
 
 Everything runs on random data, never zeros, and every operation's output is compared with a plain NumPy version
 before it is timed. Operations run in a compiled loop whose steps wait for each other; the time of the same loop around
@@ -23,7 +24,7 @@ from spotlight_jax.models.config import nearest
 from spotlight_jax.models.presets import PRESETS
 from spotlight_jax.runs import stored_by
 
-Kind = Literal["ops", "model"]
+Kind = Literal["ops", "model", "kernels"]
 
 
 # flags that matter to one part alone
@@ -38,7 +39,8 @@ class SpeedConfig:
     """What is timed. Without lengths, batches or a preset: Qwen2.5-7B's on an accelerator, SmolLM2's on a CPU."""
 
     parts: tuple[Kind, ...] = ("ops", "model")
-    """One layer's operations, decoding with a whole model, or both."""
+    """One layer's operations, decoding with a whole model, or (kernels) the ops beneath by implementation, at the
+    shapes of real models that they are checked at, whatever the preset and lengths."""
     preset: str | None = None
     """Shape of the model, with random weights."""
     lengths: tuple[int, ...] = ()
@@ -77,7 +79,7 @@ class SpeedConfig:
         if self.preset is not None and self.preset not in PRESETS:
             raise InputError(f"there is no preset {self.preset!r}{nearest(self.preset, tuple(PRESETS))}")
         if not self.parts or len(set(self.parts)) < len(self.parts):
-            raise InputError("give --parts ops, model or both, each once")
+            raise InputError("give --parts some of ops, model and kernels, each once")
         counts = (*self.lengths, *self.batches, *self.model_lengths, *self.model_batches, self.rounds, self.new_tokens)
         if min(*counts, self.caches) < 1 or not self.batches:
             raise InputError("lengths, batches, rounds, caches and new_tokens must be at least 1")

@@ -11,8 +11,7 @@ from spotlight_jax.commands.doctor import DoctorConfig
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.config.hashing import HashConfig
 from spotlight_jax.hashing import weight_bounds
-from spotlight_jax.kernels import hash_append, pair_cost, score_select, sparse_attention
-from spotlight_jax.kernels.match_score import choose_impl
+from spotlight_jax.kernels import hash_append, match_score, pair_cost, score_select, select_top, sparse_attention
 from spotlight_jax.memory import GIB, available_bytes
 from spotlight_jax.selection import CROSSOVER
 
@@ -35,19 +34,20 @@ def implementations() -> list[tuple[str, str, str]]:
     is_cpu = jax.default_backend() == "cpu"
     fused = ("XLA, block by block", "cuDNN needs an NVIDIA GPU") if is_cpu else ("cuDNN", "16-bit floats on a GPU")
 
-    def kernel(is_used: bool) -> tuple[str, str]:
-        if is_used:
+    def kernel(impl: str) -> tuple[str, str]:
+        if impl == "pallas_triton":
             return "Pallas-Triton", "tried here: gives what its reference gives"
         return "XLA", "kernels need an NVIDIA GPU" if is_cpu else "the kernel failed its check here, see the warning"
 
     return [
         ("prefill attention", *fused),
         ("dense decoding", "XLA" if is_cpu else "cuDNN", fused[1]),
-        ("hash_append", *kernel(hash_append.is_fused())),
-        ("score_select", *kernel(score_select.is_fused(weight_bounds(HashConfig(), 1, per_kv_head=True)))),
-        ("sparse_attention", *kernel(sparse_attention.choose_impl() == "pallas_triton")),
-        ("match_score", f"XLA, {choose_impl(64)}", "many queries: codes are unpacked once"),
-        ("pair_cost", *kernel(pair_cost.choose_impl() == "pallas_triton")),
+        ("hash_append", *kernel(hash_append.choose_impl())),
+        ("score_select", *kernel(score_select.choose_impl(weight_bounds(HashConfig(), 1, per_kv_head=True)))),
+        ("sparse_attention", *kernel(sparse_attention.choose_impl())),
+        ("select_top", f"XLA, {select_top.choose_impl()}", "the cut is found by counting"),
+        ("match_score", f"XLA, {match_score.choose_impl(64)}", "many queries: codes are unpacked once"),
+        ("pair_cost", *kernel(pair_cost.choose_impl())),
     ]
 
 

@@ -125,10 +125,13 @@ def test_a_question_after_a_long_haystack_takes_its_scores_and_the_layers_cache(
     room, width = LONGEST, 64
     cached = (shape_of(1, room, CFG.kv_heads, CFG.head_dim),) * 2
     method, chunk = open_layer("spotlight"), min(width, default_chunk(CFG.q_heads, room, SCORES_MIB))
-    passed = jax.jit(
-        lambda layer, x, cached, *arrays: prefilled._pass_layer(layer, x, cached, method, *arrays, CFG, chunk)
-    )
-    found = temporary(passed.lower(LAYER, stream(width), cached, ints(room), ints(), ints(1), ints(), ints()))
+
+    def passed(layer, x, positions, cached, budgets, start, lengths, sparse_from):
+        selected = Selected(method, budgets, positions, lengths, sparse_from, chunk)
+        return run_layer(layer, x, positions, prefilled.AfterPrompt(cached, start, selected), CFG)
+
+    args = stream(width), ints(1, width), cached, ints(room), ints(), ints(1), ints()
+    found = temporary(jax.jit(passed).lower(LAYER, *args))
     caches = 2 * 2 * 4 * room * CFG.kv_heads * CFG.head_dim  # with the new tokens, and as the products take them
     assert found < 4 * SCORES_MIB * MIB + caches < 2 * GIB
 

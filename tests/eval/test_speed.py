@@ -1,5 +1,6 @@
 """eval.speed on a tiny shape, and the checks that stand before its clock."""
 
+import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -7,7 +8,9 @@ import numpy as np
 import pytest
 
 from eval import speed, speed_checks, speed_ops, timing
+from spotlight_jax.kernels.table import OPS
 from spotlight_jax.models.presets import PRESETS
+from tests.kernels.ops import TESTED
 
 pytestmark = pytest.mark.slow  # whole commands and many methods, compiled anew
 
@@ -115,6 +118,23 @@ def test_it_prints_tables_and_one_line_of_json_and_resumes(capsys, monkeypatch, 
     monkeypatch.setattr(speed, "time_length", lambda *_: pytest.fail("timed again"))
     assert speed.command([*args, "--resume"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["results"] == results
+
+
+def test_ops_are_timed_by_implementation_at_their_own_cases(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(speed, "use_compile_cache", lambda: None)
+    monkeypatch.setattr(speed, "copy_bandwidth", lambda: 1e9)
+    for name, op in OPS.items():
+        case = TESTED[name].shrink(op.cases[0])
+        monkeypatch.setitem(OPS, name, dataclasses.replace(op, cases=(case,)))
+    assert speed.command(["--parts", "kernels", "--rounds", "2", "--out", str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    rows = json.loads(out.splitlines()[-1])["results"]
+    assert [(row["op"], row["method"]) for row in rows] == [
+        ("match_score", "bit_planes"), ("match_score", "matmul"), ("select_top", "counting"), ("score_select", "xla"),
+        ("sparse_attention", "gather"), ("hash_append", "reference"), ("pair_cost", "xla"),
+    ]  # fmt: skip
+    assert all(row["least"] <= row["seconds"] <= row["greatest"] for row in rows)
+    assert rows[0]["case"] == OPS["match_score"].cases[0].name and "hash_append: by implementation" in out
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,9 @@ from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.kernels import hash_append as op
 from spotlight_jax.kernels import score_select
 from spotlight_jax.kernels.hash_append import Transform, hash_append
-from spotlight_jax.kernels.hash_append.cases import CASES
 from spotlight_jax.kernels.hash_append.pallas_triton import hash_append_pallas_triton
 from spotlight_jax.kernels.score_select.pallas_triton import score_select_pallas_triton
 from tests.hash_params import draw_params
-from tests.kernels.cuda import lower_for_cuda
 
 IMPLEMENTATIONS = {
     "reference": jax.jit(functools.partial(hash_append, impl="reference")),
@@ -218,29 +216,3 @@ def test_a_sparse_step_is_the_same_with_the_kernels(monkeypatch, batch, per, for
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-5, atol=1e-6)
     for pair in zip(jax.tree.leaves(found[1]), jax.tree.leaves(expected[1]), strict=True):
         np.testing.assert_array_equal(*pair)
-
-
-def call_of(case):
-    widths = case.batch, case.q_heads, case.kv_heads, case.head_dim, case.code_bits, case.sums
-    return draw_call(*widths, case.max_len, case.dtype, case.dtype)
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_the_kernel_lowers_for_cuda_at_every_real_shape(case):
-    text = lower_for_cuda(hash_append, *jax.eval_shape(lambda: call_of(case)))
-    assert 'name = "hash_append"' in text and "stablehlo.dot" not in text
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_the_kernel_equals_the_reference_on_a_gpu(case):
-    call = call_of(case)
-    found, expected = jax.jit(hash_append)(*call), IMPLEMENTATIONS["reference"](*call)
-    off = np.abs(np.asarray(found[1], int) - np.asarray(expected[1], int))
-    assert off.max() <= 1 and off.mean() < 0.02
-    for place in (0, 2, 3):
-        np.testing.assert_array_equal(found[place], expected[place])
-    written = case.batch * case.kv_heads * case.code_bits
-    assert jax.lax.population_count(found[4] ^ expected[4]).sum() <= max(
-        2, 0.005 * written
-    )  # keys next to a cell's end

@@ -97,26 +97,9 @@ def test_the_gradient_of_the_cost_is_the_plain_formulas_by_autodiff():
         np.testing.assert_allclose(grad, expected, rtol=1e-4, atol=1e-5)
 
 
-def draw_case(case):
-    """Tops on a grid and others halfway between, so that no pair is as good as tied, and counts are one number."""
-    rng = np.random.default_rng(0)
-    top = np.round(64 * rng.normal(2, 3, (case.q_heads, case.queries, case.tops))).astype(np.float32) / 64
-    other = (np.round(64 * rng.normal(0, 3, (case.q_heads, case.queries, case.others))).astype(np.float32) + 0.5) / 64
-    return top, rng.uniform(0, 2, top.shape).astype(np.float32), other, rng.random(other.shape) < 0.9
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_kernel_lowers_for_cuda_at_every_real_shape(case):
-    shapes = [jax.ShapeDtypeStruct((2, *x.shape), x.dtype) for x in draw_case(case)]
+    shapes = [jax.ShapeDtypeStruct((2, *x.shape), x.dtype) for x in jax.eval_shape(lambda: case.draw()[0])]
     cost = functools.partial(pair_cost, alpha=ALPHA, impl="pallas_triton")
     layers = jax.jit(jax.vmap(jax.value_and_grad(cost, (0, 2), has_aux=True)))  # as a trainer maps over layers
     assert "pair_sums" in lower_for_cuda(layers, *shapes)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_the_kernel_equals_the_fused_sums_on_a_gpu(case):
-    scores = [jnp.asarray(x) for x in draw_case(case)]
-    found, expected = (pair_sums(*scores, ALPHA, impl) for impl in ("pallas_triton", "xla"))
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(one, other, rtol=2e-4, atol=1e-4)

@@ -12,15 +12,9 @@ from hypothesis import strategies as st
 
 from spotlight_jax.errors import InputError
 from spotlight_jax.kernels.score_select import score_select
-from spotlight_jax.kernels.score_select.cases import CASES
-from spotlight_jax.kernels.score_select.pallas_triton import (
-    LONGEST_CHUNK,
-    STEP,
-    choose_chunk,
-    score_select_pallas_triton,
-)
+from spotlight_jax.kernels.score_select.config import CONFIGS
+from spotlight_jax.kernels.score_select.pallas_triton import score_select_pallas_triton
 from spotlight_jax.weights import WeightBounds
-from tests.kernels.cuda import lower_for_cuda
 
 STATIC = ("max_budget", "bounds", "sink_tokens", "recent_tokens")
 REAL = WeightBounds(127, 1020)
@@ -67,7 +61,7 @@ CALLS = {
     "signs of a large group, 12 bits of ranks": (1, 1, 2, 1, 256, 5000, WeightBounds(8, 2048), False, 300, 1, 9),
     "ties over several steps": (3, 1, 2, 2, 96, 12288, SIGNS, True, 5000, 0, 1),
 }
-RUNS = {"kernels": kernels, "reference": reference}
+RUNS = {"kernels": kernels, "xla": compiled(functools.partial(score_select, impl="xla")), "reference": reference}
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -130,56 +124,28 @@ def test_the_kernels_equal_the_reference_whatever_is_cached(data):
     if data.draw(st.booleans()):
         weights[:] = data.draw(st.sampled_from([-15, 0, 15]))
     call = jnp.asarray(codes), jnp.asarray(weights), jnp.asarray([end]), jnp.asarray([data.draw(st.integers(1, 200))])
-    found, expected = (run(*call, max_budget=200, bounds=REAL) for run in RUNS.values())
+    found, expected = (run(*call, max_budget=200, bounds=REAL) for run in (kernels, reference))
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("rows, kv_len", [(1, 100), (4, 131072), (4, 524288), (32, 131072), (3, 2**21)])
 def test_a_row_has_few_chunks_and_a_chunk_fits_16_bit_counts(rows, kv_len):
-    chunk = choose_chunk(rows, kv_len)
-    assert chunk == STEP or (chunk % (2 * STEP) == 0 and chunk <= 15 * STEP)
-    assert -(-kv_len // chunk) <= 256
+    for cfg in CONFIGS.values():
+        chunk = cfg.choose_chunk(rows, kv_len)
+        assert chunk == cfg.step or (chunk % cfg.wide_step == 0 and cfg.wide_step % cfg.step == 0)
+        assert chunk <= 15 * 1024 and -(-kv_len // chunk) <= 256
 
 
 def test_the_longest_chunk_counts_ties_of_every_token():
     """Counts of ties pass 2^13; one chunk is cut among its ties."""
-    kv_len = 27 * LONGEST_CHUNK
+    cfg = CONFIGS[None]
+    kv_len = 27 * cfg.longest_chunk
     codes, weights = jnp.zeros((1, 1, 1, kv_len), jnp.uint32), jnp.ones((1, 16, 1, 32), jnp.int32)
-    assert choose_chunk(16, kv_len) == LONGEST_CHUNK
+    assert cfg.choose_chunk(16, kv_len) == cfg.longest_chunk
     bounds, budget = WeightBounds(1, 32), 40000
     places, _ = kernels(codes, weights, jnp.asarray([kv_len]), jnp.asarray([budget]), max_budget=budget, bounds=bounds)
     np.testing.assert_array_equal(places[0], np.tile(np.arange(kv_len - budget, kv_len), (16, 1)))
-
-
-def shapes_of(case):
-    codes = jax.ShapeDtypeStruct((case.batch, case.code_heads, case.code_bits // 32, case.kv_len), jnp.uint32)
-    weights = jax.ShapeDtypeStruct((case.batch, case.heads, case.sums, case.code_bits), jnp.int8)
-    return codes, weights, *(jax.ShapeDtypeStruct((case.batch,), jnp.int32),) * 2
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_the_kernels_lower_for_cuda_at_every_real_shape(case):
-    run = functools.partial(score_select, max_budget=case.budget, bounds=case.bounds)
-    text = lower_for_cuda(run, *shapes_of(case))
-    assert all(name in text for name in ("score_ranks", "compact_chosen"))
-    assert "stablehlo.sort" not in text
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_the_kernels_equal_the_reference_on_a_gpu(case):
-    shape = case.batch, case.code_heads, case.heads, case.sums, case.code_bits, case.kv_len
-    codes, weights, rng = draw_call(3, *shape, case.bounds, False)
-    ends = rng.integers(case.budget, case.kv_len, case.batch, endpoint=True).astype(np.int32)
-    budgets = rng.integers(1, case.budget, case.batch, endpoint=True).astype(np.int32)
-    static = {"max_budget": case.budget, "bounds": case.bounds}
-    found, expected = (
-        compiled(functools.partial(score_select, impl=impl))(codes, weights, ends, budgets, **static)
-        for impl in ("pallas_triton", "reference")
-    )
-    for one, other in zip(found, expected, strict=True):
-        np.testing.assert_array_equal(one, other)
 
 
 def test_shapes_that_do_not_fit_are_refused():
@@ -188,8 +154,8 @@ def test_shapes_that_do_not_fit_are_refused():
     with pytest.raises(InputError, match="multiple of code_heads"):
         score_select(codes, weights, one, one, 4, REAL)
     with pytest.raises(InputError, match="do not fit int8"):
-        score_select(codes, weights[:, :2], one, one, 4, WeightBounds(128, 1020))
+        score_select(codes, weights[:, :2], one, one, 4, WeightBounds(128, 1020), impl="pallas_triton")
     with pytest.raises(InputError, match="need more than 12 bits"):
-        score_select(codes, weights[:, :2], one, one, 4, WeightBounds(127, 4096))
+        score_select(codes, weights[:, :2], one, one, 4, WeightBounds(127, 4096), impl="pallas_triton")
     with pytest.raises(InputError, match="do not fit: batch"):
         score_select(codes, weights[:, :2, :, :32], one, one, 4, REAL)

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from spotlight_jax.errors import InputError
 from spotlight_jax.kernels.select_top import counting, mask_top, select_top
-from spotlight_jax.kernels.select_top.cases import CASES
 
 # jitted once: called eagerly, the loops inside would be compiled again for every example
 jitted_select = jax.jit(select_top, static_argnums=(2, 3, 4))
@@ -70,31 +69,6 @@ def test_equal_ranks_go_to_the_newest():
 def test_a_row_of_equal_ranks_gives_its_end():
     places, is_real = select_top(jnp.full((1, 96), 3, jnp.uint32), jnp.asarray([33]), 40, 2)
     assert places[is_real].tolist() == list(range(63, 96))
-
-
-@pytest.mark.parametrize(
-    "case",
-    [case for case in CASES if case.kv_len <= 131072 and case.batch * case.heads <= 4],
-    ids=lambda case: case.name,
-)
-def test_real_shapes_equal_the_reference(case):
-    rng = np.random.default_rng(1)
-    shape = (case.batch, min(case.heads, 4), case.kv_len)
-    ranks = jnp.asarray(rng.integers(0, 2**case.rank_bits, shape, dtype=np.uint32))
-    budgets = jnp.asarray(rng.integers(1, case.budget, shape[:2], dtype=np.int32, endpoint=True))
-    places, is_real = jitted_select(ranks, budgets, case.budget, case.rank_bits)
-    expected, expected_real = jitted_select(ranks, budgets, case.budget, 32, "reference")
-    np.testing.assert_array_equal(is_real, expected_real)
-    np.testing.assert_array_equal(places, expected)
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_every_case_lowers_for_cuda_without_a_sort(case):
-    ranks = jax.ShapeDtypeStruct((case.batch, case.heads, case.kv_len), jnp.uint32)
-    budgets = jax.ShapeDtypeStruct((case.batch, case.heads), jnp.int32)
-    traced = jax.jit(select_top, static_argnums=(2, 3)).trace(ranks, budgets, case.budget, case.rank_bits)
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert "stablehlo.sort" not in text and "top_k" not in text
 
 
 def test_bad_widths_and_budgets_are_refused():

@@ -51,43 +51,43 @@ def test_a_kernel_that_fails_is_not_used_and_said(gpu, check, words):
 
 
 KERNELS = [
-    (score_select, score_select_pallas_triton, lambda: score_select.is_fused(BOUNDS)),
-    (sparse_attention, sparse_attention_pallas_triton, lambda: sparse_attention.choose_impl() == "pallas_triton"),
-    (hash_append, hash_append_pallas_triton, lambda: hash_append.is_fused()),
-    (pair_cost, pair_sums_pallas_triton, lambda: pair_cost.choose_impl() == "pallas_triton"),
+    (score_select, score_select_pallas_triton, lambda: score_select.choose_impl(BOUNDS)),
+    (sparse_attention, sparse_attention_pallas_triton, sparse_attention.choose_impl),
+    (hash_append, hash_append_pallas_triton, hash_append.choose_impl),
+    (pair_cost, pair_sums_pallas_triton, pair_cost.choose_impl),
 ]
 NAMES = [kernel.__name__ for _, kernel, _ in KERNELS]
 
 
-@pytest.mark.parametrize("is_taken", [is_taken for *_, is_taken in KERNELS], ids=NAMES)
-def test_a_device_that_cannot_run_a_kernel_takes_xla(gpu, is_taken):
+@pytest.mark.parametrize("choose", [choose for *_, choose in KERNELS], ids=NAMES)
+def test_a_device_that_cannot_run_a_kernel_takes_xla(gpu, choose):
     """This CPU calls itself a GPU and cannot run any of them."""
     with pytest.warns(RuntimeWarning, match="does not run here"):
-        assert not is_taken()
+        assert choose() in ("reference", "xla", "gather")
 
 
 @pytest.mark.parametrize(
-    "op, kernel, is_taken",
+    "op, kernel, choose",
     [pytest.param(*each, marks=pytest.mark.slow if each[0] is score_select else ()) for each in KERNELS],
     ids=NAMES,
 )
-def test_every_kernel_passes_its_check_while_a_program_is_traced(gpu, monkeypatch, op, kernel, is_taken):
+def test_every_kernel_passes_its_check_while_a_program_is_traced(gpu, monkeypatch, op, kernel, choose):
     """On the interpreter."""
     monkeypatch.setattr(op, kernel.__name__, functools.partial(kernel, interpret=True))
 
     def program(x):
-        return x + 1 if is_taken() else x
+        return x + 1 if choose() == "pallas_triton" else x
 
     assert float(jax.jit(program)(1.0)) == 2
 
 
 def test_weights_and_scores_that_do_not_fit_take_xla_on_any_device(monkeypatch):
     monkeypatch.setattr(score_select, "is_trusted", lambda *_: True)
-    assert score_select.is_fused(BOUNDS)
-    assert not any(score_select.is_fused(bounds) for bounds in (WeightBounds(128, 1020), WeightBounds(16, 4096)))
+    assert score_select.choose_impl(BOUNDS) == "pallas_triton"
+    assert {score_select.choose_impl(bounds) for bounds in (WeightBounds(128, 1020), WeightBounds(16, 4096))} == {"xla"}
 
 
 @pytest.mark.gpu
-def test_every_kernel_passes_its_check_on_a_gpu():
-    assert score_select.is_fused(BOUNDS) and hash_append.is_fused()
-    assert sparse_attention.choose_impl() == pair_cost.choose_impl() == "pallas_triton"
+@pytest.mark.parametrize("choose", [choose for *_, choose in KERNELS], ids=NAMES)
+def test_every_kernel_passes_its_check_on_a_gpu(choose):
+    assert choose() == "pallas_triton"

@@ -61,14 +61,18 @@ def prepared(monkeypatch):
     _prepare(monkeypatch)
 
 
-@pytest.fixture(scope="session")
-def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
+def write_inputs(folder: pathlib.Path) -> Inputs:
+    """A tiny model and token ids in a folder."""
     config = tiny.CASES["llama3"] | {"num_hidden_layers": LAYERS, "max_position_embeddings": 256}
     tiny.write_folder(folder / "model", config)
     ids = np.random.default_rng(0).integers(0, tiny.VOCAB, 2000).astype(np.uint16)
     np.save(folder / "tokens.npy", ids)
     return Inputs(folder / "model", folder / "tokens.npy")
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="session")

@@ -8,18 +8,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int8, Int32, Shaped, UInt32
 
+from spotlight_jax.kernels.backends import pick_backend
 from spotlight_jax.kernels.hash_append.pallas_triton import hash_append_pallas_triton
-from spotlight_jax.kernels.hash_append.reference import Transform, hash_append_reference
+from spotlight_jax.kernels.hash_append.reference import hash_append_reference
 from spotlight_jax.kernels.trust import is_trusted
+from spotlight_jax.transform import Transform
 
-__all__ = ["HashAppendImpl", "Transform", "hash_append", "is_fused"]
+__all__ = ["HashAppendImpl", "Transform", "choose_impl", "hash_append"]
 
-HashAppendImpl = Literal["reference", "pallas_triton"]
+HashAppendImpl = Literal["auto", "reference", "pallas_triton"]
 
 
-def is_fused() -> bool:
-    """Whether the kernel runs here: on a GPU that passes its check."""
-    return is_trusted("hash_append", _agree)
+def choose_impl() -> HashAppendImpl:
+    """What `auto` takes: the kernel on a GPU that passes its check, plain XLA elsewhere."""
+    return "pallas_triton" if is_trusted("hash_append", _agree) else "reference"
 
 
 def _agree() -> bool:
@@ -34,9 +36,9 @@ def _agree() -> bool:
     rows = draw(2, 6, 64), draw(2, 2, 64), draw(2, 2, 64)
     codes = jax.random.bits(next(draws), (2, 2, 4, 256), jnp.uint32)
     call = *rows, transform, draw(2, 256, 2, 64), draw(2, 256, 2, 64), codes, jnp.asarray([7, 255], jnp.int32)
-    found, expected = (
-        jax.jit(functools.partial(hash_append, impl=impl))(*call) for impl in ("pallas_triton", "reference")
-    )
+    found = jax.jit(functools.partial(hash_append, impl="pallas_triton"))(*call)
+    with jax.default_matmul_precision("highest"):
+        expected = jax.jit(functools.partial(hash_append, impl="reference"))(*call)
     off = jnp.abs(found[1].astype(jnp.int32) - expected[1].astype(jnp.int32))
     flipped = jnp.sum(jax.lax.population_count(found[4] ^ expected[4]))
     is_copied = all(bool(jnp.array_equal(found[place], expected[place])) for place in (0, 2, 3))
@@ -52,7 +54,7 @@ def hash_append(
     cached_values: Shaped[Array, "batch max_len kv_heads head_dim"],
     cached_codes: UInt32[Array, "batch kv_heads words max_len"],
     lengths: Int32[Array, "batch"],
-    impl: HashAppendImpl = "pallas_triton",
+    impl: HashAppendImpl = "auto",
 ) -> tuple[
     Shaped[Array, "batch q_heads head_dim"],
     Int8[Array, "batch kv_heads sums code_bits"],
@@ -74,6 +76,7 @@ def hash_append(
         cached_values: as the keys.
         cached_codes: as the keys; bit b of a code is bit b % 32 of word b // 32.
         lengths: tokens each sequence has cached before this one; a token that does not fit takes the last place.
+        impl: `auto` chooses by device; a named implementation runs or raises.
 
     Returns: the queries as they were given (whoever reads these copies does not have XLA make them once more), weights
         as `score_select` takes them, and the caches.
@@ -83,4 +86,5 @@ def hash_append(
         "pallas_triton": hash_append_pallas_triton,
     }
     caches = cached_keys, cached_values, cached_codes
-    return backends[impl](queries, keys, values, transform, *caches, lengths)
+    run = pick_backend("hash_append", backends, impl, choose_impl)
+    return run(queries, keys, values, transform, *caches, lengths)

@@ -1,6 +1,13 @@
 """Shapes that real models give `hash_append`: what tests check and benchmarks time."""
 
 import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from spotlight_jax.transform import Transform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +23,32 @@ class HashAppendCase:
     sums: int = 2
     max_len: int = 1024
     dtype: str = "bfloat16"
+
+    def draw(self, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Random arrays, and what is static of the call: nothing. Sequences end all over the cache; axes have one to
+        four digits, keys lie on both sides of the outermost cells, and some query heads are in one sum alone."""
+        draws = iter(jax.random.split(jax.random.key(seed), 16))
+        group, per_head = self.q_heads // self.kv_heads, (self.kv_heads, self.head_dim, self.code_bits)
+
+        def draw(*shape: int, scale: float = 1.0, dtype: str = "float32") -> Array:
+            return scale * jax.random.normal(next(draws), shape, dtype)
+
+        members = jax.random.bernoulli(next(draws), 0.5, (self.kv_heads, self.sums, group)).astype(jnp.float32)
+        transform = Transform(
+            mean=draw(self.kv_heads, self.head_dim),
+            axes=draw(*per_head, scale=0.4 * self.head_dim**-0.5),
+            cells=2.0 ** jax.random.randint(next(draws), (self.kv_heads, self.code_bits), 1, 5),
+            decode=draw(*per_head),
+            members=members.at[:, :, 0].set(1.0),  # no sum is empty
+            log_gain=draw(self.q_heads),
+        )
+        heads = self.q_heads, self.kv_heads, self.kv_heads
+        new = [draw(self.batch, count, self.head_dim, dtype=self.dtype) for count in heads]
+        cache = [draw(self.batch, self.max_len, self.kv_heads, self.head_dim, dtype=self.dtype) for _ in range(2)]
+        shape = self.batch, self.kv_heads, self.code_bits // 32, self.max_len
+        codes = jax.random.bits(next(draws), shape, jnp.uint32)
+        lengths = jax.random.randint(next(draws), (self.batch,), 0, self.max_len, jnp.int32)
+        return (*new, transform, *cache, codes, lengths), {}
 
 
 CASES = (

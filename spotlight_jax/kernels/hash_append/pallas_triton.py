@@ -15,18 +15,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Int8, Int32, Shaped, UInt32
 
 from spotlight_jax.bits import pack_bits
 from spotlight_jax.config.hashing import WORD_BITS
-from spotlight_jax.kernels.hash_append.reference import Transform
+from spotlight_jax.kernels import triton as plgpu
+from spotlight_jax.kernels.configs import config_here
+from spotlight_jax.kernels.hash_append.config import CONFIGS, Config
+from spotlight_jax.transform import Transform
 from spotlight_jax.weights import INT8_LIMIT, real_room
-
-ROWS = 16  # of a product on tensor cores, at least: a row is one sum of one sequence
-DEPTH = 32  # dimensions that are multiplied at once: registers hold their three parts
-WARPS = 8
-CODE_BITS = 64  # of a key, that one program finds at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,16 +38,17 @@ class Plan:
     code_bits: int
     max_len: int
     interpret: bool
+    cfg: Config
 
     @property
     def tile(self) -> int:
         """Sequences of a program."""
-        return ROWS // self.sums
+        return self.cfg.rows // self.sums
 
     @property
     def chunks(self) -> list[Int32[Array, "depth"]]:
         """Dimensions that are multiplied at once; the last ones may lie past head_dim."""
-        return [first + jnp.arange(DEPTH) for first in range(0, self.head_dim, DEPTH)]
+        return [first + jnp.arange(self.cfg.depth) for first in range(0, self.head_dim, self.cfg.depth)]
 
     @property
     def bits(self) -> int:
@@ -60,7 +58,7 @@ class Plan:
     @property
     def bits_at_once(self) -> int:
         """Of a key's code, that one program finds: as a whole it would take longer than the weights of the queries."""
-        return min(self.bits, CODE_BITS)
+        return min(self.bits, self.cfg.code_bits)
 
     @property
     def code_parts(self) -> int:
@@ -115,7 +113,7 @@ def _ask_rows(ref, sequences, head, plan: Plan) -> list[_Asked]:
 
 def _weigh_queries(heads_ref, decode_ref, members_ref, log_gain_ref, weights_ref, first, head, plan: Plan) -> None:
     """Integer weights of each sum; one scale for all sums of a sequence."""
-    rows = jnp.arange(ROWS)
+    rows = jnp.arange(plan.cfg.rows)
     sequences, sums = first + rows // plan.sums, rows % plan.sums
     decode = _ask_matrix(decode_ref, head, jnp.arange(plan.bits), plan)
     places = range(plan.group)
@@ -135,7 +133,7 @@ def _weigh_queries(heads_ref, decode_ref, members_ref, log_gain_ref, weights_ref
     room = real_room(plan.code_bits)
     scale = jnp.minimum(INT8_LIMIT / jnp.maximum(largest * norm, 1e-30), room / jnp.maximum(total * norm, 1e-30))
     scale = jnp.min(scale.reshape(plan.tile, plan.sums), axis=1)[:, None]
-    scale = norm * jnp.broadcast_to(scale, (plan.tile, plan.sums)).reshape(ROWS)
+    scale = norm * jnp.broadcast_to(scale, (plan.tile, plan.sums)).reshape(plan.cfg.rows)
     whole = jnp.floor(weights * scale[:, None] + 0.5).astype(jnp.int8)
     bits = jnp.arange(plan.bits)[None, :]
     is_there = (sequences < plan.batch)[:, None] & (bits < plan.code_bits)
@@ -144,7 +142,7 @@ def _weigh_queries(heads_ref, decode_ref, members_ref, log_gain_ref, weights_ref
 
 def _places_of(lengths_ref, first, plan: Plan) -> tuple[Array, Array]:
     """A program's sequences, and where their new token goes, as a column."""
-    rows = jnp.arange(ROWS)
+    rows = jnp.arange(plan.cfg.rows)
     sequences = jnp.where(rows < plan.tile, first + rows, plan.batch)  # rows past the tile are no sequence's
     at = plgpu.load(lengths_ref.at[sequences], mask=sequences < plan.batch, other=0)
     return sequences, jnp.minimum(at, plan.max_len - 1)[:, None]
@@ -231,7 +229,8 @@ def hash_append_pallas_triton(
     batch, kv_heads, head_dim = keys.shape
     code_bits, sums = transform.axes.shape[2], transform.members.shape[1]
     group, max_len = queries.shape[1] // kv_heads, cached_keys.shape[1]
-    plan = Plan(batch, kv_heads, group, sums, head_dim, code_bits, max_len, interpret)
+    cfg = config_here(CONFIGS)
+    plan = Plan(batch, kv_heads, group, sums, head_dim, code_bits, max_len, interpret, cfg)
     caches = cached_keys, cached_values, cached_codes
     queries, weights, *caches = pl.pallas_call(
         functools.partial(_kernel, plan=plan),
@@ -242,7 +241,9 @@ def hash_append_pallas_triton(
             *(jax.ShapeDtypeStruct(cache.shape, cache.dtype) for cache in caches),
         ),
         input_output_aliases={8: 2, 9: 3, 10: 4},  # the caches stay where they are
-        compiler_params=plgpu.CompilerParams(num_warps=WARPS if code_bits <= 128 else 2 * WARPS, num_stages=1),
+        compiler_params=plgpu.CompilerParams(
+            num_warps=cfg.warps if code_bits <= 128 else cfg.wide_warps, num_stages=cfg.stages
+        ),
         interpret=interpret,
         name="hash_append",
     )(jnp.concatenate([queries, keys, values], axis=1), *transform, lengths, *caches)

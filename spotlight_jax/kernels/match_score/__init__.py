@@ -9,6 +9,7 @@ from jax import lax
 from jaxtyping import Array, Int32, UInt32
 
 from spotlight_jax.errors import InputError
+from spotlight_jax.kernels.backends import pick_backend
 from spotlight_jax.kernels.match_score.bit_planes import match_score_bit_planes
 from spotlight_jax.kernels.match_score.matmul import match_score_matmul
 from spotlight_jax.kernels.match_score.reference import match_score_reference
@@ -56,7 +57,7 @@ def match_score(
         "bit_planes": functools.partial(match_score_bit_planes, weight_bits=weight_bits),
         "matmul": match_score_matmul,
     }
-    run = backends[choose_impl(q_len) if impl == "auto" else impl]
+    run = pick_backend("match_score", backends, impl, lambda: choose_impl(q_len))
     weights = lax.optimization_barrier(weights)  # else XLA for CPUs computes them anew for every token
     found = run(codes, weights.reshape(batch, q_len, heads * sums, code_bits))
     found = found.reshape(batch, q_len, heads, sums, kv_len) - halves(weights)[..., None]

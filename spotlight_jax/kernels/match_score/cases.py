@@ -1,6 +1,11 @@
 """Shapes that real models give `match_score`: what tests check and benchmarks time."""
 
 import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +21,14 @@ class MatchScoreCase:
     weight_bits: int
     q_len: int = 1
     sums: int = 1
+
+    def draw(self, seed: int = 0) -> tuple[tuple[Array, ...], dict[str, Any]]:
+        """Random arrays, and what is static of the call."""
+        keys = jax.random.split(jax.random.key(seed), 2)
+        codes = jax.random.bits(keys[0], (self.batch, self.code_heads, self.code_bits // 32, self.kv_len), jnp.uint32)
+        shape, end = (self.batch, self.q_len, self.heads, self.sums, self.code_bits), 1 << (self.weight_bits - 1)
+        weights = jax.random.randint(keys[1], shape, -end, end, jnp.int32)
+        return (codes, jnp.where(weights < 0, -1, 1) if end == 1 else weights), {"weight_bits": self.weight_bits}
 
 
 CASES = (

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
+from spotlight_jax.kernels.backends import pick_backend
 from spotlight_jax.kernels.pair_cost.pallas_triton import pair_sums_pallas_triton
 from spotlight_jax.kernels.pair_cost.reference import PairSums, pair_sums_reference
 from spotlight_jax.kernels.pair_cost.xla import pair_sums_xla
@@ -59,7 +60,7 @@ def pair_sums(
         "xla": pair_sums_xla,
         "pallas_triton": pair_sums_pallas_triton,
     }
-    run = backends[choose_impl() if impl == "auto" else impl]
+    run = pick_backend("pair_cost", backends, impl, choose_impl)
     return run(top_scores, top_weights, other_scores, is_other, alpha)
 
 

@@ -1,6 +1,11 @@
 """Shapes that real models give `pair_cost`: what tests check and benchmarks time."""
 
 import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,6 +17,15 @@ class PairCostCase:
     queries: int
     tops: int
     others: int
+
+    def draw(self, seed: int = 0) -> tuple[tuple[Array, ...], dict[str, Any]]:
+        """Random arrays, and what is static of the call. Tops lie on a grid and others halfway between, so that no pair
+        is as good as tied, and counts are one number."""
+        keys, rows = jax.random.split(jax.random.key(seed), 4), (self.q_heads, self.queries)
+        top = jnp.round(64 * (2 + 3 * jax.random.normal(keys[0], (*rows, self.tops)))) / 64
+        other = (jnp.round(64 * 3 * jax.random.normal(keys[1], (*rows, self.others))) + 0.5) / 64
+        weights = jax.random.uniform(keys[2], top.shape, maxval=2.0)
+        return (top, weights, other, jax.random.bernoulli(keys[3], 0.9, other.shape)), {"alpha": 3.0}
 
 
 CASES = (

@@ -6,14 +6,13 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float
 
+from spotlight_jax.kernels import triton as plgpu
+from spotlight_jax.kernels.configs import config_here
+from spotlight_jax.kernels.pair_cost.config import CONFIGS
 from spotlight_jax.kernels.pair_cost.factors import pair_factors
 from spotlight_jax.kernels.pair_cost.reference import PairSums
-
-_TOPS_AT_ONCE = 4  # tops times others is what a program's threads hold at once
-_LEAST = 16
 
 
 def _approximate(operation: str, x: Float[Array, "tops others"], interpret: bool) -> Float[Array, "tops others"]:
@@ -31,13 +30,23 @@ def _approximate(operation: str, x: Float[Array, "tops others"], interpret: bool
 
 
 def _kernel(
-    tops_ref, weights_ref, others_ref, cost_ref, wrong_ref, top_slopes_ref, other_slopes_ref, *, lost, interpret
+    tops_ref,
+    weights_ref,
+    others_ref,
+    cost_ref,
+    wrong_ref,
+    top_slopes_ref,
+    other_slopes_ref,
+    *,
+    lost,
+    at_once,
+    interpret,
 ) -> None:
     others = others_ref[0, :][None, :]
 
     def add_tops(step, sums):
         cost, wrong, slopes = sums
-        at = pl.ds(step * _TOPS_AT_ONCE, _TOPS_AT_ONCE)
+        at = pl.ds(step * at_once, at_once)
         tops, weights = tops_ref[0, at], weights_ref[0, at]
         least = jnp.where(weights > 0, lost, jnp.inf)[:, None]  # ratio of a pair that is ranked wrongly
         ratio = tops[:, None] * others
@@ -52,7 +61,7 @@ def _kernel(
         )
 
     zeros = jnp.zeros(others_ref.shape[1:], jnp.float32)
-    cost, wrong, slopes = jax.lax.fori_loop(0, tops_ref.shape[1] // _TOPS_AT_ONCE, add_tops, (zeros, zeros, zeros))
+    cost, wrong, slopes = jax.lax.fori_loop(0, tops_ref.shape[1] // at_once, add_tops, (zeros, zeros, zeros))
     cost_ref[0] = jnp.sum(cost) * math.log(2)
     wrong_ref[0] = jnp.sum(wrong)
     other_slopes_ref[0, :] = others_ref[0, :] * slopes
@@ -67,10 +76,11 @@ def pair_sums_pallas_triton(
     interpret: bool = False,
 ) -> PairSums:
     """As the reference; tops and others are padded with keys that are in no pair."""
+    cfg = config_here(CONFIGS)
     batch, count = top_scores.shape[:-1], other_scores.shape[-1]
     tops, others = pair_factors(top_scores, other_scores, is_other, alpha)
-    width = max(_LEAST, 1 << (count - 1).bit_length())  # what a program holds at once must be a power of two
-    tops, weights = _padded_rows(tops, _TOPS_AT_ONCE), _padded_rows(top_weights, _TOPS_AT_ONCE)
+    width = max(cfg.least_others, 1 << (count - 1).bit_length())  # what a program holds at once must be a power of two
+    tops, weights = _padded_rows(tops, cfg.tops), _padded_rows(top_weights, cfg.tops)
     others = _padded_rows(others, width)
     rows = tops.shape[0]
 
@@ -82,12 +92,12 @@ def pair_sums_pallas_triton(
 
     one = pl.BlockSpec((1,), lambda row: (row,))
     cost, wrong, top_slopes, other_slopes = pl.pallas_call(
-        functools.partial(_kernel, lost=math.exp(alpha), interpret=interpret),
+        functools.partial(_kernel, lost=math.exp(alpha), at_once=cfg.tops, interpret=interpret),
         grid=(rows,),
         in_specs=[row_of(tops.shape[1]), row_of(tops.shape[1]), row_of(others.shape[1])],
         out_specs=[one, one, row_of(tops.shape[1]), row_of(others.shape[1])],
         out_shape=[row_shape(), row_shape(), row_shape(tops.shape[1]), row_shape(others.shape[1])],
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=cfg.warps, num_stages=cfg.stages),
         interpret=interpret,
         name="pair_sums",
     )(tops, weights, others)

@@ -1,28 +1,45 @@
 """From packed codes and query weights to the positions a decoding step reads: scoring, cut and compaction as one op."""
 
 import functools
+from collections.abc import Callable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int8, Int32, UInt32
+from jaxtyping import Array, Bool, Int, Int32, UInt32
 
 from spotlight_jax.config.hashing import WORD_BITS
 from spotlight_jax.errors import InputError
+from spotlight_jax.kernels.backends import pick_backend
 from spotlight_jax.kernels.score_select.pallas_triton import score_select_pallas_triton
 from spotlight_jax.kernels.score_select.plan import MOST_BITS
-from spotlight_jax.kernels.score_select.reference import score_select_reference
+from spotlight_jax.kernels.score_select.reference import score_select_in_parts
 from spotlight_jax.kernels.trust import is_trusted
 from spotlight_jax.weights import INT8_LIMIT, WeightBounds
 
-__all__ = ["ScoreSelectImpl", "is_fused", "score_select"]
+__all__ = ["ScoreSelectImpl", "choose_impl", "score_select"]
 
-ScoreSelectImpl = Literal["reference", "pallas_triton"]
+ScoreSelectImpl = Literal["auto", "reference", "xla", "pallas_triton"]
 
 
-def is_fused(bounds: WeightBounds) -> bool:
-    """Whether the fused kernels run here: on a GPU that passes their check, with weights and scores that fit them."""
-    return bounds.limit <= INT8_LIMIT and bounds.rank_bits <= MOST_BITS and is_trusted("score_select", _agree)
+def choose_impl(bounds: WeightBounds) -> ScoreSelectImpl:
+    """What `auto` takes: the kernels on a GPU that passes their check, where they hold the weights and their scores;
+    else the two parts, each as `auto` takes it."""
+    fits = bounds.limit <= INT8_LIMIT and bounds.rank_bits <= MOST_BITS
+    return "pallas_triton" if fits and is_trusted("score_select", _agree) else "xla"
+
+
+def _run_kernels(
+    codes: Array, weights: Array, ends: Array, budgets: Array, max_budget: int, bounds: WeightBounds,
+    sink_tokens: int, recent_tokens: int,
+) -> tuple[Array, Array]:  # fmt: skip
+    """The kernels on weights of 8 bits; raises InputError where they cannot hold the weights or their scores."""
+    if bounds.limit > INT8_LIMIT:
+        raise InputError(f"weights up to {bounds.limit} do not fit int8 (at most {INT8_LIMIT})")
+    if bounds.rank_bits > MOST_BITS:
+        raise InputError(f"scores of weights that add up to {bounds.total} need more than {MOST_BITS} bits")
+    call = codes, weights.astype(jnp.int8), ends, budgets, max_budget, bounds
+    return score_select_pallas_triton(*call, sink_tokens, recent_tokens)
 
 
 def _agree() -> bool:
@@ -44,14 +61,14 @@ def _agree() -> bool:
 
 def score_select(
     codes: UInt32[Array, "batch code_heads words kv_len"],
-    weights: Int8[Array, "batch heads sums code_bits"],
+    weights: Int[Array, "batch heads sums code_bits"],
     ends: Int32[Array, "batch"],
     budgets: Int32[Array, "batch"],
     max_budget: int,
     bounds: WeightBounds,
     sink_tokens: int = 0,
     recent_tokens: int = 1,
-    impl: ScoreSelectImpl = "pallas_triton",
+    impl: ScoreSelectImpl = "auto",
 ) -> tuple[Int32[Array, "batch heads max_budget"], Bool[Array, "batch heads max_budget"]]:
     """Positions of the tokens with the highest scores (see `weights`), newest first among equals.
 
@@ -64,11 +81,12 @@ def score_select(
         bounds: of the weights.
         sink_tokens: first positions that are always chosen.
         recent_tokens: newest positions that are always chosen.
+        impl: `auto` chooses by device and bounds; a named implementation runs or raises.
 
     Returns: positions in ascending order, real ones first, and which are real; the others are 0.
 
-    Raises: InputError where heads is no multiple of code_heads, the code widths differ, or the kernels cannot hold
-        the weights or their scores.
+    Raises: InputError where heads is no multiple of code_heads, the code widths differ, or the kernels are named and
+        cannot hold the weights or their scores.
     """
     batch, code_heads, words, _ = codes.shape
     if weights.shape[0] != batch or weights.shape[1] % code_heads or weights.shape[3] != WORD_BITS * words:
@@ -76,9 +94,10 @@ def score_select(
             f"codes {codes.shape} and weights {weights.shape} do not fit: batch must be equal, heads a multiple of "
             f"code_heads ({code_heads}) and code_bits {WORD_BITS} x words ({WORD_BITS * words})"
         )
-    if bounds.limit > INT8_LIMIT:
-        raise InputError(f"weights up to {bounds.limit} do not fit int8 (at most {INT8_LIMIT})")
-    if bounds.rank_bits > MOST_BITS:
-        raise InputError(f"scores of weights that add up to {bounds.total} need more than {MOST_BITS} bits")
-    run = {"reference": score_select_reference, "pallas_triton": score_select_pallas_triton}[impl]
+    backends: dict[str, Callable[..., tuple[Array, Array]]] = {
+        "reference": functools.partial(score_select_in_parts, impl="reference"),
+        "xla": score_select_in_parts,
+        "pallas_triton": _run_kernels,
+    }
+    run = pick_backend("score_select", backends, impl, lambda: choose_impl(bounds))
     return run(codes, weights, ends, budgets, max_budget, bounds, sink_tokens, recent_tokens)

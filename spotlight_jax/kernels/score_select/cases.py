@@ -1,6 +1,11 @@
 """Shapes that real models give `score_select`: what tests check and benchmarks time."""
 
 import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
 
 from spotlight_jax.weights import WeightBounds
 
@@ -18,6 +23,18 @@ class ScoreSelectCase:
     budget: int
     sums: int = 2
     bounds: WeightBounds = WeightBounds(127, 1020)
+
+    def draw(self, seed: int = 0) -> tuple[tuple[Array, ...], dict[str, Any]]:
+        """Random arrays, and what is static of the call."""
+        keys, limit = jax.random.split(jax.random.key(seed), 4), self.bounds.limit
+        codes = jax.random.bits(keys[0], (self.batch, self.code_heads, self.code_bits // 32, self.kv_len), jnp.uint32)
+        shape = self.batch, self.heads, self.sums, self.code_bits
+        weights = jax.random.randint(keys[1], shape, -limit, limit + 1, jnp.int32)
+        total = jnp.maximum(jnp.sum(jnp.abs(weights), axis=-1, keepdims=True), self.bounds.total)
+        weights = jnp.trunc(weights * (self.bounds.total / total)).astype(jnp.int8)
+        ends = jax.random.randint(keys[2], (self.batch,), self.budget, self.kv_len + 1, jnp.int32)
+        budgets = jax.random.randint(keys[3], (self.batch,), 1, self.budget + 1, jnp.int32)
+        return (codes, weights, ends, budgets), {"max_budget": self.budget, "bounds": self.bounds}
 
 
 SIGNS = WeightBounds(7, 7 * 128)

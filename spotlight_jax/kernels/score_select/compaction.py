@@ -8,13 +8,11 @@ import functools
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Int32
 
+from spotlight_jax.kernels import triton as plgpu
 from spotlight_jax.kernels.score_select.plan import Plan, positions_of, slots_of
 
-COMPACT_WARPS = 8
-WIDE_STEP = 2048  # ranks that are counted or compacted together; a chunk is one step of scoring or some wide ones
 BOTH_HALVES = 0x10001  # of a word: times this, a number is in both
 HIGHEST_BITS = -0x7FFF8000  # of both halves
 
@@ -25,11 +23,11 @@ def load_ranks(words_ref, chunk: int, plan: Plan) -> list[Int32[Array, "threads 
     The mask ends at a multiple of a chunk's words, or where the row does: halved any later, Triton could not tell that
     it never parts a thread's words, and would load them one by one.
     """
-    words, width = chunk // 2, min(WIDE_STEP, chunk) // 2
+    words, width = chunk // 2, min(plan.cfg.wide_step, chunk) // 2
     there = jnp.minimum(words, plan.rank_len // 2 - pl.program_id(1) * words)
     slots = (slots_of(step, width, there) for step in range(words // width))
     loaded = (plgpu.load(words_ref.at[at], mask=is_there, other=0) for at, is_there in slots)
-    return [of_step.reshape(32 * COMPACT_WARPS, -1) for of_step in loaded]
+    return [of_step.reshape(32 * plan.cfg.compact_warps, -1) for of_step in loaded]
 
 
 def _reaches(words: Int32[Array, "threads words"], least: Int32[Array, ""]) -> Int32[Array, "threads"]:

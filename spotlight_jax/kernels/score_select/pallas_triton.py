@@ -21,47 +21,39 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Int8, Int32, UInt32
 
-from spotlight_jax.kernels.score_select.compaction import COMPACT_WARPS, WIDE_STEP, load_ranks, store_chosen
-from spotlight_jax.kernels.score_select.counting import TOKENS, count_ranks, find_bin, read_counts, start_counting
+from spotlight_jax.kernels import triton as plgpu
+from spotlight_jax.kernels.configs import config_here
+from spotlight_jax.kernels.score_select.compaction import load_ranks, store_chosen
+from spotlight_jax.kernels.score_select.config import CONFIGS
+from spotlight_jax.kernels.score_select.counting import count_ranks, find_bin, read_counts, start_counting
 from spotlight_jax.kernels.score_select.plan import PARTS, Plan, clear_free_slots, slots_of, walk
 from spotlight_jax.kernels.score_select.scoring import ranker_of
 from spotlight_jax.weights import WeightBounds
-
-PROGRAMS = 384  # at most, where chunks are long enough: three for each processor of an H100, all at work at once
-SCORE_WARPS = 4  # few, each with many codes on their way: what scoring waits for is memory
-STEP = TOKENS * 32 * SCORE_WARPS  # tokens that a program scores together
-LONGEST_CHUNK = 14 * STEP  # its ranks fit the registers of the program that compacts them
-
-
-def choose_chunk(rows: int, kv_len: int) -> int:
-    """Tokens of a program: few enough that a GPU is full, many enough that all programs run at once."""
-    chunk = WIDE_STEP * -(-rows * kv_len // (PROGRAMS * WIDE_STEP))
-    return STEP if rows * kv_len <= PROGRAMS * STEP else min(chunk, LONGEST_CHUNK)
 
 
 def _score_kernel(
     bounds_ref, weights_ref, codes_ref, ranks_ref, counts_ref, parts_ref, *, plan: Plan, chunk: int
 ) -> None:
     start, end = pl.program_id(1) * chunk, bounds_ref[0]
-    rank, there = ranker_of(weights_ref, end, STEP, plan), jnp.minimum(chunk, plan.kv_len - start)
+    step_len = plan.cfg.step
+    rank, there = ranker_of(weights_ref, end, step_len, plan), jnp.minimum(chunk, plan.kv_len - start)
 
     def load_words(step):
-        at, is_there = slots_of(step, STEP, there)
+        at, is_there = slots_of(step, step_len, there)
         words = [codes_ref.at[jnp.int32(word), at] for word in range(plan.words)]
         return [plgpu.load(word, mask=is_there, other=0, eviction_policy="evict_first") for word in words]
 
     def score_step(step, words, counted):
-        ranks = rank(words, start + step * STEP)
-        at, is_there = slots_of(step, STEP, jnp.minimum(chunk, plan.rank_len - start))
+        ranks = rank(words, start + step * step_len)
+        at, is_there = slots_of(step, step_len, jnp.minimum(chunk, plan.rank_len - start))
         plgpu.store(ranks_ref.at[at], ranks.astype(ranks_ref.dtype), mask=is_there, eviction_policy="evict_last")
         return count_ranks(ranks, counted, plan)
 
     @pl.when(start < end)  # nothing is written of other chunks
     def count():
-        counted = walk(chunk // STEP, load_words, score_step, start_counting(STEP, plan))
+        counted = walk(chunk // step_len, load_words, score_step, start_counting(step_len, plan))
         for index, counts in enumerate(read_counts(counted, plan)):
             counts_ref[pl.ds(index * counts.size, counts.size)] = counts.astype(counts_ref.dtype)
             parts = jnp.sum(counts.reshape(-1, plan.bins_of_part), axis=1)
@@ -102,7 +94,7 @@ def _compact_kernel(bounds_ref, counts_ref, parts_ref, words_ref, places_ref, *,
 
     @pl.when(own == count - 1)
     def clear():
-        clear_free_slots(places_ref, budget, plan, WIDE_STEP)
+        clear_free_slots(places_ref, budget, plan, plan.cfg.wide_step)
 
 
 def _select(
@@ -113,7 +105,7 @@ def _select(
 ) -> Int32[Array, "rows max_budget"]:
     """Chosen positions of every row; bounds are a sequence's end and budget."""
     rows, heads, group = plan.rows, plan.heads, plan.heads // plan.code_heads
-    chunk = choose_chunk(rows, plan.kv_len)
+    chunk = plan.cfg.choose_chunk(rows, plan.kv_len)
     chunks = -(-plan.kv_len // chunk)
 
     def row_of(*shape):
@@ -133,18 +125,18 @@ def _select(
 
     def call(kernel, name, warps, **specs):
         kernel = functools.partial(kernel, plan=plan, chunk=chunk)
-        params = plgpu.CompilerParams(num_warps=warps, num_stages=1)
+        params = plgpu.CompilerParams(num_warps=warps, num_stages=plan.cfg.stages)
         return pl.pallas_call(
             kernel, name=name, grid=(rows, chunks), interpret=plan.interpret, compiler_params=params, **specs
         )
 
     ranks, counts, parts = call(
-        _score_kernel, "score_ranks", SCORE_WARPS, in_specs=[of_bounds, row_of(weights.shape[1]), of_codes],
+        _score_kernel, "score_ranks", plan.cfg.score_warps, in_specs=[of_bounds, row_of(weights.shape[1]), of_codes],
         out_specs=[of_ranks, own_bins, own_parts], out_shape=out_shape,
     )(bounds, weights, codes)  # fmt: skip
     words = lax.bitcast_convert_type(ranks.reshape(rows, -1, 2), jnp.int32)
     return call(
-        _compact_kernel, "compact_chosen", COMPACT_WARPS,
+        _compact_kernel, "compact_chosen", plan.cfg.compact_warps,
         in_specs=[of_bounds, row_of(chunks, plan.bins), row_of(chunks, PARTS), of_words],
         out_specs=row_of(plan.max_budget), out_shape=jax.ShapeDtypeStruct((rows, plan.max_budget), jnp.int32),
     )(bounds, counts, parts, words)  # fmt: skip
@@ -168,7 +160,7 @@ def score_select_pallas_triton(
         batch=batch, heads=heads, code_heads=code_heads, words=words, kv_len=kv_len,
         sums=sums, least=bounds.score_range[0], rank_bits=bounds.rank_bits,
         planes=bounds.limit.bit_length() + 1, sink_tokens=sink_tokens,
-        recent_tokens=recent_tokens, max_budget=max_budget, interpret=interpret,
+        recent_tokens=recent_tokens, max_budget=max_budget, interpret=interpret, cfg=config_here(CONFIGS),
     )  # fmt: skip
     budgets = jnp.minimum(budgets, ends)
     places = _select(codes, weights.reshape(plan.rows, -1), jnp.stack([ends, budgets], axis=1), plan)

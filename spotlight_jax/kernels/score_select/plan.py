@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Int32
+
+from spotlight_jax.kernels import triton as plgpu
+from spotlight_jax.kernels.score_select.config import Config
 
 LEAST_BITS, MOST_BITS = 10, 12  # of ranks that a program counts: a histogram fills its threads, and fits its memory
 PARTS = 32  # of a histogram, added up: a cut is looked for among these first
@@ -30,6 +32,7 @@ class Plan:
     recent_tokens: int
     max_budget: int
     interpret: bool
+    cfg: Config
 
     @property
     def rows(self) -> int:
@@ -90,6 +93,11 @@ def clear_free_slots(places_ref, budget, plan: Plan, width: int) -> None:
         plgpu.store(places_ref.at[slots], jnp.zeros_like(slots), mask=is_free)
 
     lax.fori_loop(budget // width, -(-plan.max_budget // width), clear_step, None)
+
+
+def number_operands(count: int, pack: int = 1) -> list[list[str]]:
+    """Names of `count` operands in a program of `run_instruction`, results first: each is `pack` registers in a row."""
+    return [[f"${pack * place + token}" for token in range(pack)] for place in range(count)]
 
 
 def run_instruction(program: str, *args: Array, pack: int = 1) -> Int32[Array, "*shape"]:

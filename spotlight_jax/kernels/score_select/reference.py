@@ -1,30 +1,32 @@
-"""What the fused operation means: score every code, then sort by score and position."""
+"""What the fused operation means: score every code, then choose by score and position; two ops, one after the other."""
+
+from typing import Literal
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int8, Int32, UInt32
+from jaxtyping import Array, Bool, Int, Int32, UInt32
 
 from spotlight_jax.kernels.match_score import match_score
-from spotlight_jax.kernels.select_top.reference import select_top_reference
+from spotlight_jax.kernels.select_top import select_top
+from spotlight_jax.kernels.select_top.ranks import force_ranks
 from spotlight_jax.weights import WeightBounds
 
 
-def score_select_reference(
+def score_select_in_parts(
     codes: UInt32[Array, "batch code_heads words kv_len"],
-    weights: Int8[Array, "batch heads sums code_bits"],
+    weights: Int[Array, "batch heads sums code_bits"],
     ends: Int32[Array, "batch"],
     budgets: Int32[Array, "batch"],
     max_budget: int,
     bounds: WeightBounds,
     sink_tokens: int = 0,
     recent_tokens: int = 1,
+    impl: Literal["auto", "reference"] = "auto",
 ) -> tuple[Int32[Array, "batch heads max_budget"], Bool[Array, "batch heads max_budget"]]:
-    """`score_select` by sorting."""
-    scores = match_score(codes, weights[:, None].astype(jnp.int32), bounds.bits, impl="reference")[:, 0]
+    """`score_select` by `match_score` and `select_top`, both of the implementation that is named."""
+    scores = match_score(codes, weights[:, None].astype(jnp.int32), bounds.bits, impl)[:, 0]
     least, greatest = bounds.score_range
-    positions = jnp.arange(codes.shape[-1], dtype=jnp.int32)[None, None, :]
-    ends = ends[:, None, None]
-    is_always_read = (positions < sink_tokens) | (positions >= ends - recent_tokens)
-    ranks = jnp.where(is_always_read, greatest - least + 2, scores - least + 1)
-    ranks = jnp.where(positions < ends, ranks, 0).astype(jnp.uint32)
-    budgets = jnp.broadcast_to(jnp.minimum(budgets, ends[:, 0, 0])[:, None], ranks.shape[:2])
-    return select_top_reference(ranks, budgets, max_budget)
+    rows = jnp.broadcast_to(ends[:, None], scores.shape[:2])
+    budgets = jnp.broadcast_to(jnp.minimum(budgets, ends)[:, None], scores.shape[:2])
+    ranks = (scores - least + 1).astype(jnp.uint32)
+    ranks = force_ranks(ranks, rows, greatest - least + 2, sink_tokens, recent_tokens)
+    return select_top(ranks, budgets, max_budget, bounds.rank_bits, impl)

@@ -4,19 +4,36 @@ A binary matrix product ANDs 16 rows of 256 bits with 8 columns and counts. A th
 of as many columns as it gets counts of: where a column has weights for the bits of one thread alone, and zeros for
 all others, a thread gets the counts of its own two rows by two columns, which are the planes of two sums. So every
 thread scores its own tokens, from where it has loaded them.
+
+PTX ISA 9.2, section 9.7.14.5, "Matrix Fragments for mma.m16n8k128" and "mma.m16n8k256", .b1 (bit i of a register is
+column or row 32 t + i; k256 alone has the registers in brackets, 128 further on):
+
+    lane l: g = l >> 2, t = l & 3     row                        column
+    rows a0, a1 [a2, a3]              g, g + 8 [g, g + 8]        32 t + i [128 + 32 t + i]
+    columns b0 [b1]                   32 t + i [128 + 32 t + i]  g
+    counts c0, c1, c2, c3             g, g, g + 8, g + 8         2 t, 2 t + 1, 2 t, 2 t + 1
+
+A lane gives its first token's words as a0 [a2], its second's as a1 [a3], so that rows g of four lanes are four tokens
+with 32 [64] bits each. Columns 2 t and 2 t + 1, whose counts lane l gets, must hold weights where t is its own alone:
+so column g holds weights, of sum g & 1, in lanes where g >> 1 == t (`owned_sums`), and zeros elsewhere.
+
+On the interpreter (`plan.interpret`) `_count_planes` takes the place of `_score_program` and `_own_columns`, and
+`pack_bits` that of `_plane_program` and `_ADD_PROGRAM`, so that no test on a CPU runs this PTX: one checks `owned_sums`
+by the table above, all is lowered, and run where there is a GPU, by `trust.is_trusted` and the tests marked `gpu`.
 """
 
 import functools
+from collections.abc import Iterator
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Bool, Int32
 
 from spotlight_jax.bits import pack_bits
 from spotlight_jax.config.hashing import WORD_BITS
-from spotlight_jax.kernels.score_select.plan import Plan, positions_of, run_instruction
+from spotlight_jax.kernels import triton as plgpu
+from spotlight_jax.kernels.score_select.plan import Plan, number_operands, positions_of, run_instruction
 
 TOKENS = 2  # of a thread, that one product counts
 SUMS = 2  # of weights, by which it counts
@@ -29,8 +46,7 @@ def _score_program(words: int, planes: int) -> str:
     highest down, word by word; the offsets. From the highest plane down, what is counted so far is doubled; the
     highest counts negative.
     """
-    operands = iter(range(TOKENS * (1 + words + planes * words + SUMS)))
-    scores, *rest = [[f"${next(operands)}" for _ in range(TOKENS)] for _ in range(1 + words + planes * words + SUMS)]
+    scores, *rest = number_operands(1 + words + planes * words + SUMS, TOKENS)
     code, weights, offsets = rest[:words], rest[words:-SUMS], rest[-SUMS:]
     counts = "{c0, c1, c2, c3}"
     lines = [".reg .s32 c<4>;", *(f"mov.s32 c{count}, 0;" for count in range(4))]
@@ -93,11 +109,15 @@ def _weights_of(weights_ref, one: int, plan: Plan) -> tuple[list[list[Array]], A
     return [[run_instruction(_plane_program(place), of_word) for of_word in own] for place in places], total >> 1
 
 
+def owned_sums(lane: Int32[Array, "lanes"]) -> Iterator[Bool[Array, "lanes"]]:
+    """Whether a lane's column has weights of the first sum, and of the second: see the table."""
+    is_own = (lane >> 3) == (lane & 3)
+    return (is_own & (((lane >> 2) & 1) == one) for one in range(SUMS))
+
+
 def _own_columns(weights: list[list[Array]], others: list[list[Array]]) -> list[Int32[Array, "1"]]:
     """What this thread holds of a product's columns: planes of the one sum or the other where it meets its own rows."""
-    lane = _lane()
-    is_own = (lane >> 3) == (lane & 3)
-    first, second = (jnp.where(is_own & (((lane >> 2) & 1) == one), -1, 0) for one in range(SUMS))
+    first, second = (jnp.where(is_owned, -1, 0) for is_owned in owned_sums(_lane()))
     return [
         (one & first) | (other & second)
         for of_words in zip(weights, others, strict=True)

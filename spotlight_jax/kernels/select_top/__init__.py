@@ -1,5 +1,7 @@
 """Exact top-budget selection by counting, never sorting: highest ranks, newest first among equals."""
 
+import functools
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -8,12 +10,18 @@ from jaxtyping import Array, Bool, Int32, UInt32
 
 from spotlight_jax.config.hashing import WORD_BITS
 from spotlight_jax.errors import InputError
+from spotlight_jax.kernels.backends import pick_backend
 from spotlight_jax.kernels.select_top.counting import compact_mask, find_cut
 from spotlight_jax.kernels.select_top.reference import select_top_reference
 
-__all__ = ["SelectTopImpl", "mask_top", "select_top"]
+__all__ = ["SelectTopImpl", "choose_impl", "mask_top", "select_top"]
 
 SelectTopImpl = Literal["auto", "reference", "counting"]
+
+
+def choose_impl() -> SelectTopImpl:
+    """What `auto` takes: counting, on any device."""
+    return "counting"
 
 
 def _digit_bits() -> int:
@@ -49,14 +57,23 @@ def select_top(
         budgets: how many to choose in each row, at most max_budget; a row with fewer ranks above 0 gives them all.
         max_budget: static width of the result.
         rank_bits: ranks are below 2^rank_bits; fewer bits mean fewer passes.
+        impl: `auto` counts; a named implementation runs or raises.
 
     Returns: positions in ascending order, real ones first, and which are real; the others are 0.
     """
     _check(ranks, budgets, rank_bits)
-    if impl == "reference":
-        return select_top_reference(ranks, budgets, max_budget)
-    ranks = _pad(ranks)
-    cut = find_cut(ranks, budgets, rank_bits, _digit_bits())
+    backends: dict[str, Callable[..., tuple[Array, Array]]] = {
+        "reference": select_top_reference,
+        "counting": functools.partial(_select_by_counting, rank_bits=rank_bits),
+    }
+    return pick_backend("select_top", backends, impl, choose_impl)(ranks, budgets, max_budget)
+
+
+def _select_by_counting(
+    ranks: UInt32[Array, "*rows kv_len"], budgets: Int32[Array, "*rows"], max_budget: int, rank_bits: int
+) -> tuple[Int32[Array, "*rows max_budget"], Bool[Array, "*rows max_budget"]]:
+    """The cut, compacted."""
+    cut = find_cut(_pad(ranks), budgets, rank_bits, _digit_bits())
     return compact_mask(cut, budgets, max_budget)
 
 

@@ -1,6 +1,11 @@
 """Shapes that real models give `select_top`: what tests check and benchmarks time."""
 
 import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,6 +18,13 @@ class SelectTopCase:
     kv_len: int
     budget: int
     rank_bits: int
+
+    def draw(self, seed: int = 0) -> tuple[tuple[Array, ...], dict[str, Any]]:
+        """Random arrays, and what is static of the call."""
+        keys = jax.random.split(jax.random.key(seed), 2)
+        ranks = jax.random.bits(keys[0], (self.batch, self.heads, self.kv_len), jnp.uint32) >> (32 - self.rank_bits)
+        budgets = jax.random.randint(keys[1], ranks.shape[:2], 1, self.budget + 1, jnp.int32)
+        return (ranks, budgets), {"max_budget": self.budget, "rank_bits": self.rank_bits}
 
 
 CASES = (

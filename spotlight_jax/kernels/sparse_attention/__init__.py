@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from spotlight_jax.errors import InputError
+from spotlight_jax.kernels.backends import pick_backend
 from spotlight_jax.kernels.sparse_attention.gather import sparse_attention_gather
 from spotlight_jax.kernels.sparse_attention.pallas_triton import sparse_attention_pallas_triton
 from spotlight_jax.kernels.sparse_attention.reference import sparse_attention_reference
@@ -51,6 +52,7 @@ def sparse_attention(
     Args:
         indices: one selection per KV head (heads = kv_heads) or per query head (heads = q_heads), each position once.
         is_real: False slots are not read; at least one slot of each row is real.
+        impl: `auto` chooses by device; a named implementation runs or raises.
 
     Raises: InputError where heads is neither.
     """
@@ -65,4 +67,5 @@ def sparse_attention(
         "gather": sparse_attention_gather,
         "pallas_triton": sparse_attention_pallas_triton,
     }
-    return backends[choose_impl() if impl == "auto" else impl](queries, keys, values, indices, is_real)
+    run = pick_backend("sparse_attention", backends, impl, choose_impl)
+    return run(queries, keys, values, indices, is_real)

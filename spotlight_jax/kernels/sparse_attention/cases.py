@@ -1,6 +1,11 @@
 """Shapes that real models give `sparse_attention`: what tests check and benchmarks time."""
 
 import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +21,16 @@ class SparseAttentionCase:
     kv_len: int
     budget: int
     dtype: str = "bfloat16"
+
+    def draw(self, seed: int = 0) -> tuple[tuple[Array, ...], dict[str, Any]]:
+        """Random arrays, and what is static of the call: nothing."""
+        keys, shape = jax.random.split(jax.random.key(seed), 5), (self.batch, self.kv_len, self.kv_heads, self.head_dim)
+        queries = jax.random.normal(keys[0], (self.batch, self.q_heads, self.head_dim), self.dtype)
+        cache = [jax.random.normal(key, shape, self.dtype) for key in keys[1:3]]
+        order = jax.random.uniform(keys[3], (self.batch, self.heads, self.kv_len))
+        indices = jnp.argsort(order, axis=-1)[..., : self.budget].astype(jnp.int32)
+        is_real = jax.random.bernoulli(keys[4], 0.7, indices.shape).at[..., 0].set(True)
+        return (queries, *cache, jnp.where(is_real, indices, 0), is_real), {}
 
 
 CASES = (

@@ -10,15 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int32
 
-TILE = 32  # tokens gathered at once
-LEAST_ROWS = 16  # of a product on tensor cores
-PROGRAMS = 700  # about, where there are tiles for so many: several for each processor of a GPU, all at work at once
-MOST_SPLITS = 128
-JOINED_BY_WARP = 1024  # numbers
-MOST_JOIN_WARPS = 4
+from spotlight_jax.kernels import triton as plgpu
+from spotlight_jax.kernels.configs import config_here
+from spotlight_jax.kernels.sparse_attention.config import CONFIGS, Config
+
 MASKED = -1e30
 
 
@@ -34,6 +31,7 @@ class Plan:
     budget: int
     tiles: int  # of one program
     splits: int
+    cfg: Config
 
     @property
     def lanes(self) -> int:
@@ -43,12 +41,12 @@ class Plan:
     @property
     def join_warps(self) -> int:
         """Of a program that joins splits: one where it can hold them, which waits for no other."""
-        return min(MOST_JOIN_WARPS, max(1, self.lanes * self.width // JOINED_BY_WARP))
+        return min(self.cfg.most_join_warps, max(1, self.lanes * self.width // self.cfg.joined_by_warp))
 
     @property
     def rows(self) -> int:
         """Query heads of a selection, filled up for the tensor cores."""
-        return max(LEAST_ROWS, _power_of_two(self.group))
+        return max(self.cfg.rows, _power_of_two(self.group))
 
 
 def _power_of_two(number: int) -> int:
@@ -68,7 +66,7 @@ def _read_kernel(queries_ref, keys_ref, values_ref, indices_ref, is_real_ref, su
 
     def read_tile(tile, carry):
         most, total, sums = carry
-        slots = (split * plan.tiles + tile) * TILE + jnp.arange(TILE)
+        slots = (split * plan.tiles + tile) * plan.cfg.tile + jnp.arange(plan.cfg.tile)
         is_slot = slots < plan.budget
         is_real = plgpu.load(is_real_ref.at[slots], mask=is_slot, other=0) != 0
         places = plgpu.load(indices_ref.at[slots], mask=is_slot, other=0)
@@ -110,10 +108,11 @@ def _join_kernel(sums_ref, most_ref, totals_ref, out_ref, *, plan):
 
 def make_plan(batch: int, q_heads: int, kv_heads: int, heads: int, head_dim: int, budget: int) -> Plan:
     """How a call is cut: as many programs as keep a GPU busy, each with whole tiles."""
-    tiles = -(-budget // TILE)
-    tiles_of_split = -(-tiles // min(tiles, MOST_SPLITS, -(-PROGRAMS // (batch * heads))))
-    width = max(_power_of_two(head_dim), LEAST_ROWS)
-    return Plan(heads, kv_heads, q_heads // heads, head_dim, width, budget, tiles_of_split, -(-tiles // tiles_of_split))
+    cfg = config_here(CONFIGS)
+    tiles = -(-budget // cfg.tile)
+    tiles_of_split = -(-tiles // min(tiles, cfg.most_splits, -(-cfg.programs // (batch * heads))))
+    width, splits = max(_power_of_two(head_dim), cfg.rows), -(-tiles // tiles_of_split)
+    return Plan(heads, kv_heads, q_heads // heads, head_dim, width, budget, tiles_of_split, splits, cfg)
 
 
 def sparse_attention_pallas_triton(
@@ -148,7 +147,7 @@ def sparse_attention_pallas_triton(
         in_specs=[of_row(plan.group, head_dim), whole(keys), whole(values), of_row(budget), of_row(budget)],
         out_specs=[of_split(plan.group, head_dim), of_split(plan.group), of_split(plan.group)],
         out_shape=[shape_of(plan.group, head_dim), shape_of(plan.group), shape_of(plan.group)],
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+        compiler_params=plgpu.CompilerParams(num_warps=plan.cfg.read_warps, num_stages=plan.cfg.read_stages),
         interpret=interpret,
         name="read_chosen",
     )(
@@ -166,7 +165,7 @@ def sparse_attention_pallas_triton(
         in_specs=[of_query(head_dim), of_query(), of_query()],
         out_specs=pl.BlockSpec((None, None, head_dim), lambda row, query: (row, query, 0)),
         out_shape=jax.ShapeDtypeStruct((rows, plan.group, head_dim), queries.dtype),
-        compiler_params=plgpu.CompilerParams(num_warps=plan.join_warps, num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=plan.join_warps, num_stages=plan.cfg.join_stages),
         interpret=interpret,
         name="join_reads",
     )(sums, most, totals)

@@ -1,0 +1,22 @@
+"""Every op's contract: `auto` chooses, a named implementation runs or raises, the reference is always one of them."""
+
+from collections.abc import Callable, Mapping
+
+from spotlight_jax.errors import InputError
+
+
+def pick_backend(op: str, backends: Mapping[str, Callable], impl: str, choose: Callable[[], str]) -> Callable:
+    """The implementation that was asked for.
+
+    Args:
+        op: named in the error.
+        backends: all implementations of the op by name; "reference" is among them.
+        impl: one of these names, or "auto".
+        choose: gives the name that `auto` takes here.
+
+    Raises: InputError for a name that the op does not have.
+    """
+    name = choose() if impl == "auto" else impl
+    if name not in backends:
+        raise InputError(f"{op} has no implementation {name!r}; give auto, {', '.join(backends)}")
+    return backends[name]
