@@ -11,7 +11,7 @@ from jaxtyping import Int32
 from eval.commands.perplexity import PerplexityConfig, command
 from eval.config import Subject, Trial, describe_part, list_trials, load_subject, name_model, say_ranges
 from eval.copy_text import copy_texts
-from eval.forward import Passed, Sequence, check_length, pass_sequence
+from eval.forward import Passed, Sequence, check_length, pass_sequence, perplexity_of
 from eval.labels import name_methods
 from eval.pictures import plot_tradeoff
 from eval.record import ALL_TEXTS, Record, Row
@@ -42,8 +42,8 @@ def measure(passes: Several[Passed], first_scored: int) -> Row:
         return float(np.mean([getattr(passed, name)[:-1][scored] for passed in passes]))
 
     return {
-        "ppl": float(np.mean([math.exp(loss.mean()) for loss in losses])),
-        "ppl_pooled": math.exp(np.concatenate(losses).mean()),
+        "ppl": float(np.mean([perplexity_of(loss.mean()) for loss in losses])),
+        "ppl_pooled": perplexity_of(np.concatenate(losses).mean()),
         "documents": len(losses),
         "tokens_scored": sum(loss.size for loss in losses),
         "tokens_read": round(mean("tokens_read"), 2),
@@ -61,7 +61,7 @@ def combine(rows: Several[Row]) -> Row:
     sizes = {name: np.average([row[name] for row in rows], weights=scored) for name in ("bytes_read", "index_bytes")}
     return {
         "ppl": float(np.average([row["ppl"] for row in rows], weights=documents)),
-        "ppl_pooled": math.exp(loss),
+        "ppl_pooled": perplexity_of(loss),
         "documents": sum(documents),
         "tokens_scored": sum(scored),
         **{name: round(float(value), 2) for name, value in means.items()},
