@@ -4,7 +4,7 @@ QUICK = JAX_DISABLE_MOST_OPTIMIZATIONS=1
 # Every command runs in .venv, which `make setup` creates and brings up to date when pyproject.toml changes.
 PYTHON ?= python3
 
-.PHONY: setup demo test slow lint format parity clean
+.PHONY: setup demo test slow lint format parity sdist clean
 setup: .venv/.installed
 
 demo: setup
@@ -28,6 +28,12 @@ format: setup
 # Against Hugging Face's models and the evaluation harness; in an environment of its own, so that no other test has torch.
 parity: .venv-parity/.installed
 	.venv-parity/bin/python -m pytest -n 2 --dist loadfile tests/parity tests/eval -m parity
+
+# A source archive carries what its tests need: they are collected in it, unpacked.
+sdist: setup
+	rm -rf dist
+	.venv/bin/python -m build --sdist
+	cd dist && tar -xzf *.tar.gz && cd */ && ../../.venv/bin/python -m pytest --collect-only -qq
 
 clean:
 	rm -rf .venv .venv-parity build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -19,6 +19,7 @@ from eval.kernel_times import kernel_table, trace_kernels
 from spotlight_jax import hashing
 from spotlight_jax.cache import Cache, bucket_length
 from spotlight_jax.checkpoint import Selector, choose_model, load_selector
+from spotlight_jax.compiled import check_device
 from spotlight_jax.config.generation import DecodeConfig
 from spotlight_jax.config.hashing import HashConfig
 from spotlight_jax.config.selection import check_layers
@@ -149,6 +150,7 @@ def plan(cfg: DecodeSpeedConfig, model_cfg: DecoderConfig, code_bits: int) -> Me
 
 def main(cfg: DecodeSpeedConfig) -> dict:
     """Time it, print the table and one line of JSON; returns what the line holds."""
+    check_device()
     console = Console(highlight=False)
     cfg = name_model(cfg)
     assert cfg.model is not None

@@ -1,6 +1,7 @@
 """A model over whole sequences, layer by layer, as a method reads: what it makes of every next token."""
 
 import functools
+import math
 
 import flax.struct
 import jax
@@ -76,6 +77,17 @@ def check_length(length: int, cfg: DecoderConfig, what: str = "the window") -> N
         raise InputError(f"{what} has {length} tokens; at least 2 are needed, one to read and one to foretell")
     if length > cfg.max_context:
         raise InputError(f"{what} has {length} tokens and passes the model's context of {cfg.max_context}")
+
+
+def perplexity_of(loss: float) -> float:
+    """exp of a mean loss in nats a token; raises InputError where that is past any number (from 709.8 on)."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        raise InputError(
+            f"the model's mean loss is {loss:g} nats a token, whose perplexity is past any number: its weights cannot "
+            "be used; fetch the model again"
+        ) from None
 
 
 def pass_sequence(

@@ -62,6 +62,8 @@ class SpotlightLM(TemplateLM):
     @property
     def eot_token_id(self) -> int:
         """End of text."""
+        if self.tokenizer.eos_token_id is None:
+            raise InputError("the model's tokenizer has no token that ends a text, and this task needs one")
         return self.tokenizer.eos_token_id
 
     @property

@@ -41,6 +41,7 @@ from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.config.data import DataConfig
 from spotlight_jax.data import read_windows
 from spotlight_jax.display import make_table
+from spotlight_jax.errors import InputError
 from spotlight_jax.models.decoder import embed_tokens
 from spotlight_jax.models.runner import run_layers
 
@@ -110,6 +111,11 @@ def inspect_window(
     for layer, (_, (queries, keys)) in enumerate(passed):
         for own, method, allowed in zip(found, methods, budgets, strict=True):
             own.append(inspect_layer(method.layer(layer), queries, keys, picks, allowed, chunk))
+        if not bool(jnp.isfinite(queries).all() & jnp.isfinite(keys).all()):
+            raise InputError(
+                f"layer {layer}'s queries or keys are not finite (NaN or Inf): the model's weights cannot be used, or "
+                "their dtype is too narrow; try --dtype float32, or fetch the model again"
+            )
     whole = dense_reads(picks, cfg.kv_heads, 2 * cfg.head_dim * keys.dtype.itemsize)
     dense_bytes = float(jnp.mean(whole["bytes"]))
     rows = [_summarise(jax.device_get(own), method, dense_bytes) for own, method in zip(found, methods, strict=True)]

@@ -1,7 +1,6 @@
 """Questions about what lies far back, answered as each method reads."""
 
 import dataclasses
-import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,6 +19,7 @@ from eval.config import (
     load_subject,
     say_ranges,
 )
+from eval.forward import perplexity_of
 from eval.haystack import Haystack, Question
 from eval.labels import name_methods
 from eval.methods.base import Method
@@ -152,7 +152,7 @@ def combine(variant: Variant, rows: Sequence[Row]) -> Row:
     means = {name: round(float(np.mean([row[name] for row in rows])), 4) for name in names}
     score = means["accuracy" if variant == "copy" else "exact"]
     asked = sum(row["samples"] for row in rows)
-    return {"score": score, "questions": asked, "ppl": math.exp(np.mean([row["loss"] for row in rows])), **means}
+    return {"score": score, "questions": asked, "ppl": perplexity_of(np.mean([row["loss"] for row in rows])), **means}
 
 
 def main(cfg: NeedleConfig) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from eval.by_position import Bucket, buckets_of, combine_buckets, mean_by_positi
 from eval.commands.perplexity import PerplexityConfig, command
 from eval.config import Subject, Trial, describe_part, list_trials, load_subject, say_ranges
 from eval.copy_text import copy_texts
-from eval.forward import Passed, Sequence, check_length, pass_sequence
+from eval.forward import Passed, Sequence, check_length, pass_sequence, perplexity_of
 from eval.labels import name_methods
 from eval.pictures import plot_positions, plot_tradeoff
 from eval.record import ALL_TEXTS, Record, Row
@@ -49,8 +49,8 @@ def measure(passes: Several[Passed], first_scored: int) -> Row:
         positions = np.arange(len(passed.log_probs))[scored]  # of the queries
         buckets.append(mean_by_position({"loss": loss}, positions, len(passed.tokens_read)))
     return {
-        "ppl": float(np.mean([math.exp(loss.mean()) for loss in losses])),
-        "ppl_pooled": math.exp(np.concatenate(losses).mean()),
+        "ppl": float(np.mean([perplexity_of(loss.mean()) for loss in losses])),
+        "ppl_pooled": perplexity_of(np.concatenate(losses).mean()),
         "documents": len(losses),
         "tokens_scored": sum(loss.size for loss in losses),
         "tokens_read": round(mean("tokens_read"), 2),
@@ -75,7 +75,7 @@ def combine(rows: Several[Row]) -> Row:
     sizes = {name: np.average([row[name] for row in rows], weights=scored) for name in ("bytes_read", "index_bytes")}
     return {
         "ppl": float(np.average([row["ppl"] for row in rows], weights=documents)),
-        "ppl_pooled": math.exp(loss),
+        "ppl_pooled": perplexity_of(loss),
         "documents": sum(documents),
         "tokens_scored": sum(scored),
         **{name: round(float(value), 2) for name, value in means.items()},

@@ -34,15 +34,16 @@ def main(cfg: ReportConfig) -> dict[str, Any]:
     source = path / "plan.yaml" if cfg.resume else DEFAULT if cfg.plan is None else Path(cfg.plan)
     given = {name: value for name in ("model", "selector") if (value := getattr(cfg, name)) is not None}
     plan = read_plan(source, given, cfg.fraction)
-    if not cfg.resume:
-        runs.RunFolder.create(path, cfg)
-        files.write_bytes(path / "plan.yaml", source.read_bytes())
-    before = _seconds_before(path)
-    parts: list[dict[str, Any]] = []
-    for number, part in enumerate(plan.parts, start=1):
-        print(f"report: {part.name} ({number} of {len(plan.parts)})", file=sys.stderr, flush=True)
-        parts.append(run_part(part, path / part.name, before.get(part.name, 0.0)))
-        write_results(path, cfg, plan, parts)  # an interrupted report has a page too
+    with runs.hold(path):
+        if not cfg.resume:
+            runs.RunFolder.create(path, cfg)
+            files.write_bytes(path / "plan.yaml", source.read_bytes())
+        before = _seconds_before(path)
+        parts: list[dict[str, Any]] = []
+        for number, part in enumerate(plan.parts, start=1):
+            print(f"report: {part.name} ({number} of {len(plan.parts)})", file=sys.stderr, flush=True)
+            parts.append(run_part(part, path / part.name, before.get(part.name, 0.0)))
+            write_results(path, cfg, plan, parts)  # an interrupted report has a page too
     summary: dict[str, Any] = {"eval": "report", "out": str(path), "page": str(path / "report.html")}
     summary["results"] = [{"part": part["name"]} | row for part in parts for row in part["results"]]
     print(f"written: {path / 'report.html'}", file=sys.stderr)

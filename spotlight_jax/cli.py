@@ -8,6 +8,7 @@ import difflib
 import errno
 import importlib
 import io
+import logging
 import os
 import re
 import signal
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from spotlight_jax.errors import InputError
+from spotlight_jax.errors import InputError, printable
 
 Config = TypeVar("Config")
 
@@ -79,7 +80,8 @@ def run(
         try:
             given = list(sys.argv[1:] if args is None else args)
             start = default(given) if callable(default) else default
-            main(parse(config_class, prog, description, given, start))
+            with _plain_notices():
+                main(parse(config_class, prog, description, given, start))
         finally:
             sys.stdout.flush()  # a closed pipe is met here, not after the last line of ours
     except InputError as error:
@@ -95,6 +97,30 @@ def run(
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+class _Notices(logging.Handler):
+    """Notices of ours as plain lines on stderr, wherever that is at the time: a live line may stand before it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a notice; what a file's name holds is shown and not sent."""
+        with contextlib.suppress(OSError):
+            print(printable(record.getMessage()), file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _plain_notices() -> Iterator[None]:
+    """Show notices as they are, whatever a library told `logging` to put before them."""
+    loggers, handler = [logging.getLogger(name) for name in ("spotlight_jax", "train", "eval")], _Notices()
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.propagate = False
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+            logger.propagate = True
 
 
 def main_of(module: str) -> Callable[[Any], Any]:

@@ -10,9 +10,10 @@ from spotlight_jax import files
 FILE = "manifest.json"
 
 
-def seal_folder(folder: pathlib.Path) -> None:
-    """Write the manifest of a folder whose files are all there."""
-    files.write_json(folder / FILE, {name: _digest(file) for name, file in sorted(_files_of(folder).items())})
+def seal_folder(folder: pathlib.Path, names: Collection[str] | None = None) -> None:
+    """Write the manifest of a folder whose files are all there, or of the files named alone."""
+    found = sorted(_files_of(folder).items())
+    files.write_json(folder / FILE, {name: _digest(file) for name, file in found if names is None or name in names})
 
 
 def find_damage(folder: pathlib.Path, names: Collection[str] | None = None) -> str | None:

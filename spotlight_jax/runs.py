@@ -17,7 +17,7 @@ from typing import Any, TextIO, TypeVar
 
 import yaml
 
-from spotlight_jax import files
+from spotlight_jax import files, manifest
 from spotlight_jax.errors import InputError
 
 Config = TypeVar("Config")
@@ -47,6 +47,7 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             files.write_json(path / "env.json", environment())
             files.write_text(path / "config.yaml", yaml.safe_dump(to_plain(cfg), sort_keys=False))
+            manifest.seal_folder(path, ("config.yaml",))
         except OSError as error:
             raise InputError(f"cannot write the run folder '{path}': {error.strerror}") from None
         return cls(path)
@@ -56,6 +57,8 @@ class RunFolder:
         file = self.path / "config.yaml"
         if not file.is_file():
             raise InputError(f"'{self.path}' is no run folder (it has no config.yaml); start the run without --resume")
+        if (self.path / manifest.FILE).is_file() and (damage := manifest.find_damage(self.path)):  # old ones have none
+            raise InputError(f"'{self.path}': {damage}; a run keeps its flags, so start a new run for other ones")
         try:
             plain = yaml.safe_load(file.read_text(encoding="utf-8"))
         except (yaml.YAMLError, ValueError, RecursionError):  # bytes that are no text, days that no month has, nesting
@@ -94,7 +97,7 @@ class RunFolder:
     def discard_if_unused(self) -> None:
         """Remove the folder where it holds nothing but what `create` wrote: a run that was refused keeps no name."""
         found = [file for file in self.path.iterdir() if file.name != LOCK]
-        if {file.name for file in found} <= {"config.yaml", "env.json"}:
+        if {file.name for file in found} <= {"config.yaml", "env.json", manifest.FILE}:
             for file in found:
                 file.unlink()
 

@@ -4,13 +4,17 @@ A tokenizer may hold more tokens than the model has rows (one that was extended 
 may be what no tokenizer takes. Both end here in one line, before anything runs.
 """
 
-from collections.abc import Sequence
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from spotlight_jax.errors import InputError
 
+TEMPLATE_SECONDS = 10.0  # a chat template is a program, and may never end
 Messages = Sequence[dict[str, str]]
 
 
@@ -54,9 +58,10 @@ def render_chat(tokenizer: Any, messages: Messages, add_generation_prompt: bool 
     for message in messages:
         check_text(message["content"], f"the {message['role']}'s message")
     try:
-        text = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=add_generation_prompt, tokenize=False, **options
-        )
+        with _bounded(TEMPLATE_SECONDS):
+            text = tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=add_generation_prompt, tokenize=False, **options
+            )
     except Exception as error:  # a template is a program, and raises what it likes
         roles = ", ".join(message["role"] for message in messages)
         reason = str(error).strip() or type(error).__name__
@@ -64,6 +69,25 @@ def render_chat(tokenizer: Any, messages: Messages, add_generation_prompt: bool 
     if not isinstance(text, str):
         raise InputError(f"the model's chat template writes {type(text).__name__} instead of a text")
     return text
+
+
+@contextlib.contextmanager
+def _bounded(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError where the block takes longer; outside the main thread, which alone gets signals, never."""
+
+    def end(number: int, frame: object) -> None:
+        raise TimeoutError(f"it takes longer than {seconds:g} s")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
 
 
 def check_text(text: str, name: str = "the text") -> None:

@@ -2,6 +2,7 @@ import contextlib
 import dataclasses
 import errno
 import importlib
+import logging
 import os
 import pty
 import re
@@ -309,3 +310,18 @@ def test_control_characters_of_names_are_shown_and_not_sent(capsys):
 
     assert _run(main=main) == 2
     assert capsys.readouterr().err == "spotlight test: no such file: 'a\\x1b[31mb\\x07'\n"
+
+
+@pytest.mark.parametrize("name", ["spotlight_jax.derived", "eval.haystack"])
+def test_a_notice_is_a_plain_line_whatever_libraries_set_up(name, capsys):
+    logging.basicConfig(force=True)  # as a library may have done
+
+    def main(cfg):
+        logging.getLogger(name).warning("'%s' is damaged", "a\x1b[31m")
+
+    try:
+        assert _run(main=main) == 0
+    finally:
+        logging.root.handlers.clear()
+    assert capsys.readouterr().err == "'a\\x1b[31m' is damaged\n"
+    assert not logging.getLogger("spotlight_jax").handlers, "nothing is left behind"

@@ -35,3 +35,13 @@ def test_it_prints_a_table_and_one_line_of_json(capsys):
 def test_bad_flags_are_refused(args, message, capsys):
     assert decode.command(args) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_machine_without_the_device_is_told_at_once(capsys, monkeypatch):
+    def no_device():
+        raise RuntimeError("Unknown backend tpu")
+
+    monkeypatch.setattr("jax.devices", no_device)
+    monkeypatch.setattr(decode, "load_weights", lambda *_: pytest.fail("loaded"))
+    assert decode.command(["--preset", "tiny", "--lengths", "60"]) == 2
+    assert "JAX finds no device" in capsys.readouterr().err

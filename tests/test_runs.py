@@ -156,7 +156,7 @@ def test_a_folder_is_held_by_one_process_which_is_named_until_it_dies(tmp_path):
         RunFolder.create(path, CFG)
         with pytest.raises(InputError, match=f"is being written by process {os.getpid()} on"), runs.hold(path):
             pass
-    assert sorted(file.name for file in path.iterdir()) == ["config.yaml", "env.json"]
+    assert sorted(file.name for file in path.iterdir()) == ["config.yaml", "env.json", "manifest.json"]
 
 
 def test_holding_leaves_nothing_where_nothing_is_written(tmp_path):
@@ -219,3 +219,12 @@ def test_where_results_cannot_go_is_said_and_nothing_is_left(tmp_path, monkeypat
     with pytest.raises(InputError, match="exists already"):
         runs.check_destination("run", resume=False)
     runs.check_destination("run", resume=True)
+
+
+def test_a_config_that_was_changed_after_the_run_began_is_refused(tmp_path):
+    folder = RunFolder.create(tmp_path / "run", CFG)
+    assert folder.config(Outer) == CFG
+    changed = (folder.path / "config.yaml").read_text().replace("rate: ", "rate: 1")
+    (folder.path / "config.yaml").write_text(changed)
+    with pytest.raises(InputError, match=r"config.yaml is not what was written.*start a new run"):
+        folder.config(Outer)

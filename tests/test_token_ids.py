@@ -1,8 +1,12 @@
 """Text to token ids: what no tokenizer takes, what no model has a row for, and templates that refuse."""
 
+import signal
+import time
+
 import numpy as np
 import pytest
 
+from spotlight_jax import token_ids
 from spotlight_jax.encoding import Encoder
 from spotlight_jax.errors import InputError
 from spotlight_jax.token_ids import check_ids, check_text, encode_chat, encode_text, render_chat
@@ -86,3 +90,15 @@ def test_a_template_that_takes_the_messages_is_written_with_and_without_the_assi
     assert render_chat(tokenizer, [SYSTEM, USER]) == "[system]be brief[user]hi[assistant]"
     assert render_chat(tokenizer, [USER], add_generation_prompt=False) == "[user]hi"
     assert encode_chat(tokenizer, [USER], 300) == list(b"[user]hi[assistant]")
+
+
+def test_a_template_that_never_ends_is_refused(monkeypatch):
+    monkeypatch.setattr(token_ids, "TEMPLATE_SECONDS", 0.3)
+    nested = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = nested
+    started = time.monotonic()
+    with pytest.raises(InputError, match=r"takes longer than 0.3 s"):
+        token_ids.encode_chat(tokenizer, [{"role": "user", "content": "x"}], 300)
+    assert time.monotonic() - started < 3
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int32
 
-from spotlight_jax import files
+from spotlight_jax import files, runs
 from spotlight_jax.errors import InputError
 from spotlight_jax.memory import GIB
 from spotlight_jax.models.config import DecoderConfig
@@ -79,7 +79,7 @@ class HiddenCache:
             raise InputError(
                 f"'{self._folder}' caches hidden states of another model, text or seed; give another folder"
             )
-        if found is None and not is_new and any(self._folder.iterdir()):
+        if found is None and not is_new and any(file.name != runs.LOCK for file in self._folder.iterdir()):
             raise InputError(f"'{self._folder}' is not empty and no cache of ours; give another --cache-dir")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)

@@ -38,6 +38,8 @@ def train(cfg: LayerwiseConfig) -> dict[str, Any]:
     """Train as `cfg` says; returns the summary that is also written to the run folder."""
     use_compile_cache()
     cfg, path, is_there = _find_run(cfg)
+    with _hold_cache(cfg):
+        pass  # refused now, not when the model is loaded
     with Display() as display, contextlib.nullcontext() if cfg.dry_run else runs.hold(path):
         with cli.insistent_interrupt():
             session = Session(cfg, display)
@@ -48,7 +50,7 @@ def train(cfg: LayerwiseConfig) -> dict[str, Any]:
         folder = runs.RunFolder(path) if is_there else runs.RunFolder.create(path, cfg)
         if is_there and not cfg.resume:
             folder.keep_metrics_before(0)
-        with _resumable(path), contextlib.closing(session):
+        with _hold_cache(cfg), _resumable(path), contextlib.closing(session):
             with cli.insistent_interrupt():
                 session.start(folder)
             with _explained_memory(), cli.noted_signals(*cli.STOPPING) as stop:  # each ends the run after its step
@@ -56,6 +58,11 @@ def train(cfg: LayerwiseConfig) -> dict[str, Any]:
             summary = write_results(session, folder)
     print_results(rich.console.Console(), session, summary, folder)
     return summary
+
+
+def _hold_cache(cfg: LayerwiseConfig) -> contextlib.AbstractContextManager[None]:
+    """Keep the folder of hidden states, if there is one, for this process."""
+    return contextlib.nullcontext() if cfg.cache_dir is None else runs.hold(pathlib.Path(cfg.cache_dir))
 
 
 def resume_command(path: pathlib.Path) -> str:

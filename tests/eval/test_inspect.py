@@ -1,8 +1,10 @@
 """`spotlight eval inspect`: quality beside NumPy, pictures, the CSV, and what a resumed run leaves alone."""
 
 import csv
+import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from eval.config import describe_reading, list_trials
 from eval.flags import EvalConfig
 from spotlight_jax import metrics
 from spotlight_jax.attention import causal_attention
+from spotlight_jax.errors import InputError
 from spotlight_jax.models.decoder import apply_layer, embed_tokens
 from tests.eval.subjects import MODEL, draw_tokens, subject, write_inputs
 
@@ -206,3 +209,11 @@ def test_a_window_beyond_the_positions_that_a_selector_covers_gets_one_line(tmp_
         args = [*flags, "--methods", "spotlight", *SIZES, "--out", str(tmp_path / f"run{positions}")]
         assert inspect.command(args) == 0
         assert capsys.readouterr().err.count("was fitted to positions up to 95") == count
+
+
+def test_a_model_whose_queries_and_keys_are_not_finite_is_refused():
+    whole = subject()
+    broken = dataclasses.replace(whole, params=jax.tree.map(lambda leaf: leaf * np.nan, whole.params))
+    trials = list_trials(EvalConfig(model="random:tiny", methods=("window",)))
+    with pytest.raises(InputError, match="queries or keys are not finite"):
+        inspect.inspect_window(broken, np.arange(32, dtype=np.int32), trials, 4, 0)

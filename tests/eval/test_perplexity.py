@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from eval import perplexity
+from eval import forward, perplexity
 from eval.copy_text import CopyConfig, copy_texts
 from eval.forward import Passed
 from spotlight_jax.checkpoint import load_selector, save_selector
@@ -190,3 +190,13 @@ def test_a_selector_behind_a_method_that_does_not_fit_is_told_before_weights_are
     name = f"spotlight@{tmp_path / 'selector'}"
     assert perplexity.command([*flags, "--methods", "dense", name, "--out", str(tmp_path / "run")]) == 2
     assert "layers 3 instead of 30" in capsys.readouterr().err
+
+
+def test_a_loss_whose_perplexity_is_past_any_number_is_refused():
+    assert forward.perplexity_of(np.log(8.0)) == pytest.approx(8)
+    assert forward.perplexity_of(709.0) < np.inf
+    with pytest.raises(InputError, match="mean loss is 710 nats a token"):
+        forward.perplexity_of(710.0)
+    passed = forward.Passed(np.full(4, -800.0), np.ones(4, bool), *[np.ones(5)] * 3)
+    with pytest.raises(InputError, match="mean loss is 800"):
+        perplexity.measure([passed], 1)

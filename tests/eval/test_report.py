@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from eval import report, report_charts, report_page, report_plan
+from spotlight_jax import runs
 from spotlight_jax.checkpoint import save_selector
 from spotlight_jax.errors import InputError
 from tests.eval.subjects import make_selector
@@ -292,3 +293,9 @@ def test_a_hostile_plan_is_one_line(tmp_path, text):
     file.write_text(text)
     with pytest.raises(InputError):
         report_plan.read_plan(file, {}, 1.0)
+
+
+def test_a_report_that_another_process_writes_is_refused(plan_file, tmp_path, capsys):
+    with runs.hold(tmp_path / "report"):
+        assert report.command(["--plan", str(plan_file), "--out", str(tmp_path / "report")]) == 2
+    assert "is being written by process" in capsys.readouterr().err

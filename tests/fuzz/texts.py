@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 
 from eval.longbench_data import read_samples
 from eval.longbench_score import score_folder
+from eval.report_plan import read_plan
 from spotlight_jax.config.data import DataConfig
 from spotlight_jax.data import open_windows
 from tests.byte_tokenizer import byte_tokenizer
@@ -145,7 +147,27 @@ def _write_predictions(rng: Rng, folder: Path) -> Path:
     return folder
 
 
+_PLAN: dict[str, Any] = {
+    "title": "A plan",
+    "model": "random:tiny",
+    "evaluations": {
+        "reading": {"eval": "perplexity", "methods": ["dense", "window"], "keep": [0.1], "copy_test": True},
+        "near": {"eval": "inspect", "methods": ["window"], "selection": {"sink_tokens": 4}, "windows_per_text": 2},
+    },
+}
+
+
+def _write_plan(rng: Rng, folder: Path) -> Path:
+    """JSON is YAML; half of the plans are in YAML's own form."""
+    path, plan = folder / "plan.yaml", json_bytes(rng, _PLAN)
+    if rng.random() < 0.5:
+        plan = damage_bytes(rng, yaml.safe_dump(_PLAN).encode())
+    path.write_bytes(plan)
+    return path
+
+
 TARGETS = {
+    "plan": Target(_write_plan, lambda path: read_plan(path, {}, 0.5)),
     "jsonl": Target(_write_lines, _train),
     "json": Target(_write_json, _train),
     "csv": Target(_write_csv, _train),

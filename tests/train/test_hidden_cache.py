@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from spotlight_jax import runs
 from spotlight_jax.errors import InputError
 from spotlight_jax.models.load import load_weights
 from tests.models import tiny
-from train import hidden_cache
+from train import hidden_cache, layerwise
 from train.capture import capture, make_mesh
 from train.hidden_cache import GIB, CachePlan, HiddenCache, capture_cached, plan_cache
 from train.positions import draw_positions
@@ -192,3 +193,11 @@ def test_a_manifest_that_was_cut_is_written_again_and_the_states_with_it(content
 def test_a_folder_that_cannot_be_made_is_said_to_be_that(tmp_path):
     with pytest.raises(InputError, match="cannot write to '/proc/nope': No such file or directory"):
         HiddenCache(Path("/proc/nope"), CachePlan(1, 1, 1), IDENTITY)
+
+
+def test_a_cache_that_another_process_fills_is_refused(inputs, tmp_path, capsys):
+    cache = tmp_path / "cache"
+    with runs.hold(cache):
+        assert layerwise.command([*inputs.flags(tmp_path / "run"), "--cache-dir", str(cache)]) == 2
+    assert f"'{cache}' is being written by process" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -58,7 +58,7 @@ def _spawn(program, args, **environment):
 def test_a_run_leaves_all_its_files_and_a_selector(finished):
     names = {path.name for path in finished.path.iterdir()}
     pictures, folders = {"curves.png", "layers.png"}, {"checkpoints", "selector"}
-    assert names == {"config.yaml", "env.json", "metrics.jsonl", "summary.json"} | pictures | folders
+    assert names == {"config.yaml", "env.json", "manifest.json", "metrics.jsonl", "summary.json"} | pictures | folders
     selector = load_selector(finished.path)
     assert (selector.shape.layers, selector.shape.q_heads, selector.shape.kv_heads) == (LAYERS, 8, 2)
     assert selector.cfg.code_bits == 32
@@ -416,6 +416,7 @@ def test_a_checkpoint_of_another_model_is_refused(inputs, finished, tmp_path, ca
     tiny.write_folder(tmp_path / "other", tiny.CASES["llama2"] | {"max_position_embeddings": 256})
     plain = yaml.safe_load((path / "config.yaml").read_text())
     (path / "config.yaml").write_text(yaml.safe_dump(plain | {"model": str(tmp_path / "other")}))
+    (path / "manifest.json").unlink()  # as if that were how it began
     _assert_refused(["--resume", "--out", str(path)], "checkpoint 12 is of another model", capsys)
     assert _rows(path) == _rows(finished.path)
     assert _checkpoints(path) == [10, 12]
