@@ -302,6 +302,9 @@ def test_tasks_that_make_texts_of_a_length_get_the_models_tokenizer_and_one_leng
     assert {"window-0.02-bare-tiny_made-100.jsonl", "window-0.02-bare-tiny_made-200.jsonl"} < samples
     rows, _ = asked(*args, "--out", str(tmp_path / "plain"))  # as the task says
     assert [(row["metric"], row["score"], "length" in row) for row in rows] == 2 * [("100", 0.25, False)]
+    (task_folder / "made.py").write_text('raise ImportError("install wonderwords")')
+    code, said = asked(*args, "--out", str(tmp_path / "lacking"))
+    assert code == 2 and "cannot run task 'tiny_made'" in said and "install wonderwords" in said
     code, said = asked(*args, "--lengths", "600")
     assert code == 2 and "lengths 600 pass the model's context of 512" in said
 
