@@ -63,7 +63,7 @@ def measure(passes: Several[Passed], first_scored: int) -> Row:
 def _combine_positions(rows: Several[Several[Bucket]]) -> list[Bucket]:
     """Buckets with the mean loss of their tokens, and the perplexity that it is."""
     combined = combine_buckets(rows, ("loss",))
-    return [bucket | {"ppl_pooled": math.exp(bucket["loss"])} for bucket in combined]
+    return [bucket | {"ppl_pooled": perplexity_of(bucket["loss"])} for bucket in combined]
 
 
 def combine(rows: Several[Row]) -> Row:

@@ -248,6 +248,76 @@ def test_tasks_of_every_kind(asked, subject, tmp_path):
     assert again == rows
 
 
+MADE = """task: tiny_made
+dataset_path: ""
+output_type: generate_until
+test_split: test
+custom_dataset: !function made.make
+doc_to_text: "{{text}}"
+doc_to_target: "x"
+process_results: !function made.score
+metric_list:
+  - {metric: "100", aggregation: !function made.mean, higher_is_better: true}
+  - {metric: "200", aggregation: !function made.mean, higher_is_better: true}
+generation_kwargs: {until: [], max_gen_toks: 8, do_sample: false}
+"""
+MAKE = """import datasets, transformers
+
+def make(max_seq_lengths=(100,), tokenizer=None, **_):
+    print("noise of a task")
+    known = transformers.AutoTokenizer.from_pretrained(tokenizer)
+    docs = [
+        {"text": known.decode([97 + doc] * (length - 8)), "length": length}
+        for length in max_seq_lengths for doc in range(3)
+    ]
+    return {"test": datasets.Dataset.from_list(docs)}
+
+def score(doc, results):
+    return {"100": -1.0} | {str(doc["length"]): 0.25 if doc["length"] == 100 else 0.75}
+
+def mean(values):
+    real = [value for value in values if value != -1]
+    return sum(real) / len(real) if real else -1
+"""
+
+
+@pytest.mark.filterwarnings("ignore")  # of the harness and its imports
+@pytest.mark.parity
+def test_tasks_that_make_texts_of_a_length_get_the_models_tokenizer_and_one_length_at_a_time(
+    asked, task_folder, tmp_path
+):
+    (task_folder / "tiny_made.yaml").write_text(MADE)
+    (task_folder / "made.py").write_text(MAKE)
+    args = ["--tasks", "tiny_made", "--limit", "2", "--methods", "dense", "window", "--selection.min-tokens", "4"]
+    rows, said = asked(*args, "--lengths", "100", "200", "--out", str(tmp_path / "run"))
+    found = {(row["method"], row["length"]): row for row in rows}
+    for method in ("dense", "window"):
+        for length, score in ((100, 0.25), (200, 0.75)):
+            row = found[method, length]
+            assert (row["metric"], row["score"], row["questions"]) == (str(length), score, 2)
+            assert row["metrics"] == {str(length): score}  # none of a length that was not asked
+            assert row["truncated"] == 0
+    newest = [length - 8 + step for length in (100, 200) for step in range(1, 8)]  # read by each step, when dense
+    assert found["dense", 100]["tokens_read"] == pytest.approx(np.mean(newest[:7]))
+    assert found["dense", 200]["tokens_read"] == pytest.approx(np.mean(newest[7:]))
+    assert "tiny_made at 200: 14 of 16 tokens" in said and "noise" not in said
+    samples = {file.name for file in (tmp_path / "run" / "samples").iterdir()}
+    assert {"window-0.02-bare-tiny_made-100.jsonl", "window-0.02-bare-tiny_made-200.jsonl"} < samples
+    rows, _ = asked(*args, "--out", str(tmp_path / "plain"))  # as the task says
+    assert [(row["metric"], row["score"], "length" in row) for row in rows] == 2 * [("100", 0.25, False)]
+    (task_folder / "made.py").write_text('raise ImportError("install wonderwords")')
+    code, said = asked(*args, "--out", str(tmp_path / "lacking"))
+    assert code == 2 and "cannot run task 'tiny_made'" in said and "install wonderwords" in said
+    code, said = asked(*args, "--lengths", "600")
+    assert code == 2 and "lengths 600 pass the model's context of 512" in said
+
+
+def test_a_length_that_was_not_asked_has_no_score():
+    results = {"vt": {"alias": "vt", "4096,none": -1, "32768,none": 0.4}, "mcc": {"mcc,none": -1.0}}
+    assert harness.summarise_task("vt", results, {})["metrics"] == {"32768": 0.4}
+    assert harness.summarise_task("mcc", results, {})["score"] == -1
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parity
 def test_a_question_is_sparse_where_it_is_asked_for(asked, tmp_path):
@@ -297,6 +367,7 @@ def test_a_group_without_a_score_has_the_mean_of_its_tasks():
         (["--tasks", "tiny_choise"], "did you mean 'tiny_choice'"),
         ([], "--tasks"),
         (["--tasks", "tiny_choice", "--limit", "0"], "limit is 0"),
+        (["--tasks", "tiny_choice", "--lengths", "9", "9"], "each once"),
         (["--tasks", "tiny_choice", "--methods", "densse"], "did you mean 'dense'"),
         (["--tasks", "tiny_choice", "--methods", "dense", "--max-length", "512"], "context of 512"),
     ],

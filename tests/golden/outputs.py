@@ -27,7 +27,7 @@ from spotlight_jax.weights import WeightBounds
 from tests.eval import subjects
 from tests.hash_params import draw_params
 from tests.train import conftest as training_runs
-from train import layerwise
+from train import layerwise, loop
 
 Outputs = dict[str, np.ndarray]
 
@@ -178,7 +178,7 @@ def evaluation_rows() -> Outputs:
 def training() -> Outputs:
     """A short run on token ids: the loss of each step, and the selector that it leaves."""
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layerwise, "use_compile_cache", lambda: None)
+        patch.setattr(loop, "use_compile_cache", lambda: None)
         folder = pathlib.Path(name)
         flags = training_runs.write_inputs(folder).flags(folder / "run")
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
