@@ -45,6 +45,7 @@ def draw_call(seed, batch, code_heads, heads, sums, bits, kv_len, bounds, is_tie
     if is_tied:
         codes &= np.uint32(0x10001)  # few different scores
     weights = rng.integers(-bounds.limit, bounds.limit, (batch, heads, sums, bits), endpoint=True)
+    weights = np.where(weights < 0, -1, 1) if bounds.limit == 1 else weights  # as bounds of one bit say
     room = bounds.total / np.maximum(np.abs(weights).sum(axis=-1, keepdims=True), bounds.total)
     return codes, np.trunc(weights * room).astype(np.int32), rng
 

@@ -78,7 +78,7 @@ def score_select(
         ends: filled slots of each sequence, at least 1.
         budgets: tokens each head of a sequence reads, 1 to max_budget.
         max_budget: static width of the result.
-        bounds: of the weights.
+        bounds: of the weights; with a limit of 1 every weight is +1 or -1.
         sink_tokens: first positions that are always chosen.
         recent_tokens: newest positions that are always chosen.
         impl: `auto` chooses by device and bounds; a named implementation runs or raises.
