@@ -151,6 +151,8 @@ def _configure(config_class: type, fields: dict[str, Any], where: str, fraction:
         return name_model(cfg) if isinstance(cfg, EvalConfig) else cfg
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
+    except OSError as error:  # a name that no file can have
+        raise InputError(f"{where}: {error.strerror}: '{error.filename}'") from None
 
 
 def _check_fields(config_class: type, fields: dict[str, Any], where: str) -> None:
