@@ -104,7 +104,7 @@ def plot_positions(
             _end_axis(axis, every, end)
             _tick_logarithms(axis.yaxis)
         else:
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, 1.06 * max(every))  # a little above the highest mark
     set_title(figure, title)
     axes[0][-1].legend(loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0, frameon=False)
     with replace_file(path) as file:
