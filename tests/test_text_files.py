@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from spotlight_jax import documents, text_files
-from spotlight_jax.commands import generate
+from spotlight_jax.commands import completion, generate
 from spotlight_jax.errors import InputError
 
 TEXTS = ['One line,\nand "another".\n', "Zwei Zeilen\u2028mit \u0085 und \u2029 darin"]
@@ -104,9 +104,9 @@ def test_a_mark_at_the_start_and_windows_line_ends_are_no_part_of_a_text_whereve
     pq.write_table(pa.table({"text": [marked]}), tmp_path / "x.parquet")
     for file in sorted(tmp_path.iterdir()):
         assert _read(file) == [expected], file
-    assert generate._read_text(tmp_path / "x.txt") == expected
+    assert completion._read_text(tmp_path / "x.txt") == expected
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(marked.encode())))
-    assert generate._read_text(generate.STDIN) == expected.removesuffix("\n")
+    assert completion._read_text(generate.STDIN) == expected.removesuffix("\n")
 
 
 def test_a_null_is_no_document_in_every_kind_of_rows(tmp_path):

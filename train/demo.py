@@ -24,7 +24,6 @@ from spotlight_jax.display import print_result
 from spotlight_jax.errors import InputError
 from spotlight_jax.token_ids import encode_text
 from train.config import PRESETS, LayerwiseConfig
-from train.report import describe_far
 
 _PASSAGE, _OPENING = 400, 60  # tokens of the passage, and of its opening at the end of the prompt
 
@@ -64,7 +63,7 @@ class DemoConfig:
 
 def main(cfg: DemoConfig) -> dict[str, Any]:
     """Train, generate twice, and print what both came to."""
-    from train import loop  # not at the top: `--help` waits for no JAX
+    from train import loop, report  # not at the top: `--help` waits for no JAX
 
     out = cfg.out or str(runs.next_free(pathlib.Path("runs"), "demo"))
     summary = loop.train(dataclasses.replace(cfg.training, out=out))
@@ -81,7 +80,7 @@ def main(cfg: DemoConfig) -> dict[str, Any]:
             )
         )
     print(f"The passage {cfg.prompt_tokens - _OPENING:,} tokens back goes on: {expected!r}")
-    if far := describe_far(summary):
+    if far := report.describe_far(summary):
         print(far)
     summary["demo"] = {
         name: {

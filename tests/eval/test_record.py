@@ -137,7 +137,7 @@ def test_other_flags_are_refused_before_a_model_is_loaded(name, tmp_path, monkey
     first = config_class(model="random:tiny", methods=("dense", "window"), out=str(tmp_path / "run"), **more)
     RunFolder.create(tmp_path / "run", first)
     monkeypatch.setattr("eval.config.load_weights", lambda *_: pytest.fail("loaded"))
-    monkeypatch.setattr("eval.harness.open_tasks", lambda cfg: None)
+    monkeypatch.setattr("eval.harness.open_tasks", lambda *_: None)
     monkeypatch.setattr("eval.longbench_generate.open_package", lambda name: None)
     monkeypatch.setattr("eval.longbench_generate._available", lambda cfg: ["trec"])
     monkeypatch.setattr("eval.longbench_generate.read_samples", lambda *_, **__: [])
