@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from spotlight_jax import documents, text_files
-from spotlight_jax.commands import completion, generate
+from spotlight_jax.commands import completion
 from spotlight_jax.errors import InputError
 
 TEXTS = ['One line,\nand "another".\n', "Zwei Zeilen\u2028mit \u0085 und \u2029 darin"]
@@ -106,7 +106,7 @@ def test_a_mark_at_the_start_and_windows_line_ends_are_no_part_of_a_text_whereve
         assert _read(file) == [expected], file
     assert completion._read_text(tmp_path / "x.txt") == expected
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(marked.encode())))
-    assert completion._read_text(generate.STDIN) == expected.removesuffix("\n")
+    assert completion._read_text(completion.STDIN) == expected.removesuffix("\n")
 
 
 def test_a_null_is_no_document_in_every_kind_of_rows(tmp_path):
