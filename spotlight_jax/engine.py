@@ -1,5 +1,6 @@
 """Prefill and decoding on the device: a prompt in chunks, then blocks of tokens without a word to the host."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -60,7 +61,7 @@ class Engine:
         self.model_cfg, self.params, self.cfg = model_cfg, params, cfg
         self.selector = selector
         self._sets = layer_selectors(selector, model_cfg.layers, cfg.selection)
-        self._mixed: tuple[tuple[int, ...], LayerSelectors] = (), ()  # of the last batch whose sequences use several
+        self._stacked: LayerSelectors | None = None  # all sets behind each other, once a batch uses several
         self.dtype = params["embed"]["table"].dtype
         self.compile_seconds = 0.0
         self._programs: dict[tuple, Any] = {}
@@ -133,11 +134,10 @@ class Engine:
         used = tuple(sets.tolist())
         if len(set(used)) == 1:
             return self._sets[used[0]]
-        if used != self._mixed[0]:
-            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *self._sets)
-            rows = jnp.asarray(used, jnp.int32)
-            self._mixed = used, tuple(one and one.replace(sets=rows) for one in stacked)
-        return self._mixed[1]
+        if self._stacked is None:
+            self._stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *self._sets)
+        rows = jnp.asarray(used, jnp.int32)
+        return tuple(one and dataclasses.replace(one, sets=rows) for one in self._stacked)
 
     def prefill(
         self,
