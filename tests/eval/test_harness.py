@@ -1,5 +1,6 @@
 """eval.harness: likelihoods against the plain decoder, greedy texts against the product's, tasks from local files."""
 
+import copy
 import dataclasses
 import functools
 import importlib
@@ -353,6 +354,16 @@ def test_settings_of_a_task():
     assert lm.read_settings({"num_beams": 1, "top_p": 0.9, "do_sample": False}) == Wanted(256)
     with pytest.raises(harness.InputError, match="num_beams"):
         lm.read_settings({"num_beams": 4})
+
+
+@pytest.mark.parity
+def test_a_tokenizer_without_an_end_of_text_is_told_where_one_is_needed(subject):
+    lm = importlib.import_module("eval.harness_lm").SpotlightLM(reader(subject, "dense"))
+    assert lm.eot_token_id == subject.tokenizer.eos_token_id
+    lm.tokenizer = copy.copy(subject.tokenizer)
+    lm.tokenizer.eos_token = None
+    with pytest.raises(harness.InputError, match="no token that ends a text"):
+        _ = lm.eot_token_id
 
 
 def test_a_group_without_a_score_has_the_mean_of_its_tasks():
