@@ -22,7 +22,7 @@ from spotlight_jax import files, hashing, manifest
 from spotlight_jax.config.hashing import HashConfig
 from spotlight_jax.errors import InputError, naming
 from spotlight_jax.fields import read_dataclass
-from spotlight_jax.models.source import DEFAULT_MODEL, find_again, lasting_name
+from spotlight_jax.models.source import DEFAULT_MODEL, find_again, is_there, lasting_name
 
 FORMAT = 2
 _MOST_SETS = 16  # of hash functions for shorter sequences: far above what training makes
@@ -111,6 +111,8 @@ def load_selector(folder: str | pathlib.Path, shape: hashing.HeadShape | None = 
     Raises: InputError that names what is missing, broken, or different from the base model.
     """
     folder = pathlib.Path(folder)
+    if not is_there(folder):
+        raise InputError(f"'{folder}' is no selector: it has no config.json; give the selector/ folder of a run")
     if not (folder / "config.json").is_file() and (folder / "selector" / "config.json").is_file():
         folder = folder / "selector"
     config = _read_config(folder)

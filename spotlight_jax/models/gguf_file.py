@@ -15,6 +15,7 @@ import gguf
 import numpy as np
 
 from spotlight_jax.errors import InputError
+from spotlight_jax.models.source import is_there
 
 _SCALARS = {
     gguf.GGUFValueType.UINT8: "B",
@@ -130,7 +131,7 @@ def open_gguf(path: pathlib.Path) -> GgufFile:
 
     Raises InputError when the file is missing, is not GGUF, or is truncated or corrupt.
     """
-    if not path.is_file():
+    if not (is_there(path) and path.is_file()):
         raise InputError(f"{path}: no such file")
     if path.stat().st_size < 24:
         raise InputError(f"{path}: not a GGUF file, or truncated ({path.stat().st_size} bytes); fetch it again")

@@ -8,12 +8,20 @@ from spotlight_jax.models.presets import RANDOM
 DEFAULT_MODEL = "smollm2-135m"
 
 
+def is_there(path: pathlib.Path) -> bool:
+    """Whether a file or folder is there; none is by a name that is longer than a file's can be."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
 def lasting_name(source: str) -> str:
     """The same source by a name that does not depend on the working folder: a local path becomes absolute."""
     if source in EMBEDDED or source.startswith(RANDOM):
         return source
     path = pathlib.Path(source).expanduser()
-    return str(path.resolve()) if path.exists() or path.suffix == ".gguf" else source
+    return str(path.resolve()) if is_there(path) or path.suffix == ".gguf" else source
 
 
 def find_again(name: str, folder: pathlib.Path) -> str | None:
@@ -25,5 +33,5 @@ def find_again(name: str, folder: pathlib.Path) -> str | None:
     if not name or name in EMBEDDED or name.startswith(RANDOM) or pathlib.Path(name).expanduser().is_absolute():
         return name or None
     around = [folder.resolve(), *folder.resolve().parents]
-    found = (place / name for place in around if (place / name / "config.json").is_file() or (place / name).is_file())
-    return next((str(path.resolve()) for path in found), None)
+    found = (place / name for place in around if is_there(place / name))
+    return next((str(path.resolve()) for path in found if path.is_file() or (path / "config.json").is_file()), None)
