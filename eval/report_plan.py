@@ -80,7 +80,7 @@ def read_plan(path: Path, given: Mapping[str, Any], fraction: float) -> Plan:
             raise InputError(f"{where}: expected a mapping of flags, got {own!r}")
         fields = dict(own or {})
         evaluation = fields.pop("eval", name)
-        if evaluation not in EVALUATIONS:
+        if not isinstance(evaluation, str) or evaluation not in EVALUATIONS:
             raise InputError(f"{where}: there is no evaluation '{evaluation}'{nearest(str(evaluation), EVALUATIONS)}")
         module = importlib.import_module(EVALUATIONS[evaluation])
         config_class = typing.get_type_hints(module.main)["cfg"]
@@ -190,5 +190,5 @@ def cut_down(cfg: Any, fraction: float) -> Any:
         if field.name in LISTS and isinstance(value, tuple) and value:
             changes[field.name] = value[: max(math.ceil(fraction * len(value)), LEAST.get(field.name, 1))]
         elif field.name in COUNTS and value is not None:
-            changes[field.name] = max(1, round(fraction * value))
+            changes[field.name] = max(1, round(fraction * min(value, 2**53)))  # no float is larger by one
     return dataclasses.replace(cfg, **changes)

@@ -286,6 +286,9 @@ def test_the_best_rival_of_each_share_is_marked():
         "",
         "evaluations: [inspect]",
         "evaluations: {inspect: {keep: .nan}}",
+        "evaluations: {inspect: {eval: [inspect]}}",
+        "evaluations: {inspect: {eval: {a: 1}}}",
+        f"evaluations: {{inspect: {{queries: {10**400}}}}}",
     ],
 )
 def test_a_hostile_plan_is_one_line(tmp_path, text):
