@@ -138,8 +138,9 @@ def _check_plain(value: Any, where: str, depth: int) -> None:
 
 def _without_spotlight(fields: dict[str, Any]) -> dict[str, Any]:
     """Without a selector there is no `spotlight` to compare."""
-    if fields.get("selector") is None and "spotlight" in (fields.get("methods") or ()):
-        return fields | {"methods": [name for name in fields["methods"] if name != "spotlight"]}
+    methods = fields.get("methods")
+    if fields.get("selector") is None and isinstance(methods, list):  # what is no list is refused as a flag would be
+        return fields | {"methods": [name for name in methods if name != "spotlight"]}
     return fields
 
 

@@ -287,6 +287,8 @@ def test_the_best_rival_of_each_share_is_marked():
         "evaluations: [inspect]",
         "evaluations: {inspect: {keep: .nan}}",
         "evaluations: {inspect: {eval: [inspect]}}",
+        "evaluations: {inspect: {methods: 7}}",
+        "evaluations: {inspect: {methods: true}}",
         "evaluations: {inspect: {eval: {a: 1}}}",
         f"evaluations: {{inspect: {{queries: {10**400}}}}}",
     ],
