@@ -92,9 +92,8 @@ class Subject:
     tokenizer: transformers.PreTrainedTokenizerBase | None  # None: a random model, whose texts are token ids
     selector: Selector | None  # of --selector
     source: str
-    selectors: Mapping[str, Selector] = dataclasses.field(
-        default_factory=dict
-    )  # all that were opened, by their folders
+    # all selectors that were opened, by their folders
+    selectors: Mapping[str, Selector] = dataclasses.field(default_factory=dict)
 
     def reading(self, name: str) -> tuple["Subject", str]:
         """Itself with the selector that a method reads by, and that method's name without the selector's folder."""

@@ -15,8 +15,8 @@ from eval.methods.base import Method
 from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.errors import InputError
 from spotlight_jax.models.config import DecoderConfig
-from spotlight_jax.models.decoder import Params, embed_tokens, unembed, unembed_params
-from spotlight_jax.models.runner import Attend, Dense, run_layers
+from spotlight_jax.models.decoder import Attend, Params, embed_tokens, unembed, unembed_params
+from spotlight_jax.models.runner import Dense, run_layers
 
 _LOGIT_BYTES = 2**27  # float32 logits held at once
 
@@ -118,10 +118,10 @@ def pass_sequence(
     is_sparse = [layer not in method.dense_layers for layer in range(model_cfg.layers)]
     leading = is_sparse.index(True) if any(is_sparse) else model_cfg.layers
     x = _leading_stream(params, model_cfg, sequence, leading)
-    whole = dense_reads(positions_of(x), model_cfg.kv_heads, 2 * model_cfg.head_dim * x.dtype.itemsize)
+    positions = positions_of(x)
+    whole = dense_reads(positions, model_cfg.kv_heads, 2 * model_cfg.head_dim * x.dtype.itemsize)
     sums = {name: leading * read for name, read in whole.items()}
     tokens = jnp.zeros_like(whole["tokens"])
-    positions = positions_of(x)
 
     def attend_of(layer: int) -> Attend:
         if not is_sparse[layer]:

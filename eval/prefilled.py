@@ -15,8 +15,8 @@ from eval.methods.base import Method
 from spotlight_jax.attention import causal_attention
 from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.models.config import DecoderConfig
-from spotlight_jax.models.decoder import Params, embed_tokens, unembed, unembed_params
-from spotlight_jax.models.runner import Attend, run_layers
+from spotlight_jax.models.decoder import Attend, Params, embed_tokens, unembed, unembed_params
+from spotlight_jax.models.runner import run_layers
 
 KeysValues = tuple[
     Float[Array, "one room kv_heads head_dim"],

@@ -6,6 +6,7 @@ and a model card. Loading reads the safetensors file; the two are checked to be 
 
 import dataclasses
 import json
+import os
 import pathlib
 import shutil
 import tempfile
@@ -22,7 +23,7 @@ from spotlight_jax import files, hashing, manifest
 from spotlight_jax.config.hashing import HashConfig
 from spotlight_jax.errors import InputError, naming
 from spotlight_jax.fields import read_dataclass
-from spotlight_jax.models.source import DEFAULT_MODEL, find_again, is_there, lasting_name
+from spotlight_jax.models.source import DEFAULT_MODEL, find_again, lasting_name
 
 FORMAT = 2
 _MOST_SETS = 16  # of hash functions for shorter sequences: far above what training makes
@@ -111,9 +112,7 @@ def load_selector(folder: str | pathlib.Path, shape: hashing.HeadShape | None = 
     Raises: InputError that names what is missing, broken, or different from the base model.
     """
     folder = pathlib.Path(folder)
-    if not is_there(folder):
-        raise InputError(f"'{folder}' is no selector: it has no config.json; give the selector/ folder of a run")
-    if not (folder / "config.json").is_file() and (folder / "selector" / "config.json").is_file():
+    if not os.path.isfile(folder / "config.json") and os.path.isfile(folder / "selector" / "config.json"):
         folder = folder / "selector"
     config = _read_config(folder)
     if (folder / manifest.FILE).is_file() and (damage := manifest.find_damage(folder, _READ)):  # old ones have none
@@ -231,7 +230,7 @@ def check_shape(own: hashing.HeadShape, model: hashing.HeadShape, what: str) -> 
 
 def _read_config(folder: pathlib.Path) -> dict[str, Any]:
     file = folder / "config.json"
-    if not file.is_file():
+    if not os.path.isfile(file):  # also a name too long for a file
         raise InputError(f"'{folder}' is no selector: it has no config.json; give the selector/ folder of a run")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int32, UInt32
+from jaxtyping import Array, Float, Int32
 
 from spotlight_jax.config.sampling import SamplingConfig
 from spotlight_jax.errors import InputError
@@ -22,7 +22,8 @@ class Sampling:
     temperature: Float[Array, "batch"]
     top_k: Int32[Array, "batch"]
     top_p: Float[Array, "batch"]
-    keys: UInt32[Array, "batch words"]  # of each sequence: a draw's own key is this one folded with the draw's number
+    seed: Int32[Array, "batch"]
+    number: Int32[Array, "batch"]  # of each sequence among those of its seed, which draw apart
 
 
 def batch_sampling(configs: Sequence[SamplingConfig], numbers: Sequence[int]) -> Sampling:
@@ -32,12 +33,13 @@ def batch_sampling(configs: Sequence[SamplingConfig], numbers: Sequence[int]) ->
         configs: one for each sequence.
         numbers: of each sequence among those of its seed.
     """
-    keys = [jax.random.fold_in(jax.random.key(cfg.seed), number) for cfg, number in zip(configs, numbers, strict=True)]
+    seeds = np.asarray([cfg.seed for cfg in configs], np.int64).astype(np.int32)  # the bits that JAX keeps of a seed
     return Sampling(
         temperature=jnp.asarray([cfg.temperature for cfg in configs], jnp.float32),
         top_k=jnp.asarray([cfg.top_k for cfg in configs], jnp.int32),
         top_p=jnp.asarray([cfg.top_p for cfg in configs], jnp.float32),
-        keys=jnp.stack([jax.random.key_data(key) for key in keys]),
+        seed=jnp.asarray(seeds),
+        number=jnp.asarray(numbers, jnp.int32),
     )
 
 
@@ -122,5 +124,7 @@ def _draw(
     is_cut = jnp.any((sampling.top_k > 0) & (sampling.top_k < logits.shape[-1]))
     logits = lax.cond(is_cut, lambda: keep_top_k(logits, sampling.top_k), lambda: logits)
     logits = lax.cond(jnp.any(sampling.top_p < 1), lambda: keep_top_p(logits, sampling.top_p), lambda: logits)
-    keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(sampling.keys), draws)
+    keys = jax.vmap(jax.random.key)(sampling.seed)
+    for part in (sampling.number, draws):
+        keys = jax.vmap(jax.random.fold_in)(keys, part)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)

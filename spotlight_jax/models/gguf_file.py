@@ -7,6 +7,7 @@ specification, versions 2 and 3, little-endian.
 
 import dataclasses
 import math
+import os
 import pathlib
 import struct
 from typing import Any
@@ -15,7 +16,6 @@ import gguf
 import numpy as np
 
 from spotlight_jax.errors import InputError
-from spotlight_jax.models.source import is_there
 
 _SCALARS = {
     gguf.GGUFValueType.UINT8: "B",
@@ -131,7 +131,7 @@ def open_gguf(path: pathlib.Path) -> GgufFile:
 
     Raises InputError when the file is missing, is not GGUF, or is truncated or corrupt.
     """
-    if not (is_there(path) and path.is_file()):
+    if not os.path.isfile(path):  # also a name too long for a file
         raise InputError(f"{path}: no such file")
     if path.stat().st_size < 24:
         raise InputError(f"{path}: not a GGUF file, or truncated ({path.stat().st_size} bytes); fetch it again")

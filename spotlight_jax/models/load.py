@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import os
 import pathlib
 from typing import Any
 
@@ -17,7 +18,6 @@ from spotlight_jax.models.gguf_file import open_gguf
 from spotlight_jax.models.gguf_model import config_from_gguf, gguf_name, read_gguf_weights
 from spotlight_jax.models.params import default_dtype, fill_params
 from spotlight_jax.models.presets import PRESETS, RANDOM
-from spotlight_jax.models.source import is_there
 from spotlight_jax.models.tokenizer import load_tokenizer, tokenizer_from_gguf
 
 
@@ -69,7 +69,7 @@ def _read_weights(source: str, path: pathlib.Path, dtype: Any) -> tuple[DecoderC
 
 
 def _read_config(source: str, path: pathlib.Path) -> DecoderConfig:
-    cfg = hf.load_hf_config(path) if _is_folder(path) else config_from_gguf(open_gguf(path))
+    cfg = hf.load_hf_config(path) if os.path.isdir(path) else config_from_gguf(open_gguf(path))
     return EMBEDDED[source].adapt(cfg) if source in EMBEDDED else cfg
 
 
@@ -88,11 +88,7 @@ def open_tokenizer(source: str) -> transformers.PreTrainedTokenizerBase:
 
 
 def _read_tokenizer(path: pathlib.Path) -> transformers.PreTrainedTokenizerBase:
-    return load_tokenizer(path) if _is_folder(path) else tokenizer_from_gguf(open_gguf(path))
-
-
-def _is_folder(path: pathlib.Path) -> bool:
-    return is_there(path) and path.is_dir()
+    return load_tokenizer(path) if os.path.isdir(path) else tokenizer_from_gguf(open_gguf(path))
 
 
 def _locate(source: str, weights: bool) -> pathlib.Path:
@@ -100,11 +96,11 @@ def _locate(source: str, weights: bool) -> pathlib.Path:
     if source in EMBEDDED:
         return fetch_embedded(source)
     path = pathlib.Path(source).expanduser()
-    if _is_folder(path):
+    if os.path.isdir(path):
         return path
     if path.suffix == ".gguf":
         return path
-    if is_there(path):
+    if os.path.exists(path):
         raise InputError(f"{source}: neither a folder nor a .gguf file")
     if source.count("/") == 1 and not source.startswith((".", "/", "~")):
         return hf.fetch_hub(source, weights)

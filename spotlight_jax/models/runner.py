@@ -1,8 +1,7 @@
 """The loop over a decoder's layers outside jit: one compiled layer serves all of them, whatever they attend with."""
 
-import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import flax.struct
 import jax
@@ -11,16 +10,7 @@ from jaxtyping import Array, Float, Int32
 
 from spotlight_jax.attention import causal_attention
 from spotlight_jax.models.config import DecoderConfig
-from spotlight_jax.models.decoder import Params, apply_layer, embed_tokens, unembed
-
-
-@runtime_checkable
-class Attend(Protocol):
-    """What a layer attends with: a pytree, so that layers which differ in its arrays alone share a program."""
-
-    def __call__(self, queries: Array, keys: Array, values: Array) -> tuple[Array, Any]:
-        """Outputs shaped like the queries, and anything that the caller wants back; all are after RoPE."""
-        ...
+from spotlight_jax.models.decoder import Attend, Params, apply_layer, embed_tokens, unembed
 
 
 @flax.struct.dataclass
@@ -32,17 +22,8 @@ class Dense:
         return causal_attention(queries, keys, values), None
 
 
-@functools.partial(jax.jit, static_argnames="cfg")
-def run_layer(
-    layer_params: Params,
-    x: Float[Array, "batch len embed"],
-    positions: Int32[Array, "batch len"],
-    attend: Any,
-    cfg: DecoderConfig,
-    rope_len: Int32[Array, "*sequences"] | None = None,
-) -> tuple[Float[Array, "batch len embed"], Any]:
-    """One layer; see `apply_layer`."""
-    return apply_layer(layer_params, x, positions, attend, cfg, rope_len)
+# what a layer attends with is a pytree: layers that differ in its arrays alone share a program
+run_layer = jax.jit(apply_layer, static_argnames="cfg")
 
 
 def run_layers(

@@ -1,5 +1,6 @@
 """What base models are called: names that mean the same in every folder, and those of old selectors, which may not."""
 
+import os  # whose tests of paths say no where a name is too long for a file
 import pathlib
 
 from spotlight_jax.models.embedded import EMBEDDED
@@ -8,20 +9,12 @@ from spotlight_jax.models.presets import RANDOM
 DEFAULT_MODEL = "smollm2-135m"
 
 
-def is_there(path: pathlib.Path) -> bool:
-    """Whether a file or folder is there; none is by a name that is longer than a file's can be."""
-    try:
-        return path.exists()
-    except OSError:
-        return False
-
-
 def lasting_name(source: str) -> str:
     """The same source by a name that does not depend on the working folder: a local path becomes absolute."""
     if source in EMBEDDED or source.startswith(RANDOM):
         return source
     path = pathlib.Path(source).expanduser()
-    return str(path.resolve()) if is_there(path) or path.suffix == ".gguf" else source
+    return str(path.resolve()) if os.path.exists(path) or path.suffix == ".gguf" else source
 
 
 def find_again(name: str, folder: pathlib.Path) -> str | None:
@@ -33,5 +26,6 @@ def find_again(name: str, folder: pathlib.Path) -> str | None:
     if not name or name in EMBEDDED or name.startswith(RANDOM) or pathlib.Path(name).expanduser().is_absolute():
         return name or None
     around = [folder.resolve(), *folder.resolve().parents]
-    found = (place / name for place in around if is_there(place / name))
-    return next((str(path.resolve()) for path in found if path.is_file() or (path / "config.json").is_file()), None)
+    found = (place / name for place in around)
+    models = (path for path in found if os.path.isfile(path) or os.path.isfile(path / "config.json"))
+    return next((str(path.resolve()) for path in models), None)
