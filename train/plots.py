@@ -74,7 +74,9 @@ def plot_layers(
     figure, axes = plt.subplots(1, 2, figsize=(width, height), layout="constrained", sharey=True)
     for axis, values, title in ((axes[0], lsh, "orthogonal LSH"), (axes[1], iou, "trained")):
         image = axis.imshow(values, vmin=0, vmax=highest, aspect="auto", cmap="viridis", interpolation="nearest")
-        axis.set(title=f"{title}\nmean {values[list(sparse)].mean():.3f} of {len(sparse)} sparse layers", xlabel=head)
+        mean = f"mean {values[list(sparse)].mean():.3f} of {len(sparse)} sparse layers"
+        axis.set_title(f"{title}\n{mean}", fontsize="medium")  # two stand side by side over few heads
+        axis.set_xlabel(head)
         axis.set_xticks(range(0, values.shape[1], max(1, values.shape[1] // 8)))
     axes[0].set_ylabel("layer")
     figure.colorbar(image, ax=axes, label=f"IoU with {oracle}, held-out text")
