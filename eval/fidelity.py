@@ -16,8 +16,8 @@ from pathlib import Path
 import rich.table
 import tyro
 
-from eval.predictions import find_files, read_predictions
-from eval.text_metrics import agreement
+from eval.common.text_metrics import agreement
+from eval.longbench.predictions import find_files, read_predictions
 from spotlight_jax import cli
 from spotlight_jax.display import open_console, print_result, print_table
 from spotlight_jax.errors import InputError

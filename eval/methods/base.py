@@ -34,7 +34,7 @@ class Setting:
 
 
 @flax.struct.dataclass
-class Reading:
+class Selection:
     """What some queries read of one layer."""
 
     mask: Bool[Array, "batch n heads kv_len"]  # heads: the query heads, or the KV heads where a group reads one set
@@ -59,7 +59,7 @@ class Method:
         """What is remembered of one layer's keys beside the keys; slots from `lengths` on hold nothing."""
         return None
 
-    def select(self, queries: Queries, keys: Keys, index: PyTree, positions: Positions, budgets: Budgets) -> Reading:
+    def select(self, queries: Queries, keys: Keys, index: PyTree, positions: Positions, budgets: Budgets) -> Selection:
         """What each query reads of the keys up to its own, itself included."""
         raise NotImplementedError(f"{self.name} reads every layer densely")
 
@@ -82,11 +82,11 @@ class ScoreMethod(Method):
         """Bytes of the index that one query reads for each token, all heads together."""
         return 0
 
-    def select(self, queries: Queries, keys: Keys, index: PyTree, positions: Positions, budgets: Budgets) -> Reading:
+    def select(self, queries: Queries, keys: Keys, index: PyTree, positions: Positions, budgets: Budgets) -> Selection:
         """The budget's share of the highest scores, newest first among equals; sinks and recent tokens always."""
         scores = self.scores(queries, keys, index, positions)
         mask = select_mask(scores, positions, self.selection, self.score_range(queries, keys), budgets)
-        return Reading(mask=mask, index_bytes=(positions + 1) * jnp.float32(self.index_bytes(keys, index)))
+        return Selection(mask=mask, index_bytes=(positions + 1) * jnp.float32(self.index_bytes(keys, index)))
 
     @property
     def per_kv_head(self) -> bool:

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int16, Int32, PyTree
 
-from eval.methods.base import Budgets, Keys, Method, Positions, Queries, Reading, Setting, key_moments, rule_of
+from eval.methods.base import Budgets, Keys, Method, Positions, Queries, Selection, Setting, key_moments, rule_of
 
 BITS, TABLES = 10, 150  # K and L as published
 COLLISIONS = 2  # tables that must agree
@@ -84,7 +84,7 @@ class MagicPig(Method):
         rare = self.tables * (self.tables - 1) / 2 * jnp.square(in_table)
         return jnp.log(jnp.where(self.tables * in_table < 1e-2, rare, 1 - none - one))
 
-    def select(self, queries: Queries, keys: Keys, index: PyTree, positions: Positions, budgets: Budgets) -> Reading:
+    def select(self, queries: Queries, keys: Keys, index: PyTree, positions: Positions, budgets: Budgets) -> Selection:
         """What collided, with its weight; sinks and recent tokens always, with weight 1."""
         mean, buckets = index
         places = jnp.arange(keys.shape[1], dtype=jnp.int32)[None, None, :]
@@ -96,7 +96,7 @@ class MagicPig(Method):
         log_weights = jnp.where(drawn, -self.log_probability(queries, keys, mean), 0.0)
         mask = drawn | jnp.broadcast_to(always & visible, drawn.shape)
         read = jnp.sum(counts, axis=(2, 3)).astype(jnp.float32) * _ID_BYTES
-        return Reading(mask=mask, index_bytes=read, log_weights=log_weights)
+        return Selection(mask=mask, index_bytes=read, log_weights=log_weights)
 
 
 def open_magicpig(name: str, setting: Setting) -> MagicPig:

@@ -4,7 +4,7 @@ import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, PyTree, Shaped
 
-from eval.methods.base import Budgets, Keys, Method, Positions, Queries, Reading, Setting, rule_of
+from eval.methods.base import Budgets, Keys, Method, Positions, Queries, Selection, Setting, rule_of
 from spotlight_jax.kernels.select_top import mask_top
 from spotlight_jax.selection import ordered_ranks
 
@@ -45,7 +45,7 @@ class Quest(Method):
         )
         return bounds.reshape(*bounds.shape[:2], -1, bounds.shape[-1])
 
-    def select(self, queries: Queries, keys: Keys, index: PyTree, positions: Positions, budgets: Budgets) -> Reading:
+    def select(self, queries: Queries, keys: Keys, index: PyTree, positions: Positions, budgets: Budgets) -> Selection:
         """Whole pages within the budget."""
         bounds = self.bounds(queries, index)
         pages = jnp.arange(bounds.shape[-1], dtype=jnp.int32)[None, None, None, :]
@@ -65,7 +65,7 @@ class Quest(Method):
         mask = mask & (places <= positions[:, :, None, None])
         page_bytes = 2 * keys.shape[2] * keys.shape[3] * keys.dtype.itemsize
         read = (positions // PAGE + 1) * jnp.float32(page_bytes)
-        return Reading(mask=mask, index_bytes=read)
+        return Selection(mask=mask, index_bytes=read)
 
 
 def open_quest(name: str, setting: Setting) -> Quest:

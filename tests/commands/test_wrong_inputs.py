@@ -23,7 +23,7 @@ import train.demo
 import train.layerwise
 from spotlight_jax.checkpoint import save_selector
 from spotlight_jax.commands import chat, doctor, generate
-from tests.eval.subjects import make_selector
+from tests.eval.tiny import make_selector
 from tests.models import tiny
 
 COMMANDS = {
