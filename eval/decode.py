@@ -1,4 +1,4 @@
-"""Prefill and decode at a model's shape, dense beside sparse: tokens per second and peak memory.
+"""Prefill and decode at a model's shape, dense and sparse: tokens per second and peak memory.
 
     python -m eval.decode --preset smollm2-135m --lengths 7500                # two CPU cores: about three minutes
     python -m eval.decode --preset qwen2.5-7b --lengths 131072               # one 80 GB GPU
@@ -54,21 +54,23 @@ class DecodeSpeedConfig:
     skip_prefill: bool = False
     """Fill the cache with random numbers instead: the same decoding times, sooner."""
     methods: tuple[Literal["dense", "sparse"], ...] = ("dense", "sparse")
-    """What to time; one alone gives its own peak memory."""
+    """What to time; one alone gives its peak memory."""
     profile: bool = False
-    """Trace one round more, and say what each kernel of a step took."""
+    """Trace one round more, and show what each kernel of a step took."""
 
     @property
     def selection(self) -> SelectionConfig:
-        """Of sparse decoding, at every length."""
+        """Return the selection of sparse decoding, at every length."""
         return SelectionConfig(keep=self.keep, min_context=0, dense_layers=self.dense_layers)
 
     def __post_init__(self) -> None:
         """Refuse what cannot be timed."""
         if self.preset is not None and self.model is not None:
-            raise InputError("--preset and --model both say what is timed; give one of them")
+            raise InputError("--preset and --model both name what is timed; give one of them")
         if self.selector is not None and self.code_bits != DecodeSpeedConfig.code_bits:
-            raise InputError("--code-bits is of random hash functions, and --selector brings its own; give one of them")
+            raise InputError(
+                "--code-bits is of random hash functions, and --selector brings trained ones; give one of them"
+            )
         if self.preset is not None and self.preset not in PRESETS:
             raise InputError(f"there is no preset {self.preset!r}{nearest(self.preset, tuple(PRESETS))}")
         if not self.methods or len(set(self.methods)) < len(self.methods):
@@ -82,7 +84,7 @@ main = cli.main_of("eval.speed.decode")
 
 
 def command(args: Sequence[str] | None = None) -> int:
-    """`spotlight eval decode`."""
+    """Run `spotlight eval decode`."""
     return cli.run(main, DecodeSpeedConfig, "spotlight eval decode", __doc__, args)
 
 

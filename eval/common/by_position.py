@@ -16,27 +16,27 @@ Bucket = dict[str, Any]  # {"from": first position, "to": the one after the last
 
 
 def bucket_width(length: int) -> int:
-    """Positions in a bucket: the largest power of two of which a sequence has `FEWEST`, at most `WIDEST`."""
+    """Return the positions in a bucket: the largest power of two that a sequence has `FEWEST` of, at most `WIDEST`."""
     return min(WIDEST, 1 << (max(length // FEWEST, 1).bit_length() - 1))
 
 
 def mean_by_position(
     values: Mapping[str, Float[np.ndarray, " queries"]], positions: Int[np.ndarray, " queries"], length: int
 ) -> list[Bucket]:
-    """Means over the queries in each bucket of a sequence of `length` tokens; buckets without a query are left out."""
+    """Return means over the queries in each bucket of `length` tokens; buckets without a query are left out."""
     width = bucket_width(length)
-    places = np.asarray(positions) // width
+    numbers = np.asarray(positions) // width
     buckets = []
-    for place in np.unique(places):
-        is_own = places == place
-        means = {name: float(np.mean(own[is_own], dtype=np.float64)) for name, own in values.items()}
-        ends = {"from": int(place) * width, "to": min((int(place) + 1) * width, length)}
-        buckets.append({**ends, "queries": int(is_own.sum()), **means})
+    for number in np.unique(numbers):
+        is_inside = numbers == number
+        means = {name: float(np.mean(array[is_inside], dtype=np.float64)) for name, array in values.items()}
+        ends = {"from": int(number) * width, "to": min((int(number) + 1) * width, length)}
+        buckets.append({**ends, "queries": int(is_inside.sum()), **means})
     return buckets
 
 
 def buckets_of(row: Row) -> list[Bucket]:
-    """A row's `by_position`; raises InputError where a resumed run was measured before there was one."""
+    """Return a row's `by_position`; raises InputError where a resumed run was measured before there was one."""
     if "by_position" not in row:
         raise InputError("an older version began this run and measured nothing by position; give another --out")
     return row["by_position"]
@@ -45,7 +45,7 @@ def buckets_of(row: Row) -> list[Bucket]:
 def combine_buckets(
     rows: Sequence[Sequence[Bucket]], names: Sequence[str], weights: Sequence[float] | None = None
 ) -> list[Bucket]:
-    """Buckets of several sequences or texts put together.
+    """Combine the buckets of several sequences or texts.
 
     Args:
         names: of the means.

@@ -41,7 +41,7 @@ _OTHER_MARKERS = ("<", ">", "8", "H")
 
 
 def name_methods(methods: Iterable[str]) -> dict[str, str]:
-    """Each method's name for people, in the order given: the shortest that tells it from the others.
+    """Return each method's name for people, in the order given: the shortest that differs from the others.
 
     A selector's folder is left out where it is the only one, else as little of its path stands for it as no other has.
     Rows and files keep full names.
@@ -66,17 +66,17 @@ def name_methods(methods: Iterable[str]) -> dict[str, str]:
 
 
 def explain_names(methods: Iterable[str]) -> list[tuple[str, str]]:
-    """Each name for people that stands for a selector's folder, and the folder."""
+    """List each name for people that stands for a selector's folder, with the folder."""
     return [(shown, name.partition("@")[2]) for name, shown in name_methods(methods).items() if shown != name]
 
 
 def explain_methods(methods: Iterable[str]) -> list[tuple[str, str]]:
-    """What a reader must know of some methods, whose names do not say it."""
+    """List what a reader must know of some methods, with their names."""
     return [(name, REMARKS[name]) for name in dict.fromkeys(map(base_name, methods)) if name in REMARKS]
 
 
 def _tell_apart(folder: str, folders: Sequence[str]) -> str:
-    """The fewest neighbouring parts of a path that no other path has, the last of these; all of it where none do."""
+    """Return the fewest neighbouring parts of a path that no other path has, the last of these; else all of it."""
     own = _parts(folder)
     others = {run for other in folders if other != folder for run in _runs(_parts(other))}
     runs = (run for run in _runs(own) if run not in others)
@@ -84,26 +84,26 @@ def _tell_apart(folder: str, folders: Sequence[str]) -> str:
 
 
 def _parts(folder: str) -> tuple[str, ...]:
-    """A path's folders; `selector`, which every run has, says nothing."""
+    """Return a path's folders, without `selector`, which every run has."""
     path = PurePosixPath(folder)
     parts = path.parts[1:] if path.is_absolute() else path.parts
     return parts[:-1] if len(parts) > 1 and parts[-1] == "selector" else parts
 
 
 def _runs(parts: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """All neighbouring parts: the fewest first, and of these the last first."""
+    """Return all neighbouring parts: the fewest first, and of these the last first."""
     sizes = range(1, len(parts) + 1)
     return [parts[start : start + size] for size in sizes for start in range(len(parts) - size, -1, -1)]
 
 
 def _shorten(text: str) -> str:
-    """A long text without its middle."""
+    """Return a long text without its middle."""
     half = (_SHORT - 1) // 2
     return text if len(text) <= _SHORT else f"{text[:half]}…{text[half + 1 - _SHORT :]}"
 
 
 def style_methods(methods: Iterable[str]) -> dict[str, Style]:
-    """How each method is drawn: selectors in blues, other known methods always alike, unknown ones by a fixed cycle.
+    """Return how methods are drawn: selectors in blues, known methods always alike, others by a fixed cycle.
 
     Takes full names and those of `name_methods`, which may carry a remark ("spotlight, 64 bits").
     """
@@ -118,5 +118,5 @@ def style_methods(methods: Iterable[str]) -> dict[str, Style]:
 
 
 def _family(name: str) -> str:
-    """A method without its selector's folder and without a remark."""
+    """Return a method without its selector's folder and without a remark."""
     return re.split("[@ ,]", name, maxsplit=1)[0]

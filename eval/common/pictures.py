@@ -30,9 +30,9 @@ _TITLE, _SMALL = 12.0, 9.0  # font sizes
 
 
 def plot_tradeoff(path: Path, rows: Sequence[dict[str, Any]], metric: str, label: str, title: str) -> None:
-    """A metric that is better low against the bytes that a token reads: a panel a setting, a line a method.
+    """Draw a metric that is better low against the bytes that a token reads: a panel a setting, a line a method.
 
-    Where a method is so far off that others could not be told apart, the axis ends before it and the legend says so.
+    Where a method is so far off that others could not be distinguished, the axis ends before it; the legend says so.
     """
     methods = list(dict.fromkeys(row["method"] for row in rows))
     names, styles = name_methods(methods), style_methods(methods)
@@ -46,14 +46,14 @@ def plot_tradeoff(path: Path, rows: Sequence[dict[str, Any]], metric: str, label
     for axis, setting in zip(axes[0], settings, strict=True):
         for method in methods:
             own = [row for row in rows if row["method"] == method]
-            told = names[method] + describe_outside([row[metric] for row in own], end)
+            line_label = names[method] + describe_outside([row[metric] for row in own], end)
             own = [row for row in own if row["setting"] == setting or method not in _budgeted(rows)]
             own.sort(key=lambda row: row["bytes_read"])
             if method == "dense":
                 axis.axhline(own[0][metric], label=_name_dense(own[0]), **styles[method])
                 continue
             x, y = [row["bytes_read"] / _MIB for row in own], [row[metric] for row in own]
-            axis.plot(x, y, label=told, **styles[method])
+            axis.plot(x, y, label=line_label, **styles[method])
         axis.set(title=setting, xlabel="keys, values and index read per token, all layers (MiB)", xscale="log")
         axis.set_yscale("log")
         axis.grid(alpha=0.25)
@@ -73,7 +73,7 @@ def plot_tradeoff(path: Path, rows: Sequence[dict[str, Any]], metric: str, label
 def plot_positions(
     path: Path, rows: Sequence[dict[str, Any]], labels: Mapping[str, str], title: str, is_low_better: bool = False
 ) -> None:
-    """Measures by position in the sequence: a panel a measure, a line a method with its first share and setting.
+    """Draw measures by position in the sequence: a panel a measure, a line a method with its first share and setting.
 
     Args:
         rows: with `by_position`, as `eval.common.by_position` makes it.
@@ -91,8 +91,10 @@ def plot_positions(
         for method, line in lines.items():
             buckets = buckets_of(first[method])
             middles = [(bucket["from"] + bucket["to"]) / 2 for bucket in buckets]
-            told = names[method] + describe_selection(first[method]).replace("\n", ", ") + describe_outside(line, end)
-            axis.plot(middles, line, label=told, **styles[method])
+            line_label = (
+                names[method] + describe_selection(first[method]).replace("\n", ", ") + describe_outside(line, end)
+            )
+            axis.plot(middles, line, label=line_label, **styles[method])
         ends = [0, *(bucket["to"] for bucket in buckets)]
         axis.set(
             xlabel="position in the sequence", ylabel=label, xlim=(0, ends[-1]), xticks=ends[:: -(-len(ends) // 9)]
@@ -113,12 +115,12 @@ def plot_positions(
 
 
 def find_end(values: Sequence[float]) -> float:
-    """Where an axis of values that are better low ends, at most: some times the (lower) median."""
+    """Return where an axis of values that are better low ends, at most: some times the (lower) median."""
     return _FAR * statistics.median_low(values)
 
 
 def describe_outside(values: Sequence[float], end: float) -> str:
-    """What a legend adds to the name of a method with values beyond the axis' end."""
+    """Return what a legend adds to the name of a method with values beyond the axis' end."""
     least, greatest = (f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in (min(values), max(values)))
     if max(values) <= end:
         return ""
@@ -130,17 +132,17 @@ def describe_outside(values: Sequence[float], end: float) -> str:
 def _end_axis(axis: Axes, values: Sequence[float], end: float) -> None:
     """End a logarithmic axis just above the greatest value that is not beyond `end`."""
     inside = [value for value in values if value <= end]
-    room = max(max(inside) / min(inside), 1.01) ** 0.05
-    axis.set_ylim(min(inside) / room, max(inside) * room)
+    margin = max(max(inside) / min(inside), 1.01) ** 0.05
+    axis.set_ylim(min(inside) / margin, max(inside) * margin)
 
 
 def set_title(figure: Figure, title: str) -> None:
-    """Above all panels, in as many lines as it needs."""
+    """Write a title above all panels, in as many lines as it needs."""
     figure.suptitle(wrap(title, figure.get_figwidth(), _TITLE), fontsize=_TITLE)
 
 
 def wrap(text: str, width: float, size: float) -> str:
-    """Lines that fit.
+    """Break a text into lines that fit.
 
     Args:
         width: inches.
@@ -151,7 +153,7 @@ def wrap(text: str, width: float, size: float) -> str:
 
 
 def _tick_logarithms(side: matplotlib.axis.Axis) -> None:
-    """Round numbers on a logarithmic axis, however short or long it is."""
+    """Put round numbers on a logarithmic axis, however short or long it is."""
     least, greatest = side.get_view_interval()
     short = matplotlib.ticker.MaxNLocator(6, steps=[1, 2, 5, 10])
     long = matplotlib.ticker.LogLocator(subs=[1, 1.5, 2, 3, 5, 7])
@@ -161,7 +163,7 @@ def _tick_logarithms(side: matplotlib.axis.Axis) -> None:
 
 
 def _budgeted(rows: Sequence[dict[str, Any]]) -> set[str]:
-    """Methods whose rows differ by share or setting."""
+    """Return the methods with rows that differ by share or setting."""
     return {row["method"] for row in rows if row["keep"] is not None and row["method"] != "dense"}
 
 
@@ -172,7 +174,7 @@ def _name_dense(row: dict[str, Any]) -> str:
 def plot_heads(
     path: Path, panels: Sequence[tuple[str, Float[np.ndarray, "layers heads"]]], label: str, head: str, title: str
 ) -> None:
-    """Quality of each layer and head, a panel a method, one colour scale; grey (NaN) where a layer reads densely."""
+    """Draw the quality of layers and heads, a panel a method, one colour scale; grey (NaN): a layer read densely."""
     layers, heads = panels[0][1].shape
     highest = max(max(float(np.nanmax(values)) for _, values in panels), 1e-3)
     rows = -(-len(panels) // _PANELS)

@@ -37,7 +37,7 @@ class Record:
 
     @classmethod
     def open(cls, cfg: Any, name: str) -> "Record":
-        """The run folder of `cfg.out`, or a new one under runs/; with `cfg.resume` the rows it has.
+        """Open the run folder of `cfg.out`, or a new one under runs/; with `cfg.resume` with the rows it has.
 
         Args:
             cfg: a frozen dataclass with `out`, `resume`, and `free_fields`, in which a resumed run may differ.
@@ -77,14 +77,14 @@ class Record:
         return left
 
     def row_of(self, part: Part) -> Row | None:
-        """What was measured of a part, or None."""
+        """Return what was measured of a part, or None."""
         for row in self.rows:
             if all(row.get(field) == value for field, value in part.items()):
                 return row
         return None
 
     def add(self, part: Part, measured: Row) -> Row:
-        """A part is finished: its row goes to disk."""
+        """Finish a part: its row goes to disk."""
         row = part | measured
         self.rows.append(row)
         self.folder.append_metrics(row)
@@ -97,7 +97,7 @@ class Record:
         self.display.update(self.name, self._done, self._total, text)
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         self.display.say(text)
 
     def finish(self, results: Sequence[Row], tables: Sequence[rich.table.Table] = ()) -> dict[str, Any]:
@@ -120,5 +120,5 @@ class Record:
 
 
 def file_name(label: str) -> str:
-    """A label as one part of a path; no two labels have the same."""
+    """Return a label as one part of a path; no two labels have the same."""
     return urllib.parse.quote(label, safe="@+")

@@ -30,7 +30,7 @@ _CHINESE = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]")
 
 
 def open_package(name: str) -> Any:
-    """An optional package; raises InputError that names the extra it comes with."""
+    """Import an optional package; raises InputError that names the extra it comes with."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old packages: invalid escapes, pkg_resources
@@ -43,7 +43,7 @@ def open_package(name: str) -> Any:
 
 
 def rouge_l(prediction: str, answer: str) -> float:
-    """F of ROUGE-L as the package `rouge` counts it; 0 where either text has no words.
+    """Return the F of ROUGE-L as the package `rouge` counts it; 0 where either text has no words.
 
     LongBench's own script also gives 0 where Python's recursion limit stops the package (two sentences of some 500
     words); here the limit is raised instead.
@@ -57,22 +57,22 @@ def rouge_l(prediction: str, answer: str) -> float:
 
 
 def rouge_l_zh(prediction: str, answer: str) -> float:
-    """ROUGE-L of Chinese, whose words jieba finds."""
+    """Return the ROUGE-L of Chinese, whose words jieba finds."""
     return rouge_l(" ".join(segment(prediction)), " ".join(segment(answer)))
 
 
 def token_f1(prediction: str, answer: str) -> float:
-    """F1 of the words in common, counted with repetition; case, punctuation and articles do not count."""
+    """Return the F1 of the words in common, counted with repetition; case, punctuation and articles do not count."""
     return _f1(*(_normalise(text).split() for text in (prediction, answer)))
 
 
 def token_f1_zh(prediction: str, answer: str) -> float:
-    """F1 of the Chinese words in common, counted with repetition; case and punctuation do not count."""
+    """Return the F1 of the Chinese words in common, counted with repetition; case and punctuation do not count."""
     return _f1(*([word for part in segment(text) if (word := _normalise_zh(part))] for text in (prediction, answer)))
 
 
 def classification_score(prediction: str, answer: str, classes: Sequence[str]) -> float:
-    """1 over the number of class names found in the prediction, if the right one is among them.
+    """Return 1 over the number of class names found in the prediction, if the right one is among them.
 
     A name that is part of the right one (`Human` of `Human being`) does not count against it. As published, the
     name after one so dropped is not looked at, and so it stays.
@@ -87,23 +87,23 @@ def classification_score(prediction: str, answer: str, classes: Sequence[str]) -
 
 
 def count_score(prediction: str, answer: str) -> float:
-    """Share of the numbers in the prediction that are the right one."""
+    """Return the share of the numbers in the prediction that are the right one."""
     numbers = re.findall(r"\d+", prediction)
     return numbers.count(answer) / len(numbers) if numbers else 0.0
 
 
 def retrieval_score(prediction: str, answer: str) -> float:
-    """Share of the numbers in the prediction that are the one of the answer `Paragraph 7`."""
+    """Return the share of the numbers in the prediction that are the one of the answer `Paragraph 7`."""
     return count_score(prediction, _number_of(answer, "Paragraph "))
 
 
 def retrieval_score_zh(prediction: str, answer: str) -> float:
-    """Share of the numbers in the prediction that are the one of the answer `段落7`."""
+    """Return the share of the numbers in the prediction that are the one of the answer `段落7`."""
     return count_score(prediction, _number_of(answer, "段落"))
 
 
 def code_similarity(prediction: str, answer: str) -> float:
-    """Likeness of the first line that holds no comment or fence to the answer, in whole hundredths.
+    """Return the likeness of the first line that holds no comment or fence to the answer, in whole hundredths.
 
     LongBench asks `fuzzywuzzy.fuzz.ratio`, which is this where python-Levenshtein is not installed, as in LongBench's
     own requirements; where it is, edits are counted instead, and a line's score may differ by some hundredths.
@@ -128,7 +128,7 @@ CLASSIFICATION = "classification"
 
 
 def score_answers(metric: str, prediction: str, answers: Sequence[str], classes: Sequence[str] = ()) -> float:
-    """The best score of a prediction over the answers, any of which is right.
+    """Return the best score of a prediction over the answers, any of which is right.
 
     Args:
         metric: a name of METRICS, or `classification`.
@@ -140,16 +140,16 @@ def score_answers(metric: str, prediction: str, answers: Sequence[str], classes:
 
 
 def lcs_rouge(prediction: str, answer: str) -> tuple[float, float, float]:
-    """Precision, recall and F of ROUGE-L as `rouge-score` counts it: the longest common subsequence of words."""
+    """Return precision, recall and F of ROUGE-L as `rouge-score` counts it: the longest common subsequence of words."""
     score = _lcs_scorer().score(answer, prediction)["rougeL"]
     return float(score.precision), float(score.recall), float(score.fmeasure)
 
 
 def agreement(first: str, second: str, plain: bool = False) -> float:
-    """How far two answers agree: ROUGE-L's precision of each against the other, the mean of both.
+    """Return how far two answers agree: ROUGE-L's precision of each against the other, the mean of both.
 
     Args:
-        plain: texts that are equal but have no words (both empty) count 0, as the formula says; else equal texts
+        plain: texts that are equal but have no words (both empty) count 0, by the formula; else equal texts
             count 1.
     """
     if first == second and not plain:
@@ -159,7 +159,7 @@ def agreement(first: str, second: str, plain: bool = False) -> float:
 
 
 def segment(text: str) -> list[str]:
-    """The words of a Chinese text."""
+    """Split a Chinese text into words."""
     return list(_jieba().cut(text, cut_all=False))
 
 
@@ -213,7 +213,7 @@ def _number_of(answer: str, before: str) -> str:
 
 @contextlib.contextmanager
 def _deep_recursion(depth: int) -> Iterator[None]:
-    """Room for a recursion of this depth."""
+    """Allow a recursion of this depth."""
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(max(limit, depth + 1000))
     try:

@@ -34,9 +34,9 @@ class HarnessConfig(EvalConfig):
     tasks: tuple[str, ...] = ()
     """Tasks or groups by the harness's names."""
     task_folder: str | None = None
-    """Folder with task definitions (YAML) beside the harness's own."""
+    """Folder with task definitions (YAML) in addition to the harness's."""
     fewshot: int | None = None
-    """Examples before each question; without it, as each task says."""
+    """Examples before each question; without it, as each task defines."""
     limit: int | None = None
     """Documents of each task; without it, all."""
     batch: int = 1
@@ -44,12 +44,12 @@ class HarnessConfig(EvalConfig):
     chat: bool = False
     """Ask through the model's chat template."""
     question_sparse: bool = False
-    """Pass the question after the context as the method reads, not only what follows it."""
+    """Pass the question after the context sparsely too, not only what follows it."""
     max_length: int | None = None
     """Tokens of a sequence; longer ones lose their beginning. Without it, the model's context."""
     lengths: tuple[int, ...] = ()
     """Of tasks that make texts of a length (ruler): tokens of a text and its answer; each length is asked apart.
-    Without it, as the task says (ruler: 4096)."""
+    Without it, as the task defines (ruler: 4096)."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be asked."""
@@ -76,5 +76,5 @@ main = cli.main_of("eval.harness.run")
 
 
 def command(args: Sequence[str] | None = None) -> int:
-    """`spotlight eval harness`."""
+    """Run `spotlight eval harness`."""
     return cli.run(main, HarnessConfig, "spotlight eval harness", __doc__, args, stored_by(HarnessConfig))

@@ -28,16 +28,16 @@ EXTRA = "pip install 'spotlight-jax[eval]' (lm_eval, without torch)"
 
 
 def open_tasks(cfg: HarnessConfig, tokenizer: str, length: int | None = None) -> Any:
-    """The harness's task manager; raises InputError without the harness, or for a task that it does not have.
+    """Open the harness's task manager; raises InputError without the harness, or for a task that it does not have.
 
     Args:
         cfg: its tasks.
         tokenizer: folder of the tokenizer that tasks make texts with; it may be filled later.
-        length: tokens of the texts that tasks make; None: as they say.
+        length: tokens of the texts that tasks make; None: as the tasks define.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the harness's own imports
+            warnings.simplefilter("ignore")  # of the harness's imports
             import datasets
             from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -55,7 +55,7 @@ def open_tasks(cfg: HarnessConfig, tokenizer: str, length: int | None = None) ->
 
 
 def run_task(cfg: HarnessConfig, model: EvalModel, case: EvalCase, part: Row, manager: Any, record: Record) -> Row:
-    """Ask one task or group of one method; writes the samples beside the record."""
+    """Ask one task or group of one method; writes the samples into the run folder."""
     task = part["task"]
     from lm_eval.evaluator import simple_evaluate
 
@@ -86,7 +86,7 @@ def run_task(cfg: HarnessConfig, model: EvalModel, case: EvalCase, part: Row, ma
 
 
 def summarise_task(task: str, results: dict[str, dict[str, Any]], stats: dict[str, TaskStats]) -> Row:
-    """A task's metrics, the first of them as its score, and what was read for all its parts."""
+    """Summarise a task: its metrics, the first of them as its score, and what was read for all its parts."""
     total = TaskStats()
     for tally in stats.values():
         for field in dataclasses.fields(TaskStats):
@@ -97,7 +97,7 @@ def summarise_task(task: str, results: dict[str, dict[str, Any]], stats: dict[st
         if isinstance(value, int | float) and "stderr" not in name and name not in ("sample_len", "sample_count")
         if not (value == -1 and name.partition(",")[0].isdigit())  # ruler's, of lengths that were not asked
     }
-    if not metrics:  # a group that has no score of its own: the mean of its tasks'
+    if not metrics:  # a group without a score: the mean of its tasks'
         parts = [summarise_task(name, results, {})["score"] for name in results if name != task]
         metrics = {"mean of tasks": sum(parts) / len(parts)}
     name, score = next(iter(metrics.items()))
@@ -132,7 +132,7 @@ def main(cfg: HarnessConfig) -> dict[str, Any]:
             asked = [
                 {"task": task} | ({"length": length} if length else {}) for task in cfg.tasks for length in lengths
             ]
-            parts = [(case, case.part | own) for case in cases for own in asked]
+            parts = [(case, case.part | question) for case in cases for question in asked]
             left = record.begin([part for _, part in parts])
             for case, part in parts:
                 if part in left:
@@ -145,7 +145,7 @@ def main(cfg: HarnessConfig) -> dict[str, Any]:
 
 
 def check_model(cfg: HarnessConfig, model: EvalModel) -> transformers.PreTrainedTokenizerBase:
-    """The model's tokenizer; raises InputError where there is none, or where a length passes the model's context."""
+    """Return the model's tokenizer; raises InputError where there is none, or where a length passes the context."""
     if model.tokenizer is None:
         raise InputError(f"{cfg.model} has no tokenizer, and the harness gives texts; name a real model")
     limit = model.cfg.max_context
@@ -157,12 +157,12 @@ def check_model(cfg: HarnessConfig, model: EvalModel) -> transformers.PreTrained
 
 
 def name_task(row: Row) -> str:
-    """A task as people read it: with the length of its texts, where one was asked for."""
+    """Return a task's name for people: with the length of its texts, where one was asked for."""
     return f"{row['task']} at {row['length']:,}" if "length" in row else row["task"]
 
 
 def describe_use(rows: Sequence[Row]) -> list[str]:
-    """What a reader must know: tasks that no method's choice took part in, and requests that were cut."""
+    """List what a reader must know: tasks that no method's choice took part in, and requests that were cut."""
     lines = []
     sparse = [row for row in rows if row["method"] != "dense"]
     for task in dict.fromkeys(map(name_task, sparse)):
@@ -178,10 +178,10 @@ def describe_use(rows: Sequence[Row]) -> list[str]:
         elif chosen < scored:
             lines.append(f"{task}: {chosen} of {scored} tokens were scored or chosen by a query that left tokens out")
     for task in dict.fromkeys(map(name_task, rows)):
-        own = next(row for row in rows if name_task(row) == task)
-        if own["truncated"]:
+        first = next(row for row in rows if name_task(row) == task)
+        if first["truncated"]:
             lines.append(
-                f"{task}: {own['truncated']} of {own['requests']} requests were too long and lost their beginning"
+                f"{task}: {first['truncated']} of {first['requests']} requests were too long and lost their beginning"
             )
     return lines
 

@@ -57,5 +57,5 @@ main = cli.main_of("eval.inspect.run")
 
 
 def command(args: Sequence[str] | None = None) -> int:
-    """`spotlight eval inspect`."""
+    """Run `spotlight eval inspect`."""
     return cli.run(main, InspectConfig, "spotlight eval inspect", __doc__, args, stored_by(InspectConfig))

@@ -71,7 +71,7 @@ main = cli.main_of("eval.longbench.answer")
 
 
 def command(args: Sequence[str] | None = None) -> int:
-    """`spotlight eval longbench`, and `spotlight eval longbench score`, which needs no JAX."""
+    """Run `spotlight eval longbench`, and `spotlight eval longbench score`, which needs no JAX."""
     given = list(sys.argv[1:] if args is None else args)
     if given[:1] == ["score"]:
         return cli.run(score.main, score.ScoreConfig, f"{PROG} score", score.__doc__ or "", given[1:])

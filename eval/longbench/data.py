@@ -1,4 +1,4 @@
-"""LongBench's texts: from its own files, a parquet mirror, or a hub id; and the prompts made of them."""
+"""LongBench's texts: from its files, a parquet mirror, or a hub id; and the prompts made of them."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ class Sample:
 
 
 def find_file(data: str, name: str) -> Path | None:
-    """The file of a task in a folder, by the names that LongBench and its mirrors give; None where there is none."""
+    """Find the file of a task in a folder by the names of LongBench and its mirrors; None where there is none."""
     root = Path(data).expanduser()
     patterns = (f"{name}.jsonl", f"data/{name}.jsonl", f"{name}.parquet", f"{name}-*.parquet", f"{name}/*.parquet")
     found = [file for pattern in (*patterns, f"data/{name}-*.parquet") for file in sorted(root.glob(pattern))]
@@ -40,7 +40,7 @@ def find_file(data: str, name: str) -> Path | None:
 
 
 def available_tasks(data: str, names: Iterable[str]) -> list[str]:
-    """Which of the tasks the data hold; a data set of the hub is taken to hold all.
+    """Return which of the tasks the data hold; a data set of the hub is taken to hold all.
 
     Raises: InputError where the folder is none, or holds no task.
     """
@@ -54,7 +54,7 @@ def available_tasks(data: str, names: Iterable[str]) -> list[str]:
 
 
 def read_samples(data: str, name: str, limit: int | None = None) -> list[Sample]:
-    """Questions of one task, in order; raises InputError for what cannot be read, with file and line."""
+    """Read the questions of one task; raises InputError for what cannot be read, with file and line."""
     samples = [_parse(row, where) for row, where in itertools.islice(_read_rows(data, name), limit)]
     if not samples:
         raise InputError(f"'{data}' holds no question of {name}")
@@ -96,7 +96,7 @@ class Prompt:
 
 
 def chat_tokens(tokenizer: transformers.PreTrainedTokenizerBase, vocab: int) -> int:
-    """Tokens that the chat template adds to a prompt; 0 for a model without one."""
+    """Return tokens that the chat template adds to a prompt; 0 for a model without one."""
     return len(encode_chat(tokenizer, [{"role": "user", "content": ""}], vocab)) if tokenizer.chat_template else 0
 
 
@@ -106,10 +106,10 @@ def encode_prompt(
     task: Task,
     sample: Sample,
     max_length: int,
-    room: int,
+    capacity: int,
     chat: bool,
 ) -> Prompt:
-    """A question as the model is asked it.
+    """Encode a question as the model is asked it.
 
     As published, a prompt of more than `max_length` tokens keeps its first and last halves of that, and what is left
     goes into the chat template (not for few-shot and code tasks, nor for models without one).
@@ -117,10 +117,10 @@ def encode_prompt(
     Args:
         tokenizer: of the model.
         vocab: rows of the model's embedding.
-        task: says how the question is put.
+        task: gives the prompt of the question.
         sample: the question.
         max_length: see above.
-        room: most tokens of all; the template and the seam between the halves may take a few more than was left.
+        capacity: most tokens of all; the template and the seam between the halves may take a few more than was left.
         chat: whether to use the template.
     """
     text = task.prompt.format(context=sample.context, input=sample.question)
@@ -135,6 +135,6 @@ def encode_prompt(
         tokens = encode_chat(tokenizer, [{"role": "user", "content": text}], vocab)
     elif is_cut:
         tokens = encode_text(tokenizer, text, vocab)
-    if len(tokens) > room:
-        tokens = tokens[: room // 2] + tokens[len(tokens) - (room - room // 2) :]
+    if len(tokens) > capacity:
+        tokens = tokens[: capacity // 2] + tokens[len(tokens) - (capacity - capacity // 2) :]
     return Prompt(tuple(tokens), is_cut)

@@ -24,7 +24,7 @@ class Prediction:
 
 
 def find_files(folder: Path) -> dict[str, Path]:
-    """The folder's prediction files by name; raises InputError where there is none."""
+    """Return the folder's prediction files by name; raises InputError where there is none."""
     if not folder.is_dir():
         raise InputError(f"'{folder}' is no folder; give one that holds a <task>.jsonl for each task")
     files = {file.stem: file for file in sorted(folder.glob("*.jsonl"))}
@@ -36,13 +36,13 @@ def find_files(folder: Path) -> dict[str, Path]:
 
 
 def find_folders(folder: Path) -> list[Path]:
-    """The folder, or where it holds one for each method (as a run's `predictions/` does), those."""
+    """Return the folder, or where it holds one for each method (as a run's `predictions/` does), those."""
     inner = sorted({file.parent for file in folder.glob("*/*.jsonl")})
     return inner if inner and not any(folder.glob("*.jsonl")) else [folder]
 
 
 def read_predictions(file: Path) -> list[Prediction]:
-    """All lines of a file; raises InputError that names the file and line of what is missing or malformed."""
+    """Read a file; raises InputError that names the file and line of what is missing or malformed."""
     found = [_parse(row, where) for row, where in read_json_lines(file)]
     if not found:
         raise InputError(f"'{file}' holds no predictions")

@@ -51,7 +51,7 @@ class TaskScore:
 
 
 def score_prediction(task: Task, prediction: Prediction) -> float:
-    """One prediction's score, of 1: the best over its answers."""
+    """Return one prediction's score, of 1: the best over its answers."""
     text = prediction.text.lstrip("\n").split("\n")[0] if task.is_one_line else prediction.text
     if task.metric == CLASSIFICATION and not prediction.classes:
         raise InputError(f"'{prediction.where}' has no 'all_classes', which {task.name} needs")
@@ -62,7 +62,7 @@ def score_prediction(task: Task, prediction: Prediction) -> float:
 
 
 def score_task(task: Task, predictions: list[Prediction], by_length: bool = False) -> TaskScore:
-    """A task's score, rounded to hundredths as LongBench does."""
+    """Return a task's score, rounded to hundredths as LongBench does."""
     scores = [score_prediction(task, prediction) for prediction in predictions]
     groups: dict[str, list[float]] = {name: [] for name, _ in LENGTH_GROUPS} if by_length else {}
     if by_length:
@@ -75,7 +75,7 @@ def score_task(task: Task, predictions: list[Prediction], by_length: bool = Fals
 
 
 def score_folder(folder: Path, tasks: tuple[str, ...] = (), by_length: bool = False) -> list[TaskScore]:
-    """Scores of the tasks that a folder holds, in LongBench's order.
+    """Return the scores of the tasks that a folder holds, in LongBench's order.
 
     Raises:
         InputError: a file of no task (with the nearest name), a task asked for that is not there, or a bad line.
@@ -83,11 +83,11 @@ def score_folder(folder: Path, tasks: tuple[str, ...] = (), by_length: bool = Fa
     found = find_files(folder)
     files = {find_task(name.removesuffix("_e")).name: file for name, file in found.items()}
     if len(files) < len(found):
-        raise InputError(f"'{folder}' holds a task and its LongBench-E form; keep them in folders of their own")
-    wanted = [find_task(name).name for name in tasks] or list(files)
-    if missing := [name for name in wanted if name not in files]:
+        raise InputError(f"'{folder}' holds a task and its LongBench-E form; keep them in separate folders")
+    chosen = [find_task(name).name for name in tasks] or list(files)
+    if missing := [name for name in chosen if name not in files]:
         raise InputError(f"'{folder}' has no predictions for {', '.join(missing)}; it holds {', '.join(files)}")
-    ordered = [name for name in TASKS if name in wanted]
+    ordered = [name for name in TASKS if name in chosen]
     stderr = rich.console.Console(stderr=True)
     what = f"scoring {folder.name}"  # long summaries take a minute a task
     shown = rich.progress.track(ordered, what, console=stderr, transient=True, disable=not stderr.is_terminal)
@@ -114,18 +114,18 @@ def main(cfg: ScoreConfig) -> dict:
 
 
 def row_of(method: str, score: TaskScore) -> dict:
-    """A row of the results."""
+    """Return a row of the results."""
     row = {"method": method, "task": score.task.name, "score": score.score, "count": score.count}
     return {**row, "by_length": score.by_length} if score.by_length else row
 
 
 def mean_of(scores: list[TaskScore]) -> float:
-    """Mean over tasks, each counted once."""
+    """Return the mean over tasks, each counted once."""
     return round(statistics.fmean(score.score for score in scores), 2)
 
 
 def table_of(title: str, scores: list[TaskScore]) -> rich.table.Table:
-    """Tasks by category, the mean of each category, and the mean of all tasks."""
+    """Return a table of tasks by category, the mean of each category, and the mean of all tasks."""
     groups = list(scores[0].by_length)
     table = rich.table.Table(title=title, title_justify="left")
     table.add_column("task", no_wrap=True)

@@ -232,7 +232,7 @@ TASKS_E = (
 
 
 def find_task(name: str) -> Task:
-    """The task of that name; raises InputError with the nearest one."""
+    """Return the task of that name; raises InputError with the nearest one."""
     if name not in TASKS:
         raise InputError(f"there is no LongBench task '{name}'{nearest(name, tuple(TASKS))}")
     return TASKS[name]

@@ -32,12 +32,12 @@ class MagicPig(Method):
     def index(
         self, keys: Keys, lengths: Int32[Array, "batch"]
     ) -> tuple[Float[Array, "kv_heads head_dim"], Int16[Array, "tables batch kv_heads kv_len"]]:
-        """The keys' mean, and the bucket of each key in each table."""
+        """Return the keys' mean, and the bucket of each key in each table."""
         mean, _ = key_moments(keys, lengths)
         return mean, self.buckets(keys.astype(jnp.float32) - mean[None, None])
 
     def buckets(self, x: Float[Array, "batch n heads head_dim"]) -> Int16[Array, "tables batch heads n"]:
-        """K signs make a number below 2^K."""
+        """Return the bucket of each key in each table: K signs make a number below 2^K."""
         signs = jnp.einsum("bnhd,dc->bnhc", x, self.params, precision="highest") > 0
         signs = signs.reshape(*x.shape[:3], self.tables, self.bits).astype(jnp.int16)
         powers = jnp.int16(2) ** jnp.arange(self.bits, dtype=jnp.int16)
@@ -46,7 +46,7 @@ class MagicPig(Method):
     def collisions(
         self, queries: Queries, buckets: Int16[Array, "tables batch kv_heads kv_len"]
     ) -> Int32[Array, "batch n q_heads kv_len"]:
-        """In how many tables each key shares the query's bucket; a few tables at once, the counts being large."""
+        """Count the tables in which each key shares the query's bucket, a few tables at once to save memory."""
         batch, n, q_heads, _ = queries.shape
         kv_heads, kv_len = buckets.shape[2:]
         own = self.buckets(queries.astype(jnp.float32)).transpose(0, 1, 3, 2)
@@ -67,7 +67,7 @@ class MagicPig(Method):
     def log_probability(
         self, queries: Queries, keys: Keys, mean: Float[Array, "kv_heads head_dim"]
     ) -> Float[Array, "batch n q_heads kv_len"]:
-        """log u of each query head and key."""
+        """Return log u of each query head and key."""
         centred = keys.astype(jnp.float32) - mean[None, None]
         centred = centred / jnp.maximum(jnp.linalg.norm(centred, axis=-1, keepdims=True), 1e-12)
         wide = queries.astype(jnp.float32)
@@ -85,7 +85,7 @@ class MagicPig(Method):
         return jnp.log(jnp.where(self.tables * in_table < 1e-2, rare, 1 - none - one))
 
     def select(self, queries: Queries, keys: Keys, index: PyTree, positions: Positions, budgets: Budgets) -> Selection:
-        """What collided, with its weight; sinks and recent tokens always, with weight 1."""
+        """Select what collided, with its weight; sinks and recent tokens always, with weight 1."""
         mean, buckets = index
         places = jnp.arange(keys.shape[1], dtype=jnp.int32)[None, None, :]
         ends = positions[:, :, None] + 1
@@ -100,7 +100,7 @@ class MagicPig(Method):
 
 
 def open_magicpig(name: str, setting: Setting) -> MagicPig:
-    """K = 10, L = 150; layers 0 and 16 dense."""
+    """Open MagicPIG with K = 10, L = 150, layers 0 and 16 dense."""
     shape = setting.shape
     size = (shape.layers, shape.head_dim, TABLES * BITS)
     planes = jax.random.normal(jax.random.key(setting.seed), size, jnp.float32)

@@ -25,14 +25,14 @@ class Quest(Method):
     def index(
         self, keys: Keys, lengths: Int32[Array, "batch"]
     ) -> tuple[Shaped[Array, "batch pages kv_heads head_dim"], Shaped[Array, "batch pages kv_heads head_dim"]]:
-        """Least and greatest key of each page; only pages that lie before a query's own are asked for."""
+        """Return the least and greatest key of each page; only pages before that of the query are asked for."""
         missing = -keys.shape[1] % PAGE
         padded = jnp.pad(keys, ((0, 0), (0, missing), (0, 0), (0, 0)), mode="edge")
         pages = padded.reshape(keys.shape[0], -1, PAGE, *keys.shape[2:])
         return jnp.min(pages, axis=2), jnp.max(pages, axis=2)
 
     def bounds(self, queries: Queries, index: PyTree) -> Float[Array, "batch n heads pages"]:
-        """The greatest score that a key of each page can have: q+ . max + q- . min."""
+        """Return the greatest score that a key of each page can have: q+ . max + q- . min."""
         least, greatest = (x.astype(jnp.float32) for x in index)
         kv_heads = least.shape[2]
         grouped = queries.astype(jnp.float32).reshape(*queries.shape[:2], kv_heads, -1, queries.shape[-1])
@@ -46,7 +46,7 @@ class Quest(Method):
         return bounds.reshape(*bounds.shape[:2], -1, bounds.shape[-1])
 
     def select(self, queries: Queries, keys: Keys, index: PyTree, positions: Positions, budgets: Budgets) -> Selection:
-        """Whole pages within the budget."""
+        """Select whole pages within the budget."""
         bounds = self.bounds(queries, index)
         pages = jnp.arange(bounds.shape[-1], dtype=jnp.int32)[None, None, None, :]
         own = (positions // PAGE)[:, :, None, None]
@@ -69,5 +69,5 @@ class Quest(Method):
 
 
 def open_quest(name: str, setting: Setting) -> Quest:
-    """Page size 16; layers 0 and 1 dense."""
+    """Open Quest with pages of 16 tokens, layers 0 and 1 dense."""
     return Quest(name, rule_of(setting.selection), DENSE_LAYERS)

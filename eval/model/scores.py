@@ -60,7 +60,7 @@ class Context:
 
     @property
     def capacity(self) -> int:
-        """Number of tokens that fit in all."""
+        """Return the number of tokens that fit in all."""
         return self.layers[0][0].shape[1]
 
 

@@ -1,4 +1,4 @@
-"""Needle in a haystack: does a method still find what lies far back, by length and depth, beside the dense model?
+"""Needle in a haystack: does a method still find what lies far back, and does the dense model, by length and depth?
 
     spotlight eval needle --selector runs/demo --variant passkey --lengths 512 1024        # two CPU cores
     spotlight eval needle --selector runs/smollm2 --samples 5 --keep 0.02 0.05 \\
@@ -36,7 +36,7 @@ class NeedleConfig(EvalConfig):
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     """Where it is hidden: 0 is the start of the haystack, 1 its end."""
     samples: int = 1
-    """Texts of each length and depth, each with a haystack and something hidden of its own."""
+    """Texts of each length and depth, each with another haystack and something else hidden."""
     passage: int = 128
     """Tokens of the passage that `copy` repeats."""
     haystack: str = "text:sherlock"
@@ -75,5 +75,5 @@ main = cli.main_of("eval.needle.run")
 
 
 def command(args: Sequence[str] | None = None) -> int:
-    """`spotlight eval needle`."""
+    """Run `spotlight eval needle`."""
     return cli.run(main, NeedleConfig, "spotlight eval needle", __doc__, args, stored_by(NeedleConfig))

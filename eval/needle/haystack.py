@@ -1,4 +1,4 @@
-"""Questions whose answers lie far back: a text with something hidden in it, and what asks for it at the end."""
+"""Questions with answers that lie far back: a text with something hidden in it, and what asks for it at the end."""
 
 import dataclasses
 import logging
@@ -47,7 +47,7 @@ class Question:
 
     @property
     def tokens(self) -> Int32[np.ndarray, "length"]:
-        """All of it."""
+        """Return all tokens."""
         return np.concatenate([self.prompt, self.question, self.answer])
 
 
@@ -59,16 +59,16 @@ class Haystack:
         source: str,
         tokenizer: transformers.PreTrainedTokenizerBase,
         vocab: int,
-        wanted: int,
+        least: int,
         text_column: str = "text",
     ) -> None:
-        """Read at least `wanted` tokens of a text, for a model whose embedding has `vocab` rows.
+        """Read at least `least` tokens of a text, for a model with an embedding of `vocab` rows.
 
         Args:
             source: a text file, a folder or glob of them, or an embedded text.
             tokenizer: the model's.
             vocab: see above.
-            wanted: see above.
+            least: see above.
             text_column: key or column that holds the text in files of rows.
 
         Raises:
@@ -78,22 +78,22 @@ class Haystack:
         found: list[int] = []
         for text in _read(source, text_column):
             found += self._encode(text.strip() + "\n\n")
-            if len(found) >= 4 * wanted:
+            if len(found) >= 4 * least:
                 break
-        if len(found) < wanted:
+        if len(found) < least:
             raise InputError(
-                f"the haystack '{source}' has {len(found)} tokens, and {wanted} are needed; give a longer one"
+                f"the haystack '{source}' has {len(found)} tokens, and {least} are needed; give a longer one"
             )
         self.tokens = np.asarray(found, np.int32)
 
     def ask(self, variant: Variant, length: int, depth: float, rng: np.random.Generator, passage: int) -> Question:
-        """A question of `length` tokens whose answer lies at `depth` (0: the start, 1: the end) of the text before it.
+        """Make a question of `length` tokens with its answer at `depth` (0: the start, 1: the end) of the text.
 
         Args:
             variant: `needle`: a sentence; `passkey`: five digits; `copy`: a passage, whose start asks for the rest.
             passage: tokens of a passage that is to be copied.
 
-        Raises: InputError where the length leaves no room for a text around what is hidden.
+        Raises: InputError where the length is too short for a text around what is hidden.
         """
         if variant == "copy":
             start = rng.integers(0, len(self.tokens) - length)
@@ -101,37 +101,37 @@ class Haystack:
             question, answer = hidden[:_CUE], hidden[_CUE:]
             rest = np.delete(self.tokens, np.s_[start : start + passage])
         else:
-            statement, asked, wanted = (_passkey if variant == "passkey" else _needle)(rng)
+            statement, asked, right = (_passkey if variant == "passkey" else _needle)(rng)
             hidden = np.asarray(self._encode(statement), np.int32)
-            question, answer = self._split(asked, wanted)
+            question, answer = self._split(asked, right)
             rest = self.tokens
         begin = np.asarray(self._begin(), np.int32)
-        room = length - sum(map(len, (begin, hidden, question, answer)))
-        if room < len(hidden):
-            raise InputError(f"{length} tokens leave {room} for the haystack; give longer --lengths")
-        start = rng.integers(0, len(rest) - room + 1)
-        hay = rest[start : start + room]
-        place = self._sentence_end(hay, round(depth * room))
+        hay_len = length - sum(map(len, (begin, hidden, question, answer)))
+        if hay_len < len(hidden):
+            raise InputError(f"{length} tokens leave {hay_len} for the haystack; give longer --lengths")
+        start = rng.integers(0, len(rest) - hay_len + 1)
+        hay = rest[start : start + hay_len]
+        place = self._sentence_end(hay, round(depth * hay_len))
         return Question(np.concatenate([begin, hay[:place], hidden, hay[place:]]), question, answer)
 
     def _encode(self, text: str) -> list[int]:
         return encode_text(self.tokenizer, text, self.vocab, special=False)
 
     def _begin(self) -> list[int]:
-        """What the tokenizer puts before every text."""
+        """Return what the tokenizer puts before every text."""
         whole, bare = encode_text(self.tokenizer, "a", self.vocab), self._encode("a")
-        places = (place for place in range(len(whole)) if whole[place : place + len(bare)] == bare)
-        return whole[: next(places, 0)]  # it may put something after a text, too
+        starts = (start for start in range(len(whole)) if whole[start : start + len(bare)] == bare)
+        return whole[: next(starts, 0)]  # it may put something after a text, too
 
-    def _split(self, asked: str, wanted: str) -> tuple[np.ndarray, np.ndarray]:
-        """Both parts as the tokenizer writes them when they stand together."""
-        whole, question = self._encode(asked + wanted), self._encode(asked)
+    def _split(self, asked: str, right: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return both parts as the tokenizer writes them when they stand together."""
+        whole, question = self._encode(asked + right), self._encode(asked)
         if whole[: len(question)] != question:
-            whole = question + self._encode(wanted)
+            whole = question + self._encode(right)
         return np.asarray(question, np.int32), np.asarray(whole[len(question) :], np.int32)
 
     def _sentence_end(self, hay: np.ndarray, place: int) -> int:
-        """The last end of a sentence within reach before a place, or the place itself."""
+        """Return the last end of a sentence within reach before a place, or the place itself."""
         if place in (0, len(hay)):
             return place
         for end in range(place, max(place - _SEARCHED, 0), -1):

@@ -1,4 +1,4 @@
-"""Perplexity of texts when every position reads as a method does, beside its rivals and the dense model.
+"""Perplexity of texts when every query reads what a method selects, compared with other methods and the dense model.
 
     spotlight eval perplexity --selector runs/demo --texts text:alice --keep 0.02 0.05     # two CPU cores: minutes
     spotlight eval perplexity --selector runs/smollm2 --window 8192 --settings bare sinks \\
@@ -8,7 +8,7 @@
 Teacher-forced: the query at each position reads what a decoding step there would, from the tokens before it
 (--whole-length gives the paper's budgets instead). Each window counts as a document; a text's perplexity is the mean of
 its documents' exp(mean negative log-likelihood), and `pooled` is that of all its tokens together; `by_position` (and
-by_position.png) that of the tokens which the queries in each part of the sequence foretell.
+by_position.png) that of the tokens which the queries in each part of the sequence predict.
 """
 
 import dataclasses
@@ -45,18 +45,18 @@ class PerplexityConfig(ForwardConfig, EvalConfig):
         if self.windows_per_text < 1:
             raise InputError(f"windows_per_text is {self.windows_per_text}; give at least 1")
         if not self.copy_test and self.copy != CopyConfig():
-            raise InputError("--copy says how the texts of --copy-test are made; add --copy-test")
+            raise InputError("--copy is about how the texts of --copy-test are made; add --copy-test")
         if self.dense_prefix >= self.length:
             raise InputError(f"dense_prefix is {self.dense_prefix}, all of the {self.length} tokens; lower it")
 
     @property
     def length(self) -> int:
-        """Tokens of each sequence."""
+        """Return the tokens of each sequence."""
         return self.copy.length if self.copy_test else self.window
 
     @property
     def first_scored(self) -> int:
-        """The first token of each sequence whose probability counts."""
+        """Return the first token of each sequence that is scored."""
         return self.copy.first_scored if self.copy_test else 1
 
     @property
@@ -70,7 +70,7 @@ main = cli.main_of("eval.perplexity.run")
 
 
 def command(args: Sequence[str] | None = None) -> int:
-    """`spotlight eval perplexity`."""
+    """Run `spotlight eval perplexity`."""
     return cli.run(
         main,
         PerplexityConfig,

@@ -1,4 +1,4 @@
-"""A passage, something else, and the passage again: text whose second half asks for tokens that are far away."""
+"""A passage, something else, and the passage again: its second half asks for tokens that are far away."""
 
 import dataclasses
 
@@ -24,24 +24,24 @@ class CopyConfig:
 
     @property
     def window(self) -> int:
-        """Tokens that a window of the source texts must have."""
+        """Return how many tokens a window of the source texts must have."""
         return max(self.passage, self.filler)
 
     @property
     def length(self) -> int:
-        """Tokens of the whole."""
+        """Return the tokens of the whole."""
         return 2 * self.passage + self.filler
 
     @property
     def first_scored(self) -> int:
-        """The first token of the second copy that the first copy foretells."""
+        """Return the first token of the second copy that the first copy predicts."""
         return self.passage + self.filler + 1
 
 
 def copy_texts(
     windows: dict[str, Int32[np.ndarray, "windows window"]], cfg: CopyConfig
 ) -> dict[str, Int32[np.ndarray, "windows length"]]:
-    """A copy text of each window: its start is the passage; the filler is the end of a window of the next text.
+    """Make a copy text of each window: its start is the passage; the filler is the end of a window of the next text.
 
     Raises: InputError where there is one text with one window alone.
     """

@@ -47,5 +47,5 @@ main = cli.main_of("eval.report.run")
 
 
 def command(args: Sequence[str] | None = None) -> int:
-    """`spotlight eval report`."""
+    """Run `spotlight eval report`."""
     return cli.run(main, ReportConfig, "spotlight eval report", __doc__, args, stored_by(ReportConfig))

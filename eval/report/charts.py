@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-_ROOM, _ROW, _BAR = 258, 19, 12  # pixels
-_LABEL, _LETTER = 140, 6.4  # room for names on the left: at least, and that of a letter
-_VALUE = 62  # room for numbers on the right
+_WIDTH, _ROW, _BAR = 258, 19, 12  # pixels
+_LABEL, _LETTER = 140, 6.4  # space for names on the left: at least, and that of a letter
+_VALUE = 62  # space for numbers on the right
 _TOP = 40
 
 
@@ -32,7 +32,7 @@ class Bar:
 
 
 def nice_ceiling(value: float) -> float:
-    """The next 1, 2, 2.5 or 5 times a power of ten."""
+    """Return the next 1, 2, 2.5 or 5 times a power of ten."""
     if value <= 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(value))
@@ -40,9 +40,9 @@ def nice_ceiling(value: float) -> float:
 
 
 def draw_bars(title: str, direction: str, bars: Sequence[Bar]) -> Markup:
-    """Horizontal bars from 0; a dashed line stands at the dense model's value, where there is one.
+    """Draw horizontal bars from 0; a dashed line stands at the dense model's value, where there is one.
 
-    Where values differ by more than a factor of 20 the scale is logarithmic, from the least, and says so.
+    Where values differ by more than a factor of 20 the scale is logarithmic, from the least, and a note says so.
     """
     values = [bar.value for bar in bars if bar.value > 0 and math.isfinite(bar.value)]
     is_log = bool(values) and max(values) > 20 * min(values) and min(bar.value for bar in bars) > 0
@@ -51,16 +51,16 @@ def draw_bars(title: str, direction: str, bars: Sequence[Bar]) -> Markup:
 
     def place(value: float) -> float:
         if not math.isfinite(value):
-            return _ROOM
+            return _WIDTH
         if is_log:
-            return _ROOM * math.log(max(value, low) / low) / math.log(high / low)
-        return _ROOM * value / high
+            return _WIDTH * math.log(max(value, low) / low) / math.log(high / low)
+        return _WIDTH * value / high
 
     height = _TOP + _ROW * len(bars) + 8
     note = f"{direction}{', logarithmic' if is_log else ''}"
     frame = Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">')
     lines = [
-        frame.format(left + _ROOM + _VALUE, height, title),
+        frame.format(left + _WIDTH + _VALUE, height, title),
         Markup('<text class="title" x="0" y="14">{}</text>').format(title),
         Markup('<text class="note" x="0" y="30">{}</text>').format(note),
     ]

@@ -128,12 +128,12 @@ _ABOUT = {
 
 
 def list_methods(parts: Sequence[dict[str, Any]]) -> list[str]:
-    """Full names of all methods, each once."""
+    """Return the full names of all methods, each once."""
     return list(dict.fromkeys(row["method"] for part in parts for row in part["results"]))
 
 
 def name_row(row: Row, names: Mapping[str, str]) -> str:
-    """A method with its share and what it always reads, in short.
+    """Return a short name for a method with its share and the tokens that it always reads.
 
     Args:
         names: of `eval.common.labels.name_methods`.
@@ -146,23 +146,23 @@ def name_row(row: Row, names: Mapping[str, str]) -> str:
     return " ".join(parts)
 
 
-def whole_rows(part: dict[str, Any]) -> list[Row]:
-    """The rows that stand for a part: those over all its texts or tasks, where there are several."""
+def overall_rows(part: dict[str, Any]) -> list[Row]:
+    """Return the rows that stand for a part: those over all its texts or tasks, where there are several."""
     field, value = _WHOLE.get(part["eval"], ("", None))
     found = [row for row in part["results"] if row.get(field) == value]
     return found or part["results"]
 
 
 def list_scores(part: dict[str, Any]) -> list[tuple[str, Score, list[Row]]]:
-    """Each score of a part with its heading and rows; an apart one for each task of the harness."""
-    rows, found = whole_rows(part), []
+    """Return each score of a part with its heading and rows; an apart one for each task of the harness."""
+    rows, found = overall_rows(part), []
     for score in SCORES[part["eval"]]:
         if part["eval"] == "harness":
             for task in dict.fromkeys(row["task"] for row in rows):
-                own = [row for row in rows if row["task"] == task]
-                is_high = "perplexity" not in own[0]["metric"]
-                named = dataclasses.replace(score, title=own[0]["metric"], is_better_high=is_high)
-                found.append((task, named, own))
+                asked = [row for row in rows if row["task"] == task]
+                is_high = "perplexity" not in asked[0]["metric"]
+                named = dataclasses.replace(score, title=asked[0]["metric"], is_better_high=is_high)
+                found.append((task, named, asked))
         elif part["eval"] == "needle" and part["config"]["variant"] == "copy":
             found.append((part["name"], Score("ppl", "perplexity of the copy", False, _significant), rows))
         elif part["eval"] == "needle":
@@ -174,7 +174,7 @@ def list_scores(part: dict[str, Any]) -> list[tuple[str, Score, list[Row]]]:
 
 
 def make_table(columns: Sequence[Column], rows: Sequence[Row], names: Mapping[str, str]) -> dict[str, Any]:
-    """What the template draws: titles, whether a column holds numbers, and cells as (shown, sorted by)."""
+    """Return what the template draws: titles, whether a column holds numbers, and cells as (shown, sorted by)."""
     rows = [row | {"method": names[row["method"]]} for row in rows]
     used = [column for column in columns if any(row.get(column.field) is not None for row in rows)]
     cells = []
@@ -191,7 +191,7 @@ def make_table(columns: Sequence[Column], rows: Sequence[Row], names: Mapping[st
 
 
 def make_overview(parts: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """One line a method and share, one column a score; at each share, the best that is no oracle is marked."""
+    """Make one line a method and share, one column a score; the best of each share that is no oracle is marked."""
     scores = [entry for part in parts for entry in list_scores(part)]
     names = name_methods(list_methods(parts))
     found = dict.fromkeys(name_row(row, names) for _, _, rows in scores for row in rows)
@@ -211,12 +211,12 @@ def make_overview(parts: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def _head(heading: str, score: Score) -> str:
-    """A score's name, with its part's where that says more."""
+    """Return a score's name, with its part's where that says more."""
     return score.title if heading == score.title else f"{heading}: {score.title}"
 
 
 def _find_best(score: Score, rows: Sequence[Row]) -> list[Row]:
-    """The best row of each share and setting, oracles aside."""
+    """Return the best row of each share and setting, oracles aside."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         if row["method"] != "dense" and row["keep"] is not None and not row["method"].startswith("oracle-"):
@@ -231,7 +231,7 @@ def _find_best(score: Score, rows: Sequence[Row]) -> list[Row]:
 
 
 def draw_charts(parts: Sequence[dict[str, Any]]) -> list[Markup]:
-    """A bar chart (SVG) of each score."""
+    """Draw a bar chart (SVG) of each score."""
     charts, methods = [], list_methods(parts)
     names, styles = name_methods(methods), style_methods(methods)
     for part in parts:
@@ -283,7 +283,7 @@ def write_page(folder: Path, whole: dict[str, Any], missing: Sequence[str], plan
 
 
 def _facts(part: dict[str, Any]) -> list[tuple[str, str]]:
-    """What a reader must know of how a part was run, from its config."""
+    """List what a reader must know of how a part was run, from its config."""
     config, facts = part["config"], []
     if config.get("copy_test"):
         copy = config["copy"]

@@ -28,7 +28,7 @@ EVALUATIONS = {
     "harness": "eval.harness.run",
     "speed": "eval.speed.run",
 }
-RESERVED = ("out", "resume")  # the report's own
+RESERVED = ("out", "resume")  # set by the report
 # What --fraction cuts down: lists to their first entries, numbers to a share.
 LISTS = ("texts", "lengths", "depths", "keep", "settings", "tasks", "batches", "model_lengths", "model_batches")
 _PLAIN, _DEEPEST = (str, int, float, bool), 4
@@ -72,13 +72,13 @@ def read_plan(path: Path, given: Mapping[str, Any], fraction: float) -> Plan:
         raise InputError(f"'{path}' needs `evaluations:`, a mapping of names to their flags")
     parts: list[PlannedPart] = []
     used: set[str] = set()
-    for name, own in evaluations.items():
+    for name, flags in evaluations.items():
         where = f"'{path}', {name}"
         if not re.fullmatch(r"[\w-]+", str(name)):
             raise InputError(f"{where}: names are folders; use letters, digits, - and _")
-        if own is not None and not isinstance(own, dict):
-            raise InputError(f"{where}: expected a mapping of flags, got {own!r}")
-        fields = dict(own or {})
+        if flags is not None and not isinstance(flags, dict):
+            raise InputError(f"{where}: expected a mapping of flags, got {flags!r}")
+        fields = dict(flags or {})
         evaluation = fields.pop("eval", name)
         if not isinstance(evaluation, str) or evaluation not in EVALUATIONS:
             raise InputError(f"{where}: there is no evaluation '{evaluation}'{nearest(str(evaluation), EVALUATIONS)}")
@@ -98,7 +98,7 @@ def read_plan(path: Path, given: Mapping[str, Any], fraction: float) -> Plan:
 
 
 def _fitting(value: Any, kind: Any) -> Any:
-    """A common flag's value for one evaluation: the first of a list where that takes a single one."""
+    """Return a common flag's value for one evaluation: the first of a list where that takes a single one."""
     return value[0] if isinstance(value, list) and value and typing.get_origin(kind) is not tuple else value
 
 
@@ -137,7 +137,7 @@ def _check_plain(value: Any, where: str, depth: int) -> None:
 
 
 def _without_spotlight(fields: dict[str, Any]) -> dict[str, Any]:
-    """Without a selector there is no `spotlight` to compare."""
+    """Leave out `spotlight` where there is no selector."""
     methods = fields.get("methods")
     if fields.get("selector") is None and isinstance(methods, list):  # what is no list is refused as a flag would be
         return fields | {"methods": [name for name in methods if name != "spotlight"]}
@@ -145,7 +145,7 @@ def _without_spotlight(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _configure(config_class: type, fields: dict[str, Any], where: str, fraction: float) -> Any:
-    """A config from a plan's fields, checked as flags are."""
+    """Make a config from a plan's fields, checked as flags are."""
     _check_fields(config_class, fields, where)
     try:
         cfg = cut_down(cli.parse(config_class, "spotlight eval report", "", list(_flags(fields))), fraction)
@@ -170,7 +170,7 @@ def _check_fields(config_class: type, fields: dict[str, Any], where: str) -> Non
 
 
 def _flags(fields: Mapping[str, Any], prefix: str = "--") -> Iterator[str]:
-    """A plan's fields as they stand on a command line."""
+    """Yield a plan's fields as they stand on a command line."""
     for name, value in fields.items():
         flag = f"{prefix}{name.replace('_', '-')}"
         if isinstance(value, dict):
@@ -184,7 +184,7 @@ def _flags(fields: Mapping[str, Any], prefix: str = "--") -> Iterator[str]:
 
 
 def cut_down(cfg: Any, fraction: float) -> Any:
-    """A config with lists cut to their first entries and counts to a share; never to nothing, texts not below two."""
+    """Cut lists to their first entries and counts to a share; never to nothing, texts not below two."""
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)

@@ -19,7 +19,7 @@ from spotlight_jax.errors import InputError
 
 
 def open_folder(cfg: ReportConfig) -> tuple[ReportConfig, Path]:
-    """The report's folder, and what it was started with where it is resumed."""
+    """Open the report's folder, and what it was started with where it is resumed."""
     if not cfg.resume:
         path = Path(cfg.out) if cfg.out is not None else runs.next_free(Path("runs"), "report")
         return cfg, path
@@ -73,7 +73,7 @@ def run_part(part: PlannedPart, folder: Path, seconds: float) -> dict[str, Any]:
 
 
 def _seconds_before(path: Path) -> dict[str, float]:
-    """What the parts of an earlier run took."""
+    """Return what the parts of an earlier run took."""
     file = path / "results.json"
     parts = json.loads(file.read_text(encoding="utf-8"))["parts"] if file.is_file() else []
     return {part["name"]: part["seconds"] for part in parts}
@@ -89,7 +89,7 @@ def is_finished(part: PlannedPart, folder: Path) -> bool:
 
 
 def write_results(path: Path, cfg: ReportConfig, plan: Plan, parts: Sequence[dict[str, Any]]) -> None:
-    """`results.json` and `report.html`."""
+    """Write `results.json` and `report.html`."""
     environment = json.loads((path / "env.json").read_text(encoding="utf-8"))
     whole = {"title": plan.title, "fraction": cfg.fraction, "environment": environment, "parts": list(parts)}
     files.write_json(path / "results.json", whole, indent=1)

@@ -1,16 +1,16 @@
-"""Speed by length and batch: one layer's operations with dense attention beside them, and decoding of a whole model.
+"""Speed by length and batch: one layer's operations compared with dense attention, and decoding of a whole model.
 
     python -m eval.speed                                     # two CPU cores, SmolLM2's shape: about 10 minutes
     python -m eval.speed --parts ops --lengths 32768 131072 524288 --batches 1 8      # one GPU, Qwen2.5-7B's shape
     python -m eval.speed --parts model --model-lengths 32768 131072 --model-batches 1 4 6 24
     python -m eval.speed --parts model --model-lengths 32768 --model-batches 24 --profile    # and a step by kernel
-    python -m eval.speed --parts kernels       # every op of spotlight_jax/kernels by implementation, at its own shapes
+    python -m eval.speed --parts kernels       # every op of spotlight_jax/kernels by implementation, at its shapes
 
 Everything runs on random data, never zeros, and every operation's output is compared with a plain NumPy version
 before it is timed. Operations run in a compiled loop whose steps wait for each other; the time of the same loop around
 nothing is taken off. Medians over rounds, each round one call of everything. The floor is the bytes that an operation
 has to move over the bandwidth of rewriting a large array, measured in the same run; short caches can be faster, since
-they stay in the device's own caches.
+they stay in the device's caches.
 """
 
 import dataclasses
@@ -62,11 +62,11 @@ class SpeedConfig:
     rounds: int = 9
     """Rounds, everything once in each; medians are reported."""
     caches: int = 8
-    """Most caches that a loop's step walks over, so that none stays in the device's own; fewer compile sooner."""
+    """Most caches that a loop's step walks over, so that none stays in the device's caches; fewer compile sooner."""
     new_tokens: int = 16
     """Decoding steps of a whole model per round."""
     profile: bool = False
-    """Trace one round more of whole models, and say what each kernel of a step took."""
+    """Trace one round more of whole models, and show what each kernel of a step took."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of weights, keys and values; auto: bfloat16 on an accelerator, float32 on a CPU."""
     out: str | None = None
@@ -94,7 +94,7 @@ class SpeedConfig:
 
     @property
     def free_fields(self) -> tuple[str, ...]:
-        """In which a resumed run may differ from how it was started: its rows name them."""
+        """List the fields that a resumed run may change: its rows name them."""
         return ("out", "resume", "parts", "lengths", "batches", "model_lengths", "model_batches")
 
 
@@ -102,5 +102,5 @@ main = cli.main_of("eval.speed.run")
 
 
 def command(args: Sequence[str] | None = None) -> int:
-    """`spotlight eval speed`."""
+    """Run `spotlight eval speed`."""
     return cli.run(main, SpeedConfig, "spotlight eval speed", __doc__, args, stored_by(SpeedConfig))

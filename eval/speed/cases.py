@@ -13,19 +13,19 @@ from spotlight_jax.kernels.table import OPS
 
 
 def case_names(op: str) -> list[str]:
-    """The cases of an op, in their order."""
+    """Return the cases of an op, in their order."""
     return [case.name for case in OPS[op].cases]
 
 
 def _nudge(bit: Int32[Array, ""], array: Array) -> Array:
-    """An array that waits for a bit of the output before, and holds as good as the same."""
+    """Return an array that waits for a bit of the output before, and holds almost the same."""
     if jnp.issubdtype(array.dtype, jnp.floating):
         return array + (bit * 1e-6).astype(array.dtype)
     return array ^ bit.astype(array.dtype)
 
 
 def _op_of(name: str, impl: str, static: dict[str, Any]) -> Op:
-    """An implementation as an operation whose runs wait for each other; caches are written in place."""
+    """Make an implementation an operation; its runs wait for each other, and write caches in place."""
     run = functools.partial(OPS[name].run, impl=impl, **static)
 
     def operation(bit: Int32[Array, ""], _: Any, held: Any) -> tuple[Any, Any]:
@@ -38,18 +38,18 @@ def _op_of(name: str, impl: str, static: dict[str, Any]) -> Op:
 
 
 def _nothing(bit: Int32[Array, ""], _: Any, held: Any) -> tuple[Any, Any]:
-    """What every operation does beside itself."""
+    """Do what every operation does around its work."""
     return _nudge(bit, held[0]), held
 
 
 def time_case(op: str, name: str, rounds: int, note: Callable[[str], None]) -> dict[str, list[float]]:
-    """Seconds of a case by implementation and round: those that are no mere reference, or the reference alone.
+    """Time a case by implementation and round: those that are no mere reference, or the reference alone.
 
     Args:
         op: a name of `OPS`.
         name: of one of its cases.
         rounds: calls of each implementation, in turn.
-        note: is told what is about to be compiled.
+        note: is called with what is about to be compiled.
     """
     case = next(case for case in OPS[op].cases if case.name == name)
     arrays, static = case.draw()
@@ -58,6 +58,6 @@ def time_case(op: str, name: str, rounds: int, note: Callable[[str], None]) -> d
 
 
 def bytes_of_case(op: str, name: str) -> int:
-    """Bytes of the arrays that a case is given."""
+    """Return the bytes of the arrays that a case is given."""
     case = next(case for case in OPS[op].cases if case.name == name)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(lambda: case.draw()[0])))

@@ -35,7 +35,7 @@ from spotlight_jax.models.source import DEFAULT_MODEL
 
 
 def name_model(cfg: DecodeSpeedConfig) -> DecodeSpeedConfig:
-    """The config with the model's name filled in: a preset's is random:PRESET."""
+    """Return the config with the model's name filled in: a preset's is random:PRESET."""
     preset = cfg.preset if cfg.preset or cfg.model or cfg.selector else DEFAULT_MODEL
     selectors = {} if cfg.selector is None else {str(cfg.selector): load_selector(cfg.selector)}
     model, remarks = choose_model(RANDOM + preset if preset else cfg.model, selectors)
@@ -46,7 +46,7 @@ def name_model(cfg: DecodeSpeedConfig) -> DecodeSpeedConfig:
 
 
 def load(cfg: DecodeSpeedConfig, dtype: jnp.dtype) -> tuple[DecoderConfig, dict, Selector]:
-    """Weights and hash functions, real or random."""
+    """Load or draw weights and hash functions."""
     assert cfg.model is not None
     model_cfg, params = load_weights(cfg.model, dtype)
     shape = head_shape(model_cfg)
@@ -57,7 +57,7 @@ def load(cfg: DecodeSpeedConfig, dtype: jnp.dtype) -> tuple[DecoderConfig, dict,
 
 
 def random_cache(engine: Engine, lengths: Sequence[int], max_len: int) -> Cache:
-    """A cache of random numbers with these lengths, drawn leaf by leaf."""
+    """Draw a cache of random numbers with these lengths, leaf by leaf."""
     batch = len(lengths)
     structure = jax.tree.structure(engine.empty_cache(batch, 1).layers)
     leaves = jax.eval_shape(lambda: jax.tree.leaves(engine.empty_cache(batch, max_len).layers))
@@ -72,7 +72,7 @@ def random_cache(engine: Engine, lengths: Sequence[int], max_len: int) -> Cache:
 
 
 def decoded(new_tokens: int, rounds: int, profile: bool = False) -> int:
-    """Tokens that each sequence gets beside its prompt: a round more than is timed compiles and warms up."""
+    """Return how many tokens each sequence gets after its prompt: a round more than is timed compiles and warms up."""
     return new_tokens * (rounds + 1 + profile) + 2
 
 
@@ -87,15 +87,15 @@ class Decoding:
         start, compiled = time.perf_counter(), engine.compile_seconds
         if cfg.skip_prefill:
             state = engine.prefill([[1]] * len(cfg.lengths), total)
-            room = engine.capacity(0, max(cfg.lengths), total)
-            state = dataclasses.replace(state, cache=random_cache(engine, cfg.lengths, room))
+            capacity = engine.capacity(0, max(cfg.lengths), total)
+            state = dataclasses.replace(state, cache=random_cache(engine, cfg.lengths, capacity))
         else:
             state = engine.prefill([rng.integers(0, vocab, length).tolist() for length in cfg.lengths], total)
         self.state = jax.block_until_ready(state)
         self.prefill_seconds = time.perf_counter() - start - (engine.compile_seconds - compiled)
 
     def take_round(self) -> float:
-        """Seconds of a step, compiling apart."""
+        """Time a step, compiling apart; returns seconds."""
         start, compiled, steps = time.perf_counter(), self.engine.compile_seconds, 0
         while steps < self.steps:
             self.state, tokens = self.engine.decode(self.state, self.steps - steps)
@@ -104,12 +104,12 @@ class Decoding:
 
 
 def _spread(times: list[float]) -> str:
-    """Median and range in milliseconds."""
+    """Return the median and range in milliseconds."""
     return f"{statistics.median(times) * 1e3:.3f} ({min(times) * 1e3:.3f} to {max(times) * 1e3:.3f})"
 
 
 def measure(cfg: DecodeSpeedConfig, model_cfg: DecoderConfig, params: dict, selector: Selector) -> dict[str, dict]:
-    """Times of `cfg.methods` for one batch of prompts, timed in turn; what each step reads."""
+    """Time `cfg.methods` for one batch of prompts, in turn; with what each step reads."""
     decode = DecodeConfig(
         selection=cfg.selection, prefill_chunk=cfg.prefill_chunk, attention=cfg.attention, block=cfg.new_tokens
     )
@@ -138,12 +138,12 @@ def measure(cfg: DecodeSpeedConfig, model_cfg: DecoderConfig, params: dict, sele
 
 
 def plan(cfg: DecodeSpeedConfig, model_cfg: DecoderConfig, code_bits: int) -> MemoryPlan:
-    """What `measure` needs: both methods' caches where both are timed."""
-    batch, room = len(cfg.lengths), max(cfg.lengths) + decoded(cfg.new_tokens, cfg.rounds, cfg.profile)
+    """Return the memory that `measure` needs: both methods' caches where both are timed."""
+    batch, capacity = len(cfg.lengths), max(cfg.lengths) + decoded(cfg.new_tokens, cfg.rounds, cfg.profile)
     hash_cfg = HashConfig(code_bits=code_bits) if "sparse" in cfg.methods else None
     chunk = 1 if cfg.skip_prefill else cfg.prefill_chunk or 2048
     needed = plan_memory(
-        model_cfg, resolve_dtype(cfg.dtype), batch, bucket_length(room), chunk, hash_cfg, cfg.selection
+        model_cfg, resolve_dtype(cfg.dtype), batch, bucket_length(capacity), chunk, hash_cfg, cfg.selection
     )
     return dataclasses.replace(needed, cache=needed.cache * len(cfg.methods))
 
@@ -187,7 +187,7 @@ def show(cfg: DecodeSpeedConfig, results: dict[str, dict]) -> None:
 
 
 def _table(cfg: DecodeSpeedConfig, results: dict[str, dict]) -> Table:
-    """Dense beside sparse."""
+    """Return a table of dense and sparse decoding."""
     table = Table(title=f"{cfg.model}, prompts of {', '.join(map(str, cfg.lengths))} tokens")
     table.add_column("")
     rows: list[list[str]] = [

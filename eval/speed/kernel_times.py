@@ -24,7 +24,7 @@ class KernelTime(TypedDict):
 
 
 def trace_kernels(run: Callable[[], Any], steps: int) -> list[KernelTime]:
-    """Kernels that ran on the device while `run` did, the longest first; none where the profiler saw none.
+    """Return the kernels that ran on the device while `run` did, the longest first; none where the profiler saw none.
 
     On a CPU a kernel is all operations of a compiled program with one name but for its number, without those that they
     call.
@@ -56,7 +56,7 @@ def trace_kernels(run: Callable[[], Any], steps: int) -> list[KernelTime]:
 
 
 def _lines_of_kernels(data: Any) -> Iterator[list[Any]]:
-    """A GPU's streams; a CPU's threads, what they ran of compiled programs."""
+    """Yield a GPU's streams, or of a CPU's threads what they ran of compiled programs."""
     is_cpu = jax.default_backend() == "cpu"
     for plane in data.planes:
         if not plane.name.startswith("/host:CPU" if is_cpu else "/device:"):
@@ -84,7 +84,7 @@ def own_seconds(events: Sequence[Any]) -> list[tuple[str, float]]:
 
 
 def kernel_table(title: str, kernels: Sequence[KernelTime]) -> Table:
-    """The longest ones by name, and the others together."""
+    """Return a table of the longest kernels by name, and the others together."""
     total = sum(kernel["seconds"] for kernel in kernels)
     others = kernels[SHOWN:]
     rows = []

@@ -46,37 +46,37 @@ class OpShape:
 
     @property
     def group(self) -> int:
-        """Query heads that share a KV head."""
+        """Return how many query heads share a KV head."""
         return self.q_heads // self.kv_heads
 
     @property
     def sums(self) -> int:
-        """By how many sums of weights a token is scored."""
+        """Return the number of sums of weights that score a token."""
         return min(HashConfig().sums, self.group)
 
     @property
     def bounds(self) -> WeightBounds:
-        """Of weights that were real."""
+        """Return the bounds of weights that were real."""
         return hashing.weight_bounds(HashConfig(code_bits=self.code_bits), self.group, per_kv_head=True)
 
     @property
     def sign_bounds(self) -> WeightBounds:
-        """Of a group's sums of signs."""
+        """Return the bounds of a group's sums of signs."""
         cfg = HashConfig("symmetric", self.code_bits)
         return hashing.weight_bounds(cfg, self.group, per_kv_head=True)
 
     @property
     def slots(self) -> int:
-        """Allocated length: a multiple, as all caches', with room for the appended token."""
+        """Return the allocated length: a multiple, as of all caches, with a slot for the appended token."""
         return LANES * (self.length // LANES + 1)
 
     @property
     def budget(self) -> int:
-        """Tokens each KV head reads."""
+        """Return the tokens that each KV head reads."""
         return max_budget(self.length, self.selection)
 
     def bytes_of(self, what: str) -> int:
-        """Bytes of the named part of one layer, all sequences together."""
+        """Return the bytes of the named part of one layer, all sequences together."""
         rows = self.batch * self.kv_heads
         row = 2 * self.head_dim * jnp.dtype(self.dtype).itemsize
         return {
@@ -89,13 +89,13 @@ class OpShape:
 
 
 def shape_of(cfg: DecoderConfig, batch: int, length: int, dtype: str, code_bits: int, keep: float) -> OpShape:
-    """One layer of a model."""
+    """Return one layer of a model."""
     selection = SelectionConfig(keep=keep, min_context=0, dense_layers=())
     return OpShape(cfg.q_heads, cfg.kv_heads, cfg.head_dim, batch, length, dtype, code_bits, selection)
 
 
 def count_copies(shape: OpShape, platform: str, free: int | None, most: int) -> int:
-    """Caches a step walks over: as many as leave none of them in the device's own caches, and fit; 0 if none fits."""
+    """Return how many caches a step walks over: enough to leave none in the device's caches; 0 where none fits."""
     each = shape.bytes_of("keys and values") + 2 * shape.bytes_of("codes") + 2 * shape.bytes_of("scores")
     fitting = most if free is None else int(0.8 * free / each)
     cold = math.ceil(COLD_BYTES.get(platform, GPU_COLD_BYTES) / shape.bytes_of("codes"))
@@ -104,7 +104,7 @@ def count_copies(shape: OpShape, platform: str, free: int | None, most: int) -> 
 
 @flax.struct.dataclass
 class OpInputs:
-    """What a layer's operations get beside the caches."""
+    """What a layer's operations get apart from the caches."""
 
     queries: Float[Array, "batch one q_heads head_dim"]
     keys: Float[Array, "batch one kv_heads head_dim"]
@@ -127,7 +127,7 @@ class Held:
 
 
 def draw_inputs(shape: OpShape) -> OpInputs:
-    """Random queries, weights and hash functions."""
+    """Draw random queries, weights and hash functions."""
     keys = jax.random.split(jax.random.key(0), 6)
     dtype = jnp.dtype(shape.dtype)
     per_kv = (shape.batch, 1, shape.kv_heads)
@@ -151,7 +151,7 @@ def draw_inputs(shape: OpShape) -> OpInputs:
 
 @functools.partial(jax.jit, static_argnums=1)
 def draw_layer(key: Array, shape: OpShape) -> LayerCache:
-    """A cache of random numbers."""
+    """Draw a cache of random numbers."""
     keys = jax.random.split(key, 3)
     rows = (shape.batch, shape.slots, shape.kv_heads, shape.head_dim)
     codes = (shape.batch, shape.kv_heads, shape.code_bits // WORD_BITS, shape.slots)
@@ -165,18 +165,18 @@ def draw_layer(key: Array, shape: OpShape) -> LayerCache:
 def _mixed(
     weights: Int32[Array, "*lead code_bits"], bit: Int32[Array, ""], bounds: WeightBounds
 ) -> Int32[Array, "*lead code_bits"]:
-    """Weights that wait for a bit of the output before, and stay within their bounds: the first one gives way."""
+    """Return weights that wait for a bit of the output before and stay within their bounds: the first one gives way."""
     changed = jnp.clip(weights[..., :1] - bit * jnp.sign(weights[..., :1]), -bounds.limit, bounds.limit)
     return jnp.concatenate([changed, weights[..., 1:]], axis=-1)
 
 
 def empty_op(bit: Int32[Array, ""], inputs: OpInputs, held: Held) -> tuple[Array, Held]:
-    """What every operation does beside itself: mix the bit into an input."""
+    """Do what every operation does around its work: mix the bit into an input."""
     return inputs.weights ^ bit, held
 
 
 def make_ops(shape: OpShape, dense: tuple[AttentionImpl, ...]) -> dict[str, Op]:
-    """The operations by name. Each gets a bit of the output before it and mixes that into what it starts from."""
+    """Return the operations by name; each gets a bit of the output before it and mixes that into its input."""
     score_range = shape.bounds.score_range
 
     def score(bit, inputs, held):
@@ -248,7 +248,7 @@ def make_ops(shape: OpShape, dense: tuple[AttentionImpl, ...]) -> dict[str, Op]:
 
 
 def read_bytes(shape: OpShape, name: str, inputs: OpInputs) -> int:
-    """Bytes that an operation has to read and write: the floor of its time is these over the copy bandwidth."""
+    """Return the bytes that an operation has to move: the floor of its time is these over the copy bandwidth."""
     networks = sum(leaf.nbytes for leaf in jax.tree.leaves(inputs.selector.params))
     codes, scores, indices = (shape.bytes_of(part) for part in ("codes", "scores", "indices"))
     selected, everything = shape.bytes_of("selected"), shape.bytes_of("keys and values")
@@ -269,7 +269,7 @@ def read_bytes(shape: OpShape, name: str, inputs: OpInputs) -> int:
 
 @functools.partial(jax.jit, static_argnums=2)
 def _hold(layer: LayerCache, inputs: OpInputs, shape: OpShape) -> Held:
-    """A cache with its scores and what they select."""
+    """Return a cache with its scores and what they select."""
     assert layer.codes is not None
     scores = match_score(layer.codes, inputs.weights, shape.bounds.bits)[:, 0]
     indices, is_real = select_tokens(scores, inputs.lengths + 1, shape.selection, shape.bounds.score_range)
@@ -277,14 +277,14 @@ def _hold(layer: LayerCache, inputs: OpInputs, shape: OpShape) -> Held:
 
 
 def draw_held(shape: OpShape, inputs: OpInputs, copies: int) -> tuple[Held, ...]:
-    """Random caches, each with its scores and selection."""
+    """Draw random caches, each with its scores and selection."""
     return tuple(_hold(draw_layer(jax.random.key(7 + place), shape), inputs, shape) for place in range(copies))
 
 
 def runnable_dense(shape: OpShape) -> tuple[AttentionImpl, ...]:
-    """Implementations of dense attention that can decode this shape here.
+    """Return the implementations of dense attention that can decode this shape here.
 
-    On a GPU `auto` is one of the others and not timed twice; on a CPU it is a form of its own.
+    On a GPU `auto` is one of the others and not timed twice; on a CPU it is another form.
     """
 
     def attend(name):
@@ -297,7 +297,7 @@ def runnable_dense(shape: OpShape) -> tuple[AttentionImpl, ...]:
             continue
         try:
             jax.eval_shape(functools.partial(attend, name))
-        except ValueError:  # it says so where it cannot run
+        except ValueError:  # where it cannot run
             continue
         found.append(name)
     return tuple(found)

@@ -27,7 +27,7 @@ _DENSE = ("#b5651d", "#d9a679", "#8c3b1a", "#e0c9a6")
 
 
 def _by_length(axes: Axes, lengths: Sequence[int]) -> None:
-    """A logarithmic axis whose ticks are the lengths."""
+    """Make an axis logarithmic, its ticks the lengths."""
     axes.set_xscale("log", base=2)
     names = [f"{length // 1024}K" if length % 1024 == 0 else f"{length:,}" for length in lengths]
     axes.set_xticks(list(lengths), names, minor=False)
@@ -37,7 +37,7 @@ def _by_length(axes: Axes, lengths: Sequence[int]) -> None:
 
 
 def _line(axes: Axes, rows: Sequence[Row], label: str, color: str, style: str = "-") -> None:
-    """Medians with their range."""
+    """Draw medians with their range."""
     x, y = [row["length"] for row in rows], [row["seconds"] * 1e6 for row in rows]
     axes.plot(x, y, style, marker="o", ms=3.5, color=color, label=label)
     axes.fill_between(x, [r["least"] * 1e6 for r in rows], [r["greatest"] * 1e6 for r in rows], color=color, alpha=0.15)
@@ -74,7 +74,7 @@ def plot_ops(path: Path, rows: Sequence[Row], title: str) -> None:
 
 
 def plot_decode(path: Path, rows: Sequence[Row], title: str) -> None:
-    """Tokens per second of dense and sparse decoding, a pair of bars for each length and batch."""
+    """Draw tokens per second of dense and sparse decoding, a pair of bars for each length and batch."""
     points = list(dict.fromkeys((row["length"], row["batch"]) for row in rows))
     figure, axes = plt.subplots(figsize=(max(5.0, 1.6 + 1.1 * len(points)), 4.4), layout="constrained")
     for place, (method, color) in enumerate((("dense", _DENSE[0]), ("spotlight", "#1f6f8b"))):

@@ -54,7 +54,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def resolve(cfg: SpeedConfig) -> SpeedConfig:
-    """The same with this device's defaults in place of what was not given."""
+    """Return the config with this device's defaults in place of what was not given."""
     defaults = DEFAULTS.get(jax.default_backend(), DEFAULTS["gpu"])
     elsewhere = {name for part, names in FLAGS_OF.items() if part not in cfg.parts for name in names}
     given = {name: getattr(cfg, name) or value for name, value in defaults.items() if name not in elsewhere}
@@ -71,7 +71,7 @@ def _spread(seconds: Sequence[float]) -> Row:
 
 
 def pick_ops(ops: dict[str, Op], names: Sequence[str]) -> dict[str, Op]:
-    """The named operations, or all; raises InputError for a name that none has."""
+    """Return the named operations, or all; raises InputError for a name that none has."""
     for name in names:
         if name not in ops:
             raise InputError(f"there is no operation '{name}'{nearest(name, tuple(ops))}")
@@ -79,7 +79,7 @@ def pick_ops(ops: dict[str, Op], names: Sequence[str]) -> dict[str, Op]:
 
 
 def time_length(cfg: SpeedConfig, batch: int, length: int, bandwidth: float, record: Record) -> list[Row]:
-    """Rows of all operations at one length and batch; none where a single cache does not fit."""
+    """Time all operations at one length and batch; no rows where a single cache does not fit."""
     shape = shape_of(PRESETS[cfg.preset or ""], batch, length, cfg.dtype, cfg.code_bits, cfg.keep)
     copies = count_copies(shape, jax.default_backend(), available_bytes(), cfg.caches)
     if copies == 0:
@@ -106,7 +106,7 @@ def _note(record: Record, batch: int, length: int, op: str) -> None:
 
 
 def _method(op: str) -> str:
-    """Whose an operation is."""
+    """Return the method that an operation is part of."""
     if op.startswith("dense layer"):
         return op.replace(" layer", "")
     return "paper" if op.endswith("Hamming") else "lax.top_k" if op.endswith("top_k") else "spotlight"
@@ -115,7 +115,7 @@ def _method(op: str) -> str:
 def time_decoding(
     cfg: SpeedConfig, batch: int, length: int, loaded: tuple, bandwidth: float, record: Record
 ) -> list[Row]:
-    """Rows of dense and sparse decoding, timed in turn where both caches fit, else apart; none where neither fits."""
+    """Time dense and sparse decoding, in turn where both caches fit, else apart; no rows where neither fits."""
     prompt = max(length - decode.decoded(cfg.new_tokens, cfg.rounds, cfg.profile), 1)
     point = DecodeSpeedConfig(
         preset=cfg.preset or "", lengths=(prompt,) * batch, new_tokens=cfg.new_tokens, rounds=cfg.rounds,
@@ -134,7 +134,7 @@ def time_decoding(
     else:
         apart = [dataclasses.replace(point, methods=(name,)) for name in point.methods]
         if not all(map(fits, apart)):
-            record.say(f"speed: {batch} x {length} tokens do not fit beside the weights and are left out{_MORE_MEMORY}")
+            record.say(f"speed: {batch} x {length} tokens do not fit with the weights and are left out{_MORE_MEMORY}")
             return []
         results, how = {}, "apart"
         for alone in apart:
@@ -155,14 +155,14 @@ def time_decoding(
 
 
 def _bytes_of_weights(cfg: DecoderConfig, params: dict) -> int:
-    """What a step reads of the weights: all but an embedding table that is no head."""
+    """Return the bytes of weights that a step reads: all but an embedding table that is no head."""
     skipped = () if cfg.tied else ("embed",)
     read = {name: part for name, part in params.items() if name not in skipped}
     return sum(leaf.nbytes for leaf in jax.tree.leaves(read))
 
 
 def time_kernels(cfg: SpeedConfig, op: str, case: str, record: Record) -> list[Row]:
-    """Rows of one op's case by implementation; none where its arrays do not fit."""
+    """Time one op's case by implementation; no rows where its arrays do not fit."""
     free = available_bytes()
     if free is not None and 4 * bytes_of_case(op, case) > free:
         record.say(f"speed: {op}, {case} does not fit and is left out")
@@ -172,14 +172,14 @@ def time_kernels(cfg: SpeedConfig, op: str, case: str, record: Record) -> list[R
 
 
 def time_parts(cfg: SpeedConfig, record: Record) -> list[Row]:
-    """Rows of all parts; those that are finished are read from the record."""
-    wanted = {"ops": (cfg.lengths, cfg.batches), "model": (cfg.model_lengths, cfg.model_batches)}
+    """Time all parts; those that are finished are read from the record."""
+    points = {"ops": (cfg.lengths, cfg.batches), "model": (cfg.model_lengths, cfg.model_batches)}
     parts: list[Part] = [
         {"part": kind, "batch": batch, "length": length}
         for kind in cfg.parts
-        if kind in wanted
-        for length in wanted[kind][0]
-        for batch in wanted[kind][1]
+        if kind in points
+        for length in points[kind][0]
+        for batch in points[kind][1]
     ]
     if "kernels" in cfg.parts:
         parts += [{"part": "kernels", "op": op, "case": case} for op in OPS for case in case_names(op)]
@@ -198,14 +198,14 @@ def time_parts(cfg: SpeedConfig, record: Record) -> list[Row]:
                 loaded = decode.load(decode.name_model(point), jnp.dtype(cfg.dtype))
             rows = time_decoding(cfg, batch, length, loaded, bandwidth, record)
         record.add(part, {"copy_bandwidth": bandwidth, "rows": rows})
-        for line in _told(rows):
+        for line in _progress_lines(rows):
             record.say(line)
     done = [record.row_of(part) for part in parts]
     return [row for finished in done if finished is not None for row in finished["rows"]]
 
 
-def _told(rows: Sequence[Row]) -> list[str]:
-    """What a part says once it is finished: the sparse layer, or sparse decoding, beside the fastest dense one."""
+def _progress_lines(rows: Sequence[Row]) -> list[str]:
+    """Return what a part prints once it is finished: sparse against the fastest dense one."""
     own = [row for row in rows if row["method"] == "spotlight" and row.get("op", "sparse layer") == "sparse layer"]
     return [
         f"{row['batch']} x {row['length']:,}: {row.get('op', 'decoding')} {1e3 * row['seconds']:,.4g} ms, "
@@ -216,7 +216,7 @@ def _told(rows: Sequence[Row]) -> list[str]:
 
 
 def _ratio(rows: Sequence[Row], row: Row) -> str:
-    """How much faster than the fastest dense one; nothing where none was timed, or all is noise."""
+    """Return how much faster a row is than the fastest dense one; nothing where none was timed, or all is noise."""
     if row["seconds"] <= 0 or not any(other["method"].startswith("dense") for other in rows):
         return ""  # 0: no longer than the empty loop, on a noisy machine
     return f"{fastest_dense(rows, row)['seconds'] / row['seconds']:.2f} x"
@@ -239,7 +239,7 @@ def main(cfg: SpeedConfig) -> dict[str, Any]:
 
 
 def fastest_dense(rows: Sequence[Row], row: Row) -> Row:
-    """The dense row that another is compared with: same batch and length, least time."""
+    """Return the dense row that another is compared with: same batch and length, least time."""
     same = [
         other
         for other in rows
@@ -249,7 +249,7 @@ def fastest_dense(rows: Sequence[Row], row: Row) -> Row:
 
 
 def _ops_tables(cfg: SpeedConfig, rows: Sequence[Row]) -> list[Table]:
-    """One table for each batch and length."""
+    """Return one table for each batch and length."""
     tables = []
     for batch, length in dict.fromkeys((row["batch"], row["length"]) for row in rows):
         own = [row for row in rows if (row["batch"], row["length"]) == (batch, length)]
@@ -264,7 +264,7 @@ def _ops_tables(cfg: SpeedConfig, rows: Sequence[Row]) -> list[Table]:
 
 
 def _kernel_tables(cfg: SpeedConfig, rows: Sequence[Row]) -> list[Table]:
-    """One table for each op."""
+    """Return one table for each op."""
     tables = []
     for op in dict.fromkeys(row["op"] for row in rows):
         own = [row for row in rows if row["op"] == op]
@@ -277,7 +277,7 @@ def _kernel_tables(cfg: SpeedConfig, rows: Sequence[Row]) -> list[Table]:
 
 
 def _decode_tables(cfg: SpeedConfig, rows: Sequence[Row]) -> list[Table]:
-    """Tokens per second of whole models, and a step's kernels where they were traced."""
+    """Return tokens per second of whole models, and a step's kernels where they were traced."""
     lines = []
     for row in rows:
         times = [f"{1e3 * row[name]:,.2f}" for name in ("seconds", "floor_seconds")]

@@ -21,7 +21,7 @@ Op = Callable[[Int32[Array, ""], Any, Any], tuple[PyTree, Any]]
 
 
 def bit_of(out: PyTree) -> Int32[Array, ""]:
-    """0 or 1 from an output's first element: what the next run's input waits for."""
+    """Return 0 or 1 from an output's first element: what the next run's input waits for."""
     first = jax.tree.leaves(out)[0].reshape(-1)[0]
     if jnp.issubdtype(first.dtype, jnp.floating):
         first = lax.bitcast_convert_type(first.astype(jnp.float32), jnp.int32)
@@ -29,7 +29,7 @@ def bit_of(out: PyTree) -> Int32[Array, ""]:
 
 
 def make_loop(op: Op) -> Callable[[tuple, Any, int], tuple]:
-    """`loop(held, inputs, steps)`: each step runs `op` once on every element of `held`, which is given up.
+    """Make `loop(held, inputs, steps)`: each step runs `op` once on every element of `held`, which is given up.
 
     The outputs of a step are carried whole, so that none of them can be computed in part; each run waits for the one
     before by `bit_of` its output.
@@ -57,7 +57,7 @@ def make_loop(op: Op) -> Callable[[tuple, Any, int], tuple]:
 
 
 def _clock(loop: Callable, held: tuple, inputs: Any, steps: int) -> tuple[float, tuple]:
-    """Seconds of one call, and what is held after it."""
+    """Return the seconds of one call, and what is held after it."""
     start = time.perf_counter()
     held, outs = loop(held, inputs, steps)
     jax.block_until_ready(outs)
@@ -65,7 +65,7 @@ def _clock(loop: Callable, held: tuple, inputs: Any, steps: int) -> tuple[float,
 
 
 def count_steps(loop: Callable, held: tuple, inputs: Any, most: int = MOST_STEPS) -> tuple[int, tuple]:
-    """Steps that take about LOOP_SECONDS; compiles."""
+    """Return the steps that take about LOOP_SECONDS; compiles."""
     _, held = _clock(loop, held, inputs, 1)
     seconds, held = _clock(loop, held, inputs, 1)
     if seconds < LOOP_SECONDS:
@@ -77,14 +77,14 @@ def count_steps(loop: Callable, held: tuple, inputs: Any, most: int = MOST_STEPS
 def time_ops(
     ops: Mapping[str, Op], empty: Op, held: tuple, inputs: Any, rounds: int, progress: Callable[[str], None]
 ) -> dict[str, list[float]]:
-    """Seconds of one run of each operation, by round: one call of each in turn, so that what else the machine does
-    falls on all of them.
+    """Time one run of each operation, by round: one call of each in turn, so that what else the machine does falls on
+    all of them; returns seconds.
 
     From each loop's time are taken a call of no steps, and the same steps of a loop around `empty`.
 
     Args:
         held: given up.
-        progress: is told what is about to be compiled.
+        progress: is called with what is about to be compiled.
     """
     loops, steps = {}, {}
     for name, op in {"": empty, **ops}.items():
@@ -105,7 +105,7 @@ def time_ops(
 
 
 def copy_bandwidth(rounds: int = 9) -> float:
-    """Bytes per second that a pass over an array, in place, reads and writes together; median of rounds."""
+    """Return the bytes a second that a pass over an array, in place, reads and writes; median of rounds."""
     size = COPY_BYTES.get(jax.default_backend(), GPU_COPY_BYTES)
 
     def rewrite(bit, _, one):

@@ -129,15 +129,15 @@ def test_bad_flags_are_refused(fields, message):
         EvalConfig(**fields)
 
 
-@pytest.mark.parametrize("name", ["perplexity", "inspect", "needle", "harness", "longbench_generate"])
+@pytest.mark.parametrize("name", ["perplexity", "inspect", "needle", "harness", "longbench"])
 def test_other_flags_are_refused_before_a_model_is_loaded(name, tmp_path, monkeypatch):
-    module = importlib.import_module(f"eval.{name}")
+    module = importlib.import_module("eval.longbench.answer" if name == "longbench" else f"eval.{name}.run")
     config_class = typing.get_type_hints(module.main)["cfg"]
     more = {"harness": {"tasks": ("toy",)}}.get(name, {})
     first = config_class(model="random:tiny", methods=("dense", "window"), out=str(tmp_path / "run"), **more)
     RunFolder.create(tmp_path / "run", first)
     monkeypatch.setattr("eval.model.load.load_weights", lambda *_: pytest.fail("loaded"))
-    monkeypatch.setattr("eval.harness.open_tasks", lambda *_: None)
+    monkeypatch.setattr("eval.harness.run.open_tasks", lambda *_: None)
     monkeypatch.setattr("eval.longbench.answer.open_package", lambda name: None)
     monkeypatch.setattr("eval.longbench.answer._available", lambda cfg: ["trec"])
     monkeypatch.setattr("eval.longbench.answer.read_samples", lambda *_, **__: [])

@@ -149,14 +149,16 @@ def test_the_dense_answer_is_what_generate_gives_for_the_prompt_by_hand(tiny, da
 def test_long_prompts_lose_their_middle():
     sample = Sample("0123456789" * 30, "Who?", ("x",), None, 300)
     whole = TASKS["trec"].prompt.format(context=sample.context, input="Who?")
-    prompt = encode_prompt(TOKENIZER, MODEL.vocab, TASKS["trec"], sample, max_length=101, room=1000, chat=True)
+    prompt = encode_prompt(TOKENIZER, MODEL.vocab, TASKS["trec"], sample, max_length=101, capacity=1000, chat=True)
     assert prompt.is_cut and TOKENIZER.decode(prompt.tokens) == whole[:50] + whole[-50:]
-    exact = encode_prompt(TOKENIZER, MODEL.vocab, TASKS["trec"], sample, max_length=len(whole), room=1000, chat=True)
+    exact = encode_prompt(
+        TOKENIZER, MODEL.vocab, TASKS["trec"], sample, max_length=len(whole), capacity=1000, chat=True
+    )
     assert not exact.is_cut and TOKENIZER.decode(exact.tokens) == whole
     asked = TASKS["qmsum"].prompt.format(context=sample.context, input="Who?")
-    chat = encode_prompt(TOKENIZER, MODEL.vocab, TASKS["qmsum"], sample, max_length=100, room=1000, chat=True)
+    chat = encode_prompt(TOKENIZER, MODEL.vocab, TASKS["qmsum"], sample, max_length=100, capacity=1000, chat=True)
     assert TOKENIZER.decode(chat.tokens) == f"[user]{asked[:50]}{asked[-50:]}[assistant]"
-    bare = encode_prompt(TOKENIZER, MODEL.vocab, TASKS["qmsum"], sample, max_length=100, room=1000, chat=False)
+    bare = encode_prompt(TOKENIZER, MODEL.vocab, TASKS["qmsum"], sample, max_length=100, capacity=1000, chat=False)
     assert TOKENIZER.decode(bare.tokens) == asked[:50] + asked[-50:]
     tight = encode_prompt(TOKENIZER, MODEL.vocab, TASKS["qmsum"], sample, max_length=100, room=90, chat=True)
     assert len(tight.tokens) == 90

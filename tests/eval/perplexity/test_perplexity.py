@@ -55,7 +55,7 @@ def test_perplexities_are_means_over_documents_and_over_tokens():
     assert both["documents"] == 3
 
 
-def test_perplexity_by_position_is_that_of_the_tokens_which_its_queries_foretell():
+def test_perplexity_by_position_is_that_of_the_tokens_which_its_queries_predict():
     losses = np.random.default_rng(0).uniform(0.1, 3, (2, 8))  # of tokens 1 to 8, by queries at 0 to 7 of nine
     row = perplexity.measure([passed(-own, 5) for own in losses], first_scored=4)  # token 4 is that of query 3
     expected = [(2, 4, losses[:, 3]), (4, 6, losses[:, 4:6]), (6, 8, losses[:, 6:])]
@@ -104,7 +104,7 @@ def test_an_interrupted_run_measures_only_what_is_left(tmp_path, capsys, monkeyp
     metrics.write_text("\n".join(lines[:3]) + "\n")
     calls = []
     real = perplexity.score_sequence
-    monkeypatch.setattr(perplexity, "score_sequence", lambda *args: calls.append(args[3].name) or real(*args))
+    monkeypatch.setattr(perplexity, "score_sequence", lambda *args: calls.append(args[2].name) or real(*args))
     again, captured = run([*flags, "--resume"], capsys)
     assert calls == ["window", "window"] and again == whole  # two windows of the second text
     assert "3 of 4 parts were finished before" in captured.err
@@ -124,7 +124,7 @@ def test_the_copy_test_scores_the_second_copy_alone(tmp_path, capsys):
     flags = [*write_inputs(tmp_path), "--copy-test", "--copy.passage", "40", "--copy.filler", "30"]
     rows, _ = run([*flags, "--methods", "dense", "--out", str(tmp_path / "run")], capsys)
     assert {row["tokens_scored"] for row in rows} == {2 * 39, 4 * 39}
-    assert rows[0]["tokens_read"] == np.mean(np.arange(71, 110))  # queries at 70 to 108 foretell tokens 71 to 109
+    assert rows[0]["tokens_read"] == np.mean(np.arange(71, 110))  # queries at 70 to 108 predict tokens 71 to 109
 
 
 def test_a_copy_text_is_a_passage_another_text_and_the_passage_again():

@@ -107,7 +107,7 @@ def test_a_plan_becomes_one_page_that_needs_nothing_else(plan_file, tmp_path, ca
     assert table[3][:2] == ["window", "0.3"] and f"{row['ppl_pooled']:#.4g}" in table[3]
     assert (out / "reading" / "output.txt").read_text().count("perplexity") > 0
 
-    monkeypatch.setattr("eval.perplexity.load_eval_model", lambda cfg: pytest.fail("evaluated again"))
+    monkeypatch.setattr("eval.perplexity.run.load_eval_model", lambda cfg: pytest.fail("evaluated again"))
     assert command(["--resume", "--out", str(out)]) == 0
     again = json.loads((out / "results.json").read_text())
     assert again == results
@@ -121,10 +121,10 @@ def test_an_interrupted_report_has_a_page_and_goes_on(plan_file, tmp_path, capsy
     out = tmp_path / "report"
     args = ["--plan", str(edit(plan_file, "[0.3, 0.1]", "[0.3]")), "--out", str(out)]
     with monkeypatch.context() as patch:
-        patch.setattr("eval.inspect.inspect_window", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("eval.inspect.run.inspect_window", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert command(args) == 130
     assert "inspect have not run yet" in (out / "report.html").read_text()
-    monkeypatch.setattr("eval.perplexity.load_eval_model", lambda cfg: pytest.fail("evaluated again"))
+    monkeypatch.setattr("eval.perplexity.run.load_eval_model", lambda cfg: pytest.fail("evaluated again"))
     assert command(["--resume", "--out", str(out)]) == 0
     assert "not run yet" not in (out / "report.html").read_text()
 
