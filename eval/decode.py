@@ -42,11 +42,11 @@ class DecodeSpeedConfig:
     keep: float = 0.02
     """Share of the tokens that a query reads."""
     code_bits: int = 128
-    """Of the random hash functions."""
+    """Bits of a code of the random hash functions."""
     dense_layers: tuple[int, ...] = SelectionConfig().dense_layers
     """Layers that sparse decoding reads densely; none with nothing after the flag."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of weights and cache; auto: bfloat16 on an accelerator, float32 on a CPU."""
+    """Floats of weights and cache; auto: bfloat16 on an accelerator, float32 on a CPU."""
     prefill_chunk: int | None = None
     """Prompt tokens per prefill step."""
     attention: AttentionImpl = "auto"

@@ -48,7 +48,7 @@ class HarnessConfig(EvalConfig):
     max_length: int | None = None
     """Tokens of a sequence; longer ones lose their beginning. Without it, the model's context."""
     lengths: tuple[int, ...] = ()
-    """Of tasks that make texts of a length (ruler): tokens of a text and its answer; each length is asked apart.
+    """Tokens of a text and its answer, in tasks that make texts of a length (ruler); each length is asked apart.
     Without it, as the task defines (ruler: 4096)."""
 
     def __post_init__(self) -> None:

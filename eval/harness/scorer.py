@@ -46,7 +46,7 @@ Progress = Callable[[int, int], None]
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """Token ids whose likelihood is asked: those of `tokens` from `scored_from` on."""
+    """Token ids to score: those of `tokens` from `scored_from` on, given all before them."""
 
     tokens: tuple[int, ...]
     scored_from: int  # at least 1: the first token has nothing before it

@@ -30,11 +30,11 @@ class LongBenchConfig(EvalConfig):
     data: str = "hf:Xnhyacinth/LongBench"
     """A folder of LongBench's files (<task>.jsonl, or parquet), or hf:OWNER/NAME, a data set of the hub in parquet."""
     tasks: tuple[str, ...] = ()
-    """Only these tasks; all 21 (13 of LongBench-E), or those that a folder holds, otherwise."""
+    """Tasks to ask; without it, all 21 (13 of LongBench-E), or those that a folder holds."""
     e: bool = False
-    """LongBench-E: files <task>_e, whose contexts are spread evenly over lengths; scores by length too."""
+    """Ask LongBench-E: files <task>_e, with contexts spread evenly over lengths; scores by length too."""
     limit: int | None = None
-    """Only the first questions of each task."""
+    """Number of first questions of each task; without it, all."""
     max_length: int | None = None
     """Tokens of a prompt before the chat template; longer ones lose their middle. Without it, what the context
     holds."""

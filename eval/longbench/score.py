@@ -30,14 +30,14 @@ _NAMES = {
 
 @dataclasses.dataclass(frozen=True)
 class ScoreConfig:
-    """What is scored."""
+    """Which predictions are scored."""
 
     folders: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of predictions, each with a `<task>.jsonl` for every task, or with such a folder for each method."""
     tasks: tuple[str, ...] = ()
-    """Only these tasks; all that are there otherwise."""
+    """Tasks to score; without it, all that are there."""
     by_length: bool = False
-    """Also a score for contexts of 0-4k, 4-8k and more words, as LongBench-E reports."""
+    """Add a score for contexts of 0-4k, 4-8k and more words, as LongBench-E reports."""
 
 
 @dataclasses.dataclass(frozen=True)

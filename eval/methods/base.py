@@ -35,7 +35,7 @@ class Setting:
 
 @flax.struct.dataclass
 class Selection:
-    """What some queries read of one layer."""
+    """The cached tokens that some queries read in one layer."""
 
     mask: Bool[Array, "batch n heads kv_len"]  # heads: the query heads, or the KV heads where a group reads one set
     index_bytes: Float[Array, "batch n"]  # read of the index to find that out, all heads together
@@ -44,7 +44,7 @@ class Selection:
 
 @flax.struct.dataclass
 class Method:
-    """Base of all methods; alone it is `dense`, which every layer reads everything with."""
+    """Base of all methods; alone it is `dense`, with which every layer reads everything."""
 
     name: str = flax.struct.field(pytree_node=False)
     selection: SelectionConfig = flax.struct.field(pytree_node=False)  # sinks, recent and per; budgets come as numbers

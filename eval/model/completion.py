@@ -25,7 +25,7 @@ BY_ENGINE = ("dense", "spotlight")  # methods that the product's engine has
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """What was generated, and what each step that chose a token after the first read."""
+    """The tokens generated, and the mean traffic of the steps that chose all but the first."""
 
     tokens: tuple[int, ...]
     tokens_read: float  # per query: mean over selecting heads, sparse layers and steps

@@ -34,7 +34,7 @@ class NeedleConfig(EvalConfig):
     lengths: tuple[int, ...] = (1024, 2048, 4096, 8192)
     """Tokens of the whole, question and answer included."""
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    """Where it is hidden: 0 is the start of the haystack, 1 its end."""
+    """Places where it is hidden: 0 is the start of the haystack, 1 its end."""
     samples: int = 1
     """Texts of each length and depth, each with another haystack and something else hidden."""
     passage: int = 128

@@ -28,8 +28,8 @@ class ReportConfig:
     selector: str | None = None
     """Trained hash functions for all evaluations, instead of the plan's."""
     fraction: float = 1.0
-    """For a quick look: lists (texts, lengths, depths, keep, settings, ...) are cut to this share of their first
-    entries, counts (windows, samples, queries, ...) to this share."""
+    """Share of the plan to run, for a quick look: of lists (texts, lengths, depths, keep, settings, ...) the first
+    entries, of counts (windows, samples, queries, ...) a part."""
     out: str | None = None
     """Folder of the report; without it, a new one under runs/."""
     resume: bool = False

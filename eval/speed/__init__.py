@@ -68,7 +68,7 @@ class SpeedConfig:
     profile: bool = False
     """Trace one round more of whole models, and show what each kernel of a step took."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of weights, keys and values; auto: bfloat16 on an accelerator, float32 on a CPU."""
+    """Floats of weights, keys and values; auto: bfloat16 on an accelerator, float32 on a CPU."""
     out: str | None = None
     """Run folder; without it, a new one under runs/."""
     resume: bool = False
