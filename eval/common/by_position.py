@@ -57,8 +57,8 @@ def combine_buckets(
             weight = bucket["queries"] if weights is None else weights[number]
             found.setdefault((bucket["from"], bucket["to"]), []).append((weight, bucket))
     combined = []
-    for (start, end), own in sorted(found.items()):
-        shares = [weight for weight, _ in own]
-        means = {name: float(np.average([bucket[name] for _, bucket in own], weights=shares)) for name in names}
-        combined.append({"from": start, "to": end, "queries": sum(bucket["queries"] for _, bucket in own), **means})
+    for (start, end), group in sorted(found.items()):
+        shares = [weight for weight, _ in group]
+        means = {name: float(np.average([bucket[name] for _, bucket in group], weights=shares)) for name in names}
+        combined.append({"from": start, "to": end, "queries": sum(bucket["queries"] for _, bucket in group), **means})
     return combined

@@ -77,9 +77,9 @@ def explain_methods(methods: Iterable[str]) -> list[tuple[str, str]]:
 
 def _tell_apart(folder: str, folders: Sequence[str]) -> str:
     """Return the fewest neighbouring parts of a path that no other path has, the last of these; else all of it."""
-    own = _parts(folder)
+    parts = _parts(folder)
     others = {run for other in folders if other != folder for run in _runs(_parts(other))}
-    runs = (run for run in _runs(own) if run not in others)
+    runs = (run for run in _runs(parts) if run not in others)
     return "/".join(next(runs, ())) or folder
 
 

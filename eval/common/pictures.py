@@ -45,14 +45,14 @@ def plot_tradeoff(path: Path, rows: Sequence[dict[str, Any]], metric: str, label
     end = find_end([row[metric] for row in rows if row["method"] != "dense"] or [row[metric] for row in rows])
     for axis, setting in zip(axes[0], settings, strict=True):
         for method in methods:
-            own = [row for row in rows if row["method"] == method]
-            line_label = names[method] + describe_outside([row[metric] for row in own], end)
-            own = [row for row in own if row["setting"] == setting or method not in _budgeted(rows)]
-            own.sort(key=lambda row: row["bytes_read"])
+            points = [row for row in rows if row["method"] == method]
+            line_label = names[method] + describe_outside([row[metric] for row in points], end)
+            points = [row for row in points if row["setting"] == setting or method not in _budgeted(rows)]
+            points.sort(key=lambda row: row["bytes_read"])
             if method == "dense":
-                axis.axhline(own[0][metric], label=_name_dense(own[0]), **styles[method])
+                axis.axhline(points[0][metric], label=_name_dense(points[0]), **styles[method])
                 continue
-            x, y = [row["bytes_read"] / _MIB for row in own], [row[metric] for row in own]
+            x, y = [row["bytes_read"] / _MIB for row in points], [row[metric] for row in points]
             axis.plot(x, y, label=line_label, **styles[method])
         axis.set(title=setting, xlabel="keys, values and index read per token, all layers (MiB)", xscale="log")
         axis.set_yscale("log")

@@ -49,8 +49,8 @@ class MagicPig(Method):
         """Count the tables in which each key shares the query's bucket, a few tables at once to save memory."""
         batch, n, q_heads, _ = queries.shape
         kv_heads, kv_len = buckets.shape[2:]
-        own = self.buckets(queries.astype(jnp.float32)).transpose(0, 1, 3, 2)
-        own = own.reshape(self.tables, batch, n, kv_heads, q_heads // kv_heads)
+        of_queries = self.buckets(queries.astype(jnp.float32)).transpose(0, 1, 3, 2)
+        of_queries = of_queries.reshape(self.tables, batch, n, kv_heads, q_heads // kv_heads)
         at_once = _TABLES_AT_ONCE if self.tables % _TABLES_AT_ONCE == 0 else 1
 
         def count(counts: Array, some: tuple[Array, ...]) -> tuple[Array, None]:
@@ -60,7 +60,7 @@ class MagicPig(Method):
             return counts, None
 
         start = jnp.zeros((batch, n, kv_heads, q_heads // kv_heads, kv_len), jnp.uint8)
-        pieces = tuple(x.reshape(-1, at_once, *x.shape[1:]) for x in (own, buckets))
+        pieces = tuple(x.reshape(-1, at_once, *x.shape[1:]) for x in (of_queries, buckets))
         counts, _ = jax.lax.scan(count, start, pieces)
         return counts.astype(jnp.int32).reshape(batch, n, q_heads, kv_len)
 
@@ -87,10 +87,10 @@ class MagicPig(Method):
     def select(self, queries: Queries, keys: Keys, index: PyTree, positions: Positions, budgets: Budgets) -> Selection:
         """Select what collided, with its weight; sinks and recent tokens always, with weight 1."""
         mean, buckets = index
-        places = jnp.arange(keys.shape[1], dtype=jnp.int32)[None, None, :]
+        slots = jnp.arange(keys.shape[1], dtype=jnp.int32)[None, None, :]
         ends = positions[:, :, None] + 1
-        always = ((places < SINKS) | (places >= ends - RECENT))[:, :, None]
-        visible = (places < ends)[:, :, None]
+        always = ((slots < SINKS) | (slots >= ends - RECENT))[:, :, None]
+        visible = (slots < ends)[:, :, None]
         counts = jnp.where(visible & ~always, self.collisions(queries, buckets), 0)
         drawn = counts >= COLLISIONS
         log_weights = jnp.where(drawn, -self.log_probability(queries, keys, mean), 0.0)

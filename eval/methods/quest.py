@@ -18,8 +18,8 @@ class Quest(Method):
     """Each page keeps the least and the greatest of its keys in every dimension.
 
     A query reads the pages of the highest sum_d max(q_d min_d, q_d max_d), summed over a group where it reads one set,
-    as many as fit into its budget. Its own page, whose bounds are not final yet, is always read and counts as full as
-    it is; sinks and recent tokens bring their whole pages, which come before all others.
+    as many as fit into its budget. Its newest page, with bounds that may still change, is always read and counts as
+    full as it is; sinks and recent tokens bring their whole pages, which come before all others.
     """
 
     def index(
@@ -49,20 +49,20 @@ class Quest(Method):
         """Select whole pages within the budget."""
         bounds = self.bounds(queries, index)
         pages = jnp.arange(bounds.shape[-1], dtype=jnp.int32)[None, None, None, :]
-        own = (positions // PAGE)[:, :, None, None]
+        current = (positions // PAGE)[:, :, None, None]
         oldest_recent = (jnp.maximum(positions + 1 - self.selection.recent_tokens, 0) // PAGE)[:, :, None, None]
         sinks = -(-self.selection.sink_tokens // PAGE)
         ranks = ordered_ranks(bounds)
         ranks = jnp.where(pages >= oldest_recent, jnp.uint32(_RECENT), ranks)
         ranks = jnp.where(pages < sinks, jnp.uint32(_SINK), ranks)
-        ranks = jnp.where(pages == own, jnp.uint32(_FIRST), ranks)
-        ranks = jnp.where(pages > own, jnp.uint32(0), ranks)
+        ranks = jnp.where(pages == current, jnp.uint32(_FIRST), ranks)
+        ranks = jnp.where(pages > current, jnp.uint32(0), ranks)
         own_tokens = positions % PAGE + 1
         fitting = 1 + jnp.maximum(budgets - own_tokens, 0) // PAGE
         chosen = mask_top(ranks, jnp.broadcast_to(fitting[:, :, None], ranks.shape[:3]))
         mask = jnp.repeat(chosen, PAGE, axis=-1)[..., : keys.shape[1]]
-        places = jnp.arange(keys.shape[1], dtype=jnp.int32)[None, None, None, :]
-        mask = mask & (places <= positions[:, :, None, None])
+        slots = jnp.arange(keys.shape[1], dtype=jnp.int32)[None, None, None, :]
+        mask = mask & (slots <= positions[:, :, None, None])
         page_bytes = 2 * keys.shape[2] * keys.shape[3] * keys.dtype.itemsize
         read = (positions // PAGE + 1) * jnp.float32(page_bytes)
         return Selection(mask=mask, index_bytes=read)

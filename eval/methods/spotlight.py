@@ -23,7 +23,7 @@ class HashCodes(ScoreMethod):
     """
 
     cfg: HashConfig = flax.struct.field(pytree_node=False, default_factory=HashConfig)
-    # where keys are taken to lie: as measured in training, or as this sequence's own keys do
+    # where keys are taken to lie: as measured in training, or as this sequence's keys do
     stats: Literal["trained", "own mean", "own mean and spread"] = flax.struct.field(
         pytree_node=False, default="trained"
     )
@@ -36,8 +36,8 @@ class HashCodes(ScoreMethod):
         """Return the hash functions for sequences of this length (the longest one's), and codes of the keys."""
         params: hashing.HashParams = self.params
         if self.shorter:
-            own = jnp.searchsorted(jnp.asarray(self.shorter, jnp.int32), jnp.max(lengths))
-            params = jax.tree.map(lambda leaf: leaf[own], params)
+            which = jnp.searchsorted(jnp.asarray(self.shorter, jnp.int32), jnp.max(lengths))
+            params = jax.tree.map(lambda leaf: leaf[which], params)
         if self.stats != "trained":
             mean, spread = key_moments(keys, lengths)
             scale = spread if self.stats == "own mean and spread" else jnp.ones_like(spread)

@@ -71,16 +71,16 @@ def _lines_of_kernels(data: Any) -> Iterator[list[Any]]:
 def own_seconds(events: Sequence[Any]) -> list[tuple[str, float]]:
     """Name and time of each event (`jax.profiler.ProfileData`) of one line, less the time of events within it."""
     events = sorted(events, key=lambda event: (event.start_ns, -event.duration_ns))
-    own = [event.duration_ns * 1e-9 for event in events]
+    alone = [event.duration_ns * 1e-9 for event in events]
     around: list[tuple[float, int]] = []  # end and place of the events that the next one may lie in
     for place, event in enumerate(events):
         end = event.start_ns + event.duration_ns
         while around and around[-1][0] < end:
             around.pop()
         if around:
-            own[around[-1][1]] -= event.duration_ns * 1e-9
+            alone[around[-1][1]] -= event.duration_ns * 1e-9
         around.append((end, place))
-    return [(event.name, seconds) for event, seconds in zip(events, own, strict=True)]
+    return [(event.name, seconds) for event, seconds in zip(events, alone, strict=True)]
 
 
 def kernel_table(title: str, kernels: Sequence[KernelTime]) -> Table:

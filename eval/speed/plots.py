@@ -50,21 +50,21 @@ def plot_ops(path: Path, rows: Sequence[Row], title: str) -> None:
         1, len(batches), figsize=(1.5 + 5.5 * len(batches), 5.2), layout="constrained", sharey=True, squeeze=False
     )
     for axes, batch in zip(panels[0], batches, strict=True):
-        own = sorted((row for row in rows if row["batch"] == batch), key=lambda row: row["length"])
-        dense = [op for op in dict.fromkeys(row["op"] for row in own) if op.startswith("dense")]
+        some = sorted((row for row in rows if row["batch"] == batch), key=lambda row: row["length"])
+        dense = [op for op in dict.fromkeys(row["op"] for row in some) if op.startswith("dense")]
         styles = {op: (color, "-") for op, color in zip(dense, _DENSE, strict=False)} | _SHOWN
         for op, (color, style) in styles.items():
-            if line := [row for row in own if row["op"] == op and row["seconds"] > 0]:
+            if line := [row for row in some if row["op"] == op and row["seconds"] > 0]:
                 _line(axes, line, op, color, style)
         for op, (color, _) in styles.items():
-            line = [row for row in own if row["op"] == op]
+            line = [row for row in some if row["op"] == op]
             if not line or op not in (*dense[:1], "sparse layer"):
                 continue
             floors = [row["floor_seconds"] * 1e6 for row in line]
             axes.plot([row["length"] for row in line], floors, ":", color=color, label=f"floor of {op}")
         axes.set_yscale("log")
         axes.set_title(f"batch {batch}")
-        _by_length(axes, sorted({row["length"] for row in own}))
+        _by_length(axes, sorted({row["length"] for row in some}))
     panels[0][0].set_ylabel("time per layer (µs), median and range")
     figure.suptitle(title)
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
@@ -78,13 +78,13 @@ def plot_decode(path: Path, rows: Sequence[Row], title: str) -> None:
     points = list(dict.fromkeys((row["length"], row["batch"]) for row in rows))
     figure, axes = plt.subplots(figsize=(max(5.0, 1.6 + 1.1 * len(points)), 4.4), layout="constrained")
     for place, (method, color) in enumerate((("dense", _DENSE[0]), ("spotlight", "#1f6f8b"))):
-        own = {(row["length"], row["batch"]): row for row in rows if row["method"] == method}
-        x = [spot + 0.4 * (place - 0.5) for spot, point in enumerate(points) if point in own]
-        bars = axes.bar(x, [row["tokens_per_second"] for row in own.values()], 0.38, color=color, label=method)
+        some = {(row["length"], row["batch"]): row for row in rows if row["method"] == method}
+        x = [spot + 0.4 * (place - 0.5) for spot, point in enumerate(points) if point in some]
+        bars = axes.bar(x, [row["tokens_per_second"] for row in some.values()], 0.38, color=color, label=method)
         axes.bar_label(
             bars, fmt=lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.1f}", fontsize=8, padding=2
         )
-        floors = [row["batch"] / row["floor_seconds"] for row in own.values()]
+        floors = [row["batch"] / row["floor_seconds"] for row in some.values()]
         axes.plot(x, floors, "_", ms=18, color=color, label=f"bandwidth's bound, {method}")
     axes.set_xticks(range(len(points)), [f"{length:,}\nbatch {batch}" for length, batch in points])
     axes.set(xlabel="cached tokens of each sequence", ylabel="tokens/s, all sequences together", title=title)

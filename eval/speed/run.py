@@ -206,11 +206,11 @@ def time_parts(cfg: SpeedConfig, record: Record) -> list[Row]:
 
 def _progress_lines(rows: Sequence[Row]) -> list[str]:
     """Return what a part prints once it is finished: sparse against the fastest dense one."""
-    own = [row for row in rows if row["method"] == "spotlight" and row.get("op", "sparse layer") == "sparse layer"]
+    some = [row for row in rows if row["method"] == "spotlight" and row.get("op", "sparse layer") == "sparse layer"]
     return [
         f"{row['batch']} x {row['length']:,}: {row.get('op', 'decoding')} {1e3 * row['seconds']:,.4g} ms, "
         f"{ratio} as fast as dense"
-        for row in own
+        for row in some
         if (ratio := _ratio(rows, row))
     ]
 
@@ -252,11 +252,11 @@ def _ops_tables(cfg: SpeedConfig, rows: Sequence[Row]) -> list[Table]:
     """Return one table for each batch and length."""
     tables = []
     for batch, length in dict.fromkeys((row["batch"], row["length"]) for row in rows):
-        own = [row for row in rows if (row["batch"], row["length"]) == (batch, length)]
+        some = [row for row in rows if (row["batch"], row["length"]) == (batch, length)]
         lines = []
-        for row in own:
+        for row in some:
             times = [f"{row[name] * 1e6:,.1f}" for name in ("seconds", "least", "greatest", "floor_seconds")]
-            ratio = _ratio(own, row) if "layer" in row["op"] else ""
+            ratio = _ratio(some, row) if "layer" in row["op"] else ""
             lines.append([row["op"], times[0], f"{times[1]} to {times[2]}", times[3], ratio])
         title = f"{cfg.preset}, {cfg.dtype}, {batch} x {length:,} tokens, keep {cfg.keep:g}: one layer"
         tables.append(make_table(title, ["operation", "µs", "range", "floor", "speed"], lines))
@@ -267,9 +267,9 @@ def _kernel_tables(cfg: SpeedConfig, rows: Sequence[Row]) -> list[Table]:
     """Return one table for each op."""
     tables = []
     for op in dict.fromkeys(row["op"] for row in rows):
-        own = [row for row in rows if row["op"] == op]
+        some = [row for row in rows if row["op"] == op]
         lines = []
-        for row in own:
+        for row in some:
             seconds, least, greatest = (f"{row[name] * 1e6:,.1f}" for name in ("seconds", "least", "greatest"))
             lines.append([row["case"], row["method"], seconds, f"{least} to {greatest}"])
         tables.append(make_table(f"{op}: by implementation", ["case", "implementation", "µs", "range"], lines, names=2))
