@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from eval.fidelity import compare_task
-from eval.longbench import command
+from eval.longbench import answer, command
 from eval.longbench.data import Sample, encode_prompt
 from eval.longbench.score import score_folder
 from eval.longbench.tasks import TASKS
@@ -20,17 +20,17 @@ from spotlight_jax.config.generation import GenerateConfig
 from spotlight_jax.generate import generate
 from spotlight_jax.models.load import BaseModel
 from tests.byte_tokenizer import byte_tokenizer
-from tests.eval import tiny
+from tests.eval import tiny as shared
 
 pytestmark = pytest.mark.slow  # whole commands and many methods, compiled anew
 
 TOKENIZER = byte_tokenizer()
-MODEL = dataclasses.replace(tiny.MODEL, max_len=1024)
+MODEL = dataclasses.replace(shared.MODEL, max_len=1024)
 
 
 @functools.cache
 def model() -> EvalModel:
-    return dataclasses.replace(tiny.model(), cfg=MODEL, tokenizer=TOKENIZER)
+    return dataclasses.replace(shared.model(), cfg=MODEL, tokenizer=TOKENIZER)
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_answers_are_written_scored_and_resumed(tiny, data, tmp_path, capsys):
 
 
 def test_a_selector_behind_the_name_has_predictions_of_its_own(tiny, data, tmp_path, capsys):
-    save_selector(tmp_path / "other", tiny.make_selector(seed=5), "card")
+    save_selector(tmp_path / "other", shared.make_selector(seed=5), "card")
     name, out = f"spotlight@{tmp_path / 'other'}", tmp_path / "run"
     args = ["--selector", "x", "--methods", "spotlight", name, "--keep", 0.1, "--tasks", "hotpotqa", "--out", out]
     code, summary, _, _ = run(capsys, "--data", data, *args)
