@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from eval.methods.base import Method, Selection
@@ -16,6 +17,8 @@ KeysValues = tuple[
     Float[Array, "batch capacity kv_heads head_dim"],
     Float[Array, "batch capacity kv_heads head_dim"],
 ]
+
+PerQuery = Float[Array, "*queries"] | Float[np.ndarray, "*queries"]
 
 
 def causal_budgets(length: int, cfg: SelectionConfig, whole_length: bool = False) -> Int32[Array, " length"]:
@@ -34,9 +37,9 @@ def causal_budgets(length: int, cfg: SelectionConfig, whole_length: bool = False
 class Traffic:
     """What queries read from memory, one number a query."""
 
-    tokens: Float[Array, "*queries"]  # of each selecting head, their mean
-    bytes: Float[Array, "*queries"]  # of keys and values, all heads; each selecting head fetches its own
-    index_bytes: Float[Array, "*queries"]  # of what a method remembers of the keys, all heads
+    tokens: PerQuery  # of each selecting head, their mean
+    bytes: PerQuery  # of keys and values, all heads; each selecting head fetches its own
+    index_bytes: PerQuery  # of what a method remembers of the keys, all heads
 
 
 def row_bytes(head_dim: int, dtype: jnp.dtype) -> int:

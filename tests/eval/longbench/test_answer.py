@@ -160,7 +160,7 @@ def test_long_prompts_lose_their_middle():
     assert TOKENIZER.decode(chat.tokens) == f"[user]{asked[:50]}{asked[-50:]}[assistant]"
     bare = encode_prompt(TOKENIZER, MODEL.vocab, TASKS["qmsum"], sample, max_length=100, capacity=1000, chat=False)
     assert TOKENIZER.decode(bare.tokens) == asked[:50] + asked[-50:]
-    tight = encode_prompt(TOKENIZER, MODEL.vocab, TASKS["qmsum"], sample, max_length=100, room=90, chat=True)
+    tight = encode_prompt(TOKENIZER, MODEL.vocab, TASKS["qmsum"], sample, max_length=100, capacity=90, chat=True)
     assert len(tight.tokens) == 90
 
 
