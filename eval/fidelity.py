@@ -1,4 +1,4 @@
-"""How far the answers of two prediction folders agree: a sparse method's beside the dense model's own.
+"""How far the answers of two prediction folders agree: a sparse method's compared with the dense model's.
 
     python -m eval.fidelity runs/longbench/predictions/dense runs/longbench/predictions/spotlight-0.02
 
@@ -16,8 +16,8 @@ from pathlib import Path
 import rich.table
 import tyro
 
-from eval.predictions import find_files, read_predictions
-from eval.text_metrics import agreement
+from eval.common.text_metrics import agreement
+from eval.longbench.predictions import find_files, read_predictions
 from spotlight_jax import cli
 from spotlight_jax.display import open_console, print_result, print_table
 from spotlight_jax.errors import InputError
@@ -62,7 +62,7 @@ def compare_task(task: str, reference: Path, other: Path, plain: bool = False) -
 
 
 def compare_folders(reference: Path, other: Path, plain: bool = False) -> tuple[list[TaskFidelity], list[str]]:
-    """Agreement on each task that both folders hold, and the tasks that only one of them holds."""
+    """Return the agreement on each task that both folders hold, and the tasks that only one of them holds."""
     first, second = find_files(reference), find_files(other)
     common = [name for name in first if name in second]
     if not common:
@@ -83,7 +83,7 @@ def main(cfg: FidelityConfig) -> dict:
         tasks, alone = compare_folders(cfg.reference, folder, cfg.plain)
         mean = statistics.fmean(task.score for task in tasks)
         identical = statistics.fmean(task.identical for task in tasks)
-        print_table(console, _table(f"{folder} beside {cfg.reference}", tasks, mean, identical))
+        print_table(console, _table(f"{folder} compared with {cfg.reference}", tasks, mean, identical))
         if alone:
             console.print(f"{len(tasks)} tasks are in both folders; left out: {', '.join(alone)}")
         rows = [
@@ -108,7 +108,7 @@ def _table(title: str, tasks: list[TaskFidelity], mean: float, identical: float)
 
 
 def command(args: Sequence[str] | None = None) -> int:
-    """`spotlight eval fidelity`."""
+    """Run `spotlight eval fidelity`."""
     return cli.run(main, FidelityConfig, "spotlight eval fidelity", __doc__, args)
 
 

@@ -39,19 +39,19 @@ _COMMANDS = (
     ("generate", "spotlight_jax.commands.generate", "continue a prompt, reading only the tokens that matter"),
     ("chat", "spotlight_jax.commands.chat", "talk with a model"),
     ("doctor", "spotlight_jax.commands.doctor", "check this machine and installation"),
-    ("eval decode", "eval.commands.decode", "prefill and decoding at a model's shape, dense beside sparse"),
+    ("eval decode", "eval.decode", "prefill and decoding at a model's shape, dense beside sparse"),
     ("eval fidelity", "eval.fidelity", "how far the answers of two prediction folders agree"),
     (
         "eval harness",
-        "eval.commands.harness",
+        "eval.harness",
         "tasks of lm-evaluation-harness (MMLU, RULER, ...) with any method",
     ),
-    ("eval inspect", "eval.commands.inspect", "how good each method's selections are, by layer and head"),
+    ("eval inspect", "eval.inspect", "how good each method's selections are, by layer and head"),
     ("eval longbench", "eval.longbench", "LongBench's 21 tasks, answered or scored"),
-    ("eval needle", "eval.commands.needle", "needle in a haystack, by length and depth"),
-    ("eval perplexity", "eval.commands.perplexity", "perplexity of texts as each method reads"),
-    ("eval report", "eval.commands.report", "several evaluations, and one page of their results"),
-    ("eval speed", "eval.commands.speed", "time of a layer's operations and of decoding, by length and batch"),
+    ("eval needle", "eval.needle", "needle in a haystack, by length and depth"),
+    ("eval perplexity", "eval.perplexity", "perplexity of texts as each method reads"),
+    ("eval report", "eval.report", "several evaluations, and one page of their results"),
+    ("eval speed", "eval.speed", "time of a layer's operations and of decoding, by length and batch"),
 )
 _ROOT = Path(__file__).resolve().parent.parent  # where `train` and `eval` lie beside `spotlight_jax`
 

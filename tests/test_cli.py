@@ -312,7 +312,7 @@ def test_control_characters_of_names_are_shown_and_not_sent(capsys):
     assert capsys.readouterr().err == "spotlight test: no such file: 'a\\x1b[31mb\\x07'\n"
 
 
-@pytest.mark.parametrize("name", ["spotlight_jax.derived", "eval.haystack"])
+@pytest.mark.parametrize("name", ["spotlight_jax.derived", "eval.needle.haystack"])
 def test_a_notice_is_a_plain_line_whatever_libraries_set_up(name, capsys):
     logging.basicConfig(force=True)  # as a library may have done
 

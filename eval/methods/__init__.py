@@ -29,7 +29,7 @@ UNBUDGETED = {"dense": "everything", "magicpig": "as published"}
 
 
 def base_name(name: str) -> str:
-    """A method's name without the selector's folder: spotlight of spotlight@FOLDER."""
+    """Return a method's name without the selector's folder: spotlight of spotlight@FOLDER."""
     return name.partition("@")[0]
 
 

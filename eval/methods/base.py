@@ -1,4 +1,4 @@
-"""What every method is: it remembers something of the keys, and tells which cached tokens a query reads.
+"""What every method is: it remembers something of the keys, and selects the cached tokens that a query reads.
 
 A method is a pytree. Its arrays lead with a layer axis and everything else is static, so that one compiled layer serves
 all layers of a method, and all budgets, which come as numbers.
@@ -34,8 +34,8 @@ class Setting:
 
 
 @flax.struct.dataclass
-class Reading:
-    """What some queries read of one layer."""
+class Selection:
+    """The cached tokens that some queries read in one layer."""
 
     mask: Bool[Array, "batch n heads kv_len"]  # heads: the query heads, or the KV heads where a group reads one set
     index_bytes: Float[Array, "batch n"]  # read of the index to find that out, all heads together
@@ -44,7 +44,7 @@ class Reading:
 
 @flax.struct.dataclass
 class Method:
-    """Base of all methods; alone it is `dense`, which every layer reads everything with."""
+    """Base of all methods; alone it is `dense`, with which every layer reads everything."""
 
     name: str = flax.struct.field(pytree_node=False)
     selection: SelectionConfig = flax.struct.field(pytree_node=False)  # sinks, recent and per; budgets come as numbers
@@ -52,15 +52,15 @@ class Method:
     params: Any = None  # arrays that lead with a layer axis, or without it after `layer`
 
     def layer(self, layer: int) -> "Method":
-        """The same method with one layer's params."""
+        """Return the same method with one layer's params."""
         return self.replace(params=jax.tree.map(lambda leaf: leaf[layer], self.params))  # type: ignore[attr-defined]
 
     def index(self, keys: Keys, lengths: Int32[Array, "batch"]) -> PyTree:
-        """What is remembered of one layer's keys beside the keys; slots from `lengths` on hold nothing."""
+        """Return what is remembered of one layer's keys; slots from `lengths` on hold nothing."""
         return None
 
-    def select(self, queries: Queries, keys: Keys, index: PyTree, positions: Positions, budgets: Budgets) -> Reading:
-        """What each query reads of the keys up to its own, itself included."""
+    def select(self, queries: Queries, keys: Keys, index: PyTree, positions: Positions, budgets: Budgets) -> Selection:
+        """Return what each query reads of the keys up to its own, itself included."""
         raise NotImplementedError(f"{self.name} reads every layer densely")
 
 
@@ -71,22 +71,22 @@ class ScoreMethod(Method):
     def scores(
         self, queries: Queries, keys: Keys, index: PyTree, positions: Positions
     ) -> Shaped[Array, "batch n heads kv_len"]:
-        """Higher is read first; what a query may not see is not their concern."""
+        """Return a score for each token, higher ones first; a token that a query may not see may have any."""
         raise NotImplementedError
 
     def score_range(self, queries: Queries, keys: Keys) -> tuple[int, int] | None:
-        """Least and greatest score where scores are integers."""
+        """Return the least and greatest score where scores are integers."""
         return None
 
     def index_bytes(self, keys: Keys, index: PyTree) -> int:
-        """Bytes of the index that one query reads for each token, all heads together."""
+        """Return the bytes of the index that one query reads for each token, all heads together."""
         return 0
 
-    def select(self, queries: Queries, keys: Keys, index: PyTree, positions: Positions, budgets: Budgets) -> Reading:
-        """The budget's share of the highest scores, newest first among equals; sinks and recent tokens always."""
+    def select(self, queries: Queries, keys: Keys, index: PyTree, positions: Positions, budgets: Budgets) -> Selection:
+        """Select the highest scores within the budget, newest first among equals; sinks and recent tokens always."""
         scores = self.scores(queries, keys, index, positions)
         mask = select_mask(scores, positions, self.selection, self.score_range(queries, keys), budgets)
-        return Reading(mask=mask, index_bytes=(positions + 1) * jnp.float32(self.index_bytes(keys, index)))
+        return Selection(mask=mask, index_bytes=(positions + 1) * jnp.float32(self.index_bytes(keys, index)))
 
     @property
     def per_kv_head(self) -> bool:
@@ -95,14 +95,14 @@ class ScoreMethod(Method):
 
 
 def selecting_heads(queries: Queries, keys: Keys, selection: SelectionConfig) -> int:
-    """How many heads choose for themselves."""
+    """Return how many heads choose for themselves."""
     return keys.shape[2] if selection.per == "kv_head" else queries.shape[2]
 
 
 def key_moments(
     keys: Keys, lengths: Int32[Array, "batch"]
 ) -> tuple[Float[Array, "kv_heads head_dim"], Float[Array, "kv_heads head_dim"]]:
-    """Mean and standard deviation of the keys that are there, over all sequences."""
+    """Return the mean and standard deviation of the keys that are there, over all sequences."""
     is_there = jnp.arange(keys.shape[1], dtype=jnp.int32)[None, :] < lengths[:, None]
     weights = (is_there / jnp.sum(is_there))[:, :, None, None]
     wide = jnp.where(is_there[:, :, None, None], keys.astype(jnp.float32), 0.0)
@@ -112,5 +112,5 @@ def key_moments(
 
 
 def rule_of(selection: SelectionConfig, **changes: Any) -> SelectionConfig:
-    """A selection without its share: methods that differ only in that share their compiled programs."""
+    """Return a selection without its share: methods that differ only in that share their compiled programs."""
     return dataclasses.replace(selection, keep=1.0, budget=None, min_tokens=0, dense_layers=(), **changes)

@@ -13,7 +13,7 @@ from spotlight_jax.config.hashing import HashConfig
 
 
 def open_binary(name: str, setting: Setting) -> HashCodes:
-    """Random rotations of queries and of keys brought to mean 0 and spread 1, the keys' signs alone being kept."""
+    """Open random rotations of queries, and of keys brought to mean 0 and spread 1; the keys' signs alone are kept."""
     cfg = HashConfig("asymmetric", code_bits(setting), hidden=1)
     params = hashing.init_params(jax.random.key(setting.seed), cfg, setting.shape)
     selection = setting.selection

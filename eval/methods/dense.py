@@ -4,5 +4,5 @@ from eval.methods.base import Method, Setting, rule_of
 
 
 def open_dense(name: str, setting: Setting) -> Method:
-    """The model as it is."""
+    """Open the model as it is."""
     return Method(name, rule_of(setting.selection), tuple(range(setting.shape.layers)))

@@ -13,7 +13,7 @@ DEFAULT_BITS = 128
 
 
 def code_bits(setting: Setting) -> int:
-    """As many as the selector beside it has."""
+    """Return as many bits as the selector that is given has."""
     return DEFAULT_BITS if setting.selector is None else setting.selector.cfg.code_bits
 
 

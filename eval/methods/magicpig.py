@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int16, Int32, PyTree
 
-from eval.methods.base import Budgets, Keys, Method, Positions, Queries, Reading, Setting, key_moments, rule_of
+from eval.methods.base import Budgets, Keys, Method, Positions, Queries, Selection, Setting, key_moments, rule_of
 
 BITS, TABLES = 10, 150  # K and L as published
 COLLISIONS = 2  # tables that must agree
@@ -32,12 +32,12 @@ class MagicPig(Method):
     def index(
         self, keys: Keys, lengths: Int32[Array, "batch"]
     ) -> tuple[Float[Array, "kv_heads head_dim"], Int16[Array, "tables batch kv_heads kv_len"]]:
-        """The keys' mean, and the bucket of each key in each table."""
+        """Return the keys' mean, and the bucket of each key in each table."""
         mean, _ = key_moments(keys, lengths)
         return mean, self.buckets(keys.astype(jnp.float32) - mean[None, None])
 
     def buckets(self, x: Float[Array, "batch n heads head_dim"]) -> Int16[Array, "tables batch heads n"]:
-        """K signs make a number below 2^K."""
+        """Return the bucket of each key in each table: K signs make a number below 2^K."""
         signs = jnp.einsum("bnhd,dc->bnhc", x, self.params, precision="highest") > 0
         signs = signs.reshape(*x.shape[:3], self.tables, self.bits).astype(jnp.int16)
         powers = jnp.int16(2) ** jnp.arange(self.bits, dtype=jnp.int16)
@@ -46,11 +46,11 @@ class MagicPig(Method):
     def collisions(
         self, queries: Queries, buckets: Int16[Array, "tables batch kv_heads kv_len"]
     ) -> Int32[Array, "batch n q_heads kv_len"]:
-        """In how many tables each key shares the query's bucket; a few tables at once, the counts being large."""
+        """Count the tables in which each key shares the query's bucket, a few tables at once to save memory."""
         batch, n, q_heads, _ = queries.shape
         kv_heads, kv_len = buckets.shape[2:]
-        own = self.buckets(queries.astype(jnp.float32)).transpose(0, 1, 3, 2)
-        own = own.reshape(self.tables, batch, n, kv_heads, q_heads // kv_heads)
+        of_queries = self.buckets(queries.astype(jnp.float32)).transpose(0, 1, 3, 2)
+        of_queries = of_queries.reshape(self.tables, batch, n, kv_heads, q_heads // kv_heads)
         at_once = _TABLES_AT_ONCE if self.tables % _TABLES_AT_ONCE == 0 else 1
 
         def count(counts: Array, some: tuple[Array, ...]) -> tuple[Array, None]:
@@ -60,14 +60,14 @@ class MagicPig(Method):
             return counts, None
 
         start = jnp.zeros((batch, n, kv_heads, q_heads // kv_heads, kv_len), jnp.uint8)
-        pieces = tuple(x.reshape(-1, at_once, *x.shape[1:]) for x in (own, buckets))
+        pieces = tuple(x.reshape(-1, at_once, *x.shape[1:]) for x in (of_queries, buckets))
         counts, _ = jax.lax.scan(count, start, pieces)
         return counts.astype(jnp.int32).reshape(batch, n, q_heads, kv_len)
 
     def log_probability(
         self, queries: Queries, keys: Keys, mean: Float[Array, "kv_heads head_dim"]
     ) -> Float[Array, "batch n q_heads kv_len"]:
-        """log u of each query head and key."""
+        """Return log u of each query head and key."""
         centred = keys.astype(jnp.float32) - mean[None, None]
         centred = centred / jnp.maximum(jnp.linalg.norm(centred, axis=-1, keepdims=True), 1e-12)
         wide = queries.astype(jnp.float32)
@@ -84,23 +84,23 @@ class MagicPig(Method):
         rare = self.tables * (self.tables - 1) / 2 * jnp.square(in_table)
         return jnp.log(jnp.where(self.tables * in_table < 1e-2, rare, 1 - none - one))
 
-    def select(self, queries: Queries, keys: Keys, index: PyTree, positions: Positions, budgets: Budgets) -> Reading:
-        """What collided, with its weight; sinks and recent tokens always, with weight 1."""
+    def select(self, queries: Queries, keys: Keys, index: PyTree, positions: Positions, budgets: Budgets) -> Selection:
+        """Select what collided, with its weight; sinks and recent tokens always, with weight 1."""
         mean, buckets = index
-        places = jnp.arange(keys.shape[1], dtype=jnp.int32)[None, None, :]
+        slots = jnp.arange(keys.shape[1], dtype=jnp.int32)[None, None, :]
         ends = positions[:, :, None] + 1
-        always = ((places < SINKS) | (places >= ends - RECENT))[:, :, None]
-        visible = (places < ends)[:, :, None]
+        always = ((slots < SINKS) | (slots >= ends - RECENT))[:, :, None]
+        visible = (slots < ends)[:, :, None]
         counts = jnp.where(visible & ~always, self.collisions(queries, buckets), 0)
         drawn = counts >= COLLISIONS
         log_weights = jnp.where(drawn, -self.log_probability(queries, keys, mean), 0.0)
         mask = drawn | jnp.broadcast_to(always & visible, drawn.shape)
         read = jnp.sum(counts, axis=(2, 3)).astype(jnp.float32) * _ID_BYTES
-        return Reading(mask=mask, index_bytes=read, log_weights=log_weights)
+        return Selection(mask=mask, index_bytes=read, log_weights=log_weights)
 
 
 def open_magicpig(name: str, setting: Setting) -> MagicPig:
-    """K = 10, L = 150; layers 0 and 16 dense."""
+    """Open MagicPIG with K = 10, L = 150, layers 0 and 16 dense."""
     shape = setting.shape
     size = (shape.layers, shape.head_dim, TABLES * BITS)
     planes = jax.random.normal(jax.random.key(setting.seed), size, jnp.float32)

@@ -10,7 +10,7 @@ from spotlight_jax.hashing import HeadShape
 
 
 def selector_of(name: str, selector: Selector | None, shape: HeadShape) -> Selector | None:
-    """The selector that a method reads by: the one in the folder that it names, else `selector`.
+    """Return the selector of a method: the one in the folder that it names, else `selector`.
 
     Raises: InputError for an unknown name (with the nearest), or a folder without a selector for this shape.
     """
@@ -22,7 +22,7 @@ def selector_of(name: str, selector: Selector | None, shape: HeadShape) -> Selec
 def open_method(
     name: str, selector: Selector | None, selection: SelectionConfig, shape: HeadShape, seed: int = 0
 ) -> Method:
-    """A method ready for a model.
+    """Open a method for a model.
 
     Args:
         name: a key of `METHODS`, or spotlight@FOLDER for the selector in that folder.

@@ -37,7 +37,7 @@ class MassOracle(Oracle):
 
 
 def open_oracle(name: str, setting: Setting) -> Oracle:
-    """All but `oracle-query` choose per KV head or per query head as the selection says."""
+    """Open an oracle; all but `oracle-query` choose per KV head or per query head as the selection says."""
     forced = {"per": "query_head"} if name == "oracle-query" else {}
     selection = rule_of(setting.selection, **forced)
     kind = MassOracle if name == "oracle-mass" else Oracle

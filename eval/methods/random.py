@@ -17,7 +17,7 @@ class Random(ScoreMethod):
     def scores(
         self, queries: Queries, keys: Keys, index: PyTree, positions: Positions
     ) -> Int32[Array, "batch n heads kv_len"]:
-        """Uniform 16-bit numbers. `params` are a layer's random bits."""
+        """Draw uniform 16-bit numbers; `params` are a layer's random bits."""
         base = jax.random.wrap_key_data(self.params)
         shape = (selecting_heads(queries, keys, self.selection), keys.shape[1])
 
@@ -27,11 +27,11 @@ class Random(ScoreMethod):
         return jax.vmap(jax.vmap(draw))(positions).astype(jnp.int32)
 
     def score_range(self, queries: Queries, keys: Keys) -> tuple[int, int]:
-        """All 16-bit numbers."""
+        """Return the range of 16-bit numbers."""
         return 0, _LAST
 
 
 def open_random(name: str, setting: Setting) -> Random:
-    """One random key a layer."""
+    """Open the method with one random key a layer."""
     layer_keys = jax.random.key_data(jax.random.split(jax.random.key(setting.seed), setting.shape.layers))
     return Random(name, rule_of(setting.selection), setting.selection.dense_layers, layer_keys)

@@ -23,7 +23,7 @@ class HashCodes(ScoreMethod):
     """
 
     cfg: HashConfig = flax.struct.field(pytree_node=False, default_factory=HashConfig)
-    # where keys are taken to lie: as measured in training, or as this sequence's own keys do
+    # where keys are taken to lie: as measured in training, or as this sequence's keys do
     stats: Literal["trained", "own mean", "own mean and spread"] = flax.struct.field(
         pytree_node=False, default="trained"
     )
@@ -33,11 +33,11 @@ class HashCodes(ScoreMethod):
     def index(
         self, keys: Keys, lengths: Int32[Array, "batch"]
     ) -> tuple[hashing.HashParams, UInt32[Array, "batch code_heads words kv_len"]]:
-        """The hash functions for sequences of this length (the longest one's, where there are several), and codes."""
+        """Return the hash functions for sequences of this length (the longest one's), and codes of the keys."""
         params: hashing.HashParams = self.params
         if self.shorter:
-            own = jnp.searchsorted(jnp.asarray(self.shorter, jnp.int32), jnp.max(lengths))
-            params = jax.tree.map(lambda leaf: leaf[own], params)
+            which = jnp.searchsorted(jnp.asarray(self.shorter, jnp.int32), jnp.max(lengths))
+            params = jax.tree.map(lambda leaf: leaf[which], params)
         if self.stats != "trained":
             mean, spread = key_moments(keys, lengths)
             scale = spread if self.stats == "own mean and spread" else jnp.ones_like(spread)
@@ -56,13 +56,13 @@ class HashCodes(ScoreMethod):
         return hash_score_range(self.cfg, queries.shape[2] // keys.shape[2], self.per_kv_head)
 
     def index_bytes(self, keys: Keys, index: PyTree) -> int:
-        """All words of a token's codes."""
+        """Return the bytes of a token's codes, all words."""
         codes = index[1]
         return codes.shape[1] * codes.shape[2] * codes.dtype.itemsize
 
 
 def open_spotlight(name: str, setting: Setting) -> HashCodes:
-    """The selector's hash functions; raises InputError where there is none."""
+    """Open the selector's hash functions; raises InputError where there is none."""
     if setting.selector is None:
         raise InputError(f"method '{name}' needs trained hash functions; add --selector FOLDER")
     selector, selection = setting.selector, setting.selection

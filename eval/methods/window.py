@@ -16,7 +16,7 @@ class Window(ScoreMethod):
     def scores(
         self, queries: Queries, keys: Keys, index: PyTree, positions: Positions
     ) -> Int32[Array, "batch n heads kv_len"]:
-        """A token's position; the sinks come first of all."""
+        """Return a token's position; the sinks come first of all."""
         kv_len = keys.shape[1]
         place = jnp.arange(kv_len, dtype=jnp.int32)
         place = jnp.where(place < SINKS, kv_len, place)
@@ -24,10 +24,10 @@ class Window(ScoreMethod):
         return jnp.broadcast_to(place[None, None, None, :], (*queries.shape[:2], heads, kv_len))
 
     def score_range(self, queries: Queries, keys: Keys) -> tuple[int, int]:
-        """Positions, and one more for the sinks."""
+        """Return the range of positions, and one more for the sinks."""
         return 0, keys.shape[1]
 
 
 def open_window(name: str, setting: Setting) -> Window:
-    """Needs nothing."""
+    """Open the method, which needs nothing."""
     return Window(name, rule_of(setting.selection), setting.selection.dense_layers)

@@ -6,13 +6,13 @@ import pytest
 
 import eval.fidelity
 import eval.longbench
-from eval import decode, speed
-from eval.commands.decode import DecodeSpeedConfig
-from eval.commands.speed import SpeedConfig
-from eval.record import Record
+from eval.common.record import Record
+from eval.decode import DecodeSpeedConfig
+from eval.speed import SpeedConfig, decode
+from eval.speed import run as speed
 from spotlight_jax.display import Display
+from tests.eval.longbench.test_longbench import CASES, write_predictions
 from tests.eval.test_fidelity import write
-from tests.eval.test_longbench import CASES, write_predictions
 from train import ablate
 
 CODES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")

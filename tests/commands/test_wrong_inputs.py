@@ -23,7 +23,7 @@ import train.demo
 import train.layerwise
 from spotlight_jax.checkpoint import save_selector
 from spotlight_jax.commands import chat, doctor, generate
-from tests.eval.subjects import make_selector
+from tests.eval.tiny import make_selector
 from tests.models import tiny
 
 COMMANDS = {
@@ -71,14 +71,14 @@ WRONG = [
     ("perplexity --keep 1.5", "above 1 it is a number of tokens: whole"),
     ("perplexity --keep inf", "keep is inf; give a finite number"),
     ("perplexity --keep 0", "keep is 0.0; give a share above 0"),
-    ("inspect --settings sinks --selection.recent-tokens 5", "--settings and --selection both say"),
+    ("inspect --settings sinks --selection.recent-tokens 5", "--settings and --selection both choose"),
     ("perplexity --methods oracle-scores --copy.passage 100", "add --copy-test"),
     ("perplexity --methods oracle-scores --window 64 --dense-prefix 64", "all of the 64 tokens"),
     ("needle --methods oracle-scores --passage 64", "--passage is of --variant copy"),
     ("needle --methods oracle-scores --depths nan", "depths is nan; give a finite number"),
     ("harness --methods oracle-scores --tasks arc_easy --fewshot -1", "fewshot is -1; give 0 examples or more"),
-    ("decode --preset tiny --model MODEL", "--preset and --model both say what is timed"),
-    ("decode --selector SELECTOR --code-bits 64", "--selector brings its own"),
+    ("decode --preset tiny --model MODEL", "--preset and --model both name what is timed"),
+    ("decode --selector SELECTOR --code-bits 64", "--selector brings trained ones"),
     ("decode --preset tiny --dense-layers 9", "the model's 3 layers count from 0 to 2"),
     ("speed --preset tiny --dense-layers 9", "the model's 3 layers count from 0 to 2"),
     ("speed --parts ops --model-lengths 64", "--model-lengths is about part 'model', which is not timed"),

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from eval.longbench_data import read_samples
-from eval.longbench_score import score_folder
-from eval.report_plan import read_plan
+from eval.longbench.data import read_samples
+from eval.longbench.score import score_folder
+from eval.report.plan import read_plan
 from spotlight_jax.config.data import DataConfig
 from spotlight_jax.data import open_windows
 from tests.byte_tokenizer import byte_tokenizer

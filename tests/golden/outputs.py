@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from eval import perplexity
-from eval.forward import Sequence, pass_sequence
+from eval.model.scores import Sequence, score_sequence
+from eval.perplexity import command
+from eval.perplexity import run as perplexity
 from spotlight_jax import hashing
 from spotlight_jax.checkpoint import Selector
 from spotlight_jax.engine import DecodeConfig, Engine
@@ -24,7 +25,7 @@ from spotlight_jax.models.decoder import init_params
 from spotlight_jax.models.presets import PRESETS
 from spotlight_jax.selection import SelectionConfig, select_by_codes, select_mask, select_tokens
 from spotlight_jax.weights import WeightBounds
-from tests.eval import subjects
+from tests.eval import tiny
 from tests.hash_params import draw_params
 from tests.train import conftest as training_runs
 from train import layerwise, loop
@@ -149,12 +150,12 @@ def hashed() -> Outputs:
 
 def log_probabilities() -> Outputs:
     """Of each next token of one sequence, dense and as each form reads."""
-    subject, found = subjects.subject(), {}
+    model, found = tiny.model(), {}
     selection = SelectionConfig(keep=0.1, min_tokens=5, dense_layers=(0,))
     for name in ("dense", *HASHES):
-        own = dataclasses.replace(subject, selector=model_selector(name)) if name in HASHES else subject
+        own = dataclasses.replace(model, selector=model_selector(name)) if name in HASHES else model
         method = own.open_method("spotlight" if name in HASHES else "dense", selection)
-        passed = pass_sequence(own.params, own.cfg, Sequence(subjects.draw_tokens(96)), method, selection)
+        passed = score_sequence(own, Sequence(tiny.draw_tokens(96)), method, selection)
         found[name] = np.asarray(passed.log_probs, np.float32)
     return found
 
@@ -164,11 +165,11 @@ def evaluation_rows() -> Outputs:
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
         patch.setattr(perplexity, "use_compile_cache", lambda: None)
         folder = pathlib.Path(name)
-        flags = [*subjects.write_inputs(folder), "--window", "96", "--out", str(folder / "run"), "--keep", "0.1"]
+        flags = [*tiny.write_inputs(folder), "--window", "96", "--out", str(folder / "run"), "--keep", "0.1"]
         flags += ["--selection.min-tokens", "5", "--selection.dense-layers", "0"]
         flags += ["--methods", "dense", "oracle-scores", "spotlight", "lsh", "quest", "window"]
         with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()):
-            assert perplexity.command(flags) == 0
+            assert command(flags) == 0
     rows = json.loads(out.getvalue().splitlines()[-1])["results"]
     found = {f"ppl, {field}": np.asarray([row[field] for row in rows]) for field in ("ppl", "ppl_pooled")}
     counts = ("tokens_read", "bytes_read", "index_bytes", "tokens_scored", "documents")

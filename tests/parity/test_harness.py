@@ -5,9 +5,10 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from eval.config import list_trials, load_subject
-from eval.flags import EvalConfig
-from eval.harness_scores import Reader
+from eval.common.cases import list_cases
+from eval.common.flags import EvalConfig
+from eval.harness.scorer import Scorer
+from eval.model.load import load_eval_model
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]  # of the harness and its imports
 
@@ -60,7 +61,7 @@ def responses(found, task):
 def test_scores_and_texts_are_those_of_the_harness_with_torch(chat, tmp_path, smollm2_by_torch):
     from lm_eval.models.huggingface import HFLM
 
-    from eval.harness_lm import SpotlightLM
+    from eval.harness.lm import SpotlightLM
 
     docs = tmp_path / "docs.jsonl"
     rows = [{"text": text, "choices": choices, "label": label} for text, choices, label in FACTS]
@@ -70,12 +71,12 @@ def test_scores_and_texts_are_those_of_the_harness_with_torch(chat, tmp_path, sm
         (tmp_path / f"{name}.yaml").write_text(json.dumps({"task": name, **data, **task}))
 
     cfg = EvalConfig(methods=("dense",), dtype="float32")
-    subject = load_subject(cfg)
-    assert subject.params["embed"]["table"].dtype == jnp.float32
+    model = load_eval_model(cfg)
+    assert model.params["embed"]["table"].dtype == jnp.float32
     theirs = ask(
-        HFLM(pretrained=smollm2_by_torch, tokenizer=subject.tokenizer, batch_size=1), tmp_path, apply_chat_template=chat
+        HFLM(pretrained=smollm2_by_torch, tokenizer=model.tokenizer, batch_size=1), tmp_path, apply_chat_template=chat
     )
-    ours = ask(SpotlightLM(Reader(subject, list_trials(cfg)[0], batch=4)), tmp_path, apply_chat_template=chat)
+    ours = ask(SpotlightLM(Scorer(model, list_cases(cfg)[0], batch=4)), tmp_path, apply_chat_template=chat)
 
     for task in TASKS:
         scores = {name: value for name, value in theirs["results"][task].items() if isinstance(value, float)}

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from eval import perplexity
-from eval.commands.perplexity import PerplexityConfig
+from eval.perplexity import PerplexityConfig
+from eval.perplexity import run as perplexity
 from tests.models import golden
 
 pytestmark = pytest.mark.parity

@@ -1,0 +1,1 @@
+"""What evaluations share: flags, cases, the record of a run, names, pictures, metrics of texts."""

@@ -1,0 +1,7 @@
+"""`python -m eval.inspect`."""
+
+import sys
+
+from eval.inspect import command
+
+sys.exit(command())

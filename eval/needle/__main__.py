@@ -1,0 +1,7 @@
+"""`python -m eval.needle`."""
+
+import sys
+
+from eval.needle import command
+
+sys.exit(command())

@@ -1,0 +1,7 @@
+"""`python -m eval.report`."""
+
+import sys
+
+from eval.report import command
+
+sys.exit(command())

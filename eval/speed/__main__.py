@@ -1,0 +1,7 @@
+"""`python -m eval.speed`."""
+
+import sys
+
+from eval.speed import command
+
+sys.exit(command())

@@ -1,0 +1,215 @@
+"""A model's prefill and decoding, timed."""
+
+import dataclasses
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from rich.console import Console
+from rich.table import Table
+
+from eval.decode import DecodeSpeedConfig
+from eval.speed.kernel_times import kernel_table, trace_kernels
+from spotlight_jax import hashing
+from spotlight_jax.cache import Cache, bucket_length
+from spotlight_jax.checkpoint import Selector, choose_model, load_selector
+from spotlight_jax.compiled import check_device
+from spotlight_jax.config.generation import DecodeConfig
+from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.selection import check_layers
+from spotlight_jax.display import open_console, print_result, print_table
+from spotlight_jax.engine import Engine
+from spotlight_jax.generate import head_shape
+from spotlight_jax.memory import GIB, MemoryPlan, available_bytes, check_memory, plan_memory, step_reads
+from spotlight_jax.models.config import DecoderConfig
+from spotlight_jax.models.load import load_config, load_weights
+from spotlight_jax.models.params import resolve_dtype
+from spotlight_jax.models.presets import RANDOM
+from spotlight_jax.models.source import DEFAULT_MODEL
+
+
+def name_model(cfg: DecodeSpeedConfig) -> DecodeSpeedConfig:
+    """Return the config with the model's name filled in: a preset's is random:PRESET."""
+    preset = cfg.preset if cfg.preset or cfg.model or cfg.selector else DEFAULT_MODEL
+    selectors = {} if cfg.selector is None else {str(cfg.selector): load_selector(cfg.selector)}
+    model, remarks = choose_model(RANDOM + preset if preset else cfg.model, selectors)
+    if not preset:  # random weights belong to no selector
+        for remark in remarks:
+            print(remark, file=sys.stderr, flush=True)
+    return dataclasses.replace(cfg, preset=None, model=model)
+
+
+def load(cfg: DecodeSpeedConfig, dtype: jnp.dtype) -> tuple[DecoderConfig, dict, Selector]:
+    """Load or draw weights and hash functions."""
+    assert cfg.model is not None
+    model_cfg, params = load_weights(cfg.model, dtype)
+    shape = head_shape(model_cfg)
+    if cfg.selector is not None:
+        return model_cfg, params, load_selector(cfg.selector, shape)
+    hash_cfg = HashConfig(code_bits=cfg.code_bits)
+    return model_cfg, params, Selector(hash_cfg, shape, hashing.init_params(jax.random.key(1), hash_cfg, shape), "", {})
+
+
+def random_cache(engine: Engine, lengths: Sequence[int], max_len: int) -> Cache:
+    """Draw a cache of random numbers with these lengths, leaf by leaf."""
+    batch = len(lengths)
+    structure = jax.tree.structure(engine.empty_cache(batch, 1).layers)
+    leaves = jax.eval_shape(lambda: jax.tree.leaves(engine.empty_cache(batch, max_len).layers))
+
+    def draw(place: int, leaf: jax.ShapeDtypeStruct) -> Array:
+        key = jax.random.key(place)
+        is_code = leaf.dtype == jnp.uint32
+        return jax.random.bits(key, leaf.shape) if is_code else jax.random.normal(key, leaf.shape, leaf.dtype)
+
+    layers = jax.tree.unflatten(structure, [draw(place, leaf) for place, leaf in enumerate(leaves)])
+    return Cache(layers=layers, lengths=jnp.asarray(lengths, jnp.int32), code_sets=jnp.zeros((batch,), jnp.int32))
+
+
+def decoded(new_tokens: int, rounds: int, profile: bool = False) -> int:
+    """Return how many tokens each sequence gets after its prompt: a round more than is timed compiles and warms up."""
+    return new_tokens * (rounds + 1 + profile) + 2
+
+
+class Decoding:
+    """A batch of prompts on the way: prefilled, then decoded round by round."""
+
+    def __init__(self, cfg: DecodeSpeedConfig, engine: Engine):
+        """Prefill, or draw the cache; `prefill_seconds` are without compiling."""
+        self.engine, self.steps = engine, cfg.new_tokens
+        total = decoded(cfg.new_tokens, cfg.rounds, cfg.profile)
+        rng, vocab = np.random.default_rng(0), engine.model_cfg.vocab
+        start, compiled = time.perf_counter(), engine.compile_seconds
+        if cfg.skip_prefill:
+            state = engine.prefill([[1]] * len(cfg.lengths), total)
+            capacity = engine.capacity(0, max(cfg.lengths), total)
+            state = dataclasses.replace(state, cache=random_cache(engine, cfg.lengths, capacity))
+        else:
+            state = engine.prefill([rng.integers(0, vocab, length).tolist() for length in cfg.lengths], total)
+        self.state = jax.block_until_ready(state)
+        self.prefill_seconds = time.perf_counter() - start - (engine.compile_seconds - compiled)
+
+    def take_round(self) -> float:
+        """Time a step, compiling apart; returns seconds."""
+        start, compiled, steps = time.perf_counter(), self.engine.compile_seconds, 0
+        while steps < self.steps:
+            self.state, tokens = self.engine.decode(self.state, self.steps - steps)
+            steps += tokens.shape[1]
+        return (time.perf_counter() - start - (self.engine.compile_seconds - compiled)) / steps
+
+
+def _spread(times: list[float]) -> str:
+    """Return the median and range in milliseconds."""
+    return f"{statistics.median(times) * 1e3:.3f} ({min(times) * 1e3:.3f} to {max(times) * 1e3:.3f})"
+
+
+def measure(cfg: DecodeSpeedConfig, model_cfg: DecoderConfig, params: dict, selector: Selector) -> dict[str, dict]:
+    """Time `cfg.methods` for one batch of prompts, in turn; with what each step reads."""
+    decode = DecodeConfig(
+        selection=cfg.selection, prefill_chunk=cfg.prefill_chunk, attention=cfg.attention, block=cfg.new_tokens
+    )
+    runs = {}
+    for name in cfg.methods:
+        engine = Engine(model_cfg, params, selector if name == "sparse" else None, decode)
+        runs[name] = Decoding(cfg, engine)
+    rounds = [{name: run.take_round() for name, run in runs.items()} for _ in range(cfg.rounds + 1)]
+    results: dict[str, dict] = {}
+    for name, run in runs.items():
+        engine, steps = run.engine, [seconds[name] for seconds in rounds[1:]]  # the first one compiles and warms up
+        results[name] = {
+            "prefill_seconds": run.prefill_seconds,
+            "prefill_tokens_per_second": sum(cfg.lengths) / run.prefill_seconds,
+            "step_seconds": steps,
+            "decode_tokens_per_second": len(cfg.lengths) / statistics.median(steps),
+            "compile_seconds": engine.compile_seconds,
+            "peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
+        }
+        read_by = selector.cfg if name == "sparse" else None
+        reads = step_reads(model_cfg, engine.dtype, list(cfg.lengths), read_by, cfg.selection, 0)
+        results[name]["reads"] = dataclasses.asdict(reads)
+        if cfg.profile:
+            results[name]["kernels"] = trace_kernels(run.take_round, cfg.new_tokens)
+    return results
+
+
+def plan(cfg: DecodeSpeedConfig, model_cfg: DecoderConfig, code_bits: int) -> MemoryPlan:
+    """Return the memory that `measure` needs: both methods' caches where both are timed."""
+    batch, capacity = len(cfg.lengths), max(cfg.lengths) + decoded(cfg.new_tokens, cfg.rounds, cfg.profile)
+    hash_cfg = HashConfig(code_bits=code_bits) if "sparse" in cfg.methods else None
+    chunk = 1 if cfg.skip_prefill else cfg.prefill_chunk or 2048
+    needed = plan_memory(
+        model_cfg, resolve_dtype(cfg.dtype), batch, bucket_length(capacity), chunk, hash_cfg, cfg.selection
+    )
+    return dataclasses.replace(needed, cache=needed.cache * len(cfg.methods))
+
+
+def main(cfg: DecodeSpeedConfig) -> dict:
+    """Time it, print the table and one line of JSON; returns what the line holds."""
+    check_device()
+    console = Console(highlight=False)
+    cfg = name_model(cfg)
+    assert cfg.model is not None
+    model_cfg = load_config(cfg.model)
+    check_layers(cfg.dense_layers, model_cfg.layers)
+    if cfg.model.startswith(RANDOM):
+        needed = plan(cfg, model_cfg, cfg.code_bits)
+        console.print(f"memory: {needed.describe()}")
+        check_memory(needed, available_bytes())
+    results = measure(cfg, *load(cfg, resolve_dtype(cfg.dtype)))
+    show(cfg, results)
+    summary = {
+        "eval": "decode",
+        "config": {**dataclasses.asdict(cfg), "selector": str(cfg.selector), "dtype": resolve_dtype(cfg.dtype).name},
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "results": results,
+    }
+    if len(results) == 2:
+        dense, sparse = (statistics.median(results[name]["step_seconds"]) for name in ("dense", "sparse"))
+        summary["step_ratio"] = dense / sparse
+    print_result(summary)
+    return summary
+
+
+def show(cfg: DecodeSpeedConfig, results: dict[str, dict]) -> None:
+    """Print the table, and with --profile one of the kernels of each way to read."""
+    console = open_console()
+    print_table(console, _table(cfg, results))
+    if cfg.profile:
+        for name, result in results.items():
+            print_table(console, kernel_table(f"{name}: a step by kernel", result["kernels"]))
+
+
+def _table(cfg: DecodeSpeedConfig, results: dict[str, dict]) -> Table:
+    """Return a table of dense and sparse decoding."""
+    table = Table(title=f"{cfg.model}, prompts of {', '.join(map(str, cfg.lengths))} tokens")
+    table.add_column("")
+    rows: list[list[str]] = [
+        ["prefill, tokens/s"], ["decode, tokens/s"], ["step, ms (range)"],
+        ["tokens read per head"], ["peak memory, GiB"], ["compile, s"],
+    ]  # fmt: skip
+    for name, result in results.items():
+        table.add_column(name, justify="right")
+        peak = result["peak_bytes"]
+        for row, cell in zip(
+            rows,
+            (
+                "-" if cfg.skip_prefill else f"{result['prefill_tokens_per_second']:,.1f}",
+                f"{result['decode_tokens_per_second']:,.2f}",
+                _spread(result["step_seconds"]),
+                f"{result['reads']['tokens']:,}",
+                "-" if peak is None else f"{peak / GIB:.2f}",
+                f"{result['compile_seconds']:.1f}",
+            ),
+            strict=True,
+        ):
+            row.append(cell)
+    for row in rows:
+        table.add_row(*row)
+    return table
