@@ -17,27 +17,37 @@ from spotlight_jax.errors import printable
 
 _FILE_WIDTH = 200  # characters of a line of a table in a file
 _PLAIN_EVERY = 10.0  # seconds between plain lines
+_TASKS_SHOWN = 4  # the newest is never below a terminal's last line
 
 
 class _Progress(rich.progress.Progress):
     """Tasks, and a line of its own for the note of the last one: a long note takes no room from bar, count and time."""
 
     def get_renderables(self) -> Iterator[rich.console.RenderableType]:
-        """The tasks' lines, then the note, cut at the terminal's width."""
-        yield self.make_tasks_table(self.tasks)
+        """The newest tasks' lines, then the note, cut at the terminal's width."""
+        yield self.make_tasks_table(self.tasks[-_TASKS_SHOWN:])
         if self.tasks and (note := self.tasks[-1].fields["note"]):
             yield rich.text.Text(note, overflow="ellipsis", no_wrap=True)
 
 
+class _Description(rich.progress.ProgressColumn):
+    """What is done, cut where the terminal is narrow: numbers are never cut in its place."""
+
+    def __init__(self) -> None:
+        super().__init__(rich.table.Column(no_wrap=False))  # such a column gives way before others
+
+    def render(self, task: rich.progress.Task) -> rich.text.Text:
+        """The name on one line."""
+        return rich.text.Text(task.description, overflow="ellipsis", no_wrap=True)
+
+
 def columns_of(console: rich.console.Console) -> list[rich.progress.ProgressColumn]:
-    """What the live line shows in a terminal of this width."""
-    return [
-        rich.progress.TextColumn("{task.description}", markup=False),
-        rich.progress.BarColumn(bar_width=24 if console.width >= 80 else 8),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TimeElapsedColumn(),
-        rich.progress.TimeRemainingColumn(),
-    ]
+    """What the live line shows in a terminal of this width; count and time left at every width."""
+    what, count, left = _Description(), rich.progress.MofNCompleteColumn(), rich.progress.TimeRemainingColumn()
+    if console.width < 60:
+        return [what, count, left]
+    bar = rich.progress.BarColumn(bar_width=24 if console.width >= 80 else 8)
+    return [what, bar, count, rich.progress.TimeElapsedColumn(), left]
 
 
 class Display:
