@@ -109,12 +109,16 @@ class Display:
             rest = f", {left:.0f} s left" if left else ""
             self.say(f"{what}: {done}/{total}{rest}{'; ' + note if note else ''}")
 
-    def say(self, text: str) -> None:
-        """A line that stays; control characters in names are shown, not sent."""
+    def say(self, text: str, is_copied: bool = False) -> None:
+        """A line that stays; control characters in names are shown, not sent.
+
+        Args:
+            is_copied: it holds a command or a path: no line break is put in, which would be copied with it.
+        """
         text = printable(text)
         with _may_be_closed():
             if self._live is not None:
-                self._live.console.print(text, markup=False)
+                self._live.console.print(text, markup=False, soft_wrap=is_copied)
             else:
                 print(text, file=sys.stderr, flush=True)
 

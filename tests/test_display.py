@@ -130,6 +130,16 @@ def test_the_newest_of_many_tasks_is_in_the_terminal():
     assert any("tokenising 39.txt" in line for line in lines) and "note 39" in lines[-1] and len(lines) < 24
 
 
+@pytest.mark.parametrize("is_copied", [True, False])
+def test_a_command_to_copy_has_no_line_breaks_of_ours(is_copied, monkeypatch, capsys):
+    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "44"}.items():
+        monkeypatch.setenv(name, value)
+    line = "stopped at step 12; continue with: python -m train.layerwise --resume --out runs/one"
+    with Display() as shown:
+        shown.say(line, is_copied)
+    assert (line in capsys.readouterr().err) == is_copied
+
+
 def test_a_dumb_terminal_gets_plain_lines(monkeypatch, capsys):
     monkeypatch.setenv("TERM", "dumb")
     monkeypatch.setenv("FORCE_COLOR", "1")
