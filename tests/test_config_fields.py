@@ -112,6 +112,22 @@ def test_real_numbers_of_all_programs_are_tried():
     assert {("DataConfig", "weights"), ("NeedleConfig", "depths"), ("LayerwiseConfig", "cache_gib")} <= names
 
 
+def _count_fields() -> list[tuple[type, str, bool]]:
+    """Flags that are whole numbers, and whether a flag holds several."""
+    kinds = (int, int | None, tuple[int, ...])
+    found = [(kind, field, hint == tuple[int, ...]) for kind, field, hint in _FIELDS if hint in kinds]
+    return [(kind, field, several) for kind, field, several in found if hasattr(kind, field)]  # a default: a flag
+
+
+@pytest.mark.parametrize("value", [2**32, 10**30, -(10**30)])
+@pytest.mark.parametrize(
+    ("kind", "field", "is_several"), _count_fields(), ids=lambda item: getattr(item, "__name__", str(item))
+)
+def test_no_whole_number_of_any_config_passes_the_32_bits_of_a_devices(kind, field, is_several, value):
+    with pytest.raises(InputError):
+        kind(**{field: (value,) if is_several else value})
+
+
 _SEEDED = [kind for kind, field, _ in _FIELDS if field == "seed" and hasattr(kind, field)]  # a default: a flag
 
 

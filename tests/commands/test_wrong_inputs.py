@@ -173,6 +173,9 @@ WRONG = [
         )
     ),
     ("generate --prompt x --temperature 1 --seed -1", "seed is -1"),
+    (f"generate --prompt x --temperature 1 --top-k {2**31}", "top_k is 2147483648; give a whole number of at most"),
+    (f"generate --prompt x --block {10**30}", "give a whole number of at most 2147483647"),
+    (f"speed --parts ops --code-bits {10**30}", "give a whole number of at most 2147483647"),
     ("generate --prompt-file nowhere.txt", "no such file"),
     ("generate --prompt x y --stream", "2 prompts were given"),
     ("generate --prompt x --selector nowhere", "is no selector"),
