@@ -18,7 +18,7 @@ from typing import Literal
 from spotlight_jax import cli
 from spotlight_jax.config.generation import AttentionImpl
 from spotlight_jax.config.selection import SelectionConfig
-from spotlight_jax.errors import InputError
+from spotlight_jax.errors import InputError, check_numbers
 from spotlight_jax.models.config import nearest
 from spotlight_jax.models.presets import PRESETS
 
@@ -65,6 +65,7 @@ class DecodeSpeedConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be timed."""
+        check_numbers(self)
         if self.preset is not None and self.model is not None:
             raise InputError("--preset and --model both name what is timed; give one of them")
         if self.selector is not None and self.code_bits != DecodeSpeedConfig.code_bits:

@@ -17,27 +17,37 @@ from spotlight_jax.errors import printable
 
 _FILE_WIDTH = 200  # characters of a line of a table in a file
 _PLAIN_EVERY = 10.0  # seconds between plain lines
+_TASKS_SHOWN = 4  # the newest is never below a terminal's last line
 
 
 class _Progress(rich.progress.Progress):
     """Tasks, and a line of its own for the note of the last one: a long note takes no room from bar, count and time."""
 
     def get_renderables(self) -> Iterator[rich.console.RenderableType]:
-        """The tasks' lines, then the note, cut at the terminal's width."""
-        yield self.make_tasks_table(self.tasks)
+        """The newest tasks' lines, then the note, cut at the terminal's width."""
+        yield self.make_tasks_table(self.tasks[-_TASKS_SHOWN:])
         if self.tasks and (note := self.tasks[-1].fields["note"]):
             yield rich.text.Text(note, overflow="ellipsis", no_wrap=True)
 
 
+class _Description(rich.progress.ProgressColumn):
+    """What is done, cut where the terminal is narrow: numbers are never cut in its place."""
+
+    def __init__(self) -> None:
+        super().__init__(rich.table.Column(no_wrap=False))  # such a column gives way before others
+
+    def render(self, task: rich.progress.Task) -> rich.text.Text:
+        """The name on one line."""
+        return rich.text.Text(task.description, overflow="ellipsis", no_wrap=True)
+
+
 def columns_of(console: rich.console.Console) -> list[rich.progress.ProgressColumn]:
-    """What the live line shows in a terminal of this width."""
-    return [
-        rich.progress.TextColumn("{task.description}", markup=False),
-        rich.progress.BarColumn(bar_width=24 if console.width >= 80 else 8),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TimeElapsedColumn(),
-        rich.progress.TimeRemainingColumn(),
-    ]
+    """What the live line shows in a terminal of this width; count and time left at every width."""
+    what, count, left = _Description(), rich.progress.MofNCompleteColumn(), rich.progress.TimeRemainingColumn()
+    if console.width < 60:
+        return [what, count, left]
+    bar = rich.progress.BarColumn(bar_width=24 if console.width >= 80 else 8)
+    return [what, bar, count, rich.progress.TimeElapsedColumn(), left]
 
 
 class Display:
@@ -99,12 +109,16 @@ class Display:
             rest = f", {left:.0f} s left" if left else ""
             self.say(f"{what}: {done}/{total}{rest}{'; ' + note if note else ''}")
 
-    def say(self, text: str) -> None:
-        """A line that stays; control characters in names are shown, not sent."""
+    def say(self, text: str, is_copied: bool = False) -> None:
+        """A line that stays; control characters in names are shown, not sent.
+
+        Args:
+            is_copied: it holds a command or a path: no line break is put in, which would be copied with it.
+        """
         text = printable(text)
         with _may_be_closed():
             if self._live is not None:
-                self._live.console.print(text, markup=False)
+                self._live.console.print(text, markup=False, soft_wrap=is_copied)
             else:
                 print(text, file=sys.stderr, flush=True)
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 _LARGEST = 3.4e38  # of single precision
+_LARGEST_COUNT = 2**31 - 1
+_LARGEST_SEED = 2**32 - 1  # JAX takes 32 bits of a seed: larger ones would draw what smaller ones draw
 _LONGEST = 2000  # characters of a message; what a file holds may be quoted in it
 
 
@@ -41,12 +43,17 @@ def naming(where: object) -> Iterator[None]:
 
 
 def check_numbers(cfg: Any) -> None:
-    """Raise InputError for the first number of a frozen config that is NaN, infinite, or beyond single precision.
+    """Raise InputError for the first number of a frozen config that is NaN, infinite, or beyond what it is kept in.
 
-    Every config with a field of real numbers calls this first when it checks itself: no comparison refuses a NaN.
+    Every config of flags calls this first when it checks itself: no comparison refuses a NaN, and a device's whole
+    numbers have 32 bits.
     """
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, float) and not abs(number) <= _LARGEST:
                 raise InputError(f"{field.name} is {number}; give a finite number (single precision ends at 3.4e38)")
+            if field.name == "seed" and not 0 <= number <= _LARGEST_SEED:
+                raise InputError(f"seed is {number}; give a whole number from 0 to {_LARGEST_SEED}")
+            if field.name != "seed" and isinstance(number, int) and not abs(number) <= _LARGEST_COUNT:
+                raise InputError(f"{field.name} is {number}; give a whole number of at most {_LARGEST_COUNT}")

@@ -5,6 +5,8 @@ may be what no tokenizer takes. Both end here in one line, before anything runs.
 """
 
 import contextlib
+import pathlib
+import resource
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -15,6 +17,8 @@ import numpy as np
 from spotlight_jax.errors import InputError
 
 TEMPLATE_SECONDS = 10.0  # a chat template is a program, and may never end
+TEMPLATE_BYTES = 2**30  # that it may take while it runs
+_REPEATS, _OWN_CHARACTERS = 10, 1_000_000  # what it may write: its messages so often, and so much of its own
 Messages = Sequence[dict[str, str]]
 
 
@@ -58,7 +62,7 @@ def render_chat(tokenizer: Any, messages: Messages, add_generation_prompt: bool 
     for message in messages:
         check_text(message["content"], f"the {message['role']}'s message")
     try:
-        with _bounded(TEMPLATE_SECONDS):
+        with _bounded(TEMPLATE_SECONDS, TEMPLATE_BYTES):
             text = tokenizer.apply_chat_template(
                 list(messages), add_generation_prompt=add_generation_prompt, tokenize=False, **options
             )
@@ -68,12 +72,18 @@ def render_chat(tokenizer: Any, messages: Messages, add_generation_prompt: bool 
         raise InputError(f"the model's chat template cannot write these messages ({roles}): {reason}") from error
     if not isinstance(text, str):
         raise InputError(f"the model's chat template writes {type(text).__name__} instead of a text")
+    given = sum(len(message["content"]) for message in messages)
+    if len(text) > _REPEATS * given + _OWN_CHARACTERS:
+        raise InputError(f"the model's chat template writes {len(text):,} characters for messages of {given:,}")
     return text
 
 
 @contextlib.contextmanager
-def _bounded(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError where the block takes longer; outside the main thread, which alone gets signals, never."""
+def _bounded(seconds: float, memory: int) -> Iterator[None]:
+    """Raise TimeoutError where the block takes longer, and MemoryError where it takes more bytes.
+
+    Outside the main thread, which alone gets signals, neither is raised; of memory it is on Linux alone.
+    """
 
     def end(number: int, frame: object) -> None:
         raise TimeoutError(f"it takes longer than {seconds:g} s")
@@ -84,10 +94,31 @@ def _bounded(seconds: float) -> Iterator[None]:
     previous = signal.signal(signal.SIGALRM, end)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
-        yield
+        with _bounded_memory(memory):
+            yield
+    except MemoryError:
+        raise MemoryError(f"it takes more than {memory / 2**30:g} GiB of memory") from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
+
+
+@contextlib.contextmanager
+def _bounded_memory(most: int) -> Iterator[None]:
+    """Let the process take so many more bytes of address space and no more, on Linux."""
+    try:
+        pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
+    except OSError:
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = pages * resource.getpagesize() + most
+    limits = [limit, *(bound for bound in (soft, hard) if bound != resource.RLIM_INFINITY)]
+    resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def check_text(text: str, name: str = "the text") -> None:

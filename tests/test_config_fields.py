@@ -7,8 +7,10 @@ import re
 import typing
 from pathlib import Path
 
+import jax
 import pytest
 
+from spotlight_jax.config.sampling import SamplingConfig
 from spotlight_jax.errors import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -70,8 +72,8 @@ def f(cfg):
     assert [field for _, field in _config_fields(trees) if field not in _reads(trees)] == ["unused"]
 
 
-def _number_fields() -> list[tuple[type, str, bool]]:
-    """Config classes of flags, their fields of real numbers, and whether a field holds several."""
+def _fields_of_flags() -> list[tuple[type, str, object]]:
+    """Config classes of flags, their fields, and the types of these."""
     found = {}
     for top in ("spotlight_jax", "train", "eval"):
         for file in sorted((ROOT / top).rglob("*.py")):
@@ -82,9 +84,17 @@ def _number_fields() -> list[tuple[type, str, bool]]:
             for name, kind in vars(module).items():
                 if name.endswith("Config") and isinstance(kind, type) and "models" not in kind.__module__:
                     for field, hint in typing.get_type_hints(kind).items():
-                        if hint in (float, float | None, tuple[float, ...]):
-                            found[f"{kind.__module__}.{name}.{field}"] = (kind, field, hint == tuple[float, ...])
+                        found[f"{kind.__module__}.{name}.{field}"] = (kind, field, hint)
     return list(found.values())
+
+
+_FIELDS = _fields_of_flags()
+
+
+def _number_fields() -> list[tuple[type, str, bool]]:
+    """Fields of real numbers, and whether a field holds several."""
+    kinds = (float, float | None, tuple[float, ...])
+    return [(kind, field, hint == tuple[float, ...]) for kind, field, hint in _FIELDS if hint in kinds]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e39])
@@ -100,3 +110,36 @@ def test_real_numbers_of_all_programs_are_tried():
     names = {(kind.__name__, field) for kind, field, _ in _number_fields()}
     assert {("OptimizerConfig", "b1"), ("RankingConfig", "softness"), ("SamplingConfig", "temperature")} <= names
     assert {("DataConfig", "weights"), ("NeedleConfig", "depths"), ("LayerwiseConfig", "cache_gib")} <= names
+
+
+def _count_fields() -> list[tuple[type, str, bool]]:
+    """Flags that are whole numbers, and whether a flag holds several."""
+    kinds = (int, int | None, tuple[int, ...])
+    found = [(kind, field, hint == tuple[int, ...]) for kind, field, hint in _FIELDS if hint in kinds]
+    return [(kind, field, several) for kind, field, several in found if hasattr(kind, field)]  # a default: a flag
+
+
+@pytest.mark.parametrize("value", [2**32, 10**30, -(10**30)])
+@pytest.mark.parametrize(
+    ("kind", "field", "is_several"), _count_fields(), ids=lambda item: getattr(item, "__name__", str(item))
+)
+def test_no_whole_number_of_any_config_passes_the_32_bits_of_a_devices(kind, field, is_several, value):
+    with pytest.raises(InputError):
+        kind(**{field: (value,) if is_several else value})
+
+
+_SEEDED = [kind for kind, field, _ in _FIELDS if field == "seed" and hasattr(kind, field)]  # a default: a flag
+
+
+@pytest.mark.parametrize("value", [-1, 2**32, 10**30])
+@pytest.mark.parametrize("kind", _SEEDED)
+def test_a_seed_that_others_draw_the_same_as_is_refused_in_every_config(kind, value):
+    with pytest.raises(InputError, match=rf"^seed is {value}; give a whole number from 0 to 4294967295$"):
+        kind(seed=value)
+
+
+def test_the_ends_of_the_range_of_seeds_draw_apart():
+    assert {"SamplingConfig", "DataConfig", "EvalConfig", "LayerwiseConfig"} <= {kind.__name__ for kind in _SEEDED}
+    draws = [jax.random.uniform(jax.random.key(SamplingConfig(1.0, seed=seed).seed)) for seed in (0, 1, 2**32 - 1)]
+    assert len({float(draw) for draw in draws}) == 3
+    assert jax.random.uniform(jax.random.key(2**32)) == draws[0]  # why larger ones are refused

@@ -100,14 +100,44 @@ def test_a_tables_numbers_are_whole_at_every_width(width, capsys):
     assert max(map(len, out.splitlines())) <= width
 
 
-@pytest.mark.parametrize("width", [80, 60])
-def test_bar_count_and_time_are_seen_beside_a_long_note(width):
-    console = rich.console.Console(width=width, force_terminal=True, file=io.StringIO())
+def draw_live(tasks, width):
+    """The lines of a terminal whose live part shows (description, done, total, note)s."""
+    console = rich.console.Console(width=width, height=24, force_terminal=True, color_system=None, file=io.StringIO())
     live = display._Progress(*display.columns_of(console), console=console)
-    live.add_task("training", completed=12, total=200, note="loss 0.1234, 1.23 % of attention mass missed, " * 3)
-    console.print(live.get_renderable())
-    out = console.file.getvalue()
-    assert "12/200" in out and "training" in out and "-:--:--" in out and "loss 0.1234" in out
+    for what, done, total, note in tasks:
+        live.add_task(what, completed=done, total=total, note=note)
+    with console:
+        live.start()
+        live.stop()
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", console.file.getvalue()).splitlines()
+
+
+@pytest.mark.parametrize("width", [80, 60, 44])
+def test_counts_and_times_are_whole_beside_long_names_and_notes(width):
+    note = "loss 0.1234, 1.23 % of attention mass missed, " * 3
+    tasks = [("tokenising /a/long/path/of/a/file/books.jsonl.gz", 654321, 654321, ""), ("training", 12, 200, note)]
+    lines = draw_live(tasks, width)
+    assert max(map(len, lines)) <= width
+    assert any(line.startswith("tokenising") and "654321/654321" in line for line in lines)
+    assert any(line.startswith("training") and "12/200" in line and "-:--:--" in line for line in lines)
+    assert any(line.startswith("loss 0.1234") for line in lines)
+    if width >= 60:
+        assert any(re.search(r"12/200 +0:00:00 -:--:--", line) for line in lines)
+
+
+def test_the_newest_of_many_tasks_is_in_the_terminal():
+    lines = draw_live([(f"tokenising {number}.txt", 1, 2, f"note {number}") for number in range(40)], 60)
+    assert any("tokenising 39.txt" in line for line in lines) and "note 39" in lines[-1] and len(lines) < 24
+
+
+@pytest.mark.parametrize("is_copied", [True, False])
+def test_a_command_to_copy_has_no_line_breaks_of_ours(is_copied, monkeypatch, capsys):
+    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "44"}.items():
+        monkeypatch.setenv(name, value)
+    line = "stopped at step 12; continue with: python -m train.layerwise --resume --out runs/one"
+    with Display() as shown:
+        shown.say(line, is_copied)
+    assert (line in capsys.readouterr().err) == is_copied
 
 
 def test_a_dumb_terminal_gets_plain_lines(monkeypatch, capsys):

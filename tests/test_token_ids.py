@@ -1,6 +1,8 @@
 """Text to token ids: what no tokenizer takes, what no model has a row for, and templates that refuse."""
 
+import resource
 import signal
+import sys
 import time
 
 import numpy as np
@@ -102,3 +104,40 @@ def test_a_template_that_never_ends_is_refused(monkeypatch):
         token_ids.encode_chat(tokenizer, [{"role": "user", "content": "x"}], 300)
     assert time.monotonic() - started < 3
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+DOUBLING = (
+    "{% set ns = namespace(s='x' * 64) %}{% for i in range(99) %}{% set ns.s = ns.s OP ns.s %}{% endfor %}{{ ns.s }}"
+)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is bounded on Linux")
+@pytest.mark.parametrize(
+    "template",
+    [
+        DOUBLING.replace("OP", "+"),
+        DOUBLING.replace("OP", "~"),
+        "{{ 'x' * 9999999999 }}",
+        "{{ 'x'.ljust(9999999999) }}",
+        "{{ '%9999999999d' % 1 }}",
+        "{{ 'x' | center(9999999999) }}",
+        "{% set ns = namespace(s=[1]) %}{% for i in range(99) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
+        "{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}",
+    ],
+)
+def test_a_template_that_grows_ends_in_one_line_before_memory_does(template, monkeypatch):
+    monkeypatch.setattr(token_ids, "TEMPLATE_BYTES", 2**28)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(InputError, match=r"\(user\): it takes more than 0.25 GiB of memory$"):
+        encode_chat(tokenizer, [USER], 300)
+    assert resource.getrlimit(resource.RLIMIT_AS) == limits
+
+
+def test_a_template_that_writes_far_more_than_its_messages_is_refused():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for i in range(11) %}{{ messages[0].content }}{% endfor %}"
+    with pytest.raises(InputError, match=r"writes 22,000,000 characters for messages of 2,000,000$"):
+        render_chat(tokenizer, [{"role": "user", "content": "x" * 2_000_000}])
+    assert len(render_chat(tokenizer, [{"role": "user", "content": "x" * 90_000}])) == 990_000

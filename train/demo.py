@@ -21,7 +21,7 @@ from spotlight_jax.commands import generate
 from spotlight_jax.config.generation import GenerateConfig
 from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.display import print_result
-from spotlight_jax.errors import InputError
+from spotlight_jax.errors import InputError, check_numbers
 from spotlight_jax.token_ids import encode_text
 from train.config import PRESETS, LayerwiseConfig
 
@@ -45,6 +45,7 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         """Refuse, before anything is trained, what training or generating would refuse."""
+        check_numbers(self)
         _ = self.training, self.generation
         least = _PASSAGE + _OPENING + 1
         if self.prompt_tokens < least:

@@ -134,7 +134,8 @@ def _train(session: Session, stop: list[int], display: Display) -> None:
         session.save()
         session.close()
         with contextlib.suppress(OSError):  # the terminal may be what was closed
-            display.say(f"stopped at step {session.step}; continue with: {resume_command(session.folder_path)}")
+            command = resume_command(session.folder_path)
+            display.say(f"stopped at step {session.step}; continue with: {command}", is_copied=True)
         raise SystemExit(128 + stop[0])
     session.close()  # before the results: what could not be saved is not reported
 

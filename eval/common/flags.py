@@ -26,6 +26,10 @@ class SelectionFlags:
     dense_layers: tuple[int, ...] = DENSE_LAYERS
     """Layers that read everything; for quest and magicpig, those they were published with."""
 
+    def __post_init__(self) -> None:
+        """Refuse what no array holds; what else selects nothing is refused by `at`."""
+        check_numbers(self)
+
     def at(self, keep: float) -> SelectionConfig:
         """Return the selection of a share of the tokens, or of a fixed number where `keep` is above 1."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -111,6 +115,7 @@ class ForwardConfig:
 
     def __post_init__(self) -> None:
         """Refuse prefixes and memory of less than nothing."""
+        check_numbers(self)
         if self.dense_prefix < 0:
             raise InputError(f"dense_prefix is {self.dense_prefix}; give 0 or more tokens")
         if self.scores_mib is not None and self.scores_mib < 1:

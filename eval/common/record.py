@@ -114,7 +114,7 @@ class Record:
         methods = [row["method"] for row in results if "method" in row]
         for shown, about in (*explain_names(methods), *explain_methods(methods)):
             console.print(f"{shown}: {about}", markup=False, soft_wrap=True)
-        self.say(f"written: {self.folder.path}")
+        self.display.say(f"written: {self.folder.path}", is_copied=True)
         print_result(summary)
         return summary
 

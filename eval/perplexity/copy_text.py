@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import Int32
 
-from spotlight_jax.errors import InputError
+from spotlight_jax.errors import InputError, check_numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +19,7 @@ class CopyConfig:
 
     def __post_init__(self) -> None:
         """Refuse passages that cannot be copied."""
+        check_numbers(self)
         if self.passage < 2 or self.filler < 1:
             raise InputError(f"passage {self.passage} and filler {self.filler}: give at least 2 and 1 tokens")
 

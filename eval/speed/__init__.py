@@ -19,7 +19,7 @@ from typing import Literal
 
 from spotlight_jax import cli
 from spotlight_jax.config.selection import SelectionConfig
-from spotlight_jax.errors import InputError
+from spotlight_jax.errors import InputError, check_numbers
 from spotlight_jax.models.config import nearest
 from spotlight_jax.models.presets import PRESETS
 from spotlight_jax.runs import stored_by
@@ -76,6 +76,7 @@ class SpeedConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be timed."""
+        check_numbers(self)
         if self.preset is not None and self.preset not in PRESETS:
             raise InputError(f"there is no preset {self.preset!r}{nearest(self.preset, tuple(PRESETS))}")
         if not self.parts or len(set(self.parts)) < len(self.parts):

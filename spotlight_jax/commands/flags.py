@@ -9,7 +9,7 @@ from tyro.conf import OmitArgPrefixes
 from spotlight_jax import runs
 from spotlight_jax.config.generation import GenerateConfig
 from spotlight_jax.config.selection import SelectionConfig
-from spotlight_jax.errors import InputError
+from spotlight_jax.errors import InputError, check_numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +26,7 @@ class SessionConfig:
 
     def __post_init__(self) -> None:
         """Refuse ways of reading for which there is no selector."""
+        check_numbers(self)
         given = runs.differences(self.generation.selection, SelectionConfig())
         if self.selector is None and given:
             raise InputError(f"without a selector every token is read, whatever {given[0]} says; give --selector")

@@ -5,7 +5,7 @@ from typing import Literal
 
 from spotlight_jax.config.sampling import SamplingConfig
 from spotlight_jax.config.selection import SelectionConfig
-from spotlight_jax.errors import InputError
+from spotlight_jax.errors import InputError, check_numbers
 from spotlight_jax.token_ids import check_text
 
 AttentionImpl = Literal["auto", "xla", "cudnn"]
@@ -26,6 +26,7 @@ class DecodeConfig:
 
     def __post_init__(self) -> None:
         """Refuse chunks and blocks of nothing."""
+        check_numbers(self)
         if self.prefill_chunk is not None and self.prefill_chunk < 1:
             raise InputError(f"prefill_chunk is {self.prefill_chunk}; give at least 1 token")
         if self.block < 1:
@@ -44,6 +45,7 @@ class RowConfig:
 
     def __post_init__(self) -> None:
         """Refuse more stop tokens than a step looks for."""
+        check_numbers(self)
         if len(self.stop_tokens) > MOST_STOPS:
             raise InputError(f"{len(self.stop_tokens)} tokens end a text; give at most {MOST_STOPS}")
 
@@ -67,6 +69,7 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         """Refuse a generation of nothing, and stop strings that are none."""
+        check_numbers(self)
         if self.max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {self.max_new_tokens}; give at least 1")
         if isinstance(self.stop, str) or not all(isinstance(text, str) for text in self.stop):

@@ -2,7 +2,9 @@
 
 import contextlib
 import importlib.util
+import logging
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +22,8 @@ _WORDS = (
     r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")  # its first line: a token in base64, and its rank
+_NO_SENTENCEPIECE = "tokenizer.model is damaged, or no sentencepiece file; fetch it again"
 _SPECIAL, _USER_DEFINED = 3, 4  # token types of the GGUF specification
 
 
@@ -34,6 +38,8 @@ def load_tokenizer(folder: pathlib.Path) -> transformers.PreTrainedTokenizerBase
     # from config.json alone transformers would make a tokenizer without a vocabulary
     if not any((folder / name).exists() for name in _VOCABULARIES):
         raise InputError(f"{folder}: holds no tokenizer (none of {', '.join(_VOCABULARIES)})")
+    if is_sentencepiece := _has_only_sentencepiece(folder):
+        _check_sentencepiece(folder)
     try:
         with _one_line_errors(folder):
             tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -45,21 +51,46 @@ def load_tokenizer(folder: pathlib.Path) -> transformers.PreTrainedTokenizerBase
                 f"{folder}: its tokenizer needs code of its own (auto_map), which is never run; convert it to "
                 "tokenizer.json where you trust that code, and leave auto_map out of its configs"
             ) from error
-        alone = not any((folder / name).exists() for name in _VOCABULARIES if name != "tokenizer.model")
-        if alone and (missing := [name for name in ("sentencepiece", "google.protobuf") if not _is_installed(name)]):
-            raise InputError(
-                f"{folder}: reading tokenizer.model without tokenizer.json needs {' and '.join(missing)}; run "
-                "pip install sentencepiece protobuf"
-            ) from error
+        if is_sentencepiece:  # transformers would ask for tiktoken
+            raise InputError(f"{folder}: {_NO_SENTENCEPIECE}") from error
         raise
     if not isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
         raise InputError(f"{folder}: its tokenizer cannot be loaded: it is a {type(tokenizer).__name__}")
     return tokenizer
 
 
+def _has_only_sentencepiece(folder: pathlib.Path) -> bool:
+    """Whether the one vocabulary of a folder is a tokenizer.model that is no tiktoken file."""
+    if any((folder / name).exists() for name in _VOCABULARIES if name != "tokenizer.model"):
+        return False
+    with _one_line_errors(folder):
+        return _TIKTOKEN.match((folder / "tokenizer.model").read_bytes()) is None
+
+
+def _check_sentencepiece(folder: pathlib.Path) -> None:
+    """Raise InputError where the packages that read a sentencepiece file are missing, or the file is not whole."""
+    if missing := [name for name in ("sentencepiece", "google.protobuf") if not _is_installed(name)]:
+        raise InputError(
+            f"{folder}: reading tokenizer.model without tokenizer.json needs {' and '.join(missing)}; run "
+            "pip install sentencepiece protobuf"
+        )
+    import sentencepiece  # no dependency: few folders hold this file alone
+
+    try:
+        sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"{folder}: {_NO_SENTENCEPIECE}") from error
+
+
 @contextlib.contextmanager
 def _one_line_errors(source: object) -> Iterator[None]:
-    """What a tokenizer library raises, of many kinds, for files that are missing, cut short or of no use."""
+    """What a tokenizer library raises, of many kinds, for files that are missing, cut short or of no use.
+
+    What transformers logs about them on the way is left out: the error is the one line.
+    """
+    log = logging.getLogger("transformers")
+    level = log.level
+    log.setLevel(logging.ERROR)
     try:
         yield
     except (InputError, KeyboardInterrupt, SystemExit, MemoryError):
@@ -67,6 +98,8 @@ def _one_line_errors(source: object) -> Iterator[None]:
     except BaseException as error:  # a panic of the library's is none of Exception
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"{source}: its tokenizer cannot be loaded: {reason}") from error
+    finally:
+        log.setLevel(level)
 
 
 def _is_installed(module: str) -> bool:

@@ -164,6 +164,18 @@ WRONG = [
     ("generate --prompt x --temperature 1 --top-p 0", "top_p is 0.0"),
     ("generate --prompt x --temperature 1 --top-k -1", "top_k is -1"),
     ("generate --prompt x --prompt-tokens 0", "prompt_tokens is 0"),
+    *(
+        (f"{line} {10**30}", "give a whole number from 0 to 4294967295")
+        for line in (
+            *("train --seed", "train --data.seed", "ablate --seed", "chat --seed"),
+            *("generate --prompt x --seed", "inspect --seed", "perplexity --seed", "needle --seed"),
+            *("harness --tasks x --seed", "longbench --seed"),
+        )
+    ),
+    ("generate --prompt x --temperature 1 --seed -1", "seed is -1"),
+    (f"generate --prompt x --temperature 1 --top-k {2**31}", "top_k is 2147483648; give a whole number of at most"),
+    (f"generate --prompt x --block {10**30}", "give a whole number of at most 2147483647"),
+    (f"speed --parts ops --code-bits {10**30}", "give a whole number of at most 2147483647"),
     ("generate --prompt-file nowhere.txt", "no such file"),
     ("generate --prompt x y --stream", "2 prompts were given"),
     ("generate --prompt x --selector nowhere", "is no selector"),

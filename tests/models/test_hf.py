@@ -1,3 +1,4 @@
+import base64
 import io
 import json
 import pathlib
@@ -196,14 +197,59 @@ def test_broken_tokenizer_is_named(tmp_path: pathlib.Path) -> None:
     assert "\n" not in str(error.value)
 
 
+# BPE of 512 pieces with bytes for what they lack, as LLaMA 2's, trained by sentencepiece on this project's docs
+SENTENCEPIECE = pathlib.Path(__file__).with_name("sentencepiece.model")
+
+
+def write_sentencepiece(folder: pathlib.Path, content: bytes) -> str:
+    """A LLaMA-2-like folder whose one vocabulary is a tokenizer.model."""
+    tiny.write_folder(folder, tiny.CASES["llama2"] | {"vocab_size": 512})
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "add_bos_token": true}')
+    (folder / "tokenizer.model").write_bytes(content)
+    return str(folder)
+
+
 def test_a_sentencepiece_file_alone_names_the_packages_that_read_it(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    tiny.write_folder(tmp_path, CONFIG)
-    (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x0e\x0a\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
     monkeypatch.setattr(tokenizer, "_is_installed", lambda name: False)
     with pytest.raises(InputError, match=r"needs sentencepiece and google.protobuf; run pip install sentencepiece pr"):
-        load.open_tokenizer(str(tmp_path))
+        load.open_tokenizer(write_sentencepiece(tmp_path, SENTENCEPIECE.read_bytes()))
+    assert capfd.readouterr() == ("", "")  # no word of transformers' beside ours
+
+
+def test_a_sentencepiece_file_alone_gives_the_ids_that_sentencepiece_gives(tmp_path: pathlib.Path) -> None:
+    reference = pytest.importorskip("sentencepiece").SentencePieceProcessor(model_file=str(SENTENCEPIECE))
+    ours = load.open_tokenizer(write_sentencepiece(tmp_path, SENTENCEPIECE.read_bytes()))
+    for text in ("Hello world, this is a test.", "don't stop\n\n日本 é 🙂 12345", "a", ""):
+        ids = ours(text)["input_ids"]
+        assert ids == [reference.bos_id(), *reference.encode(text)]
+        assert ours.decode(ids, skip_special_tokens=True) == text
+
+
+@pytest.mark.parametrize("kind", ["cut", "zeros", "pointer"])
+def test_a_damaged_sentencepiece_file_is_one_line(
+    kind: str, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("sentencepiece")
+    whole = SENTENCEPIECE.read_bytes()
+    for at in range(1, len(whole), 997):
+        content = {
+            "cut": whole[:at],
+            "zeros": whole[:at] + bytes(len(whole) - at),
+            "pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:%d\n" % at,
+        }[kind]
+        with pytest.raises(InputError, match=r"tokenizer.model is damaged, or no sentencepiece file; fetch it again$"):
+            load.open_tokenizer(write_sentencepiece(tmp_path, content))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_tiktoken_file_is_not_taken_for_a_sentencepiece_file(tmp_path: pathlib.Path) -> None:
+    write_sentencepiece(tmp_path, SENTENCEPIECE.read_bytes())
+    assert tokenizer._has_only_sentencepiece(tmp_path)
+    ranks = b"".join(base64.b64encode(bytes([byte])) + b" %d\n" % byte for byte in range(256))
+    write_sentencepiece(tmp_path, ranks)
+    assert not tokenizer._has_only_sentencepiece(tmp_path)
 
 
 def test_hub_model_is_fetched_into_the_hub_cache(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
