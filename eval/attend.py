@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int32
 from eval.methods.base import Method, Reading
 from spotlight_jax.attention import selected_attention
 from spotlight_jax.config.selection import SelectionConfig
-from spotlight_jax.selection import budget_of
+from spotlight_jax.selector.selection import budget_of
 
 
 def causal_budgets(length: int, cfg: SelectionConfig, whole_length: bool = False) -> Int32[Array, " length"]:

@@ -16,9 +16,7 @@ from rich.table import Table
 
 from eval.commands.decode import DecodeSpeedConfig, command
 from eval.kernel_times import kernel_table, trace_kernels
-from spotlight_jax import hashing
 from spotlight_jax.cache import Cache, bucket_length
-from spotlight_jax.checkpoint import Selector, choose_model, load_selector
 from spotlight_jax.compiled import check_device
 from spotlight_jax.config.generation import DecodeConfig
 from spotlight_jax.config.hashing import HashConfig
@@ -32,6 +30,8 @@ from spotlight_jax.models.load import load_config, load_weights
 from spotlight_jax.models.params import resolve_dtype
 from spotlight_jax.models.presets import RANDOM
 from spotlight_jax.models.source import DEFAULT_MODEL
+from spotlight_jax.selector.checkpoint import Selector, choose_model, load_selector
+from spotlight_jax.selector.forms import init_functions
 
 
 def name_model(cfg: DecodeSpeedConfig) -> DecodeSpeedConfig:
@@ -53,7 +53,7 @@ def load(cfg: DecodeSpeedConfig, dtype: jnp.dtype) -> tuple[DecoderConfig, dict,
     if cfg.selector is not None:
         return model_cfg, params, load_selector(cfg.selector, shape)
     hash_cfg = HashConfig(code_bits=cfg.code_bits)
-    return model_cfg, params, Selector(hash_cfg, shape, hashing.init_params(jax.random.key(1), hash_cfg, shape), "", {})
+    return model_cfg, params, Selector(shape, init_functions(jax.random.key(1), hash_cfg, shape), "", {})
 
 
 def random_cache(engine: Engine, lengths: Sequence[int], max_len: int) -> Cache:

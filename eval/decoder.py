@@ -18,7 +18,6 @@ from eval.config import Subject
 from eval.methods.base import Method
 from spotlight_jax.attention import causal_attention
 from spotlight_jax.cache import LayerCache, append
-from spotlight_jax.checkpoint import Selector
 from spotlight_jax.config.generation import DecodeConfig, RowConfig
 from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.decode_step import DecodeState
@@ -28,6 +27,7 @@ from spotlight_jax.memory import step_reads
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import Params, apply_layer, embed_tokens, unembed
 from spotlight_jax.sampling import check_chosen, pick_best
+from spotlight_jax.selector.checkpoint import Selector
 from spotlight_jax.stops import find_stops
 
 

@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spotlight_jax import hashing, ranking, transform
 from spotlight_jax.config.hashing import HashConfig
 from spotlight_jax.config.ranking import RankingConfig
 from spotlight_jax.errors import InputError
-from spotlight_jax.hashing import HeadShape
 from spotlight_jax.kernels import pair_cost
+from spotlight_jax.kernels.hash_append import reference as transform
+from spotlight_jax.selector.base import HeadShape
+from spotlight_jax.selector.forms import init_functions
+from spotlight_jax.selector.losses import ranking
 from tests.hash_params import draw_params
 from tests.tolerances import tolerance
 
@@ -54,8 +56,8 @@ def draw(seed=0, q_len=Q_LEN, kv_len=KV_LEN):
 def random_params(cfg, seed=0):
     shape = HeadShape(layers=1, q_heads=Q_HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM)
     if cfg.form == "transform":
-        return hashing.layer_params(draw_params(cfg, shape), 0)
-    params = hashing.layer_params(hashing.init_params(jax.random.key(0), cfg, shape), 0)
+        return draw_params(cfg, shape).layer(0)
+    params = init_functions(jax.random.key(0), cfg, shape).layer(0)
     leaves, structure = jax.tree.flatten(params)
     rng = np.random.default_rng(seed)
     drawn = jax.tree.unflatten(structure, [jnp.asarray(rng.normal(0, 0.3, x.shape), jnp.float32) for x in leaves])
@@ -72,8 +74,8 @@ def score_loops(queries, keys):
 
 def learned_scores(params, queries, keys, gamma, cfg, per_kv_head=False):
     """What is learned, [heads, q_len, kv_len] in float64; hash outputs are those of test_hashing.py."""
-    hashed = np.asarray(jax.jit(hashing.hash_keys, static_argnums=2)(params, keys, cfg), np.float64)
-    asked = np.asarray(jax.jit(hashing.hash_queries, static_argnums=2)(params, queries, cfg), np.float64)
+    hashed = np.asarray(jax.jit(lambda params, x: params.hash_keys(x))(params, keys, cfg), np.float64)
+    asked = np.asarray(jax.jit(lambda params, x: params.hash_queries(x))(params, queries, cfg), np.float64)
     codes = np.sign(hashed) if cfg.form == "transform" else gamma * hashed / (1 + gamma * np.abs(hashed))
     if cfg.form == "symmetric":
         asked = gamma * asked / (1 + gamma * np.abs(asked))
@@ -81,7 +83,9 @@ def learned_scores(params, queries, keys, gamma, cfg, per_kv_head=False):
     if not per_kv_head:
         sums = [[asked[:, head]] for head in range(Q_HEADS)]
     elif cfg.form == "transform":
-        sums = [[group[:, side > 0].sum(1) for side in params.stats.members[k]] for k, group in enumerate(groups)]
+        sums = [
+            [group[:, side > 0].sum(1) for side in params.stats.head_assignment[k]] for k, group in enumerate(groups)
+        ]
     else:
         sums = [[group.sum(1)] for group in groups]
     found = np.zeros((len(sums), queries.shape[0], keys.shape[0]))
@@ -364,7 +368,7 @@ def compiled_bytes(form, queries, at_once, **fields):
 
     def loss(leaves, queries, positions, keys):
         params = jax.tree.unflatten(structure, leaves)
-        return ranking.ranking_loss(params, jax.random.key(0), queries, positions, keys, jnp.float32(8), hash_cfg, cfg)
+        return ranking.ranking_loss(params, jax.random.key(0), queries, positions, keys, jnp.float32(8), cfg)
 
     lowered = jax.jit(jax.grad(loss, has_aux=True)).lower(
         leaves,

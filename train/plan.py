@@ -1,15 +1,18 @@
 """What a run will take, before it starts: windows, steps, memory, disk."""
 
+import dataclasses
 import math
 
 import jax
 import numpy as np
 
 from spotlight_jax.errors import InputError
+from spotlight_jax.generate import head_shape
 from spotlight_jax.memory import GIB, available_bytes
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import param_shapes
-from spotlight_jax.ranking import most_top
+from spotlight_jax.selector.forms import init_functions
+from spotlight_jax.selector.losses.ranking import most_top
 from train.config import LayerwiseConfig, lengths_covered
 
 
@@ -24,7 +27,7 @@ def estimate_memory(cfg: LayerwiseConfig, model: DecoderConfig, dtype: np.dtype,
     weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(kept)) * size
     keys = window * model.kv_heads * model.head_dim * size
     queries = ranking.queries * model.q_heads * model.head_dim * size
-    code_heads = model.kv_heads if cfg.hash.code_heads == "kv" else model.q_heads
+    code_heads, _ = cfg.hash.code_shape(model.q_heads, model.kv_heads)
     at_once = min(ranking.queries_at_once, ranking.queries)
     rows = model.q_heads * at_once
     tops = min(ranking.tops, most_top(window, ranking))
@@ -37,11 +40,9 @@ def estimate_memory(cfg: LayerwiseConfig, model: DecoderConfig, dtype: np.dtype,
             + 2 * rows * tops * cfg.hash.code_bits  # codes of the sampled top keys
         )
     )
-    matrix = model.head_dim * cfg.hash.code_bits
-    hashes = model.kv_heads * matrix
-    if cfg.hash.form != "transform":
-        network = (model.head_dim + cfg.hash.code_bits) * cfg.hash.hidden + matrix * (cfg.hash.skip == "rotation")
-        hashes = network * (code_heads + (model.q_heads if cfg.hash.form == "asymmetric" else 0))
+    one_layer = dataclasses.replace(head_shape(model), layers=1)
+    trained = jax.eval_shape(lambda: jax.tree.leaves(init_functions(jax.random.key(0), cfg.hash, one_layer).weights))
+    hashes = sum(math.prod(leaf.shape) for leaf in trained)
     held_out = cfg.data.held_out_windows * (keys + cfg.measure.queries * model.q_heads * model.head_dim * size)
     return {
         "frozen model" if is_whole else "one layer of the frozen model": weights,
@@ -80,8 +81,7 @@ def describe(cfg: LayerwiseConfig, model: DecoderConfig, dtype: np.dtype, disk: 
     lines = [
         f"model     {cfg.model}: {model.layers} layers, {model.q_heads} query / {model.kv_heads} KV heads x "
         f"{model.head_dim}, {dtype.name}",
-        f"hash      {cfg.hash.form}, {cfg.hash.code_bits} bits per {cfg.hash.code_heads} head and token, "
-        f"skip {cfg.hash.skip}",
+        f"hash      {cfg.hash.describe()}",
         f"text      {', '.join(cfg.data.train)}: {windows} windows of {cfg.data.window} tokens, "
         f"{windows * cfg.data.window:,} in all; {cfg.data.held_out_windows} held out",
         f"length    {_describe_lengths(lengths_covered(cfg, model))}",

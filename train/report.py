@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import rich.console
 
-from spotlight_jax import hashing, runs
-from spotlight_jax.checkpoint import Selector, save_selector
+from spotlight_jax import runs
 from spotlight_jax.config.selection import MIN_TOKENS
 from spotlight_jax.display import make_table, print_table
 from spotlight_jax.memory import GIB
 from spotlight_jax.metrics import spread_positions
-from spotlight_jax.selection import share_read
+from spotlight_jax.selector.base import HashFunctions
+from spotlight_jax.selector.checkpoint import Selector, save_selector
+from spotlight_jax.selector.selection import share_read
 from train.config import ORACLES
 from train.plots import plot_curves, plot_layers
 from train.session import Session
@@ -65,7 +66,6 @@ def write_results(session: Session, folder: runs.RunFolder) -> dict[str, Any]:
     session.measure_length()
     summary = summarise(session, str(path))
     selector = Selector(
-        cfg=session.cfg.hash,
         shape=session.shape,
         params=_on_host(session, session.length),
         base_model=session.cfg.model,
@@ -83,7 +83,7 @@ def write_results(session: Session, folder: runs.RunFolder) -> dict[str, Any]:
     return summary
 
 
-def _on_host(session: Session, length: int) -> hashing.HashParams:
+def _on_host(session: Session, length: int) -> HashFunctions:
     """The hash functions for sequences of `length` tokens, apart from the training state."""
     return jax.tree.map(jnp.asarray, jax.device_get(session.hash_functions(length)))
 
@@ -150,7 +150,7 @@ def _card(session: Session, summary: dict[str, Any]) -> str:
     return f"""# Selector for {cfg.model}
 
 Hash functions that choose which cached tokens each attention head reads, trained with spotlight-jax:
-{cfg.hash.form} form, {cfg.hash.code_bits} bits per {"KV" if cfg.hash.code_heads == "kv" else "query"} head and token.
+{cfg.hash.describe()}.
 The base model is not changed and not included.
 
 - base model: {cfg.model}: {shape.layers} layers, {shape.q_heads} query / {shape.kv_heads} KV heads x {shape.head_dim}

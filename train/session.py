@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from spotlight_jax import hashing, runs, text_files
+from spotlight_jax import runs, text_files
 from spotlight_jax.config.selection import check_layers
 from spotlight_jax.data import open_windows
 from spotlight_jax.display import Display
@@ -24,13 +24,16 @@ from spotlight_jax.metrics import SelectionQuality, spread_positions
 from spotlight_jax.models.decoder import Params
 from spotlight_jax.models.load import load_config, load_weights, open_tokenizer
 from spotlight_jax.models.params import resolve_dtype
+from spotlight_jax.selector.base import HashFunctions
+from spotlight_jax.selector.forms import check_widths, init_functions
+from spotlight_jax.selector.networks import orthogonal_lsh
 from train import hidden_cache, plan
 from train.capture import Captured, capture, make_mesh, padded_layers
 from train.config import PRESETS, LayerwiseConfig, MeasureConfig, lengths_covered
 from train.feed import Feed, FeedConfig
-from train.fit import fit, needs_windows
+from train.fit import fit
 from train.length import choose_windows, measure_far
-from train.measure import mean_over_sparse, measure, orthogonal_lsh
+from train.measure import mean_over_sparse, measure
 from train.states import StateStore
 from train.step import (
     StepConfig,
@@ -60,7 +63,7 @@ class Session:
         self.shape = head_shape(self.model_cfg)
         self.rows = len(self.lengths) * self.shape.layers  # of the state: all layers for one length after another
         check_tracker(cfg.track)
-        hashing.check_widths(cfg.hash, self.shape)
+        check_widths(cfg.hash, self.shape)
         check_layers(cfg.measure.dense_layers, self.shape.layers)
         if set(range(self.shape.layers)) <= set(cfg.measure.dense_layers):
             raise InputError(
@@ -74,7 +77,7 @@ class Session:
         self._init_key, self._feed_key, self._step_key = jax.random.split(base_key, 3)
         self._key_data = np.asarray(jax.random.key_data(base_key)).tolist()
         self.step, self.seconds = 0, 0.0
-        self.step_cfg = StepConfig(cfg.hash, cfg.ranking, cfg.optimizer, cfg.steps, cfg.layers_at_once, self.mesh)
+        self.step_cfg = StepConfig(cfg.ranking, cfg.optimizer, cfg.steps, cfg.layers_at_once, self.mesh)
         self.feed: Feed  # this and the next after `prepare`
         self._held_out_tokens: np.ndarray
         self._held_out_long: np.ndarray
@@ -108,15 +111,15 @@ class Session:
         else:
             self._open_text()
         hashes = self._init_hashes()
-        if needs_windows(cfg.hash) and not (cfg.resume or cfg.dry_run):  # were fitted, or are only timed
+        if hashes.fitted_to != "nothing" and not (cfg.resume or cfg.dry_run):  # were fitted, or are only timed
             progress = functools.partial(self._display.update, "fitting to windows")
             hashes = fit(hashes, self._first_windows(), cfg, progress)
         state = init_state(hashes, cfg.optimizer, cfg.steps)
         self.state = spread_state(state, self.rows, self.mesh)
 
-    def _init_hashes(self) -> hashing.HashParams:
+    def _init_hashes(self) -> HashFunctions:
         """Hash functions of all rows before anything is known of keys."""
-        return hashing.init_params(self._init_key, self.cfg.hash, dataclasses.replace(self.shape, layers=self.rows))
+        return init_functions(self._init_key, self.cfg.hash, dataclasses.replace(self.shape, layers=self.rows))
 
     def _load_params(self) -> Params:
         """The frozen model: device arrays, or NumPy arrays that a compiled layer takes along as it is called."""
@@ -153,16 +156,16 @@ class Session:
         self._store = StateStore(folder.path / "checkpoints", self.cfg.keep_checkpoints)
         self._track = open_tracker(self.cfg.track, folder.path, runs.to_plain(self.cfg))
         self._held_out = self._capture_held_out() if beside is None else beside._held_out
-        lsh, lsh_cfg = orthogonal_lsh(self._init_key, self.cfg.hash.code_bits, self.shape)
+        lsh = orthogonal_lsh(self._init_key, self.cfg.hash.code_bits, self.shape)
         if (
             beside is not None
-            and beside.cfg.hash.code_bits == lsh_cfg.code_bits
+            and beside.cfg.hash.code_bits == lsh.cfg.code_bits
             and beside.cfg.measure == self.cfg.measure
         ):
             self.quality["lsh"] = beside.quality["lsh"]
         else:
             self._display.say("measuring LSH")
-            self.quality["lsh"] = measure(lsh, self._held_out, lsh_cfg, self.cfg.measure, self.cfg.layers_at_once)
+            self.quality["lsh"] = measure(lsh, self._held_out, self.cfg.measure, self.cfg.layers_at_once)
         if self.cfg.resume:
             self._resume()
         else:
@@ -237,9 +240,9 @@ class Session:
         """Quality of the hash functions as they are, on the held-out windows."""
         self._check_state()
         hashes = self.hash_functions(self.cfg.data.window)
-        return measure(hashes, self._held_out, self.cfg.hash, cfg, self.cfg.layers_at_once)
+        return measure(hashes, self._held_out, cfg, self.cfg.layers_at_once)
 
-    def hash_functions(self, length: int) -> hashing.HashParams:
+    def hash_functions(self, length: int) -> HashFunctions:
         """The hash functions as they are, of all layers, for sequences of `length` tokens."""
         place = sum(length > covered for covered in self.lengths[:-1])
         own = slice(place * self.shape.layers, (place + 1) * self.shape.layers)
@@ -258,7 +261,7 @@ class Session:
             else f"measuring windows of {self.cfg.data.window:,} tokens whose positions reach {self.length:,}"
         )
         lsh = orthogonal_lsh(self._init_key, self.cfg.hash.code_bits, self.shape)
-        hashes = {"far": (self.hash_functions(self.length), self.cfg.hash), "far_lsh": lsh}
+        hashes = {"far": self.hash_functions(self.length), "far_lsh": lsh}
         args = far, self._params, self.model_cfg, hashes, self.cfg.measure, self.mesh
         self.quality |= measure_far(*args)
         self.is_far_whole = far.is_whole

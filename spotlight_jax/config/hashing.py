@@ -41,6 +41,15 @@ class HashConfig:
         if self.form != "symmetric" and self.code_heads == "query":
             raise InputError(f"the {self.form} form keeps one code per KV head; give --hash.code-heads kv")
 
+    def code_shape(self, q_heads: int, kv_heads: int) -> tuple[int, int]:
+        """Heads and words of a token's codes in a layer with so many heads."""
+        return (kv_heads if self.code_heads == "kv" else q_heads), self.words
+
+    def describe(self) -> str:
+        """What is kept of a token, in words."""
+        head = "KV" if self.code_heads == "kv" else "query"
+        return f"{self.form} form, {self.code_bits} bits per {head} head and token"
+
     @property
     def words(self) -> int:
         """Number of uint32 words of a packed code."""

@@ -14,8 +14,6 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from spotlight_jax import hashing
-from spotlight_jax.checkpoint import Selector, save_selector
 from spotlight_jax.commands import chat, completion, doctor, generate, machine, session, talk
 from spotlight_jax.config.generation import GenerateConfig
 from spotlight_jax.config.hashing import HashConfig
@@ -29,6 +27,9 @@ from spotlight_jax.models.config import RopeConfig
 from spotlight_jax.models.decoder import init_params
 from spotlight_jax.models.load import BaseModel
 from spotlight_jax.models.presets import PRESETS
+from spotlight_jax.selector.base import HeadShape
+from spotlight_jax.selector.checkpoint import Selector, save_selector
+from spotlight_jax.selector.forms import init_functions
 from spotlight_jax.text_stream import BROKEN
 from spotlight_jax.token_ids import encode_chat
 from tests.byte_tokenizer import byte_tokenizer
@@ -53,9 +54,7 @@ def tiny_model(monkeypatch):
 @pytest.fixture
 def selector_folder(tmp_path):
     cfg, shape = HashConfig(code_bits=64), head_shape(MODEL)
-    save_selector(
-        tmp_path / "selector", Selector(cfg, shape, hashing.init_params(jax.random.key(1), cfg, shape), "tiny", {}), ""
-    )
+    save_selector(tmp_path / "selector", Selector(shape, init_functions(jax.random.key(1), cfg, shape), "tiny", {}), "")
     return tmp_path / "selector"
 
 
@@ -84,8 +83,8 @@ def test_the_model_is_the_selectors_unless_one_is_named(capsys, selector_folder)
 
 def test_a_prompt_beyond_the_positions_that_a_selector_covers_gets_one_line(capsys, tmp_path):
     cfg, shape = HashConfig(code_bits=64), head_shape(MODEL)
-    params = hashing.init_params(jax.random.key(1), cfg, shape)
-    save_selector(tmp_path / "short", Selector(cfg, shape, params, "tiny", {}, 100), "")
+    params = init_functions(jax.random.key(1), cfg, shape)
+    save_selector(tmp_path / "short", Selector(shape, params, "tiny", {}, 100), "")
     for tokens, count in ((90, 0), (97, 1)):  # with four new ones
         args = ["--selector", str(tmp_path / "short"), "--prompt", "x" * tokens, "--max-new-tokens", "4"]
         assert generate.command(args) == 0
@@ -289,9 +288,9 @@ def test_bad_input_ends_with_one_line_and_exit_code_2(args, message, capsys):
 
 
 def test_a_selector_of_another_model_is_refused_before_the_weights_are_loaded(tmp_path, capsys, monkeypatch):
-    cfg, shape = HashConfig(code_bits=64), hashing.HeadShape(5, 4, 2, 8)
-    params = hashing.init_params(jax.random.key(1), cfg, shape)
-    save_selector(tmp_path / "other", Selector(cfg, shape, params, "other", {}), "")
+    cfg, shape = HashConfig(code_bits=64), HeadShape(5, 4, 2, 8)
+    params = init_functions(jax.random.key(1), cfg, shape)
+    save_selector(tmp_path / "other", Selector(shape, params, "other", {}), "")
     monkeypatch.setattr(session, "load_model", lambda *_: pytest.fail("loaded"))
     assert generate.command(["--prompt", "abc", "--selector", str(tmp_path / "other")]) == 2
     assert "does not fit this base model" in capsys.readouterr().err

@@ -21,8 +21,8 @@ import eval.speed
 import train.ablate
 import train.demo
 import train.layerwise
-from spotlight_jax.checkpoint import save_selector
 from spotlight_jax.commands import chat, doctor, generate
+from spotlight_jax.selector.checkpoint import save_selector
 from tests.eval.subjects import make_selector
 from tests.models import tiny
 

@@ -9,7 +9,7 @@ from eval.attend import attend_with, causal_budgets, default_chunk
 from eval.methods.base import Method, Reading
 from eval.methods.opening import open_method
 from spotlight_jax.config.selection import SelectionConfig
-from spotlight_jax.hashing import HeadShape
+from spotlight_jax.selector.base import HeadShape
 from tests.tolerances import tolerance
 
 pytestmark = pytest.mark.slow  # whole commands and many methods, compiled anew

@@ -8,9 +8,9 @@ import pytest
 from eval.decoder import Decoder, open_decoder
 from eval.flags import ForwardConfig
 from eval.forward import Sequence, pass_sequence
-from spotlight_jax.checkpoint import save_selector
 from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.errors import InputError
+from spotlight_jax.selector.checkpoint import save_selector
 from tests.eval.subjects import draw_tokens, make_selector, subject
 
 pytestmark = pytest.mark.slow  # whole commands and many methods, compiled anew

@@ -15,10 +15,10 @@ from eval.fidelity import compare_task
 from eval.longbench_data import Sample, encode_prompt
 from eval.longbench_score import score_folder
 from eval.longbench_tasks import TASKS
-from spotlight_jax.checkpoint import save_selector
 from spotlight_jax.config.generation import GenerateConfig
 from spotlight_jax.generate import generate
 from spotlight_jax.models.load import BaseModel
+from spotlight_jax.selector.checkpoint import save_selector
 from tests.byte_tokenizer import byte_tokenizer
 from tests.eval import subjects
 

@@ -15,8 +15,6 @@ from eval.flags import ForwardConfig, ReadingConfig
 from eval.forward import Sequence, pass_sequence
 from eval.haystack import Haystack
 from eval.prefilled import pass_tail, prefill
-from spotlight_jax import hashing
-from spotlight_jax.checkpoint import Selector
 from spotlight_jax.config.generation import DecodeConfig
 from spotlight_jax.config.hashing import HashConfig
 from spotlight_jax.engine import Engine
@@ -25,6 +23,8 @@ from spotlight_jax.generate import head_shape
 from spotlight_jax.models.decoder import init_params
 from spotlight_jax.models.presets import PRESETS
 from spotlight_jax.models.runner import run_layer
+from spotlight_jax.selector.checkpoint import Selector
+from spotlight_jax.selector.forms import init_functions
 from tests.byte_tokenizer import byte_tokenizer
 
 pytestmark = pytest.mark.slow  # whole commands and many methods, compiled anew
@@ -37,7 +37,7 @@ SELECTION = ReadingConfig(min_tokens=5, sink_tokens=2, recent_tokens=3, dense_la
 @functools.cache
 def subject() -> Subject:
     cfg, shape = HashConfig(code_bits=64), head_shape(MODEL)
-    selector = Selector(cfg, shape, hashing.init_params(jax.random.key(1), cfg, shape), "tiny", {})
+    selector = Selector(shape, init_functions(jax.random.key(1), cfg, shape), "tiny", {})
     return Subject(MODEL, init_params(jax.random.key(0), MODEL), TOKENIZER, selector, "tiny")
 
 

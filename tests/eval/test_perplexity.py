@@ -9,10 +9,10 @@ import pytest
 from eval import forward, perplexity
 from eval.copy_text import CopyConfig, copy_texts
 from eval.forward import Passed
-from spotlight_jax.checkpoint import load_selector, save_selector
 from spotlight_jax.config.data import DataConfig
 from spotlight_jax.data import open_windows, read_windows
 from spotlight_jax.errors import InputError
+from spotlight_jax.selector.checkpoint import load_selector, save_selector
 from tests.eval.subjects import make_selector, write_inputs
 
 SIZES = ["--window", "96", "--selection.min-tokens", "5", "--selection.dense-layers", "0"]

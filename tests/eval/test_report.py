@@ -10,8 +10,8 @@ import pytest
 
 from eval import report, report_charts, report_page, report_plan
 from spotlight_jax import runs
-from spotlight_jax.checkpoint import save_selector
 from spotlight_jax.errors import InputError
+from spotlight_jax.selector.checkpoint import save_selector
 from tests.eval.subjects import make_selector
 
 pytestmark = pytest.mark.slow  # whole commands and many methods, compiled anew

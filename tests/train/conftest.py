@@ -8,7 +8,8 @@ import pathlib
 import numpy as np
 import pytest
 
-from spotlight_jax import hashing, metrics
+from spotlight_jax import metrics
+from spotlight_jax.selector import networks, transform
 from tests.models import tiny
 from train import capture, layerwise, loop, step
 
@@ -43,8 +44,8 @@ class Finished:
 
 # Optax and Orbax build these with norms, shapes and None in place of arrays, as any `jax.tree.map` may.
 _TREES = (
-    *(hashing.HashNetwork, hashing.NetworkWeights, hashing.KeyStats, hashing.TransformWeights, hashing.Coder),
-    hashing.HashParams,
+    *(networks.HashNetwork, networks.NetworkWeights, networks.KeyStats, networks.NetworkHash),
+    *(transform.TransformWeights, transform.KeyQuantizer, transform.TransformHash),
     *(metrics.SelectionQuality, capture.Captured, step.TrainState, step.StepReport),
 )
 

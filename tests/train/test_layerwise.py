@@ -16,10 +16,11 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
-from spotlight_jax import files, hashing, runs
-from spotlight_jax.checkpoint import load_selector
+from spotlight_jax import files, runs
 from spotlight_jax.errors import InputError
 from spotlight_jax.models.config import config_from_hf
+from spotlight_jax.selector.base import HeadShape
+from spotlight_jax.selector.checkpoint import load_selector
 from tests.models import tiny
 from tests.train.conftest import LAYERS, LENGTH, SAVE_EVERY, STEPS, WINDOW
 from train import hidden_cache, layerwise, plan, session, step
@@ -267,7 +268,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoi
     def take_step(self, captured=None):
         if self.step == 9:  # whose state the next checkpoint would hold
             weights = self.state.params.weights
-            weights = weights.replace(decode=weights.decode.at[1].set(jnp.nan))
+            weights = weights.replace(bit_weights=weights.bit_weights.at[1].set(jnp.nan))
             self.state = self.state.replace(params=self.state.params.replace(weights=weights))
         return real(self, captured)
 
@@ -313,7 +314,7 @@ def test_a_loss_that_is_no_number_names_what_is_at_fault():
         report = step.StepReport(jnp.asarray(nan), jnp.asarray(nan), jnp.asarray(nan), jnp.asarray(fine))
         cfg = dataclasses.replace(PRESETS["default"], **(flags or {}))
         run = object.__new__(Session)  # of which only these are read
-        run.cfg, run.step, run.shape = cfg, 3, hashing.HeadShape(layers=3, q_heads=2, kv_heads=1, head_dim=8)
+        run.cfg, run.step, run.shape = cfg, 3, HeadShape(layers=3, q_heads=2, kv_heads=1, head_dim=8)
         run.rows, run.lengths = 3, (64,)
         with pytest.raises(InputError) as caught:
             session.check_finite(report, run)

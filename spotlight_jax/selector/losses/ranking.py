@@ -19,12 +19,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray, Shaped
 
-from spotlight_jax import hashing
-from spotlight_jax.config.hashing import HashConfig
 from spotlight_jax.config.ranking import RankingConfig, Target
 from spotlight_jax.kernels.pair_cost import SLOPES, pair_cost
 from spotlight_jax.kernels.select_top import select_top
-from spotlight_jax.selection import ordered_ranks
+from spotlight_jax.selector.base import HashFunctions
+from spotlight_jax.selector.selection import ordered_ranks
 
 
 @flax.struct.dataclass
@@ -142,38 +141,6 @@ def _top_weights(scores: Float[Array, "heads q_len tops"], cfg: RankingConfig) -
     return jnp.where(seen, 0.5 + 0.5 * scores.shape[-1] * probability, 0.0)
 
 
-def _query_side(
-    params: hashing.HashParams,
-    queries: Shaped[Array, "q_len q_heads head_dim"],
-    gamma: Float[Array, ""],
-    hash_cfg: HashConfig,
-    target: Target,
-) -> Float[Array, "heads sums q_len code_bits"]:
-    """What soft key codes are multiplied with: soft codes (symmetric) or real weights, of each head or of groups, so
-    that a group's score is made of its heads' as decoding makes it."""
-    outputs = hashing.hash_queries(params, queries, hash_cfg)
-    per_kv_head = target == "kv_head"
-    if hash_cfg.form == "symmetric":
-        soft = hashing.soft_sign(outputs, gamma)
-        weights = (hashing.sum_groups(soft, params.kv_heads) if per_kv_head else soft)[:, :, None]
-    else:
-        weights = hashing.sum_weights(params, outputs, hash_cfg, per_kv_head)
-    return jnp.moveaxis(weights, 0, 2)
-
-
-def _key_side(
-    params: hashing.HashParams,
-    keys: Shaped[Array, "kv_len kv_heads head_dim"],
-    gamma: Float[Array, ""],
-    hash_cfg: HashConfig,
-) -> Float[Array, "code_heads kv_len code_bits"]:
-    """Soft codes, or fitted ones, which are not trained, as they are: bits are about -1 and +1."""
-    hashed = hashing.hash_keys(params, keys, hash_cfg)
-    is_fitted = hash_cfg.form == "transform"
-    codes = jnp.where(hashed > 0, 1.0, -1.0) if is_fitted else hashing.soft_sign(hashed, gamma)
-    return jnp.swapaxes(codes, 0, 1)
-
-
 def _all_scores(
     weights: Float[Array, "heads sums q_len code_bits"], codes: Float[Array, "code_heads kv_len code_bits"]
 ) -> Float[Array, "heads q_len kv_len"]:
@@ -257,13 +224,12 @@ def _mass_cost(
 
 
 def ranking_loss(
-    params: hashing.HashParams,
+    functions: HashFunctions,
     key: PRNGKeyArray,
     queries: Shaped[Array, "q_len q_heads head_dim"],
     positions: Int32[Array, "q_len"],
     keys: Shaped[Array, "kv_len kv_heads head_dim"],
     gamma: Float[Array, ""],
-    hash_cfg: HashConfig,
     cfg: RankingConfig,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """One layer's loss on one window, and the share of sampled pairs ranked wrongly (of attention mass missed).
@@ -272,7 +238,7 @@ def ranking_loss(
     or over heads and queries, and the mean of such means where there are several targets.
     """
     blocks, targets = max(1, queries.shape[0] // cfg.queries_at_once), cfg.targets
-    codes = _key_side(params, keys, gamma, hash_cfg)
+    codes = jnp.swapaxes(functions.soft_codes(keys, gamma), 0, 1)
     blocked = (
         jax.random.split(key, blocks),
         queries.reshape(blocks, -1, *queries.shape[1:]),
@@ -284,12 +250,12 @@ def ranking_loss(
         return [target_scores(logits, keys.shape[1], target) for target in targets]
 
     @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(SLOPES))
-    def block_cost(params, codes, block_queries, block_positions, sampled):
+    def block_cost(functions, codes, block_queries, block_positions, sampled):
         # ranks of every key are found again in the backward pass: all blocks' would be kept until then
         targeted = rank_keys(block_queries, block_positions) if cfg.loss == "mass" else sampled
         costs = []
         for target, seen in zip(targets, targeted, strict=True):
-            weights = _query_side(params, block_queries, gamma, hash_cfg, target)
+            weights = jnp.moveaxis(functions.soft_weights(block_queries, gamma, target == "kv_head"), 0, 2)
             if cfg.loss == "mass":
                 costs.append(_mass_cost(weights, codes, seen, block_positions, cfg))
             else:
@@ -302,7 +268,7 @@ def ranking_loss(
         if cfg.loss == "pairs":
             ranked = rank_keys(block_queries, block_positions)
             sampled = [sample_pairs(block_key, scores, block_positions, cfg) for scores in ranked]
-        return totals + block_cost(params, codes, block_queries, block_positions, sampled), None
+        return totals + block_cost(functions, codes, block_queries, block_positions, sampled), None
 
     totals, _ = jax.lax.scan(add_block, jnp.zeros((len(targets), 3)), blocked)
     cost, wrong, count = totals.T
