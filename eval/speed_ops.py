@@ -18,7 +18,7 @@ from eval.timing import Op
 from spotlight_jax.cache import LANES, LayerCache
 from spotlight_jax.cached_attention import LayerSelector, attend_densely, attend_sparsely
 from spotlight_jax.config.generation import AttentionImpl
-from spotlight_jax.config.hashing import WORD_BITS, HashConfig
+from spotlight_jax.config.hashing import WORD_BITS, HashConfig, NetworkConfig, TransformConfig
 from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.kernels.match_score import match_score
 from spotlight_jax.kernels.sparse_attention import sparse_attention
@@ -54,7 +54,7 @@ class OpShape:
     @property
     def sums(self) -> int:
         """By how many sums of weights a token is scored."""
-        return min(HashConfig().sums, self.group)
+        return min(TransformConfig().sums, self.group)
 
     @property
     def bounds(self) -> WeightBounds:
@@ -145,8 +145,8 @@ def draw_inputs(shape: OpShape) -> OpInputs:
         lengths=jnp.full((shape.batch,), shape.length - 1, jnp.int32),
         weights=quantise(jax.random.normal(keys[3], (*per_kv, shape.sums, shape.code_bits))),
         signs=jnp.sum(2 * signs.astype(jnp.int32) - 1, axis=3, keepdims=True),
-        selector=selector(HashConfig(code_bits=shape.code_bits)),
-        hamming=selector(HashConfig("symmetric", shape.code_bits, skip="none", centre=False)),
+        selector=selector(TransformConfig(code_bits=shape.code_bits)),
+        hamming=selector(NetworkConfig("symmetric", shape.code_bits, skip="none", centre=False)),
     )
 
 

@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
 
-from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.hashing import NetworkConfig, TransformConfig
 from spotlight_jax.errors import InputError
 from spotlight_jax.selector import checkpoint
 from spotlight_jax.selector.base import HeadShape
@@ -19,13 +19,13 @@ from spotlight_jax.selector.checkpoint import Selector, choose_model, describe_r
 from spotlight_jax.selector.forms import init_functions
 
 SHAPE = HeadShape(layers=2, q_heads=6, kv_heads=3, head_dim=32)
-PAPER = HashConfig(form="symmetric", skip="none", code_bits=64, hidden=24, code_heads="query", centre=False)
+PAPER = NetworkConfig(form="symmetric", skip="none", code_bits=64, hidden=24, code_heads="query", centre=False)
 FORMS = {
     "paper": PAPER,
     "released": dataclasses.replace(PAPER, skip="layers", code_bits=32, hidden=32),
     "shared code": dataclasses.replace(PAPER, skip="rotation", code_heads="kv", centre=True),
-    "asymmetric": HashConfig("asymmetric", code_bits=64, hidden=24),
-    "transform": HashConfig(code_bits=64),
+    "asymmetric": NetworkConfig("asymmetric", code_bits=64, hidden=24),
+    "transform": TransformConfig(code_bits=64),
 }
 
 

@@ -12,7 +12,7 @@ from spotlight_jax import decode_step as step_module
 from spotlight_jax.attention import selected_attention
 from spotlight_jax.cache import bucket_length
 from spotlight_jax.config.generation import DecodeConfig, RowConfig
-from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.hashing import NetworkConfig, TransformConfig
 from spotlight_jax.config.sampling import SamplingConfig
 from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.decode_step import decode_step
@@ -31,10 +31,10 @@ from tests.tolerances import tolerance
 
 MODEL = PRESETS["tiny"]
 HASHES = {
-    "transform": HashConfig(code_bits=64),
-    "asymmetric": HashConfig("asymmetric", code_bits=64, hidden=24),
-    "paper": HashConfig(form="symmetric", skip="none", code_bits=32, hidden=24, code_heads="query", centre=False),
-    "signs per KV head": HashConfig(form="symmetric", code_bits=64, hidden=24),
+    "transform": TransformConfig(code_bits=64),
+    "asymmetric": NetworkConfig("asymmetric", code_bits=64, hidden=24),
+    "paper": NetworkConfig(form="symmetric", skip="none", code_bits=32, hidden=24, code_heads="query", centre=False),
+    "signs per KV head": NetworkConfig(form="symmetric", code_bits=64, hidden=24),
 }
 ALWAYS_SPARSE = SelectionConfig(keep=0.2, min_tokens=5, min_context=0, dense_layers=(0,))
 

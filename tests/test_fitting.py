@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.hashing import NetworkConfig, TransformConfig
 from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.selector import fitting, networks
 from spotlight_jax.selector.base import HeadShape, Sample
@@ -22,7 +22,7 @@ from spotlight_jax.selector.forms import init_functions
 LAYERS, WINDOWS, KV_LEN, Q_LEN, KV_HEADS, GROUP, HEAD_DIM = 2, 4, 60, 7, 2, 3, 8
 Q_HEADS = KV_HEADS * GROUP
 SHAPE = HeadShape(layers=LAYERS, q_heads=Q_HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM)
-TRANSFORM, NETWORKS = HashConfig(code_bits=64), HashConfig(form="asymmetric", code_bits=32, hidden=20)
+TRANSFORM, NETWORKS = TransformConfig(code_bits=64), NetworkConfig(form="asymmetric", code_bits=32, hidden=20)
 
 # jitted once: faster than eagerly, and arrays of numpy pass
 measure_layers = jax.jit(jax.vmap(measure_moments))
@@ -344,7 +344,7 @@ def top_share(params, keys, queries, cfg, count):
 
 
 def test_integer_scores_of_fitted_params_find_nearly_the_true_top_tokens():
-    cfg, shape = HashConfig(code_bits=128), dataclasses.replace(SHAPE, head_dim=32)
+    cfg, shape = TransformConfig(code_bits=128), dataclasses.replace(SHAPE, head_dim=32)
     rng = np.random.default_rng(2)
     mix = rng.normal(size=(LAYERS, KV_HEADS, 32, 32)) * np.geomspace(0.1, 3, 32)
     keys = np.einsum("lskd,lked->lske", rng.normal(size=(LAYERS, 1000, KV_HEADS, 32)), mix) + 4

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from spotlight_jax.config.generation import GenerateConfig
-from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.hashing import TransformConfig
 from spotlight_jax.config.sampling import SamplingConfig
 from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.errors import InputError
@@ -35,7 +35,7 @@ def base_model(tokenizer=TOKENIZER):
 
 @functools.cache
 def selector():
-    cfg, shape = HashConfig(code_bits=64, hidden=24), head_shape(MODEL)
+    cfg, shape = TransformConfig(code_bits=64), head_shape(MODEL)
     return Selector(shape, init_functions(jax.random.key(1), cfg, shape), "tiny", {})
 
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from spotlight_jax import bits
-from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config import hashing
+from spotlight_jax.config.hashing import NetworkConfig, TransformConfig
 from spotlight_jax.errors import InputError
 from spotlight_jax.kernels.hash_append import reference as transform
 from spotlight_jax.selector import networks
@@ -27,15 +28,15 @@ Q_HEADS = KV_HEADS * GROUP
 SHAPE = HeadShape(layers=LAYERS, q_heads=Q_HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM)
 SQUARE = dataclasses.replace(SHAPE, head_dim=32)  # widths that skip "layers" can bridge
 
-SYMMETRIC = HashConfig(form="symmetric", skip="none", code_bits=64, hidden=24, code_heads="query", centre=False)
+SYMMETRIC = NetworkConfig(form="symmetric", skip="none", code_bits=64, hidden=24, code_heads="query", centre=False)
 FORMS = {
     "paper": SYMMETRIC,
     "released": dataclasses.replace(SYMMETRIC, skip="layers", code_bits=32, hidden=32),
     "shared code": dataclasses.replace(SYMMETRIC, skip="rotation", code_heads="kv", centre=True),
-    "asymmetric": HashConfig(form="asymmetric", code_bits=64, hidden=24),
-    "asymmetric, not centred": HashConfig(form="asymmetric", code_bits=32, hidden=20, centre=False),
+    "asymmetric": NetworkConfig(form="asymmetric", code_bits=64, hidden=24),
+    "asymmetric, not centred": NetworkConfig(form="asymmetric", code_bits=32, hidden=20, centre=False),
 }
-TRANSFORM, DIGITS = HashConfig(code_bits=64), 4  # of each of the axes that `draw_params` gives
+TRANSFORM, DIGITS = TransformConfig(code_bits=64), 4  # of each of the axes that `draw_params` gives
 
 # jitted once: faster than eagerly, and arrays of numpy pass
 hash_keys = jax.jit(lambda params, x: params.hash_keys(x))
@@ -146,7 +147,7 @@ def test_planes_are_orthonormal_within_each_block_of_head_dim(code_bits, head_di
 @pytest.mark.parametrize("form", ["symmetric", "asymmetric"])
 @pytest.mark.parametrize("code_bits", [32, 64, 96])
 def test_step_0_of_the_rotation_skip_is_orthogonal_lsh(form, code_bits):
-    cfg = HashConfig(form=form, skip="rotation", code_bits=code_bits, hidden=20)
+    cfg = NetworkConfig(form=form, skip="rotation", code_bits=code_bits, hidden=20)
     shape = HeadShape(layers=LAYERS, q_heads=Q_HEADS, kv_heads=KV_HEADS, head_dim=64)
     stacked = init_functions(jax.random.key(3), cfg, shape)
     keys, queries = draw(4, BATCH, LEN, KV_HEADS, 64), draw(5, BATCH, LEN, Q_HEADS, 64)
@@ -171,13 +172,13 @@ def test_step_0_of_the_rotation_skip_is_orthogonal_lsh(form, code_bits):
 
 @pytest.mark.parametrize("form", ["transform", "asymmetric", "symmetric"])
 def test_no_two_params_share_memory_which_a_training_step_donates(form):
-    leaves = jax.tree.leaves(init_functions(jax.random.key(0), HashConfig(form, code_bits=32, hidden=20), SHAPE))
+    leaves = jax.tree.leaves(init_functions(jax.random.key(0), hashing.FORMS[form](form, code_bits=32), SHAPE))
     assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)
 
 
 @pytest.mark.parametrize("skip", ["none", "layers"])
 def test_the_papers_weights_start_normal_with_deviation_a_thousandth(skip):
-    cfg = HashConfig(form="symmetric", skip=skip, code_bits=64, hidden=64, code_heads="query")
+    cfg = NetworkConfig(form="symmetric", skip=skip, code_bits=64, hidden=64, code_heads="query")
     net = init_functions(jax.random.key(0), cfg, dataclasses.replace(SHAPE, head_dim=64)).weights.keys
     for kernel in (net.hidden_kernel, net.out_kernel):
         assert kernel.shape == (LAYERS, Q_HEADS, 64, 64)
@@ -232,7 +233,7 @@ def test_key_codes_are_the_signs_packed_word_major(form):
     params, keys = random_params(cfg), draw_keys(cfg, length=7)
     expected = expected_keys(params, keys, cfg)
     codes = np.asarray(key_codes(params, keys))
-    assert codes.shape == (BATCH, expected.shape[2], cfg.words, 7)
+    assert codes.shape == (BATCH, expected.shape[2], cfg.code_bits // 32, 7)
     for b, s, head, bit in np.ndindex(expected.shape):
         if abs(expected[b, s, head, bit]) > 1e-4:
             assert (int(codes[b, head, bit // 32, s]) >> (bit % 32)) & 1 == (expected[b, s, head, bit] > 0)
@@ -306,7 +307,7 @@ def test_a_query_of_zeros_has_finite_weights(cfg, per_kv_head):
 
 def test_centring_keeps_the_order_of_true_scores():
     """With planes that keep everything (an orthonormal square), centred weights times centred keys rank as q . k."""
-    cfg = HashConfig(form="asymmetric", code_bits=32, hidden=20)
+    cfg = NetworkConfig(form="asymmetric", code_bits=32, hidden=20)
     shape = dataclasses.replace(SHAPE, head_dim=32, layers=1)
     keys, queries = draw(6, BATCH, 40, KV_HEADS, 32) * 4 + 3, draw(7, BATCH, LEN, Q_HEADS, 32)
     params = init_functions(jax.random.key(0), cfg, shape).layer(0)
@@ -441,7 +442,7 @@ def test_transform_query_weights_are_their_sums_rounded_on_one_scale(per_kv_head
 
 @pytest.mark.parametrize("code_bits", [32, 96])
 def test_the_transform_form_is_orthogonal_lsh_before_it_is_fitted(code_bits):
-    cfg = HashConfig(code_bits=code_bits)
+    cfg = TransformConfig(code_bits=code_bits)
     params = init_functions(jax.random.key(3), cfg, SHAPE).layer(0)
     planes, keys, queries = np.asarray(params.stats.axes), draw_keys(cfg), draw_queries(cfg)
     for head, start in np.ndindex(KV_HEADS, code_bits // HEAD_DIM):
@@ -478,16 +479,15 @@ def test_the_soft_sign_tends_to_the_sign(x):
     ("fields", "names"),
     [
         ({"code_bits": 48}, "code_bits is 48"),
-        ({"code_bits": 0}, "code_bits is 0"),
+        ({"form": "asymmetric", "code_bits": 0}, "code_bits is 0"),
         ({"code_bits": 288}, "code_bits is 288"),
-        ({"hidden": 0}, "hidden is 0"),
+        ({"form": "symmetric", "hidden": 0}, "hidden is 0"),
         ({"form": "asymmetric", "code_heads": "query"}, "the asymmetric form .*code-heads kv"),
-        ({"code_heads": "query"}, "the transform form .*code-heads kv"),
     ],
 )
 def test_what_no_hash_function_can_be_built_from_is_named(fields, names):
     with pytest.raises(InputError, match=names):
-        HashConfig(**fields)
+        hashing.FORMS[fields.get("form", "transform")](**fields)
 
 
 @pytest.mark.parametrize(("hidden", "code_bits", "head_dim"), [(64, 32, 32), (32, 64, 32), (32, 32, 64)])

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spotlight_jax.bits import pack_bits
-from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.hashing import NetworkConfig, TransformConfig
 from spotlight_jax.selector import scoring
 from spotlight_jax.selector.base import HeadShape
 from spotlight_jax.selector.forms import init_functions
@@ -21,13 +21,13 @@ BATCH, Q_LEN, KV_HEADS, GROUP, HEAD_DIM, KV_LEN = 2, 3, 2, 3, 16, 37
 Q_HEADS = KV_HEADS * GROUP
 SHAPE = HeadShape(layers=1, q_heads=Q_HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM)
 
-PAPER = HashConfig(form="symmetric", skip="none", code_bits=64, hidden=24, code_heads="query", centre=False)
+PAPER = NetworkConfig(form="symmetric", skip="none", code_bits=64, hidden=24, code_heads="query", centre=False)
 FORMS = {
     "paper": PAPER,
     "shared code": dataclasses.replace(PAPER, skip="rotation", code_heads="kv"),
-    "asymmetric": HashConfig(form="asymmetric", code_bits=64, hidden=24),
-    "transform": HashConfig(code_bits=64),
-    "transform, one sum": HashConfig(code_bits=64, sums=1),
+    "asymmetric": NetworkConfig(form="asymmetric", code_bits=64, hidden=24),
+    "transform": TransformConfig(code_bits=64),
+    "transform, one sum": TransformConfig(code_bits=64, sums=1),
 }
 CASES = [(form, per_kv_head) for form in FORMS for per_kv_head in (False, True)]
 
@@ -60,7 +60,7 @@ def draw_keys(seed):
 
 def draw_codes(seed, cfg):
     heads = KV_HEADS if cfg.code_heads == "kv" else Q_HEADS
-    return np.random.default_rng(seed).integers(0, 2**32, (BATCH, heads, cfg.words, KV_LEN), dtype=np.uint32)
+    return np.random.default_rng(seed).integers(0, 2**32, (BATCH, heads, cfg.code_bits // 32, KV_LEN), dtype=np.uint32)
 
 
 def bits_of(codes):
@@ -100,7 +100,7 @@ def test_symmetric_scores_rank_tokens_as_popcount_of_xnor_does(form, per_kv_head
     cfg, params = FORMS[form], PARAMS[form]
     queries, codes = draw_queries(3), draw_codes(4, cfg)
     signs = np.asarray(query_weights(params, queries, False))[:, :, :, 0] > 0
-    words = np.zeros((*signs.shape[:3], cfg.words), np.uint32)
+    words = np.zeros((*signs.shape[:3], cfg.code_bits // 32), np.uint32)
     for bit in range(cfg.code_bits):
         words[..., bit // 32] |= signs[..., bit].astype(np.uint32) << np.uint32(bit % 32)
     matches = np.zeros((BATCH, Q_LEN, Q_HEADS, KV_LEN), np.int64)

@@ -30,7 +30,7 @@ from spotlight_jax.display import Display, make_table, open_console, print_resul
 from spotlight_jax.errors import InputError, check_numbers
 from spotlight_jax.metrics import SelectionQuality
 from spotlight_jax.models.config import nearest
-from train.config import PRESETS, LayerwiseConfig, MeasureConfig
+from train.config import PRESETS, LayerwiseConfig, MeasureConfig, with_recipe
 from train.measure import mean_over_sparse
 from train.plots import plot_ablation
 from train.report import write_results
@@ -141,6 +141,8 @@ def variant_config(name: str, cfg: AblateConfig) -> LayerwiseConfig:
         section, _, field = path.rpartition(".")
         sections.setdefault(section, {})[field] = value
     base, top = PRESETS["default"], sections.pop("")
+    kinds = sections.get("hash", {}).get("form", base.hash.form), sections["ranking"].get("loss", base.ranking.loss)
+    base = with_recipe(base, *kinds)
     nested = {section: dataclasses.replace(getattr(base, section), **fields) for section, fields in sections.items()}
     return dataclasses.replace(base, **top, **nested)
 

@@ -6,13 +6,14 @@ import math
 import jax
 import numpy as np
 
+from spotlight_jax.config.ranking import PairLoss
 from spotlight_jax.errors import InputError
 from spotlight_jax.generate import head_shape
 from spotlight_jax.memory import GIB, available_bytes
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import param_shapes
 from spotlight_jax.selector.forms import init_functions
-from spotlight_jax.selector.losses.ranking import most_top
+from spotlight_jax.selector.losses.targets import most_top
 from train.config import LayerwiseConfig, lengths_covered
 
 
@@ -30,12 +31,12 @@ def estimate_memory(cfg: LayerwiseConfig, model: DecoderConfig, dtype: np.dtype,
     code_heads, _ = cfg.hash.code_shape(model.q_heads, model.kv_heads)
     at_once = min(ranking.queries_at_once, ranking.queries)
     rows = model.q_heads * at_once
-    tops = min(ranking.tops, most_top(window, ranking))
+    scores, tops = (3, min(ranking.tops, most_top(window, ranking))) if isinstance(ranking, PairLoss) else (6, 0)
     loss = (
         cfg.layers_at_once
         * 4
         * (
-            (6 if ranking.loss == "mass" else 3) * rows * window  # true scores and learned ones, sorted for their top
+            scores * rows * window  # true scores and learned ones, sorted for their top
             + 4 * code_heads * window * cfg.hash.code_bits  # soft codes and their gradients
             + 2 * rows * tops * cfg.hash.code_bits  # codes of the sampled top keys
         )

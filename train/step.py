@@ -13,11 +13,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 
-from spotlight_jax.config.ranking import RankingConfig
+from spotlight_jax.config.ranking import LossConfig
 from spotlight_jax.selector.base import HashFunctions
 from spotlight_jax.selector.losses.ranking import ranking_loss
 from train.capture import AXIS, Captured, padded_layers
-from train.config import OptimizerConfig
+from train.config import AnnealedOptimizerConfig, OptimizerConfig
 
 
 @flax.struct.dataclass
@@ -45,7 +45,9 @@ def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransforma
 
 
 def gamma_at(step: Int32[Array, ""], cfg: OptimizerConfig, steps: int) -> Float[Array, ""]:
-    """Sharpness of the soft sign: geometric from gamma_start to gamma_end, then constant."""
+    """Sharpness of the soft sign: geometric from gamma_start to gamma_end, then constant; 1 where nothing is soft."""
+    if not isinstance(cfg, AnnealedOptimizerConfig):
+        return jnp.float32(1)
     if cfg.anneal == 0:
         return jnp.float32(cfg.gamma_end)
     progress = jnp.minimum(step / max(1.0, cfg.anneal * steps), 1.0)
@@ -79,7 +81,7 @@ class StepReport:
 class StepConfig:
     """All that shapes a step and does not change during a run."""
 
-    ranking: RankingConfig
+    ranking: LossConfig
     optimizer: OptimizerConfig
     steps: int
     layers_at_once: int

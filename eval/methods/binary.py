@@ -8,13 +8,13 @@ import jax
 from eval.methods.base import Setting, rule_of
 from eval.methods.lsh import code_bits
 from eval.methods.spotlight import HashCodes
-from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.hashing import NetworkConfig
 from spotlight_jax.selector.forms import init_functions
 
 
 def open_binary(name: str, setting: Setting) -> HashCodes:
     """Random rotations of queries and of keys brought to mean 0 and spread 1, the keys' signs alone being kept."""
-    cfg = HashConfig("asymmetric", code_bits(setting), hidden=1)
+    cfg = NetworkConfig("asymmetric", code_bits(setting), hidden=1)
     params = init_functions(jax.random.key(setting.seed), cfg, setting.shape)
     selection = setting.selection
     return HashCodes(name, rule_of(selection), selection.dense_layers, params, stats="own mean and spread")

@@ -3,14 +3,14 @@
 import jax
 from jaxtyping import PRNGKeyArray
 
-from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.hashing import HashConfig, NetworkConfig
 from spotlight_jax.selector import networks, transform
 from spotlight_jax.selector.base import HashFunctions, HeadShape
 
 
 def check_widths(cfg: HashConfig, shape: HeadShape) -> None:
     """Raise InputError where a config does not fit a model's heads."""
-    if cfg.form != "transform":
+    if isinstance(cfg, NetworkConfig):
         networks.check_widths(cfg, shape)
 
 
@@ -20,5 +20,10 @@ def init_functions(key: PRNGKeyArray, cfg: HashConfig, shape: HeadShape) -> Hash
     Raises: InputError as `check_widths`.
     """
     check_widths(cfg, shape)
-    init = transform.init_layer if cfg.form == "transform" else networks.init_layer
-    return jax.vmap(lambda layer_key: init(layer_key, cfg, shape))(jax.random.split(key, shape.layers))
+
+    def init(layer_key: PRNGKeyArray) -> HashFunctions:
+        if isinstance(cfg, NetworkConfig):
+            return networks.init_layer(layer_key, cfg, shape)
+        return transform.init_layer(layer_key, cfg, shape)
+
+    return jax.vmap(init)(jax.random.split(key, shape.layers))

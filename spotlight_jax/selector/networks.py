@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, PRNGKeyArray, Shaped
 
-from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.hashing import NetworkConfig
 from spotlight_jax.errors import InputError
 from spotlight_jax.selector.base import HashFunctions, HeadShape, Sample, orthogonal_planes, sum_groups
 from spotlight_jax.selector.fitting import Moments
@@ -56,6 +56,7 @@ class NetworkHash(HashFunctions):
 
     weights: NetworkWeights
     stats: KeyStats
+    cfg: NetworkConfig = flax.struct.field(pytree_node=False)
 
     @property
     def is_symmetric(self) -> bool:
@@ -144,7 +145,7 @@ class NetworkHash(HashFunctions):
 
 
 def _init_network(
-    key: PRNGKeyArray, heads: int, head_dim: int, cfg: HashConfig, planes: Float[Array, "heads head_dim code_bits"]
+    key: PRNGKeyArray, heads: int, head_dim: int, cfg: NetworkConfig, planes: Float[Array, "heads head_dim code_bits"]
 ) -> HashNetwork:
     """One layer's network at its start."""
     hidden_key, out_key = jax.random.split(key)
@@ -165,7 +166,7 @@ def _init_network(
     )
 
 
-def check_widths(cfg: HashConfig, shape: HeadShape) -> None:
+def check_widths(cfg: NetworkConfig, shape: HeadShape) -> None:
     """Raise InputError where `skip="layers"` meets widths that its identities cannot bridge."""
     if cfg.skip == "layers" and not cfg.hidden == cfg.code_bits == shape.head_dim:
         raise InputError(
@@ -174,7 +175,7 @@ def check_widths(cfg: HashConfig, shape: HeadShape) -> None:
         )
 
 
-def init_layer(key: PRNGKeyArray, cfg: HashConfig, shape: HeadShape) -> NetworkHash:
+def init_layer(key: PRNGKeyArray, cfg: NetworkConfig, shape: HeadShape) -> NetworkHash:
     """One layer, with statistics that change nothing."""
     code_heads = shape.kv_heads if cfg.code_heads == "kv" else shape.q_heads
     plane_key, keys_key, queries_key = jax.random.split(key, 3)
@@ -189,7 +190,7 @@ def init_layer(key: PRNGKeyArray, cfg: HashConfig, shape: HeadShape) -> NetworkH
 
 
 def _apply_network(
-    net: HashNetwork, x: Float[Array, "*batch x_heads head_dim"], cfg: HashConfig
+    net: HashNetwork, x: Float[Array, "*batch x_heads head_dim"], cfg: NetworkConfig
 ) -> Float[Array, "*batch heads code_bits"]:
     """The hash function before its sign. Query head h meets KV head h // group, whichever side has more heads."""
     net_heads, x_heads = net.hidden_bias.shape[0], x.shape[-2]
@@ -251,5 +252,5 @@ def sign_bounds(code_bits: int, summed: int = 1) -> WeightBounds:
 
 def orthogonal_lsh(key: PRNGKeyArray, code_bits: int, shape: HeadShape, centre: bool = False) -> NetworkHash:
     """Random rotations and signs, the same for queries and keys: the baseline that needs no training."""
-    cfg = HashConfig("symmetric", code_bits, skip="rotation", hidden=1, centre=centre)
+    cfg = NetworkConfig("symmetric", code_bits, skip="rotation", hidden=1, centre=centre)
     return jax.vmap(lambda layer_key: init_layer(layer_key, cfg, shape))(jax.random.split(key, shape.layers))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int32, PRNGKeyArray, Shaped
 
 from spotlight_jax.cache import LayerCache
-from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.hashing import TransformConfig
 from spotlight_jax.kernels.hash_append import Transform, hash_append
 from spotlight_jax.kernels.hash_append.reference import add_heads, key_digits, to_one_length, weigh_bits
 from spotlight_jax.selector import fitting
@@ -47,6 +47,7 @@ class TransformHash(HashFunctions):
 
     weights: TransformWeights
     stats: KeyQuantizer
+    cfg: TransformConfig = flax.struct.field(pytree_node=False)
 
     fitted_to: ClassVar[Literal["windows"]] = "windows"
 
@@ -101,7 +102,7 @@ class TransformHash(HashFunctions):
         return copied[:, None], summed, LayerCache(*caches)
 
 
-def init_layer(key: PRNGKeyArray, cfg: HashConfig, shape: HeadShape) -> TransformHash:
+def init_layer(key: PRNGKeyArray, cfg: TransformConfig, shape: HeadShape) -> TransformHash:
     """One layer: signs on random axes, orthogonal LSH, and all query heads in each score head."""
     planes = orthogonal_planes(key, shape.kv_heads, shape.head_dim, cfg.code_bits)
     quantizer = KeyQuantizer(

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from spotlight_jax.commands import chat, completion, doctor, generate, machine, session, talk
 from spotlight_jax.config.generation import GenerateConfig
-from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.hashing import TransformConfig
 from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.engine import Engine
 from spotlight_jax.errors import InputError
@@ -53,7 +53,7 @@ def tiny_model(monkeypatch):
 
 @pytest.fixture
 def selector_folder(tmp_path):
-    cfg, shape = HashConfig(code_bits=64), head_shape(MODEL)
+    cfg, shape = TransformConfig(code_bits=64), head_shape(MODEL)
     save_selector(tmp_path / "selector", Selector(shape, init_functions(jax.random.key(1), cfg, shape), "tiny", {}), "")
     return tmp_path / "selector"
 
@@ -82,7 +82,7 @@ def test_the_model_is_the_selectors_unless_one_is_named(capsys, selector_folder)
 
 
 def test_a_prompt_beyond_the_positions_that_a_selector_covers_gets_one_line(capsys, tmp_path):
-    cfg, shape = HashConfig(code_bits=64), head_shape(MODEL)
+    cfg, shape = TransformConfig(code_bits=64), head_shape(MODEL)
     params = init_functions(jax.random.key(1), cfg, shape)
     save_selector(tmp_path / "short", Selector(shape, params, "tiny", {}, 100), "")
     for tokens, count in ((90, 0), (97, 1)):  # with four new ones
@@ -288,7 +288,7 @@ def test_bad_input_ends_with_one_line_and_exit_code_2(args, message, capsys):
 
 
 def test_a_selector_of_another_model_is_refused_before_the_weights_are_loaded(tmp_path, capsys, monkeypatch):
-    cfg, shape = HashConfig(code_bits=64), HeadShape(5, 4, 2, 8)
+    cfg, shape = TransformConfig(code_bits=64), HeadShape(5, 4, 2, 8)
     params = init_functions(jax.random.key(1), cfg, shape)
     save_selector(tmp_path / "other", Selector(shape, params, "other", {}), "")
     monkeypatch.setattr(session, "load_model", lambda *_: pytest.fail("loaded"))
@@ -327,7 +327,7 @@ def test_what_does_not_fit_is_refused_with_the_numbers_before_loading(monkeypatc
 
 
 def test_the_memory_plan_by_hand():
-    hash_cfg = HashConfig(code_bits=128)
+    hash_cfg = TransformConfig(code_bits=128)
     plan = plan_memory(PRESETS["qwen2.5-7b"], jnp.dtype("bfloat16"), 1, 131072, 2048, hash_cfg, SelectionConfig())
     assert plan.cache == 2 * 28 * 131072 * 4 * 128 * 2
     assert plan.codes == 26 * 131072 * 4 * 16

@@ -141,7 +141,7 @@ WRONG = [
     ("speed --keep 0", "keep is 0.0"),
     ("speed --resume", "add --out RUN_FOLDER"),
     ("train --steps 0", "steps is 0"),
-    ("train --preset papr", "Did you mean 'paper'?"),
+    ("train --preset papr", "did you mean 'paper'?"),
     ("train --model nowhere", "no such model"),
     ("train --resume", "add --out RUN_FOLDER"),
     ("train --resume --out nowhere", "is no run folder"),

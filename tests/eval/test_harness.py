@@ -17,7 +17,7 @@ from eval.config import Subject, Trial
 from eval.decoder import open_decoder
 from eval.harness_scores import Reader, Request, Tally, Wanted
 from spotlight_jax.config.generation import GenerateConfig
-from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.hashing import TransformConfig
 from spotlight_jax.config.sampling import SamplingConfig
 from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.generate import generate, head_shape
@@ -38,7 +38,7 @@ FULL = SelectionConfig(keep=1.0, min_context=0, dense_layers=(0,))
 
 @pytest.fixture(scope="module")
 def subject():
-    cfg = HashConfig(code_bits=64)
+    cfg = TransformConfig(code_bits=64)
     shape = head_shape(MODEL)
     selector = Selector(shape, init_functions(jax.random.key(1), cfg, shape), "tiny", {})
     params = init_params(jax.random.key(0), MODEL, jnp.float32)
@@ -144,7 +144,7 @@ def test_a_tasks_stop_string_that_is_a_special_token_ends_the_text(subject, meth
 def test_a_selector_behind_the_name_is_the_one_that_reads(subject, tmp_path):
     """Scores and texts are those of this selector alone, whichever other stands beside it."""
     shape = head_shape(MODEL)
-    cfg = HashConfig(code_bits=32)
+    cfg = TransformConfig(code_bits=32)
     other = Selector(shape, init_functions(jax.random.key(2), cfg, shape), "tiny", {})
     save_selector(tmp_path / "other", other, "card")
     requests, prompts = draw_requests(), [list(b"once upon a time there was a "), list(range(60))]

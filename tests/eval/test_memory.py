@@ -10,7 +10,7 @@ import pytest
 from eval import forward, inspect, prefilled
 from eval.attend import Selected, default_chunk
 from eval.methods.opening import open_method
-from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.hashing import TransformConfig
 from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.generate import head_shape
 from spotlight_jax.models.decoder import init_params, unembed_params
@@ -47,7 +47,7 @@ def temporary(lowered):
 
 
 def open_layer(name):
-    hash_cfg, shape = HashConfig(), head_shape(CFG)
+    hash_cfg, shape = TransformConfig(), head_shape(CFG)
     selector = Selector(shape, init_functions(jax.random.key(0), hash_cfg, shape), "x", {})
     return open_method(name, selector, SelectionConfig(keep=0.02), shape).layer(0)
 

@@ -11,7 +11,7 @@ import pytest
 from eval.methods import METHODS
 from eval.methods.magicpig import MagicPig
 from eval.methods.opening import open_method
-from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.hashing import TransformConfig
 from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.errors import InputError
 from spotlight_jax.selector.base import HeadShape
@@ -38,7 +38,7 @@ def draw(seed=0):
 
 @functools.cache
 def selector():
-    cfg = HashConfig(code_bits=64)
+    cfg = TransformConfig(code_bits=64)
     return Selector(SHAPE, draw_params(cfg, SHAPE), "tiny", {})
 
 

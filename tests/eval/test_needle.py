@@ -16,7 +16,7 @@ from eval.forward import Sequence, pass_sequence
 from eval.haystack import Haystack
 from eval.prefilled import pass_tail, prefill
 from spotlight_jax.config.generation import DecodeConfig
-from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.hashing import TransformConfig
 from spotlight_jax.engine import Engine
 from spotlight_jax.errors import InputError
 from spotlight_jax.generate import head_shape
@@ -36,7 +36,7 @@ SELECTION = ReadingConfig(min_tokens=5, sink_tokens=2, recent_tokens=3, dense_la
 
 @functools.cache
 def subject() -> Subject:
-    cfg, shape = HashConfig(code_bits=64), head_shape(MODEL)
+    cfg, shape = TransformConfig(code_bits=64), head_shape(MODEL)
     selector = Selector(shape, init_functions(jax.random.key(1), cfg, shape), "tiny", {})
     return Subject(MODEL, init_params(jax.random.key(0), MODEL), TOKENIZER, selector, "tiny")
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.hashing import TransformConfig
 from spotlight_jax.generate import encode_prompts
 from spotlight_jax.models import hf
 from spotlight_jax.models.decoder import param_shapes
@@ -38,7 +38,7 @@ def _sound() -> dict[str, bytes]:
         folder = Path(scratch)
         tiny.write_folder(folder / "model", _MODEL, shards=1)
         tokenizer_from_gguf(open_gguf(write_gguf(folder / "model.gguf", _MODEL))).save_pretrained(folder / "model")
-        cfg = HashConfig(code_bits=32)
+        cfg = TransformConfig(code_bits=32)
         params = init_functions(jax.random.key(0), cfg, _SHAPE)
         save_selector(folder / "selector", Selector(_SHAPE, params, "owner/model", {"steps": 3}), "card")
         return {

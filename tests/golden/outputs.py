@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from eval import perplexity
 from eval.forward import Sequence, pass_sequence
-from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.hashing import NetworkConfig, TransformConfig
 from spotlight_jax.engine import DecodeConfig, Engine
 from spotlight_jax.generate import head_shape
 from spotlight_jax.models.decoder import init_params
@@ -33,9 +33,9 @@ Outputs = dict[str, np.ndarray]
 
 MODEL = PRESETS["tiny"]
 HASHES = {
-    "transform": HashConfig(code_bits=64),
-    "asymmetric": HashConfig("asymmetric", code_bits=64, hidden=24),
-    "paper": HashConfig("symmetric", 32, skip="none", hidden=24, code_heads="query", centre=False),
+    "transform": TransformConfig(code_bits=64),
+    "asymmetric": NetworkConfig("asymmetric", code_bits=64, hidden=24),
+    "paper": NetworkConfig("symmetric", 32, skip="none", hidden=24, code_heads="query", centre=False),
 }
 SPARSE = SelectionConfig(keep=0.2, min_tokens=5, min_context=0, dense_layers=(0,))
 PROMPTS = (61, 7, 40)  # tokens of a ragged batch

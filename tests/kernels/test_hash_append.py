@@ -10,7 +10,7 @@ import pytest
 from spotlight_jax.bits import pack_bits
 from spotlight_jax.cache import LayerCache
 from spotlight_jax.cached_attention import LayerSelector, attend_sparsely
-from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.hashing import FORMS, TransformConfig
 from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.kernels import hash_append as op
 from spotlight_jax.kernels import score_select
@@ -139,7 +139,7 @@ def test_a_token_that_does_not_fit_takes_the_last_place(impl):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_a_selectors_codes_and_weights_are_those_of_hashing(impl):
     """Codes of every bit; weights but for those that lie halfway between two integers, which may go to either."""
-    cfg, shape = HashConfig(code_bits=128), HeadShape(1, 12, 3, 64)
+    cfg, shape = TransformConfig(code_bits=128), HeadShape(1, 12, 3, 64)
     params = draw_params(cfg, shape).layer(0)
     quantizer, weights = params.stats, params.weights
     transform = Transform(
@@ -162,7 +162,7 @@ def test_a_selectors_codes_and_weights_are_those_of_hashing(impl):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_a_key_on_a_cells_end_has_the_code_of_hashing_and_is_in_the_cell_below(impl):
     """Four digits on each axis of the space; keys at every sixteenth, the ends and beyond, exact in float32."""
-    cfg, shape = HashConfig(code_bits=64), HeadShape(1, 6, 3, 16)
+    cfg, shape = TransformConfig(code_bits=64), HeadShape(1, 6, 3, 16)
     params = draw_params(cfg, shape).layer(0)
     mean = jnp.arange(3.0)[:, None] - jnp.arange(16.0)[None, :] / 4
     axes = jnp.broadcast_to(jnp.repeat(jnp.eye(16), 4, axis=1), params.stats.axes.shape)
@@ -201,7 +201,7 @@ def test_a_key_on_a_cells_end_has_the_code_of_hashing_and_is_in_the_cell_below(i
 )
 def test_a_sparse_step_is_the_same_with_the_kernels(monkeypatch, batch, per, form, kernels):
     """On the interpreter, against the step in plain XLA; hash_append runs for what it is written for."""
-    shape, cfg = HeadShape(1, 6, 2, 16), HashConfig(form, code_bits=64, hidden=24)
+    shape, cfg = HeadShape(1, 6, 2, 16), FORMS[form](form, code_bits=64)
     selector = LayerSelector(draw_params(cfg, shape).layer(0))
     rng = np.random.default_rng(1)
 

@@ -18,7 +18,7 @@ import warnings
 import jax
 import numpy as np
 from spotlight_jax.selector.forms import init_functions
-from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.hashing import TransformConfig
 from spotlight_jax.selector.checkpoint import Selector
 from spotlight_jax.engine import DecodeConfig, Engine
 from spotlight_jax.generate import head_shape
@@ -27,7 +27,7 @@ from spotlight_jax.models.decoder import init_params
 from spotlight_jax.models.presets import PRESETS
 from spotlight_jax.selector.selection import SelectionConfig
 model = PRESETS["tiny"]
-cfg = HashConfig(code_bits=32)
+cfg = TransformConfig(code_bits=32)
 selector = Selector(head_shape(model), init_functions(jax.random.key(1), cfg, head_shape(model)), "tiny", {})
 sparse = SelectionConfig(keep=0.2, min_tokens=5, min_context=0, dense_layers=(0,))
 cfg = DecodeConfig(prefill_chunk=16, selection=sparse)

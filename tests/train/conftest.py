@@ -17,6 +17,10 @@ LAYERS, WINDOW, LENGTH = 3, 64, 160  # at this length one group is shared out be
 STEPS, SAVE_EVERY = 12, 5
 
 
+NETWORKS = ["--hash.form", "asymmetric", "--hash.hidden", "8"]  # small, as are these samples of pairs
+PAIRS = ["--ranking.loss", "pairs", "--ranking.tops", "8", "--ranking.others", "16", "--ranking.always-top", "2"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Inputs:
     """What runs are made of."""
@@ -28,8 +32,7 @@ class Inputs:
         """Flags of the run that `finished` is, into another folder."""
         sizes = f"""--length {LENGTH} --data.window {WINDOW} --data.held-out-windows 2
             --steps {STEPS} --steps-per-window 2
-            --hash.code-bits 32 --hash.hidden 8 --ranking.queries 16 --ranking.tops 8 --ranking.others 16
-            --ranking.always-top 2 --measure.every 4 --measure.queries 8 --measure.dense-layers 0
+            --hash.code-bits 32 --ranking.queries 16 --measure.every 4 --measure.queries 8 --measure.dense-layers 0
             --save-every {SAVE_EVERY} --optimizer.ema 0.8""".split()
         return ["--model", str(self.model), "--data.train", str(self.tokens), *sizes, "--out", str(out), *more]
 

@@ -17,8 +17,12 @@ from train.config import LayerwiseConfig
 from train.session import Session
 
 SMALL = {
-    "hash.code_bits": 32, "hash.hidden": 8, "ranking.queries": 16, "ranking.queries_at_once": 16, "ranking.tops": 8,
-    "ranking.others": 16, "ranking.always_top": 2, "measure.queries": 8, "measure.dense_layers": (0,),
+    "hash.code_bits": 32, "ranking.queries": 16, "ranking.queries_at_once": 16,
+    "measure.queries": 8, "measure.dense_layers": (0,),
+}  # fmt: skip
+NETWORKS = {
+    "hash.form": "asymmetric", "hash.code_bits": 64, "hash.hidden": 8,
+    "ranking.loss": "pairs", "ranking.tops": 8, "ranking.others": 16, "ranking.always_top": 2,
 }  # fmt: skip
 
 
@@ -27,7 +31,7 @@ def small(monkeypatch, inputs):
     """Flags of an ablation of small variants, some of them on windows of their own."""
     variants = {
         "first": SMALL,
-        "second": SMALL | {"hash.form": "asymmetric", "ranking.loss": "pairs", "hash.code_bits": 64},
+        "second": SMALL | NETWORKS,
         "shorter": SMALL | {"data.window": WINDOW // 2, "steps": 2},
         "reseeded": SMALL | {"seed": 1, "data.seed": 1, "steps": 2},
         "copied": SMALL | {"data.copies": 0.5, "steps": 2},

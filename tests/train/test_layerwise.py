@@ -22,7 +22,7 @@ from spotlight_jax.models.config import config_from_hf
 from spotlight_jax.selector.base import HeadShape
 from spotlight_jax.selector.checkpoint import load_selector
 from tests.models import tiny
-from tests.train.conftest import LAYERS, LENGTH, SAVE_EVERY, STEPS, WINDOW
+from tests.train.conftest import LAYERS, LENGTH, NETWORKS, PAIRS, SAVE_EVERY, STEPS, WINDOW
 from train import hidden_cache, layerwise, plan, session, step
 from train.config import PRESETS
 from train.session import Session
@@ -425,7 +425,7 @@ def test_a_checkpoint_of_another_model_is_refused(inputs, finished, tmp_path, ca
 
 @pytest.mark.slow
 def test_networks_train_by_pairs_and_resume_bit_for_bit(inputs, tmp_path, monkeypatch):
-    more, real = ["--hash.form", "asymmetric", "--ranking.loss", "pairs", "--ranking.target", "both"], Session.take_step
+    more, real = [*NETWORKS, *PAIRS, "--ranking.target", "both"], Session.take_step
 
     def take_step(self, captured=None):
         if self.step == 6:

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.hashing import NetworkConfig
 from spotlight_jax.errors import InputError
 from spotlight_jax.selector.base import HeadShape
 from spotlight_jax.selector.forms import init_functions
@@ -41,7 +41,7 @@ def _probabilities(keys, query):
     ("per", "oracle"), [("kv_head", "scores"), ("kv_head", "probabilities"), ("query_head", "probabilities")]
 )
 def test_quality_equals_a_count_by_hand(per, oracle):
-    cfg = HashConfig(form="symmetric", code_bits=32, hidden=4, centre=False)
+    cfg = NetworkConfig(form="symmetric", code_bits=32, hidden=4, centre=False)
     params = init_functions(jax.random.key(0), cfg, HeadShape(LAYERS, KV_HEADS * GROUP, KV_HEADS, HEAD_DIM))
     measured = MeasureConfig(keep=0.5, per=per, oracle=oracle)
     windows = [_captured(1), _captured(2)]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from spotlight_jax import manifest
-from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.hashing import TransformConfig
 from spotlight_jax.errors import InputError
 from spotlight_jax.selector.base import HeadShape
 from spotlight_jax.selector.forms import init_functions
@@ -19,7 +19,7 @@ from train.step import init_state
 
 
 def _state(code_bits=32, seed=0):
-    cfg, shape = HashConfig(code_bits=code_bits), HeadShape(2, 4, 2, 6)
+    cfg, shape = TransformConfig(code_bits=code_bits), HeadShape(2, 4, 2, 6)
     params = init_functions(jax.random.key(seed), cfg, shape)
     return init_state(params, OptimizerConfig(), 10)
 

@@ -7,22 +7,22 @@ import numpy as np
 import optax
 import pytest
 
-from spotlight_jax.config.hashing import HashConfig
-from spotlight_jax.config.ranking import RankingConfig
+from spotlight_jax.config.hashing import NetworkConfig, TransformConfig
+from spotlight_jax.config.ranking import MassLoss, PairLoss
 from spotlight_jax.selector.base import HeadShape
 from spotlight_jax.selector.forms import init_functions
 from spotlight_jax.selector.losses.ranking import ranking_loss
 from train.capture import Captured, make_mesh
-from train.config import OptimizerConfig
+from train.config import AnnealedOptimizerConfig, OptimizerConfig
 from train.step import StepConfig, gamma_at, init_state, make_optimizer, train_step
 
 SHAPE = HeadShape(layers=3, q_heads=4, kv_heads=2, head_dim=6)
-NETWORKS = HashConfig(form="asymmetric", code_bits=32, hidden=5)
-TRANSFORM = HashConfig(code_bits=32)
-PAIRS = RankingConfig(queries=4, tops=3, others=7, min_top=3, always_top=1)
-MASS = RankingConfig(loss="mass", target="kv_head", softness=0.1, queries=4, tops=3, min_top=3, always_top=1)
+NETWORKS = NetworkConfig(form="asymmetric", code_bits=32, hidden=5)
+TRANSFORM = TransformConfig(code_bits=32)
+PAIRS = PairLoss(queries=4, tops=3, others=7, min_top=3, always_top=1)
+MASS = MassLoss(target="kv_head", softness=0.1, queries=4, tops=3, min_top=3, always_top=1)
 RECIPES = {"networks by pairs": (NETWORKS, PAIRS), "transform by mass": (TRANSFORM, MASS)}
-OPTIMIZER = OptimizerConfig(warmup=0.1, clip=0.01)
+OPTIMIZER = AnnealedOptimizerConfig(warmup=0.1, clip=0.01)
 STEPS = 20
 
 
@@ -120,13 +120,13 @@ def test_the_learning_rate_warms_up_and_then_follows_a_cosine():
 
 
 def test_gamma_grows_geometrically_and_then_stays():
-    cfg = OptimizerConfig(gamma_start=4.0, gamma_end=64.0, anneal=0.5)
+    cfg = AnnealedOptimizerConfig(gamma_start=4.0, gamma_end=64.0, anneal=0.5)
     got = [float(gamma_at(jnp.int32(step), cfg, 80)) for step in (0, 10, 20, 40, 79)]
     np.testing.assert_allclose(got, [4, 8, 16, 64, 64], rtol=1e-5)
 
 
 def test_gamma_without_annealing_is_the_same_throughout():
-    cfg = OptimizerConfig(gamma_start=4.0, gamma_end=48.0, anneal=0.0)
+    cfg = AnnealedOptimizerConfig(gamma_start=4.0, gamma_end=48.0, anneal=0.0)
     assert [float(gamma_at(jnp.int32(step), cfg, 80)) for step in (0, 40, 79)] == [48, 48, 48]
 
 

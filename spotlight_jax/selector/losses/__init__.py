@@ -1,1 +1,1 @@
-"""Losses of hash functions."""
+"""Losses that teach hash functions which keys a query reads."""
