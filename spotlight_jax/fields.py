@@ -10,8 +10,8 @@ from spotlight_jax.errors import InputError
 Config = TypeVar("Config")
 
 
-def read_dataclass(kind: type[Config], fields: object) -> Config:
-    """A dataclass from the fields of a JSON or YAML object; lists stand for tuples.
+def read_dataclass(kind: type[Config] | types.UnionType, fields: object) -> Config:
+    """A dataclass, one of several, from the fields of a JSON or YAML object; lists stand for tuples.
 
     Raises InputError naming a field that is unknown, missing, or not of its type. The class checks its own ranges.
     """

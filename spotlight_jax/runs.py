@@ -221,7 +221,7 @@ def to_plain(cfg: Any) -> Any:
     return [to_plain(item) for item in cfg] if isinstance(cfg, tuple) else cfg
 
 
-def from_plain(config_class: type[Config], plain: Any, source: str) -> Config:
+def from_plain(config_class: type[Config] | types.UnionType, plain: Any, source: str) -> Config:
     """The config that `to_plain` gave; raises InputError on fields that are missing, unknown or of another type."""
     config_class, plain = pick_class(config_class, plain)
     fields = {field.name for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ SHAPE = HeadShape(layers=3, q_heads=4, kv_heads=2, head_dim=6)
 NETWORKS = NetworkConfig(form="asymmetric", code_bits=32, hidden=5)
 TRANSFORM = TransformConfig(code_bits=32)
 PAIRS = PairLoss(queries=4, tops=3, others=7, min_top=3, always_top=1)
-MASS = MassLoss(target="kv_head", softness=0.1, queries=4, tops=3, min_top=3, always_top=1)
+MASS = MassLoss(target="kv_head", softness=0.1, queries=4, min_top=3)
 RECIPES = {"networks by pairs": (NETWORKS, PAIRS), "transform by mass": (TRANSFORM, MASS)}
 OPTIMIZER = AnnealedOptimizerConfig(warmup=0.1, clip=0.01)
 STEPS = 20
