@@ -65,7 +65,8 @@ class Plan:
     @functools.cached_property
     def keys(self) -> tuple[PRNGKeyArray, PRNGKeyArray, PRNGKeyArray]:
         """For the initial weights, the sampled queries, and the steps."""
-        init, feed, step = jax.random.split(jax.random.key(self.cfg.seed), 3)
+        with jax.ensure_compile_time_eval():  # kept: they must be numbers, also where a trace asks first
+            init, feed, step = jax.random.split(jax.random.key(self.cfg.seed), 3)
         return init, feed, step
 
     def init_hashes(self) -> HashFunctions:

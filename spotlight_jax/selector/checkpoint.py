@@ -133,7 +133,7 @@ def load_selector(folder: str | pathlib.Path, shape: HeadShape | None = None) ->
             f"yourself, delete {manifest.FILE})"
         )
     with naming(f"'{folder / 'config.json'}' is not a selector's config"):
-        cfg = read_dataclass(HashConfig, config.get("hash"))
+        cfg: HashConfig = read_dataclass(HashConfig, config.get("hash"))
         own = read_dataclass(HeadShape, config.get("shape"))
         if not isinstance(config.get("base_model", ""), str):
             raise InputError("base_model is no text")

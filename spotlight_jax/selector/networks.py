@@ -5,6 +5,7 @@
   paper's popcount(XNOR) is the case of weights +-1, up to a constant per query.
 """
 
+import dataclasses
 import math
 from typing import Literal
 
@@ -70,7 +71,7 @@ class NetworkHash(HashFunctions):
 
     def fit(self, sample: Sample) -> "NetworkHash":
         """Where networks see keys (`balance`); not centred ones stay as they are."""
-        return self.replace(stats=balance(sample.moments)) if self.cfg.centre else self
+        return dataclasses.replace(self, stats=balance(sample.moments)) if self.cfg.centre else self
 
     def hash_keys(self, keys: Shaped[Array, "*batch kv_heads head_dim"]) -> Float[Array, "*batch code_heads code_bits"]:
         """A network's outputs for centred keys; see `HashFunctions.hash_keys`."""

@@ -5,6 +5,7 @@ variance deserves (`fitting`). A query's bit weights are a linear map of it, and
 that of `kernels/hash_append`, the op of a decoding step.
 """
 
+import dataclasses
 from typing import ClassVar, Literal
 
 import flax.struct
@@ -54,11 +55,12 @@ class TransformHash(HashFunctions):
     def fit(self, sample: Sample) -> "TransformHash":
         """Axes, digits and bit weights for these moments, then query heads shared out between the score heads."""
         axes, levels, bit_weights = fitting.fit_layers(sample.moments, self.cfg.code_bits)
-        stats = self.stats.replace(mean=sample.moments.mean, axes=axes, levels=levels)
+        stats = dataclasses.replace(self.stats, mean=sample.moments.mean, axes=axes, levels=levels)
         if sample.windows and stats.head_assignment.shape[-2] > 1:
             assigned = fitting.assign_heads(sample.moments, sample.windows, sample.selection, sample.layers_at_once)
-            stats = stats.replace(head_assignment=assigned)
-        return self.replace(weights=self.weights.replace(bit_weights=bit_weights), stats=stats)
+            stats = dataclasses.replace(stats, head_assignment=assigned)
+        weights = dataclasses.replace(self.weights, bit_weights=bit_weights)
+        return dataclasses.replace(self, weights=weights, stats=stats)
 
     def hash_keys(self, keys: Shaped[Array, "*batch kv_heads head_dim"]) -> Float[Array, "*batch kv_heads code_bits"]:
         """Digits of coordinates; see `HashFunctions.hash_keys`."""

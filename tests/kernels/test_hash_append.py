@@ -182,7 +182,7 @@ def test_a_key_on_a_cells_end_has_the_code_of_hashing_and_is_in_the_cell_below(i
     queries, _, _, _, *caches, lengths = draw_call(21, 6, 3, 16, 64, 2)
     *_, cached_codes = IMPLEMENTATIONS[impl](queries, keys, keys, transform, *caches, lengths)
     found = np.asarray(cached_codes)[np.arange(21), :, :, lengths]
-    hashed = jax.jit(lambda params, x: params.hash_keys(x))(params, keys, cfg)
+    hashed = jax.jit(lambda params, x: params.hash_keys(x))(params, keys)
     np.testing.assert_array_equal(found, np.packbits(hashed > 0, axis=-1, bitorder="little").view("<u4"))
     bits = np.clip(steps - 1, 0, 15)[..., None] >> np.arange(4)[::-1] & 1
     below = np.packbits(bits.reshape(21, 3, 64), axis=-1, bitorder="little").view("<u4")

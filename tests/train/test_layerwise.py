@@ -350,8 +350,8 @@ def _assert_refused(flags, told, capsys):
 BAD = {
     "unknown flag": (["--stps", "3"], "unknown flag '--stps'; did you mean '--steps'?"),
     "unknown flag of a room": (["--ranking.querys", "3"], "did you mean '--ranking.queries'?"),
-    "unknown value": (["--hash.form", "symetric"], "Did you mean 'symmetric'?"),
-    "unknown preset": (["--preset", "papr"], "Did you mean 'paper'?"),
+    "unknown value": (["--hash.form", "symetric"], "did you mean 'symmetric'?"),
+    "unknown preset": (["--preset", "papr"], "did you mean 'paper'?"),
     "window past the context": (
         ["--data.window", "512", "--length", "context"],
         "--data.window 512 is more than the 256 tokens",
@@ -359,7 +359,10 @@ BAD = {
     "text shorter than a window": (["--data.train", "short.npy"], "short.npy"),
     "no such text": (["--data.train", "nothing.npy"], "nothing.npy"),
     "more queries than tokens": (["--ranking.queries", "128"], "ranking.queries is 128, more than the 64 tokens"),
-    "identities between unequal widths": (["--hash.skip", "layers"], "must be equal; use skip 'none' or 'rotation'"),
+    "identities between unequal widths": (
+        ["--hash.form", "symmetric", "--hash.skip", "layers"],
+        "must be equal; use skip 'none' or 'rotation'",
+    ),
     "missing model": (["--model", "nowhere"], "nowhere: no such model"),
     "unknown shape": (["--model", "random:tinny"], "tiny"),
     "an average that never moves": (["--optimizer.ema", "1"], "ema is 1.0; give a decay from 0 to below 1"),
