@@ -5,24 +5,20 @@ takes what a decoder layer hands to its `attend` beside the layer's cache, and r
 the new tokens in it.
 """
 
-import functools
-
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
-from spotlight_jax import hashing
 from spotlight_jax.attention import causal_attention
 from spotlight_jax.cache import LayerCache, append
 from spotlight_jax.config.generation import AttentionImpl
-from spotlight_jax.config.hashing import HashConfig
 from spotlight_jax.config.selection import SelectionConfig
-from spotlight_jax.kernels.hash_append import Transform, hash_append
 from spotlight_jax.kernels.sparse_attention import sparse_attention
-from spotlight_jax.scoring import hash_score_range, output_scores
-from spotlight_jax.selection import select_by_codes, select_tokens
+from spotlight_jax.selector.base import HashFunctions
+from spotlight_jax.selector.scoring import hash_score_range, output_scores
+from spotlight_jax.selector.selection import select_by_codes, select_tokens
 
 BLOCK = 512  # cached tokens that a prefill chunk reads at once
 MASKED = -1e30  # not -inf: a row that has seen no key yet must stay finite
@@ -35,38 +31,37 @@ FEW_KV_HEADS = 4
 class LayerSelector:
     """One layer's hash function, or one of several for each sequence of a batch."""
 
-    params: hashing.HashParams  # leaves lead with an axis of sets where there is `sets`
-    cfg: HashConfig = flax.struct.field(pytree_node=False)
+    functions: HashFunctions  # leaves lead with an axis of sets where there is `sets`
     sets: Int32[Array, "batch"] | None = None  # which set each sequence uses; None: there is one for all
 
     def key_codes(
         self, keys: Float[Array, "batch q_len kv_heads head_dim"]
     ) -> UInt32[Array, "batch code_heads words q_len"]:
-        """Packed codes of keys; see `hashing.key_codes`."""
+        """Packed codes of keys; see `HashFunctions.key_codes`."""
         if self.sets is None:
-            return hashing.key_codes(self.params, keys, self.cfg)
-        return jax.vmap(lambda params, own: hashing.key_codes(params, own[None], self.cfg)[0])(self._by_row(), keys)
+            return self.functions.key_codes(keys)
+        return jax.vmap(lambda functions, own: functions.key_codes(own[None])[0])(self._by_row(), keys)
 
     def hash_queries(
         self, queries: Float[Array, "batch q_len q_heads head_dim"]
     ) -> Float[Array, "batch q_len q_heads code_bits"]:
-        """See `hashing.hash_queries`."""
+        """See `HashFunctions.hash_queries`."""
         if self.sets is None:
-            return hashing.hash_queries(self.params, queries, self.cfg)
-        return jax.vmap(lambda params, own: hashing.hash_queries(params, own, self.cfg))(self._by_row(), queries)
+            return self.functions.hash_queries(queries)
+        return jax.vmap(lambda functions, own: functions.hash_queries(own))(self._by_row(), queries)
 
     def integer_weights(
         self, outputs: Float[Array, "batch q_len q_heads code_bits"], per_kv_head: bool
     ) -> Int32[Array, "batch q_len heads sums code_bits"]:
-        """See `hashing.integer_weights`; of what `hash_queries` gave."""
+        """See `HashFunctions.integer_weights`; of what `hash_queries` gave."""
         if self.sets is None:
-            return hashing.integer_weights(self.params, outputs, self.cfg, per_kv_head)
-        weigh = functools.partial(hashing.integer_weights, cfg=self.cfg, per_kv_head=per_kv_head)
-        return jax.vmap(lambda params, own: weigh(params, own[None])[0])(self._by_row(), outputs)
+            return self.functions.integer_weights(outputs, per_kv_head)
+        weigh = jax.vmap(lambda functions, own: functions.integer_weights(own[None], per_kv_head)[0])
+        return weigh(self._by_row(), outputs)
 
-    def _by_row(self) -> hashing.HashParams:
+    def _by_row(self) -> HashFunctions:
         """Each sequence's own hash function: leaves lead with the batch."""
-        return jax.tree.map(lambda leaf: leaf[self.sets], self.params)
+        return jax.tree.map(lambda leaf: leaf[self.sets], self.functions)
 
 
 def _remember(
@@ -245,28 +240,17 @@ def _append_and_select(
 ) -> tuple[Array, LayerCache, Int32[Array, "batch heads budget"], Bool[Array, "batch heads budget"]]:
     """The queries to read with, the layer with the new token, and what a step reads of it."""
     assert layer.codes is not None, "a layer with a selector keeps codes"
-    params, cfg, kv_heads, ends = selector.params, selector.cfg, keys.shape[2], lengths + 1
+    functions, kv_heads, ends = selector.functions, keys.shape[2], lengths + 1
     per_kv_head, group = selection.per == "kv_head", queries.shape[2] // kv_heads
-    bounds = hashing.weight_bounds(cfg, group, per_kv_head)
-    if cfg.form == "transform" and per_kv_head and selector.sets is None:
-        copied, weights, cached_keys, cached_values, codes = hash_append(
-            queries[:, 0], keys[:, 0], values[:, 0], _as_transform(params),
-            layer.keys, layer.values, layer.codes, lengths,
-        )  # fmt: skip
-        layer = LayerCache(cached_keys, cached_values, codes)
-        return copied[:, None], layer, *select_by_codes(codes, weights, bounds, ends, selection)
+    adds_scores, bounds = functions.adds_scores(per_kv_head), functions.weight_bounds(group, per_kv_head)
+    if per_kv_head and not adds_scores and selector.sets is None:
+        queries, weights, layer = functions.append(queries, keys, values, layer, lengths)
+        return queries, layer, *select_by_codes(layer.codes, weights, bounds, ends, selection)
     layer = _remember(layer, keys, values, lengths, selector)
     assert layer.codes is not None
     outputs = selector.hash_queries(queries)
-    if per_kv_head and cfg.code_heads == "query":  # a code per query head: scores are summed, not weights
-        scores = output_scores(params, outputs, layer.codes, cfg, per_kv_head)[:, 0]
-        return queries, layer, *select_tokens(scores, ends, selection, hash_score_range(cfg, group, per_kv_head))
+    if adds_scores:
+        scores = output_scores(functions, outputs, layer.codes, per_kv_head)[:, 0]
+        return queries, layer, *select_tokens(scores, ends, selection, hash_score_range(functions, group, per_kv_head))
     weights = selector.integer_weights(outputs, per_kv_head)[:, 0]
     return queries, layer, *select_by_codes(layer.codes, weights, bounds, ends, selection)
-
-
-def _as_transform(params: hashing.HashParams) -> Transform:
-    """Hash functions of the transform form as the op takes them."""
-    coder, weights = params.stats, params.weights
-    assert isinstance(coder, hashing.Coder) and isinstance(weights, hashing.TransformWeights)
-    return Transform(coder.mean, coder.axes, coder.cells, weights.decode, coder.members, weights.log_gain)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from spotlight_jax.errors import InputError, printable
+from spotlight_jax.fields import classes_of, is_config
 
 Config = TypeVar("Config")
 
@@ -160,6 +161,8 @@ def parse(
     try:
         with contextlib.redirect_stderr(messages):
             options: dict[str, Any] = {} if default is None else {"default": default}
+            if default is not None:  # of several kinds of a part, the default's alone has flags
+                options["config"] = (tyro.conf.AvoidSubcommands,)
             cfg, unknown = tyro.cli(
                 config_class, prog=prog, description=description, args=given, return_unknown_args=True, **options
             )
@@ -261,6 +264,8 @@ def _explain_unknown(argument: str, config_class: type) -> str:
         return f"'{argument}' follows no flag; see --help"
     flag = argument.partition("=")[0].replace("_", "-")
     known = {name.lstrip("-"): name for name in (*_flags(config_class, "--"), "--help")}  # dashes make nothing alike
+    if flag in known.values():
+        return f"'{argument}' does nothing beside the other flags; --help behind them lists those that do"
     if flag.startswith("--no-") and "." in flag:  # a group's flag is turned off behind the group's name
         group, _, name = flag.removeprefix("--no-").rpartition(".")
         flag = f"--{group}.no-{name}"
@@ -277,9 +282,10 @@ def _flags(config_class: type, prefix: str, omits_prefixes: bool = False) -> lis
     for field in dataclasses.fields(config_class):
         name = prefix + field.name.replace("_", "-")
         kind: Any = kinds[field.name]
-        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        if is_config(kind):
             is_flat = omits_prefixes or OmitArgPrefixes in getattr(marked[field.name], "__metadata__", ())
-            flags += _flags(kind, prefix if is_flat else f"{name}.", is_flat)
+            for each in classes_of(kind):
+                flags += _flags(each, prefix if is_flat else f"{name}.", is_flat)
             continue
         flags.append(name)
         if kind is bool:

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, PyTree
 
-from spotlight_jax import hashing
 from spotlight_jax.cache import Cache, LayerCache
 from spotlight_jax.cached_attention import (
     LayerSelector,
@@ -22,13 +21,13 @@ from spotlight_jax.cached_attention import (
     attend_densely,
     attend_sparsely,
 )
-from spotlight_jax.checkpoint import Selector
 from spotlight_jax.config.generation import AttentionImpl, DecodeConfig
 from spotlight_jax.config.selection import SelectionConfig, check_layers
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import apply_layer, embed_tokens, unembed
 from spotlight_jax.sampling import NOT_FINITE, Sampling, sample
-from spotlight_jax.selection import sparse_from
+from spotlight_jax.selector.checkpoint import Selector
+from spotlight_jax.selector.selection import sparse_from
 
 Mode = Literal["dense", "sparse", "mixed"]  # what the sparse layers do in a block: by length, sequences may differ
 
@@ -59,10 +58,7 @@ def layer_selectors(selector: Selector | None, layers: int, cfg: SelectionConfig
     if selector is None:
         return ((None,) * layers,)
     return tuple(
-        tuple(
-            None if layer in cfg.dense_layers else LayerSelector(hashing.layer_params(params, layer), selector.cfg)
-            for layer in range(layers)
-        )
+        tuple(None if layer in cfg.dense_layers else LayerSelector(params.layer(layer)) for layer in range(layers))
         for params in selector.sets
     )
 

@@ -10,9 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from spotlight_jax import hashing
 from spotlight_jax.cache import Cache, LayerCache, bucket_length, empty_layer, grow
-from spotlight_jax.checkpoint import Selector, check_shape
 from spotlight_jax.compiled import compile_with
 from spotlight_jax.config.generation import MOST_STOPS, DecodeConfig, RowConfig
 from spotlight_jax.decode_step import (
@@ -32,7 +30,9 @@ from spotlight_jax.errors import InputError
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.split_k import FEW_ROWS
 from spotlight_jax.sampling import batch_sampling, check_chosen
-from spotlight_jax.selection import sparse_from
+from spotlight_jax.selector.base import HeadShape
+from spotlight_jax.selector.checkpoint import Selector, check_shape
+from spotlight_jax.selector.selection import sparse_from
 
 SMALLEST_CHUNK = 16
 CHUNK = {"cpu": 512}  # tokens prefilled at once: more use the device better, and take more workspace
@@ -56,7 +56,7 @@ class Engine:
     def __init__(self, model_cfg: DecoderConfig, params: PyTree, selector: Selector | None, cfg: DecodeConfig):
         """Hold references; nothing is copied or compiled yet. Raises InputError for another model's selector."""
         if selector is not None:
-            shape = hashing.HeadShape(model_cfg.layers, model_cfg.q_heads, model_cfg.kv_heads, model_cfg.head_dim)
+            shape = HeadShape(model_cfg.layers, model_cfg.q_heads, model_cfg.kv_heads, model_cfg.head_dim)
             check_shape(selector.shape, shape, f"the selector (trained for {selector.base_model})")
         self.model_cfg, self.params, self.cfg = model_cfg, params, cfg
         self.selector = selector
@@ -120,8 +120,7 @@ class Engine:
         for selector in self._sets[0]:
             code_shape = None
             if selector is not None:
-                code_heads = cfg.kv_heads if selector.cfg.code_heads == "kv" else cfg.q_heads
-                code_shape = (code_heads, selector.cfg.words)
+                code_shape = selector.functions.cfg.code_shape(cfg.q_heads, cfg.kv_heads)
             layers.append(empty_layer(batch, max_len, cfg.kv_heads, cfg.head_dim, self.dtype, code_shape))
         lengths, code_sets = (jnp.zeros((batch,), jnp.int32) for _ in range(2))  # two buffers: both are given up
         return Cache(layers=tuple(layers), lengths=lengths, code_sets=code_sets)

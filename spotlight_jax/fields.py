@@ -10,11 +10,12 @@ from spotlight_jax.errors import InputError
 Config = TypeVar("Config")
 
 
-def read_dataclass(kind: type[Config], fields: object) -> Config:
-    """A dataclass from the fields of a JSON or YAML object; lists stand for tuples.
+def read_dataclass(kind: type[Config] | types.UnionType, fields: object) -> Config:
+    """A dataclass, one of several, from the fields of a JSON or YAML object; lists stand for tuples.
 
     Raises InputError naming a field that is unknown, missing, or not of its type. The class checks its own ranges.
     """
+    kind, fields = pick_class(kind, fields)
     if not isinstance(fields, dict):
         raise InputError(f"{_quote(fields)} is not an object with the fields of {kind.__name__}")
     known = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
@@ -27,10 +28,39 @@ def read_dataclass(kind: type[Config], fields: object) -> Config:
     return kind(**{name: _read(value, hints[name], name) for name, value in fields.items()})
 
 
+def classes_of(kind: Any) -> tuple[Any, ...]:
+    """The types of a union; a type alone is the only one of its own."""
+    return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+
+
+def is_config(kind: Any) -> bool:
+    """Whether a field's type is a dataclass, or a union of dataclasses."""
+    return all(map(dataclasses.is_dataclass, classes_of(kind)))
+
+
+def pick_class(kind: Any, fields: Any) -> tuple[Any, Any]:
+    """Of a union of dataclasses, the one that an object is of, and the object without what belongs to the others alone.
+
+    A field whose Literal differs from class to class says which; among several, it is the largest whose fields are all
+    there, or else the first. Files of before there was the union hold the fields of all of its classes.
+    """
+    classes = classes_of(kind)
+    if len(classes) == 1 or not isinstance(fields, dict):
+        return classes[0], fields
+    hints = [typing.get_type_hints(each) for each in classes]
+    names = [{field.name for field in dataclasses.fields(each)} for each in classes]
+    tags = [name for name in set.intersection(*names) if any(own[name] != hints[0][name] for own in hints)]
+    fit = [at for at, own in enumerate(hints) if all(fields.get(tag) in typing.get_args(own[tag]) for tag in tags)]
+    whole = [at for at in fit if names[at] <= set(fields)]
+    chosen = max(whole, key=lambda at: len(names[at])) if whole else (fit or [0])[0]
+    others = set().union(*names) - names[chosen]
+    return classes[chosen], {name: value for name, value in fields.items() if name not in others}
+
+
 def _read(value: object, kind: Any, name: str) -> Any:
     """A value as its field's type wants it; raises InputError naming the field."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
+    if len(inner) and inner == classes_of(kind):
         for option in inner:
             try:
                 return _read(value, option, name)

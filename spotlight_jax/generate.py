@@ -14,16 +14,16 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 
-from spotlight_jax.checkpoint import Selector
 from spotlight_jax.config.generation import GenerateConfig, RowConfig, make_decode_config
 from spotlight_jax.decode_step import DecodeState
 from spotlight_jax.engine import Engine
 from spotlight_jax.errors import InputError
-from spotlight_jax.hashing import HeadShape
 from spotlight_jax.memory import StepReads, step_reads
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.load import BaseModel
-from spotlight_jax.selection import sparse_from
+from spotlight_jax.selector.base import HeadShape
+from spotlight_jax.selector.checkpoint import Selector
+from spotlight_jax.selector.selection import sparse_from
 from spotlight_jax.stops import find_stops
 from spotlight_jax.text_stream import TextStream
 from spotlight_jax.token_ids import check_ids, encode_chat, encode_text

@@ -13,7 +13,7 @@ from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.errors import InputError
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import param_shapes
-from spotlight_jax.selection import budget_of, max_budget
+from spotlight_jax.selector.selection import budget_of, max_budget
 
 GIB = 2**30
 FLOAT_BYTES = 4
@@ -46,7 +46,8 @@ def sparse_layers(cfg: DecoderConfig, selection: SelectionConfig) -> int:
 
 def code_bytes_per_token(cfg: DecoderConfig, hash_cfg: HashConfig) -> int:
     """Bytes of one token's codes in one layer."""
-    return (cfg.kv_heads if hash_cfg.code_heads == "kv" else cfg.q_heads) * hash_cfg.words * 4
+    heads, words = hash_cfg.code_shape(cfg.q_heads, cfg.kv_heads)
+    return heads * words * 4
 
 
 def plan_memory(

@@ -19,6 +19,7 @@ import yaml
 
 from spotlight_jax import files, manifest
 from spotlight_jax.errors import InputError
+from spotlight_jax.fields import is_config, pick_class
 
 Config = TypeVar("Config")
 
@@ -220,8 +221,9 @@ def to_plain(cfg: Any) -> Any:
     return [to_plain(item) for item in cfg] if isinstance(cfg, tuple) else cfg
 
 
-def from_plain(config_class: type[Config], plain: Any, source: str) -> Config:
+def from_plain(config_class: type[Config] | types.UnionType, plain: Any, source: str) -> Config:
     """The config that `to_plain` gave; raises InputError on fields that are missing, unknown or of another type."""
+    config_class, plain = pick_class(config_class, plain)
     fields = {field.name for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
     if not isinstance(plain, dict) or set(plain) != fields:
         unfit = sorted(map(str, fields ^ set(plain))) if isinstance(plain, dict) else ["all"]
@@ -230,8 +232,8 @@ def from_plain(config_class: type[Config], plain: Any, source: str) -> Config:
     values: dict[str, Any] = {}
     for name, value in plain.items():
         kind = kinds[name]
-        if dataclasses.is_dataclass(kind):
-            values[name] = from_plain(typing.cast(type, kind), value, source)
+        if is_config(kind):
+            values[name] = from_plain(kind, value, source)
         elif not _fits(kind, value):
             raise InputError(f"'{source}': {name} is {value!r}, which this field cannot be; start a new run")
         else:
@@ -254,11 +256,11 @@ def _fits(kind: Any, value: Any) -> bool:
 
 
 def differences(first: Any, second: Any, prefix: str = "") -> list[str]:
-    """Names of the fields in which two configs of one class differ, as flags."""
+    """Names of the fields in which two configs differ, as flags; those that the second's class lacks left out."""
     if dataclasses.is_dataclass(first):
         names = []
         for field in dataclasses.fields(first):
-            pair = getattr(first, field.name), getattr(second, field.name)
+            pair = getattr(first, field.name), getattr(second, field.name, getattr(first, field.name))
             names += differences(*pair, prefix=f"{prefix}{field.name.replace('_', '-')}.")
         return names
     return [] if first == second else ["--" + prefix.rstrip(".")]

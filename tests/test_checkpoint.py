@@ -11,28 +11,29 @@ import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
 
-from spotlight_jax import checkpoint, hashing
-from spotlight_jax.checkpoint import Selector, choose_model, describe_range, load_selector, save_selector
-from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.hashing import NetworkConfig, TransformConfig
 from spotlight_jax.errors import InputError
-from spotlight_jax.hashing import HeadShape
+from spotlight_jax.selector import checkpoint
+from spotlight_jax.selector.base import HeadShape
+from spotlight_jax.selector.checkpoint import Selector, choose_model, describe_range, load_selector, save_selector
+from spotlight_jax.selector.forms import init_functions
 
 SHAPE = HeadShape(layers=2, q_heads=6, kv_heads=3, head_dim=32)
-PAPER = HashConfig(form="symmetric", skip="none", code_bits=64, hidden=24, code_heads="query", centre=False)
+PAPER = NetworkConfig(form="symmetric", skip="none", code_bits=64, hidden=24, code_heads="query", centre=False)
 FORMS = {
     "paper": PAPER,
     "released": dataclasses.replace(PAPER, skip="layers", code_bits=32, hidden=32),
     "shared code": dataclasses.replace(PAPER, skip="rotation", code_heads="kv", centre=True),
-    "asymmetric": HashConfig("asymmetric", code_bits=64, hidden=24),
-    "transform": HashConfig(code_bits=64),
+    "asymmetric": NetworkConfig("asymmetric", code_bits=64, hidden=24),
+    "transform": TransformConfig(code_bits=64),
 }
 
 
 def make_selector(cfg):
-    drawn, structure = jax.tree.flatten(hashing.init_params(jax.random.key(0), cfg, SHAPE))
+    drawn, structure = jax.tree.flatten(init_functions(jax.random.key(0), cfg, SHAPE))
     rng = np.random.default_rng(0)  # every leaf different, so that two exchanged ones show
     leaves = [jnp.asarray(rng.normal(size=leaf.shape), jnp.float32) for leaf in drawn]
-    return Selector(cfg, SHAPE, jax.tree.unflatten(structure, leaves), "maker/model", {"steps": 7, "iou": [0.5, 0.25]})
+    return Selector(SHAPE, jax.tree.unflatten(structure, leaves), "maker/model", {"steps": 7, "iou": [0.5, 0.25]})
 
 
 def assert_equal(first, second):
@@ -132,8 +133,8 @@ def test_the_orbax_copy_equals_the_safetensors_copy(saved):
 def test_arrays_have_the_names_of_the_tree(saved):
     params = saved[0].params
     arrays = checkpoint.flatten(params)
-    assert arrays["weights.decode"] is params.weights.decode
-    assert arrays["stats.members"] is params.stats.members
+    assert arrays["weights.decode"] is params.weights.bit_weights
+    assert arrays["stats.members"] is params.stats.head_assignment
     assert len(arrays) == 2 + 4
     params = make_selector(FORMS["asymmetric"]).params
     arrays = checkpoint.flatten(params)

@@ -22,10 +22,10 @@ TREES = [
 
 
 def _config_fields(trees) -> list[tuple[str, str]]:
-    """Fields of the frozen dataclasses whose name ends in Config."""
+    """Fields of the frozen dataclasses whose name ends in Config or Loss."""
     found = []
     for node in (node for tree in trees for node in ast.walk(tree)):
-        if isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
+        if isinstance(node, ast.ClassDef) and node.name.endswith(("Config", "Loss")):
             assert any("frozen=True" in ast.unparse(decorator) for decorator in node.decorator_list), node.name
             fields = [item.target.id for item in node.body if isinstance(item, ast.AnnAssign)]
             found += [(node.name, field) for field in fields]
@@ -77,12 +77,12 @@ def _fields_of_flags() -> list[tuple[type, str, object]]:
     found = {}
     for top in ("spotlight_jax", "train", "eval"):
         for file in sorted((ROOT / top).rglob("*.py")):
-            has_class = re.search(r"^class \w+Config\b", file.read_text(encoding="utf-8"), re.MULTILINE)
+            has_class = re.search(r"^class \w+(Config|Loss)\b", file.read_text(encoding="utf-8"), re.MULTILINE)
             if not has_class or "models" in file.parts:  # configs of models come from files
                 continue
             module = importlib.import_module(".".join(file.relative_to(ROOT).with_suffix("").parts))
             for name, kind in vars(module).items():
-                if name.endswith("Config") and isinstance(kind, type) and "models" not in kind.__module__:
+                if name.endswith(("Config", "Loss")) and isinstance(kind, type) and "models" not in kind.__module__:
                     for field, hint in typing.get_type_hints(kind).items():
                         found[f"{kind.__module__}.{name}.{field}"] = (kind, field, hint)
     return list(found.values())
@@ -108,7 +108,7 @@ def test_every_real_number_of_every_config_is_finite_in_single_precision(kind, f
 
 def test_real_numbers_of_all_programs_are_tried():
     names = {(kind.__name__, field) for kind, field, _ in _number_fields()}
-    assert {("OptimizerConfig", "b1"), ("RankingConfig", "softness"), ("SamplingConfig", "temperature")} <= names
+    assert {("OptimizerConfig", "b1"), ("MassLoss", "softness"), ("SamplingConfig", "temperature")} <= names
     assert {("DataConfig", "weights"), ("NeedleConfig", "depths"), ("LayerwiseConfig", "cache_gib")} <= names
 
 

@@ -9,12 +9,10 @@ import numpy as np
 import pytest
 
 from spotlight_jax import decode_step as step_module
-from spotlight_jax import hashing
 from spotlight_jax.attention import selected_attention
 from spotlight_jax.cache import bucket_length
-from spotlight_jax.checkpoint import Selector
 from spotlight_jax.config.generation import DecodeConfig, RowConfig
-from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.hashing import NetworkConfig, TransformConfig
 from spotlight_jax.config.sampling import SamplingConfig
 from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.decode_step import decode_step
@@ -24,17 +22,19 @@ from spotlight_jax.models.config import RopeConfig
 from spotlight_jax.models.decoder import apply_layer, embed_tokens, init_params, unembed
 from spotlight_jax.models.presets import PRESETS
 from spotlight_jax.models.runner import forward
-from spotlight_jax.scoring import hash_score_range, hash_scores
-from spotlight_jax.selection import select_mask
+from spotlight_jax.selector.base import HeadShape
+from spotlight_jax.selector.checkpoint import Selector
+from spotlight_jax.selector.scoring import hash_score_range, hash_scores
+from spotlight_jax.selector.selection import select_mask
 from tests.hash_params import draw_params
 from tests.tolerances import tolerance
 
 MODEL = PRESETS["tiny"]
 HASHES = {
-    "transform": HashConfig(code_bits=64),
-    "asymmetric": HashConfig("asymmetric", code_bits=64, hidden=24),
-    "paper": HashConfig(form="symmetric", skip="none", code_bits=32, hidden=24, code_heads="query", centre=False),
-    "signs per KV head": HashConfig(form="symmetric", code_bits=64, hidden=24),
+    "transform": TransformConfig(code_bits=64),
+    "asymmetric": NetworkConfig("asymmetric", code_bits=64, hidden=24),
+    "paper": NetworkConfig(form="symmetric", skip="none", code_bits=32, hidden=24, code_heads="query", centre=False),
+    "signs per KV head": NetworkConfig(form="symmetric", code_bits=64, hidden=24),
 }
 ALWAYS_SPARSE = SelectionConfig(keep=0.2, min_tokens=5, min_context=0, dense_layers=(0,))
 
@@ -47,8 +47,8 @@ def model_params():
 @functools.cache
 def selector(name="transform"):
     cfg = HASHES[name]
-    shape = hashing.HeadShape(MODEL.layers, MODEL.q_heads, MODEL.kv_heads, MODEL.head_dim)
-    return Selector(cfg, shape, draw_params(cfg, shape), "tiny", {})
+    shape = HeadShape(MODEL.layers, MODEL.q_heads, MODEL.kv_heads, MODEL.head_dim)
+    return Selector(shape, draw_params(cfg, shape), "tiny", {})
 
 
 @functools.cache  # tests that need the same engine share what it compiled, so most prompts go in chunks of one length
@@ -144,13 +144,12 @@ def test_stepwise_decoding_selects_what_teacher_forcing_selects(name, per):
     is_group = per == "kv_head"
 
     def attend_forced(queries, keys, values, layer):
-        params = hashing.layer_params(selector(name).params, layer)
-        cfg = selector(name).cfg
-        codes = hashing.key_codes(params, keys, cfg)
-        score_range = hash_score_range(cfg, MODEL.group, is_group)
+        params = selector(name).params.layer(layer)
+        codes = params.key_codes(keys)
+        score_range = hash_score_range(params, MODEL.group, is_group)
 
         def select(rows, positions):
-            scores = hash_scores(params, rows, codes, cfg, is_group)
+            scores = hash_scores(params, rows, codes, is_group)
             return select_mask(scores, positions, selection, score_range), None, ()
 
         return selected_attention(queries, keys, values, select)[0]

@@ -5,6 +5,7 @@ from typing import Literal
 
 import pytest
 
+from spotlight_jax.config.hashing import HashConfig, NetworkConfig, TransformConfig
 from spotlight_jax.errors import InputError
 from spotlight_jax.fields import read_dataclass
 
@@ -58,3 +59,14 @@ def test_what_is_not_of_its_type_is_named(fields, message):
     with pytest.raises(InputError, match=message) as error:
         read_dataclass(Outer, fields)
     assert len(str(error.value)) < 200
+
+
+def test_a_selectors_config_of_before_there_were_two_classes_is_read():
+    """Files then held the fields of all forms."""
+    old = {"code_bits": 64, "sums": 2, "skip": "rotation", "hidden": 128, "code_heads": "kv", "centre": True}
+    assert read_dataclass(HashConfig, old | {"form": "transform"}) == TransformConfig(code_bits=64)
+    assert read_dataclass(HashConfig, old | {"form": "symmetric"}) == NetworkConfig("symmetric", 64)
+    with pytest.raises(InputError, match="form is 'other'"):
+        read_dataclass(HashConfig, old | {"form": "other"})
+    with pytest.raises(InputError, match="no field 'more'"):
+        read_dataclass(HashConfig, old | {"form": "transform", "more": 1})

@@ -12,22 +12,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from spotlight_jax import fitting, hashing
-from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.hashing import NetworkConfig, TransformConfig
 from spotlight_jax.config.selection import SelectionConfig
-from spotlight_jax.fitting import MOST_DIGITS, allot_digits, fit_axes, measure_moments, merge
-from spotlight_jax.hashing import HeadShape
+from spotlight_jax.selector import fitting, networks
+from spotlight_jax.selector.base import HeadShape, Sample
+from spotlight_jax.selector.fitting import MOST_DIGITS, allot_digits, fit_axes, measure_moments, merge
+from spotlight_jax.selector.forms import init_functions
 
 LAYERS, WINDOWS, KV_LEN, Q_LEN, KV_HEADS, GROUP, HEAD_DIM = 2, 4, 60, 7, 2, 3, 8
 Q_HEADS = KV_HEADS * GROUP
 SHAPE = HeadShape(layers=LAYERS, q_heads=Q_HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM)
-TRANSFORM, NETWORKS = HashConfig(code_bits=64), HashConfig(form="asymmetric", code_bits=32, hidden=20)
+TRANSFORM, NETWORKS = TransformConfig(code_bits=64), NetworkConfig(form="asymmetric", code_bits=32, hidden=20)
 
 # jitted once: faster than eagerly, and arrays of numpy pass
 measure_layers = jax.jit(jax.vmap(measure_moments))
-hash_keys = jax.jit(hashing.hash_keys, static_argnums=2)
-hash_queries = jax.jit(hashing.hash_queries, static_argnums=2)
-integer_weights = jax.jit(hashing.integer_weights, static_argnums=(2, 3))
+hash_keys = jax.jit(lambda params, x: params.hash_keys(x))
+hash_queries = jax.jit(lambda params, x: params.hash_queries(x))
+integer_weights = jax.jit(lambda params, x, per_kv_head=False: params.integer_weights(x, per_kv_head), static_argnums=2)
 
 
 def draw_windows(seed=0, windows=WINDOWS):
@@ -42,6 +43,11 @@ def draw_windows(seed=0, windows=WINDOWS):
 
 def moments_of(keys, queries):
     return merge([measure_layers(*window) for window in zip(keys, queries, strict=True)])
+
+
+def sample_of(moments):
+    """A text of which no windows were kept."""
+    return Sample(moments, [], SelectionConfig(), 1)
 
 
 def assert_same(found, expected):
@@ -103,7 +109,7 @@ def test_moments_of_chunks_are_those_of_the_whole(cuts):
 
 def test_balanced_statistics_centre_keys_and_give_both_sides_equal_spreads():
     keys, queries = draw_windows()
-    stats = fitting.balance(moments_of(keys, queries))
+    stats = networks.balance(moments_of(keys, queries))
     for layer, head in np.ndindex(LAYERS, KV_HEADS):
         own = keys[:, layer, 1:, head].astype(np.float64).reshape(-1, HEAD_DIM)
         grouped = queries[:, layer].astype(np.float64).reshape(-1, KV_HEADS, GROUP, HEAD_DIM)
@@ -119,19 +125,19 @@ def test_balanced_statistics_centre_keys_and_give_both_sides_equal_spreads():
 def test_a_dimension_that_never_varies_has_a_finite_scale():
     keys, queries = draw_windows()
     keys[..., 1, 4], queries[..., GROUP:, 3] = 7.0, 0.0
-    scale = np.asarray(fitting.balance(moments_of(keys, queries)).scale)
+    scale = np.asarray(networks.balance(moments_of(keys, queries)).scale)
     assert np.isfinite(scale).all() and (scale > 0).all()
 
 
 def test_networks_that_keep_everything_rank_balanced_keys_by_true_scores():
     """With planes that keep everything (four orthonormal bases), hashed queries times hashed keys rank as q . k."""
     keys, queries = draw_windows(2)
-    params = hashing.init_params(jax.random.key(0), NETWORKS, SHAPE)
-    params = fitting.fit_params(params, moments_of(keys, queries), NETWORKS)
+    params = init_functions(jax.random.key(0), NETWORKS, SHAPE)
+    params = params.fit(sample_of(moments_of(keys, queries)))
     for layer in range(LAYERS):
-        own = hashing.layer_params(params, layer)
-        hashed = np.asarray(hash_keys(own, keys[:, layer], NETWORKS), np.float64)
-        asked = np.asarray(hash_queries(own, queries[:, layer], NETWORKS), np.float64)
+        own = params.layer(layer)
+        hashed = np.asarray(hash_keys(own, keys[:, layer]), np.float64)
+        asked = np.asarray(hash_queries(own, queries[:, layer]), np.float64)
         for window, t, head in np.ndindex(WINDOWS, Q_LEN, Q_HEADS):
             true = keys[window, layer, :, head // GROUP].astype(np.float64) @ queries[window, layer, t, head]
             found = hashed[window, :, head // GROUP] @ asked[window, t, head]
@@ -314,13 +320,11 @@ def test_keys_that_never_vary_and_queries_of_zeros_leave_finite_params():
 
 def test_fitted_params_score_each_heads_keys_by_their_dot_products():
     keys, queries = draw_windows(1)
-    params = fitting.fit_params(
-        hashing.init_params(jax.random.key(0), TRANSFORM, SHAPE), moments_of(keys, queries), TRANSFORM
-    )
+    params = init_functions(jax.random.key(0), TRANSFORM, SHAPE).fit(sample_of(moments_of(keys, queries)))
     for layer in range(LAYERS):
-        own, seen, asked = hashing.layer_params(params, layer), keys[:, layer, 1:], queries[:, layer]
-        bits = np.asarray(hash_keys(own, seen, TRANSFORM)) > 0
-        weights = np.asarray(hash_queries(own, asked, TRANSFORM))
+        own, seen, asked = params.layer(layer), keys[:, layer, 1:], queries[:, layer]
+        bits = np.asarray(hash_keys(own, seen)) > 0
+        weights = np.asarray(hash_queries(own, asked))
         for head in range(Q_HEADS):
             found = weights[:, :, head].reshape(-1, 64) @ bits[:, :, head // GROUP].reshape(-1, 64).T
             true = asked[:, :, head].reshape(-1, HEAD_DIM) @ seen[:, :, head // GROUP].reshape(-1, HEAD_DIM).T
@@ -329,8 +333,8 @@ def test_fitted_params_score_each_heads_keys_by_their_dot_products():
 
 def top_share(params, keys, queries, cfg, count):
     """Share of each head's tokens of highest true dot products that integer scores choose, too."""
-    bits = np.asarray(hash_keys(params, keys[None], cfg))[0] > 0
-    weights = integer_weights(params, hash_queries(params, queries[None], cfg), cfg, False)
+    bits = np.asarray(hash_keys(params, keys[None]))[0] > 0
+    weights = integer_weights(params, hash_queries(params, queries[None]), False)
     weights, shares = np.asarray(weights, np.int64)[0, :, :, 0], []
     for t, head in np.ndindex(weights.shape[:2]):
         found = np.argsort(-(bits[:, head // GROUP] @ weights[t, head]))[:count]
@@ -340,29 +344,27 @@ def top_share(params, keys, queries, cfg, count):
 
 
 def test_integer_scores_of_fitted_params_find_nearly_the_true_top_tokens():
-    cfg, shape = HashConfig(code_bits=128), dataclasses.replace(SHAPE, head_dim=32)
+    cfg, shape = TransformConfig(code_bits=128), dataclasses.replace(SHAPE, head_dim=32)
     rng = np.random.default_rng(2)
     mix = rng.normal(size=(LAYERS, KV_HEADS, 32, 32)) * np.geomspace(0.1, 3, 32)
     keys = np.einsum("lskd,lked->lske", rng.normal(size=(LAYERS, 1000, KV_HEADS, 32)), mix) + 4
     keys, queries = keys.astype(np.float32), rng.normal(size=(LAYERS, 30, Q_HEADS, 32)).astype(np.float32)
-    start = hashing.init_params(jax.random.key(0), cfg, shape)
-    fitted = fitting.fit_params(start, measure_layers(keys[:, :500], queries[:, :15]), cfg)
+    start = init_functions(jax.random.key(0), cfg, shape)
+    fitted = start.fit(sample_of(measure_layers(keys[:, :500], queries[:, :15])))
     for layer in range(LAYERS):
         unseen = keys[layer, 500:], queries[layer, 15:]
-        missed, before = (
-            1 - top_share(hashing.layer_params(params, layer), *unseen, cfg, 50) for params in (fitted, start)
-        )
+        missed, before = (1 - top_share(params.layer(layer), *unseen, cfg, 50) for params in (fitted, start))
         assert missed < 0.08
         assert before > 4 * missed
 
 
 def test_the_transform_is_fitted_head_by_head_and_decoded_on_one_scale_for_a_layer():
     moments = moments_of(*draw_windows())
-    start = hashing.init_params(jax.random.key(0), TRANSFORM, SHAPE)
-    fitted = fitting.fit_params(start, moments, TRANSFORM)
+    start = init_functions(jax.random.key(0), TRANSFORM, SHAPE)
+    fitted = start.fit(sample_of(moments))
     np.testing.assert_array_equal(fitted.stats.mean, moments.mean)
-    np.testing.assert_array_equal(fitted.stats.members, start.stats.members)
-    np.testing.assert_array_equal(fitted.weights.log_gain, start.weights.log_gain)
+    np.testing.assert_array_equal(fitted.stats.head_assignment, start.stats.head_assignment)
+    np.testing.assert_array_equal(fitted.weights.log_head_scale, start.weights.log_head_scale)
     for layer in range(LAYERS):
         parts = [
             fit_axes(*(np.asarray(leaf[layer, head], np.float64) for leaf in (moments.covariance, moments.queries)), 64)
@@ -370,20 +372,18 @@ def test_the_transform_is_fitted_head_by_head_and_decoded_on_one_scale_for_a_lay
         ]
         axes, cells, decode = (np.stack(part) for part in zip(*parts, strict=True))
         np.testing.assert_allclose(fitted.stats.axes[layer], axes, rtol=1e-4)
-        np.testing.assert_array_equal(fitted.stats.cells[layer], cells)
+        np.testing.assert_array_equal(fitted.stats.levels[layer], cells)
         decode /= np.sqrt(np.mean(decode**2))  # of the layer: KV heads keep their sizes
-        np.testing.assert_allclose(fitted.weights.decode[layer], decode, rtol=1e-4)
+        np.testing.assert_allclose(fitted.weights.bit_weights[layer], decode, rtol=1e-4)
 
 
 def test_fitting_networks_moves_statistics_alone_and_those_not_centred_not_at_all():
     moments = moments_of(*draw_windows())
-    networks = hashing.init_params(jax.random.key(0), NETWORKS, SHAPE)
-    for cfg, stats in (
-        (NETWORKS, fitting.balance(moments)),
-        (dataclasses.replace(NETWORKS, centre=False), networks.stats),
-    ):
-        found = fitting.fit_params(networks, moments, cfg)
-        assert_same(found.weights, networks.weights)
+    start = init_functions(jax.random.key(0), NETWORKS, SHAPE)
+    as_they_are = start.replace(cfg=dataclasses.replace(NETWORKS, centre=False))
+    for before, stats in ((start, networks.balance(moments)), (as_they_are, start.stats)):
+        found = before.fit(sample_of(moments))
+        assert_same(found.weights, start.weights)
         assert_same(found.stats, stats)
 
 
@@ -404,10 +404,11 @@ def draw_planted(seed):
     return keys.astype(np.float32), queries.astype(np.float32), positions.copy()
 
 
-def split(windows, cfg=TRANSFORM, selection=SELECTION):
+def split(windows, cfg=TRANSFORM, selection=SELECTION, layers_at_once=1):
+    """Hash functions fitted to moments alone, and to windows too."""
     moments = merge([measure_layers(keys, queries) for keys, queries, _ in windows])
-    params = hashing.init_params(jax.random.key(0), cfg, SHAPE)
-    return params, fitting.split_groups(params, moments, windows, selection, 1)
+    start = init_functions(jax.random.key(0), cfg, SHAPE)
+    return start.fit(sample_of(moments)), start.fit(Sample(moments, windows, selection, layers_at_once))
 
 
 def mass_read(second, layer, head, windows):
@@ -428,7 +429,7 @@ def mass_read(second, layer, head, windows):
 
 def test_a_head_that_looks_for_other_tokens_than_the_rest_gets_a_sum_of_its_own():
     windows = [draw_planted(seed) for seed in range(3)]
-    members = np.asarray(split(windows)[1].stats.members)
+    members = np.asarray(split(windows)[1].stats.head_assignment)
     apart = np.array([False, True, False])
     for layer, odd in ((0, 0), (1, 1)):
         assert sorted(members[layer, odd].tolist()) == [[0, 1, 0], [1, 0, 1]]
@@ -438,14 +439,14 @@ def test_a_head_that_looks_for_other_tokens_than_the_rest_gets_a_sum_of_its_own(
 @pytest.mark.parametrize("keep", [0.1, 0.7])
 def test_heads_that_look_alike_are_all_in_both_sums(keep):
     windows = [draw_planted(seed) for seed in range(3)]
-    members = np.asarray(split(windows, selection=dataclasses.replace(SELECTION, keep=keep))[1].stats.members)
+    members = np.asarray(split(windows, selection=dataclasses.replace(SELECTION, keep=keep))[1].stats.head_assignment)
     for layer, alike in ((0, 1), (1, 0)):
         assert members[layer, alike].tolist() == [[1, 1, 1], [1, 1, 1]]
 
 
 def test_groups_are_shared_out_as_reads_most():
     windows = [draw_planted(seed) for seed in range(3)]
-    members = np.asarray(split(windows)[1].stats.members)
+    members = np.asarray(split(windows)[1].stats.head_assignment)
     for layer, head in np.ndindex(LAYERS, KV_HEADS):
         ways = np.array(list(itertools.product([False, True], repeat=GROUP)))[: 2 ** (GROUP - 1)]
         found = [mass_read(way, layer, head, windows) for way in ways]
@@ -458,17 +459,14 @@ def test_splitting_moves_members_alone_and_leaves_what_has_no_two_sums():
     windows = [draw_planted(0)]
     start, found = split(windows)
     assert_same(found.weights, start.weights)
-    for name in ("mean", "axes", "cells"):
+    for name in ("mean", "axes", "levels"):
         np.testing.assert_array_equal(getattr(found.stats, name), getattr(start.stats, name))
     for cfg in (dataclasses.replace(TRANSFORM, sums=1), NETWORKS):
-        start, found = split(windows, cfg)
-        assert found is start
+        assert_same(*split(windows, cfg))
 
 
 @pytest.mark.parametrize("at_once", [2, 5])
 def test_layers_worked_on_together_change_no_split(at_once):
     windows = [draw_planted(seed) for seed in range(2)]
-    start, alone = split(windows)
-    moments = merge([measure_layers(keys, queries) for keys, queries, _ in windows])
-    together = fitting.split_groups(start, moments, windows, SELECTION, at_once)
-    np.testing.assert_array_equal(together.stats.members, alone.stats.members)
+    alone, together = split(windows)[1], split(windows, layers_at_once=at_once)[1]
+    np.testing.assert_array_equal(together.stats.head_assignment, alone.stats.head_assignment)

@@ -6,10 +6,8 @@ import functools
 import jax
 import pytest
 
-from spotlight_jax import hashing
-from spotlight_jax.checkpoint import Selector
 from spotlight_jax.config.generation import GenerateConfig
-from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.hashing import TransformConfig
 from spotlight_jax.config.sampling import SamplingConfig
 from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.errors import InputError
@@ -18,6 +16,8 @@ from spotlight_jax.models.config import RopeConfig
 from spotlight_jax.models.decoder import init_params
 from spotlight_jax.models.load import BaseModel
 from spotlight_jax.models.presets import PRESETS
+from spotlight_jax.selector.checkpoint import Selector
+from spotlight_jax.selector.forms import init_functions
 from spotlight_jax.token_ids import encode_chat
 from tests.byte_tokenizer import byte_tokenizer
 
@@ -35,8 +35,8 @@ def base_model(tokenizer=TOKENIZER):
 
 @functools.cache
 def selector():
-    cfg, shape = HashConfig(code_bits=64, hidden=24), head_shape(MODEL)
-    return Selector(cfg, shape, hashing.init_params(jax.random.key(1), cfg, shape), "tiny", {})
+    cfg, shape = TransformConfig(code_bits=64), head_shape(MODEL)
+    return Selector(shape, init_functions(jax.random.key(1), cfg, shape), "tiny", {})
 
 
 @functools.cache

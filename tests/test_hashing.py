@@ -10,10 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from spotlight_jax import bits, hashing, transform
-from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax import bits
+from spotlight_jax.config import hashing
+from spotlight_jax.config.hashing import NetworkConfig, TransformConfig
 from spotlight_jax.errors import InputError
-from spotlight_jax.hashing import HeadShape
+from spotlight_jax.kernels.hash_append import reference as transform
+from spotlight_jax.selector import networks
+from spotlight_jax.selector.base import HeadShape, orthogonal_planes
+from spotlight_jax.selector.forms import init_functions
+from spotlight_jax.selector.networks import KeyStats
 from spotlight_jax.weights import WeightBounds
 from tests.hash_params import draw_params
 from tests.tolerances import tolerance
@@ -23,23 +28,23 @@ Q_HEADS = KV_HEADS * GROUP
 SHAPE = HeadShape(layers=LAYERS, q_heads=Q_HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM)
 SQUARE = dataclasses.replace(SHAPE, head_dim=32)  # widths that skip "layers" can bridge
 
-SYMMETRIC = HashConfig(form="symmetric", skip="none", code_bits=64, hidden=24, code_heads="query", centre=False)
+SYMMETRIC = NetworkConfig(form="symmetric", skip="none", code_bits=64, hidden=24, code_heads="query", centre=False)
 FORMS = {
     "paper": SYMMETRIC,
     "released": dataclasses.replace(SYMMETRIC, skip="layers", code_bits=32, hidden=32),
     "shared code": dataclasses.replace(SYMMETRIC, skip="rotation", code_heads="kv", centre=True),
-    "asymmetric": HashConfig(form="asymmetric", code_bits=64, hidden=24),
-    "asymmetric, not centred": HashConfig(form="asymmetric", code_bits=32, hidden=20, centre=False),
+    "asymmetric": NetworkConfig(form="asymmetric", code_bits=64, hidden=24),
+    "asymmetric, not centred": NetworkConfig(form="asymmetric", code_bits=32, hidden=20, centre=False),
 }
-TRANSFORM, DIGITS = HashConfig(code_bits=64), 4  # of each of the axes that `draw_params` gives
+TRANSFORM, DIGITS = TransformConfig(code_bits=64), 4  # of each of the axes that `draw_params` gives
 
 # jitted once: faster than eagerly, and arrays of numpy pass
-hash_keys = jax.jit(hashing.hash_keys, static_argnums=2)
-hash_queries = jax.jit(hashing.hash_queries, static_argnums=2)
-key_codes = jax.jit(hashing.key_codes, static_argnums=2)
-query_weights = jax.jit(hashing.query_weights, static_argnums=(2, 3))
-sum_weights = jax.jit(hashing.sum_weights, static_argnums=(2, 3))
-pack_bits, unpack_bits, soft_sign = (jax.jit(run) for run in (bits.pack_bits, bits.unpack_bits, hashing.soft_sign))
+hash_keys = jax.jit(lambda params, x: params.hash_keys(x))
+hash_queries = jax.jit(lambda params, x: params.hash_queries(x))
+key_codes = jax.jit(lambda params, x: params.key_codes(x))
+query_weights = jax.jit(lambda params, x, per_kv_head=False: params.query_weights(x, per_kv_head), static_argnums=2)
+sum_weights = jax.jit(lambda params, x, per_kv_head=False: params.score_heads(x, per_kv_head), static_argnums=2)
+pack_bits, unpack_bits, soft_sign = (jax.jit(run) for run in (bits.pack_bits, bits.unpack_bits, networks.soft_sign))
 
 
 def head_shape(cfg):
@@ -49,7 +54,7 @@ def head_shape(cfg):
 def random_params(cfg, seed=0):
     """One layer's params with every leaf random, biases and output layers too, so that each part matters."""
     shape = dataclasses.replace(head_shape(cfg), layers=1)
-    params = hashing.layer_params(hashing.init_params(jax.random.key(seed), cfg, shape), 0)
+    params = init_functions(jax.random.key(seed), cfg, shape).layer(0)
     leaves, structure = jax.tree.flatten(params)
     rng = np.random.default_rng(seed)
     drawn = jax.tree.unflatten(structure, [jnp.asarray(rng.normal(0, 0.5, x.shape), jnp.float32) for x in leaves])
@@ -110,7 +115,7 @@ def expected_queries(params, queries, cfg):
             members = queries[b, t, kv * GROUP : (kv + 1) * GROUP].astype(np.float64) * scale
             query = query * scale / np.sqrt(np.mean(members**2))
         if cfg.form == "asymmetric":
-            gain = np.exp(np.asarray(params.weights.log_gain, np.float64)[head])
+            gain = np.exp(np.asarray(params.weights.log_head_scale, np.float64)[head])
             out[b, t, head] = network_of(params.weights.queries, head, query, cfg.skip) * gain
         else:
             net = kv if cfg.code_heads == "kv" else head
@@ -123,14 +128,14 @@ def test_the_network_is_the_papers_for_each_head_of_keys_and_queries(form):
     cfg = FORMS[form]
     params, queries, keys = random_params(cfg), draw_queries(cfg), draw_keys(cfg)
     close = {**tolerance("float32"), "atol": 1e-4}  # sums of up to 32 products of size 10
-    np.testing.assert_allclose(hash_keys(params, keys, cfg), expected_keys(params, keys, cfg), **close)
-    np.testing.assert_allclose(hash_queries(params, queries, cfg), expected_queries(params, queries, cfg), **close)
+    np.testing.assert_allclose(hash_keys(params, keys), expected_keys(params, keys, cfg), **close)
+    np.testing.assert_allclose(hash_queries(params, queries), expected_queries(params, queries, cfg), **close)
 
 
 @pytest.mark.parametrize("code_bits", [32, 64, 96])
 @pytest.mark.parametrize("head_dim", [24, 32, 64, 80])
 def test_planes_are_orthonormal_within_each_block_of_head_dim(code_bits, head_dim):
-    planes = np.asarray(hashing.orthogonal_planes(jax.random.key(0), 2, head_dim, code_bits))
+    planes = np.asarray(orthogonal_planes(jax.random.key(0), 2, head_dim, code_bits))
     assert planes.shape == (2, head_dim, code_bits)
     for head in range(2):
         for start in range(0, code_bits, head_dim):
@@ -142,18 +147,18 @@ def test_planes_are_orthonormal_within_each_block_of_head_dim(code_bits, head_di
 @pytest.mark.parametrize("form", ["symmetric", "asymmetric"])
 @pytest.mark.parametrize("code_bits", [32, 64, 96])
 def test_step_0_of_the_rotation_skip_is_orthogonal_lsh(form, code_bits):
-    cfg = HashConfig(form=form, skip="rotation", code_bits=code_bits, hidden=20)
+    cfg = NetworkConfig(form=form, skip="rotation", code_bits=code_bits, hidden=20)
     shape = HeadShape(layers=LAYERS, q_heads=Q_HEADS, kv_heads=KV_HEADS, head_dim=64)
-    stacked = hashing.init_params(jax.random.key(3), cfg, shape)
+    stacked = init_functions(jax.random.key(3), cfg, shape)
     keys, queries = draw(4, BATCH, LEN, KV_HEADS, 64), draw(5, BATCH, LEN, Q_HEADS, 64)
     for layer in range(LAYERS):
-        params = hashing.layer_params(stacked, layer)
+        params = stacked.layer(layer)
         planes = np.asarray(params.weights.keys.rotation)
         for head in range(KV_HEADS):
             for start in range(0, code_bits, 64):
                 block = planes[head, :, start : start + 64]
                 np.testing.assert_allclose(block.T @ block, np.eye(block.shape[1]), atol=1e-5)
-        hashed, asked = hash_keys(params, keys, cfg), hash_queries(params, queries, cfg)
+        hashed, asked = hash_keys(params, keys), hash_queries(params, queries)
         for head in range(KV_HEADS):
             np.testing.assert_allclose(hashed[:, :, head], keys[:, :, head] @ planes[head], atol=1e-5)
         for head in range(Q_HEADS):  # a query is projected on the very planes of its keys, up to its length
@@ -167,14 +172,14 @@ def test_step_0_of_the_rotation_skip_is_orthogonal_lsh(form, code_bits):
 
 @pytest.mark.parametrize("form", ["transform", "asymmetric", "symmetric"])
 def test_no_two_params_share_memory_which_a_training_step_donates(form):
-    leaves = jax.tree.leaves(hashing.init_params(jax.random.key(0), HashConfig(form, code_bits=32, hidden=20), SHAPE))
+    leaves = jax.tree.leaves(init_functions(jax.random.key(0), hashing.FORMS[form](form, code_bits=32), SHAPE))
     assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)
 
 
 @pytest.mark.parametrize("skip", ["none", "layers"])
 def test_the_papers_weights_start_normal_with_deviation_a_thousandth(skip):
-    cfg = HashConfig(form="symmetric", skip=skip, code_bits=64, hidden=64, code_heads="query")
-    net = hashing.init_params(jax.random.key(0), cfg, dataclasses.replace(SHAPE, head_dim=64)).weights.keys
+    cfg = NetworkConfig(form="symmetric", skip=skip, code_bits=64, hidden=64, code_heads="query")
+    net = init_functions(jax.random.key(0), cfg, dataclasses.replace(SHAPE, head_dim=64)).weights.keys
     for kernel in (net.hidden_kernel, net.out_kernel):
         assert kernel.shape == (LAYERS, Q_HEADS, 64, 64)
         assert abs(float(jnp.std(kernel)) - 0.001) < 2e-5
@@ -186,9 +191,9 @@ def test_the_papers_weights_start_normal_with_deviation_a_thousandth(skip):
 
 def test_the_residual_form_starts_as_the_sign_of_its_input():
     cfg = FORMS["released"]
-    params = hashing.layer_params(hashing.init_params(jax.random.key(0), cfg, SQUARE), 0)
+    params = init_functions(jax.random.key(0), cfg, SQUARE).layer(0)
     keys = draw_keys(cfg)
-    np.testing.assert_allclose(hash_keys(params, keys, cfg)[:, :, ::GROUP], keys, atol=0.1)
+    np.testing.assert_allclose(hash_keys(params, keys)[:, :, ::GROUP], keys, atol=0.1)
 
 
 @pytest.mark.parametrize(
@@ -227,8 +232,8 @@ def test_key_codes_are_the_signs_packed_word_major(form):
     cfg = FORMS[form]
     params, keys = random_params(cfg), draw_keys(cfg, length=7)
     expected = expected_keys(params, keys, cfg)
-    codes = np.asarray(key_codes(params, keys, cfg))
-    assert codes.shape == (BATCH, expected.shape[2], cfg.words, 7)
+    codes = np.asarray(key_codes(params, keys))
+    assert codes.shape == (BATCH, expected.shape[2], cfg.code_bits // 32, 7)
     for b, s, head, bit in np.ndindex(expected.shape):
         if abs(expected[b, s, head, bit]) > 1e-4:
             assert (int(codes[b, head, bit // 32, s]) >> (bit % 32)) & 1 == (expected[b, s, head, bit] > 0)
@@ -241,8 +246,8 @@ def test_above_0_is_bit_1_and_0_is_bit_0():
     values[[1, 5]], values[[2, 6]], values[3] = 1e-20, -1e-20, -0.0
     net = zero.weights.keys.replace(out_bias=jnp.tile(values, (Q_HEADS, 1)))
     params = zero.replace(weights=zero.weights.replace(keys=net))
-    assert set(np.asarray(key_codes(params, draw_keys(cfg), cfg)).ravel().tolist()) == {0b100010}
-    weights = np.asarray(query_weights(params, draw_queries(cfg), cfg))
+    assert set(np.asarray(key_codes(params, draw_keys(cfg))).ravel().tolist()) == {0b100010}
+    weights = np.asarray(query_weights(params, draw_queries(cfg)))
     np.testing.assert_array_equal(weights, np.broadcast_to(np.where(values > 0, 1, -1), weights.shape))
 
 
@@ -270,11 +275,11 @@ def test_symmetric_query_weights_are_signs_and_their_sums_over_a_group(form, per
     expected = np.where(expected_queries(params, queries, cfg) > 0, 1, -1)
     if per_kv_head:
         expected = expected.reshape(BATCH, LEN, KV_HEADS, GROUP, -1).sum(3)
-    weights = np.asarray(query_weights(params, queries, cfg, per_kv_head))
+    weights = np.asarray(query_weights(params, queries, per_kv_head))
     assert weights.dtype == np.int32
     np.testing.assert_array_equal(weights, expected[..., None, :])
     limit = GROUP if per_kv_head else 1
-    assert hashing.weight_bounds(cfg, GROUP, per_kv_head) == WeightBounds(limit, limit * cfg.code_bits)
+    assert params.weight_bounds(GROUP, per_kv_head) == WeightBounds(limit, limit * cfg.code_bits)
 
 
 @pytest.mark.parametrize("form", ["asymmetric", "asymmetric, not centred"])
@@ -287,28 +292,28 @@ def test_asymmetric_query_weights_are_the_query_side_rounded(form, per_kv_head):
         outputs = outputs.reshape(BATCH, LEN, KV_HEADS, GROUP, -1).sum(3)
     sizes = np.abs(outputs)
     scale = np.minimum(127 / sizes.max(-1), (1020 - cfg.code_bits / 2) / sizes.sum(-1))[..., None]
-    weights = np.asarray(query_weights(params, queries, cfg, per_kv_head))
+    weights = np.asarray(query_weights(params, queries, per_kv_head))
     assert weights.dtype == np.int32
     assert np.abs(weights - (outputs * scale)[..., None, :]).max() < 0.51
-    assert hashing.weight_bounds(cfg, GROUP, per_kv_head) == WeightBounds(127, 1020)
+    assert params.weight_bounds(GROUP, per_kv_head) == WeightBounds(127, 1020)
 
 
 @pytest.mark.parametrize("cfg", [FORMS["asymmetric"], TRANSFORM], ids=lambda cfg: cfg.form)
 @pytest.mark.parametrize("per_kv_head", [False, True])
 def test_a_query_of_zeros_has_finite_weights(cfg, per_kv_head):
-    params = hashing.layer_params(hashing.init_params(jax.random.key(0), cfg, SHAPE), 0)
-    assert not np.any(query_weights(params, np.zeros_like(draw_queries(cfg)), cfg, per_kv_head))
+    params = init_functions(jax.random.key(0), cfg, SHAPE).layer(0)
+    assert not np.any(query_weights(params, np.zeros_like(draw_queries(cfg)), per_kv_head))
 
 
 def test_centring_keeps_the_order_of_true_scores():
     """With planes that keep everything (an orthonormal square), centred weights times centred keys rank as q . k."""
-    cfg = HashConfig(form="asymmetric", code_bits=32, hidden=20)
+    cfg = NetworkConfig(form="asymmetric", code_bits=32, hidden=20)
     shape = dataclasses.replace(SHAPE, head_dim=32, layers=1)
     keys, queries = draw(6, BATCH, 40, KV_HEADS, 32) * 4 + 3, draw(7, BATCH, LEN, Q_HEADS, 32)
-    params = hashing.layer_params(hashing.init_params(jax.random.key(0), cfg, shape), 0)
+    params = init_functions(jax.random.key(0), cfg, shape).layer(0)
     scale = np.exp(draw(8, KV_HEADS, 32))
-    params = params.replace(stats=hashing.KeyStats(jnp.asarray(draw(9, KV_HEADS, 32)), jnp.asarray(scale)))
-    hashed, asked = np.asarray(hash_keys(params, keys, cfg)), np.asarray(hash_queries(params, queries, cfg))
+    params = params.replace(stats=KeyStats(jnp.asarray(draw(9, KV_HEADS, 32)), jnp.asarray(scale)))
+    hashed, asked = np.asarray(hash_keys(params, keys)), np.asarray(hash_queries(params, queries))
     for b, t, head in np.ndindex(BATCH, LEN, Q_HEADS):
         true = keys[b, :, head // GROUP].astype(np.float64) @ queries[b, t, head]
         centred = hashed[b, :, head // GROUP] @ asked[b, t, head]
@@ -318,7 +323,7 @@ def test_centring_keeps_the_order_of_true_scores():
 def transform_params(seed=1, **fields):
     """One layer of the transform form as after training, with its config."""
     cfg = dataclasses.replace(TRANSFORM, **fields)
-    return hashing.layer_params(draw_params(cfg, SHAPE, seed), 0), cfg
+    return draw_params(cfg, SHAPE, seed).layer(0), cfg
 
 
 def numbers_of(bits):
@@ -336,20 +341,20 @@ def coordinates_of(params, keys):
 def test_bits_are_the_binary_digits_of_fixed_point_coordinates():
     params, cfg = transform_params()
     keys = draw_keys(cfg, length=200) * 3  # some beyond both ends
-    places = np.asarray(params.stats.cells, np.float64) * coordinates_of(params, keys)
-    expected = np.clip(np.floor(places), 0, np.asarray(params.stats.cells) - 1).astype(int) & 1
+    places = np.asarray(params.stats.levels, np.float64) * coordinates_of(params, keys)
+    expected = np.clip(np.floor(places), 0, np.asarray(params.stats.levels) - 1).astype(int) & 1
     is_clear = np.abs(places - np.round(places)) > 1e-4  # float32 may round others to either side
-    bits = np.asarray(hash_keys(params, keys, cfg)) > 0
+    bits = np.asarray(hash_keys(params, keys)) > 0
     np.testing.assert_array_equal(bits[is_clear], expected[is_clear] == 1)
     assert is_clear.mean() > 0.99 and 0.3 < bits.mean() < 0.7
-    assert (places < 0).any() and (places > np.asarray(params.stats.cells)).any()
+    assert (places < 0).any() and (places > np.asarray(params.stats.levels)).any()
 
 
 def test_digits_of_an_axis_together_are_its_cell_from_the_highest_digit_on():
     params, cfg = transform_params()
     keys = draw_keys(cfg, length=200)
     places = 2**DIGITS * coordinates_of(params, keys)[..., ::DIGITS]
-    numbers = numbers_of(np.asarray(hash_keys(params, keys, cfg)) > 0)
+    numbers = numbers_of(np.asarray(hash_keys(params, keys)) > 0)
     is_clear = np.abs(places - np.round(places)) > 1e-3
     np.testing.assert_array_equal(numbers[is_clear], np.clip(np.floor(places), 0, 15)[is_clear])
 
@@ -365,32 +370,34 @@ def walk(params, head, axis, steps):
 
 @pytest.mark.parametrize(("head", "axis"), [(0, 0), (1, 7), (2, 15)])
 def test_codes_never_fall_along_an_axis_and_take_every_value(head, axis):
-    params, cfg = transform_params()
+    params = transform_params()[0]
     keys = walk(params, head, axis, np.linspace(0.001, 0.999, 97))
-    numbers = numbers_of(np.asarray(hash_keys(params, keys, cfg)) > 0)[0, :, head, axis]
+    numbers = numbers_of(np.asarray(hash_keys(params, keys)) > 0)[0, :, head, axis]
     assert (np.diff(numbers) >= 0).all()
     assert sorted(set(numbers.tolist())) == list(range(2**DIGITS))
 
 
 @pytest.mark.parametrize(("head", "axis"), [(0, 3), (1, 0), (2, 9)])
 def test_codes_stay_at_the_ends_beyond_them(head, axis):
-    params, cfg = transform_params()
+    params = transform_params()[0]
     keys = walk(params, head, axis, [-1e4, -30, -1.01, -0.01, 1.01, 2.01, 31, 1e4])
-    numbers = numbers_of(np.asarray(hash_keys(params, keys, cfg)) > 0)[0, :, head, axis]
+    numbers = numbers_of(np.asarray(hash_keys(params, keys)) > 0)[0, :, head, axis]
     assert numbers.tolist() == [0] * 4 + [2**DIGITS - 1] * 4
 
 
 def test_a_key_between_two_cells_is_in_the_lower_one_by_all_its_digits():
-    params, cfg = transform_params()
+    params = transform_params()[0]
     keys = np.broadcast_to(np.asarray(params.stats.mean), (1, 2, KV_HEADS, HEAD_DIM))  # the middle of every axis
-    assert (numbers_of(np.asarray(hash_keys(params, keys, cfg)) > 0) == 2 ** (DIGITS - 1) - 1).all()
+    assert (numbers_of(np.asarray(hash_keys(params, keys)) > 0) == 2 ** (DIGITS - 1) - 1).all()
 
 
 def test_transform_queries_are_linear_maps_with_a_gain_of_their_head():
     params, cfg = transform_params()
     queries = draw_queries(cfg)
-    found = np.asarray(hash_queries(params, queries, cfg))
-    decode, gains = (np.asarray(leaf, np.float64) for leaf in (params.weights.decode, params.weights.log_gain))
+    found = np.asarray(hash_queries(params, queries))
+    decode, gains = (
+        np.asarray(leaf, np.float64) for leaf in (params.weights.bit_weights, params.weights.log_head_scale)
+    )
     for head in range(Q_HEADS):
         expected = np.exp(gains[head]) * (queries[:, :, head].astype(np.float64) @ decode[head // GROUP])
         np.testing.assert_allclose(found[:, :, head], expected, **tolerance("float32"))
@@ -401,9 +408,9 @@ def test_a_groups_sums_add_up_their_members_at_one_length(sums):
     params, cfg = transform_params(sums=sums)
     members = draw(3, KV_HEADS, sums, GROUP) > 0
     members[:, :, 0] = True
-    params = params.replace(stats=dataclasses.replace(params.stats, members=jnp.asarray(members, jnp.float32)))
+    params = params.replace(stats=dataclasses.replace(params.stats, head_assignment=jnp.asarray(members, jnp.float32)))
     outputs = draw(4, BATCH, LEN, Q_HEADS, cfg.code_bits)
-    found = np.asarray(sum_weights(params, outputs, cfg, True))
+    found = np.asarray(sum_weights(params, outputs, True))
     assert found.shape == (BATCH, LEN, KV_HEADS, sums, cfg.code_bits)
     for head, row in np.ndindex(KV_HEADS, sums):
         own = outputs[:, :, head * GROUP : (head + 1) * GROUP].astype(np.float64)
@@ -415,7 +422,7 @@ def test_a_groups_sums_add_up_their_members_at_one_length(sums):
 def test_a_query_head_alone_has_one_sum():
     params, cfg = transform_params()
     outputs = draw(4, BATCH, LEN, Q_HEADS, cfg.code_bits)
-    found = np.asarray(sum_weights(params, outputs, cfg, False))
+    found = np.asarray(sum_weights(params, outputs, False))
     expected = outputs * (transform.SPREAD / np.linalg.norm(outputs, axis=-1, keepdims=True))
     np.testing.assert_allclose(found, expected[:, :, :, None], **tolerance("float32"))
 
@@ -424,35 +431,35 @@ def test_a_query_head_alone_has_one_sum():
 def test_transform_query_weights_are_their_sums_rounded_on_one_scale(per_kv_head):
     params, cfg = transform_params()
     queries = draw_queries(cfg)
-    real = np.asarray(sum_weights(params, hash_queries(params, queries, cfg), cfg, per_kv_head), np.float64)
+    real = np.asarray(sum_weights(params, hash_queries(params, queries), per_kv_head), np.float64)
     sizes = np.abs(real)
     scale = np.minimum(127 / sizes.max((-2, -1)), (1020 - cfg.code_bits / 2) / sizes.sum(-1).max(-1))
-    weights = np.asarray(query_weights(params, queries, cfg, per_kv_head))
+    weights = np.asarray(query_weights(params, queries, per_kv_head))
     assert weights.dtype == np.int32
     assert np.abs(weights - real * scale[..., None, None]).max() < 0.51
-    assert hashing.weight_bounds(cfg, GROUP, per_kv_head) == WeightBounds(127, 1020)
+    assert params.weight_bounds(GROUP, per_kv_head) == WeightBounds(127, 1020)
 
 
 @pytest.mark.parametrize("code_bits", [32, 96])
 def test_the_transform_form_is_orthogonal_lsh_before_it_is_fitted(code_bits):
-    cfg = HashConfig(code_bits=code_bits)
-    params = hashing.layer_params(hashing.init_params(jax.random.key(3), cfg, SHAPE), 0)
+    cfg = TransformConfig(code_bits=code_bits)
+    params = init_functions(jax.random.key(3), cfg, SHAPE).layer(0)
     planes, keys, queries = np.asarray(params.stats.axes), draw_keys(cfg), draw_queries(cfg)
     for head, start in np.ndindex(KV_HEADS, code_bits // HEAD_DIM):
         block = planes[head, :, start * HEAD_DIM : (start + 1) * HEAD_DIM]
         np.testing.assert_allclose(block.T @ block, np.eye(HEAD_DIM), atol=1e-5)
     projected = np.einsum("bskd,kdc->bskc", keys, planes)
-    bits = np.asarray(hash_keys(params, keys, cfg)) > 0
+    bits = np.asarray(hash_keys(params, keys)) > 0
     is_clear = np.abs(projected) > 1e-5
     np.testing.assert_array_equal(bits[is_clear], projected[is_clear] > 0)
     asked = np.einsum("bthd,hdc->bthc", queries, np.repeat(planes, GROUP, axis=0))
-    np.testing.assert_allclose(hash_queries(params, queries, cfg), asked, atol=1e-5)
-    np.testing.assert_array_equal(params.stats.members, np.ones((KV_HEADS, 2, GROUP)))
+    np.testing.assert_allclose(hash_queries(params, queries), asked, atol=1e-5)
+    np.testing.assert_array_equal(params.stats.head_assignment, np.ones((KV_HEADS, 2, GROUP)))
 
 
 def test_a_group_of_one_has_one_sum():
-    params = hashing.init_params(jax.random.key(0), TRANSFORM, dataclasses.replace(SHAPE, q_heads=KV_HEADS))
-    assert params.stats.members.shape == (LAYERS, KV_HEADS, 1, 1)
+    params = init_functions(jax.random.key(0), TRANSFORM, dataclasses.replace(SHAPE, q_heads=KV_HEADS))
+    assert params.stats.head_assignment.shape == (LAYERS, KV_HEADS, 1, 1)
 
 
 @pytest.mark.parametrize("gamma", [0.5, 4.0, 64.0])
@@ -472,16 +479,15 @@ def test_the_soft_sign_tends_to_the_sign(x):
     ("fields", "names"),
     [
         ({"code_bits": 48}, "code_bits is 48"),
-        ({"code_bits": 0}, "code_bits is 0"),
+        ({"form": "asymmetric", "code_bits": 0}, "code_bits is 0"),
         ({"code_bits": 288}, "code_bits is 288"),
-        ({"hidden": 0}, "hidden is 0"),
+        ({"form": "symmetric", "hidden": 0}, "hidden is 0"),
         ({"form": "asymmetric", "code_heads": "query"}, "the asymmetric form .*code-heads kv"),
-        ({"code_heads": "query"}, "the transform form .*code-heads kv"),
     ],
 )
 def test_what_no_hash_function_can_be_built_from_is_named(fields, names):
     with pytest.raises(InputError, match=names):
-        HashConfig(**fields)
+        hashing.FORMS[fields.get("form", "transform")](**fields)
 
 
 @pytest.mark.parametrize(("hidden", "code_bits", "head_dim"), [(64, 32, 32), (32, 64, 32), (32, 32, 64)])
@@ -489,4 +495,4 @@ def test_identities_between_unequal_widths_are_refused_with_all_three(hidden, co
     cfg = dataclasses.replace(SYMMETRIC, skip="layers", hidden=hidden, code_bits=code_bits)
     shape = dataclasses.replace(SHAPE, head_dim=head_dim)
     with pytest.raises(InputError, match=rf"hidden \({hidden}\), code_bits \({code_bits}\).*head_dim \({head_dim}\)"):
-        hashing.init_params(jax.random.key(0), cfg, shape)
+        init_functions(jax.random.key(0), cfg, shape)

@@ -9,12 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spotlight_jax import hashing, ranking, transform
-from spotlight_jax.config.hashing import HashConfig
-from spotlight_jax.config.ranking import RankingConfig
+from spotlight_jax.config.hashing import NetworkConfig, TransformConfig
+from spotlight_jax.config.ranking import MassLoss, PairLoss
 from spotlight_jax.errors import InputError
-from spotlight_jax.hashing import HeadShape
 from spotlight_jax.kernels import pair_cost
+from spotlight_jax.kernels.hash_append import reference as transform
+from spotlight_jax.selector.base import HeadShape
+from spotlight_jax.selector.forms import init_functions
+from spotlight_jax.selector.losses import mass, pairs, targets
+from spotlight_jax.selector.losses.ranking import ranking_loss
 from tests.hash_params import draw_params
 from tests.tolerances import tolerance
 
@@ -22,24 +25,24 @@ Q_LEN, KV_HEADS, GROUP, HEAD_DIM, KV_LEN = 4, 2, 3, 16, 60
 Q_HEADS = KV_HEADS * GROUP
 POSITIONS = np.array([2, 17, 40, 59], np.int32)
 # a top set of 6 keys at most; the first query sees 3
-CFG = RankingConfig(
+CFG = PairLoss(
     top_share=0.1, min_top=5, queries=4, tops=4, others=20, always_top=2, queries_at_once=4, weighting="attention"
 )
 HASHES = {
-    "paper": HashConfig(form="symmetric", skip="none", code_bits=32, hidden=24, code_heads="query", centre=False),
-    "shared code": HashConfig(form="symmetric", skip="rotation", code_bits=32, hidden=24),
-    "asymmetric": HashConfig(form="asymmetric", code_bits=32, hidden=24),
-    "transform": HashConfig(code_bits=32),
+    "paper": NetworkConfig(form="symmetric", skip="none", code_bits=32, hidden=24, code_heads="query", centre=False),
+    "shared code": NetworkConfig(form="symmetric", skip="rotation", code_bits=32, hidden=24),
+    "asymmetric": NetworkConfig(form="asymmetric", code_bits=32, hidden=24),
+    "transform": TransformConfig(code_bits=32),
 }
 
-top_counts = jax.jit(ranking.top_counts, static_argnums=(1, 2))
+top_counts = jax.jit(targets.top_counts, static_argnums=(1, 2))
 
 
 def sample_pairs(key, queries, positions, keys, cfg):
     """Pairs of the only target that the config has."""
-    logits = ranking.true_scores(queries, keys, positions) / HEAD_DIM**0.5
-    scores = ranking.target_scores(logits, KV_HEADS, cfg.target)
-    return ranking.sample_pairs(key, scores, positions, cfg)
+    logits = targets.true_scores(queries, keys, positions) / HEAD_DIM**0.5
+    scores = targets.target_scores(logits, KV_HEADS, cfg.target)
+    return pairs.sample_pairs(key, scores, positions, cfg)
 
 
 jitted_pairs = jax.jit(sample_pairs, static_argnums=4)
@@ -54,8 +57,8 @@ def draw(seed=0, q_len=Q_LEN, kv_len=KV_LEN):
 def random_params(cfg, seed=0):
     shape = HeadShape(layers=1, q_heads=Q_HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM)
     if cfg.form == "transform":
-        return hashing.layer_params(draw_params(cfg, shape), 0)
-    params = hashing.layer_params(hashing.init_params(jax.random.key(0), cfg, shape), 0)
+        return draw_params(cfg, shape).layer(0)
+    params = init_functions(jax.random.key(0), cfg, shape).layer(0)
     leaves, structure = jax.tree.flatten(params)
     rng = np.random.default_rng(seed)
     drawn = jax.tree.unflatten(structure, [jnp.asarray(rng.normal(0, 0.3, x.shape), jnp.float32) for x in leaves])
@@ -72,8 +75,8 @@ def score_loops(queries, keys):
 
 def learned_scores(params, queries, keys, gamma, cfg, per_kv_head=False):
     """What is learned, [heads, q_len, kv_len] in float64; hash outputs are those of test_hashing.py."""
-    hashed = np.asarray(jax.jit(hashing.hash_keys, static_argnums=2)(params, keys, cfg), np.float64)
-    asked = np.asarray(jax.jit(hashing.hash_queries, static_argnums=2)(params, queries, cfg), np.float64)
+    hashed = np.asarray(jax.jit(lambda params, x: params.hash_keys(x))(params, keys), np.float64)
+    asked = np.asarray(jax.jit(lambda params, x: params.hash_queries(x))(params, queries), np.float64)
     codes = np.sign(hashed) if cfg.form == "transform" else gamma * hashed / (1 + gamma * np.abs(hashed))
     if cfg.form == "symmetric":
         asked = gamma * asked / (1 + gamma * np.abs(asked))
@@ -81,7 +84,9 @@ def learned_scores(params, queries, keys, gamma, cfg, per_kv_head=False):
     if not per_kv_head:
         sums = [[asked[:, head]] for head in range(Q_HEADS)]
     elif cfg.form == "transform":
-        sums = [[group[:, side > 0].sum(1) for side in params.stats.members[k]] for k, group in enumerate(groups)]
+        sums = [
+            [group[:, side > 0].sum(1) for side in params.stats.head_assignment[k]] for k, group in enumerate(groups)
+        ]
     else:
         sums = [[group.sum(1)] for group in groups]
     found = np.zeros((len(sums), queries.shape[0], keys.shape[0]))
@@ -115,13 +120,13 @@ def top_sets(queries, keys, positions, cfg):
 )
 def test_top_counts_are_those_counted_by_hand(rule, expected):
     positions = np.array([0, 9, 19, 999, 1000, 1999, 4095], np.int32)
-    cfg = RankingConfig(top_rule=rule)
+    cfg = PairLoss(top_rule=rule)
     assert top_counts(positions, 4096, cfg).tolist() == expected
 
 
 def test_true_scores_are_dot_products_of_what_is_visible():
     queries, keys = draw()
-    found = np.asarray(jax.jit(ranking.true_scores)(queries, keys, POSITIONS))
+    found = np.asarray(jax.jit(targets.true_scores)(queries, keys, POSITIONS))
     expected = score_loops(queries, keys)
     for t, position in enumerate(POSITIONS.tolist()):
         np.testing.assert_allclose(found[:, t, : position + 1], expected[:, t, : position + 1], **tolerance("float32"))
@@ -238,7 +243,7 @@ def test_for_a_kv_head_the_loss_ranks_the_sum_of_its_query_heads_scores(form, tr
     hash_cfg, (queries, keys) = HASHES[form], draw(12)
     params, cfg = random_params(hash_cfg), dataclasses.replace(EVERY, target="kv_head", weighting="uniform")
     arrays = *map(jnp.asarray, (queries, POSITIONS, keys)), jnp.float32(8)
-    found = traced(ranking.ranking_loss, hash_cfg, cfg)(params, jax.random.key(0), *arrays)
+    found = traced(ranking_loss, cfg)(params, jax.random.key(0), *arrays)
     every = learned_scores(params, queries, keys, 8, hash_cfg, per_kv_head=True)
     shares, cost, wrong, count = group_shares(queries, keys, POSITIONS), 0.0, 0, 0
     for head, (t, position) in itertools.product(range(KV_HEADS), enumerate(POSITIONS.tolist())):
@@ -261,7 +266,7 @@ def test_both_targets_have_the_mean_of_their_losses_and_gradients():
         def of_params(params):
             arrays = *map(jnp.asarray, (queries, positions, keys)), jnp.float32(8)
             only = dataclasses.replace(cfg, target=target)
-            return ranking.ranking_loss(params, jax.random.key(3), *arrays, hash_cfg, only)
+            return ranking_loss(params, jax.random.key(3), *arrays, only)
 
         return jax.jit(jax.value_and_grad(of_params, has_aux=True))(params)
 
@@ -272,6 +277,7 @@ def test_both_targets_have_the_mean_of_their_losses_and_gradients():
     assert abs(float(per_head[0][0] / per_group[0][0]) - 1) > 0.05  # neither stands for both
 
 
+MASS = MassLoss(top_share=0.1, min_top=5, queries=4, queries_at_once=4, softness=0.1)
 EVERY = dataclasses.replace(CFG, top_rule="total", tops=6, others=KV_LEN, always_top=0)  # nothing is left to chance
 
 
@@ -299,7 +305,7 @@ def test_the_loss_over_every_pair_is_the_papers_equation(form, weighting, traced
     cfg = dataclasses.replace(EVERY, weighting=weighting, beta=0.7, alpha=1.5)
     params, (queries, keys) = random_params(HASHES[form]), draw(7)
     gamma = np.float32(8)
-    loss = traced(ranking.ranking_loss, HASHES[form], cfg)
+    loss = traced(ranking_loss, cfg)
     found = loss(params, jax.random.key(0), queries, POSITIONS, keys, gamma)
     expected = loss_loops(params, queries, POSITIONS, keys, 8.0, HASHES[form], cfg)
     np.testing.assert_allclose(found, expected, rtol=1e-4)
@@ -314,8 +320,8 @@ def test_working_in_blocks_changes_neither_loss_nor_gradient(at_once):
 
     def loss(cfg):
         def of_params(params):
-            return ranking.ranking_loss(
-                params, jax.random.key(0), *map(jnp.asarray, (queries, positions, keys)), jnp.float32(8), hash_cfg, cfg
+            return ranking_loss(
+                params, jax.random.key(0), *map(jnp.asarray, (queries, positions, keys)), jnp.float32(8), cfg
             )
 
         return jax.jit(jax.value_and_grad(of_params, has_aux=True))(params)
@@ -335,12 +341,11 @@ def test_both_ways_of_scoring_tops_have_the_same_gradient(monkeypatch):
 
     def gradient():
         def loss(params):
-            return ranking.ranking_loss(
+            return ranking_loss(
                 params,
                 jax.random.key(0),
                 *map(jnp.asarray, (queries, POSITIONS, keys)),
                 jnp.float32(8),
-                hash_cfg,
                 EVERY,
             )[0]
 
@@ -357,14 +362,15 @@ def test_both_ways_of_scoring_tops_have_the_same_gradient(monkeypatch):
 def compiled_bytes(form, queries, at_once, **fields):
     """Temporary memory of the compiled gradient; nothing is run."""
     hash_cfg = HASHES[form]
-    cfg = RankingConfig(queries=queries, queries_at_once=at_once, min_top=40, **fields)
+    kind = PairLoss if "tops" in fields else MassLoss
+    cfg = kind(queries=queries, queries_at_once=at_once, min_top=40, **fields)
     shaped = jax.ShapeDtypeStruct
 
     leaves, structure = jax.tree.flatten(random_params(hash_cfg))
 
     def loss(leaves, queries, positions, keys):
         params = jax.tree.unflatten(structure, leaves)
-        return ranking.ranking_loss(params, jax.random.key(0), queries, positions, keys, jnp.float32(8), hash_cfg, cfg)
+        return ranking_loss(params, jax.random.key(0), queries, positions, keys, jnp.float32(8), cfg)
 
     lowered = jax.jit(jax.grad(loss, has_aux=True)).lower(
         leaves,
@@ -384,7 +390,7 @@ def test_memory_of_pairs_is_bounded_by_the_queries_at_once():
 
 def test_memory_of_the_mass_loss_is_bounded_by_the_queries_at_once():
     few, many, all_at_once = (
-        compiled_bytes("transform", count, at_once, loss="mass", target="kv_head")
+        compiled_bytes("transform", count, at_once, target="kv_head")
         for count, at_once in ((32, 16), (256, 16), (256, 256))
     )
     assert many < 1.25 * few
@@ -399,19 +405,18 @@ def test_the_loss_falls_on_one_batch(form, loss):
     hash_cfg, (queries, keys) = HASHES[form], draw(10)
     params, cfg, rate, floor = random_params(hash_cfg), EVERY, 0.05, 0.0
     if loss == "mass":
-        cfg, rate = dataclasses.replace(EVERY, loss=loss, target="kv_head", softness=0.1), 3.0
+        cfg, rate = dataclasses.replace(MASS, target="kv_head", top_rule="total"), 3.0
         shares = np.sort(group_shares(queries, keys, POSITIONS), axis=-1)[:, 1:]  # the first query reads all it sees
         floor = 1 - shares[..., -6:].sum(-1).mean()  # no cut leaves out less
 
     @jax.jit
     def step(weights, key):
         def loss(weights):
-            return ranking.ranking_loss(
+            return ranking_loss(
                 params.replace(weights=weights),
                 key,
                 *map(jnp.asarray, (queries, POSITIONS, keys)),
                 jnp.float32(8),
-                hash_cfg,
                 cfg,
             )
 
@@ -425,9 +430,6 @@ def test_the_loss_falls_on_one_batch(form, loss):
     (first_cost, first_wrong), (last_cost, last_wrong) = seen[0], seen[-1]
     assert floor < last_cost < floor + 0.8 * (first_cost - floor)
     assert floor < last_wrong < first_wrong
-
-
-MASS = dataclasses.replace(CFG, loss="mass", softness=0.1)
 
 
 def cut_of(scores, count, softness):
@@ -457,7 +459,7 @@ def test_the_mass_loss_is_what_a_soft_cut_leaves_out(form, target, traced):
         return  # needs one code per KV head
     params, cfg = random_params(hash_cfg), dataclasses.replace(MASS, target=target)
     arrays = *map(jnp.asarray, (queries, POSITIONS, keys)), jnp.float32(8)
-    found = traced(ranking.ranking_loss, hash_cfg, cfg)(params, jax.random.key(0), *arrays)
+    found = traced(ranking_loss, cfg)(params, jax.random.key(0), *arrays)
     shares = group_shares(queries, keys, POSITIONS, heads=KV_HEADS if is_joint else Q_HEADS)
     learned = learned_scores(params, queries, keys, 8, hash_cfg, is_joint)
     np.testing.assert_allclose(found, mass_loops(learned, shares, POSITIONS, cfg), rtol=1e-4)
@@ -477,7 +479,7 @@ def mass_cost(learned, logits, cfg):
 
     def cost_of(learned):
         weights, codes = learned[:, None], jnp.eye(KV_LEN)[None]
-        cost, wrong, count = ranking._mass_cost(weights, codes, logits, jnp.asarray(POSITIONS), cfg)
+        cost, wrong, count = mass.mass_cost(weights, codes, logits, jnp.asarray(POSITIONS), cfg)
         return cost, (wrong, count)
 
     return jax.value_and_grad(cost_of, has_aux=True)(learned)
@@ -595,4 +597,4 @@ def test_the_hard_cuts_mass_is_what_the_highest_scores_leave_out():
 )
 def test_values_no_loss_can_be_computed_from_are_named(fields, names):
     with pytest.raises(InputError, match=names):
-        RankingConfig(**fields)
+        (MassLoss if "softness" in fields else PairLoss)(**fields)

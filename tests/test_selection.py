@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spotlight_jax import selection
 from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.errors import InputError
-from spotlight_jax.selection import budget_of, max_budget, share_read, sparse_from
+from spotlight_jax.selector import selection
+from spotlight_jax.selector.selection import budget_of, max_budget, share_read, sparse_from
 from spotlight_jax.weights import WeightBounds
 
 BATCH, HEADS, MAX_LEN = 2, 3, 96

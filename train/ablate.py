@@ -30,11 +30,14 @@ from spotlight_jax.display import Display, make_table, open_console, print_resul
 from spotlight_jax.errors import InputError, check_numbers
 from spotlight_jax.metrics import SelectionQuality
 from spotlight_jax.models.config import nearest
-from train.config import PRESETS, LayerwiseConfig, MeasureConfig
+from train.config import PRESETS, LayerwiseConfig, MeasureConfig, with_recipe
+from train.data import open_inputs
+from train.estimate import compiled_step_bytes
+from train.loop import announce
 from train.measure import mean_over_sparse
 from train.plots import plot_ablation
 from train.report import write_results
-from train.session import Session
+from train.trainer import Trainer, first_state
 
 _ROW = "ablation.json"  # of each variant, in its folder, and of all
 _NEVER = 10**9  # steps between measurements and checkpoints: a variant is measured at its end
@@ -141,6 +144,8 @@ def variant_config(name: str, cfg: AblateConfig) -> LayerwiseConfig:
         section, _, field = path.rpartition(".")
         sections.setdefault(section, {})[field] = value
     base, top = PRESETS["default"], sections.pop("")
+    kinds = sections.get("hash", {}).get("form", base.hash.form), sections["ranking"].get("loss", base.ranking.loss)
+    base = with_recipe(base, *kinds)
     nested = {section: dataclasses.replace(getattr(base, section), **fields) for section, fields in sections.items()}
     return dataclasses.replace(base, **top, **nested)
 
@@ -208,18 +213,17 @@ def _train_together(
     groups: dict[tuple[DataConfig, int], dict[str, LayerwiseConfig]] = {}
     for name, variant in variants.items():
         groups.setdefault((variant.data, variant.seed), {})[name] = variant
-    lead: Session | None = None
+    lead: Trainer | None = None
     for _, group in sorted(groups.items(), key=lambda item: item[0][0].window != cfg.window):
-        sessions: dict[str, Session] = {}
-        first: Session | None = None
+        trainers: dict[str, Trainer] = {}
         for name, variant in group.items():
-            session = Session(variant, display)
-            session.prepare(first or lead)
-            session.start(_fresh_folder(out / name, variant), lead)
-            first, lead = first or session, lead or session
-            sessions[name] = session
+            beside = next(iter(trainers.values()), lead)
+            inputs = open_inputs(announce(variant, display), display, beside and beside.inputs)
+            state, folder = first_state(inputs, display), _fresh_folder(out / name, variant)
+            trainers[name] = Trainer(inputs, state, folder, display, lead)
+            lead = lead or trainers[name]
         if not stop:
-            _train_on_windows(sessions, out, display, stop)
+            _train_on_windows(trainers, out, display, stop)
 
 
 def _fresh_folder(path: pathlib.Path, variant: LayerwiseConfig) -> runs.RunFolder:
@@ -229,44 +233,44 @@ def _fresh_folder(path: pathlib.Path, variant: LayerwiseConfig) -> runs.RunFolde
     return runs.RunFolder.create(path, variant)
 
 
-def _train_on_windows(sessions: dict[str, Session], out: pathlib.Path, display: Display, stop: list[int]) -> None:
-    """Train sessions of one feed until each has taken its steps; where a signal stops it, measure them as they are."""
+def _train_on_windows(trainers: dict[str, Trainer], out: pathlib.Path, display: Display, stop: list[int]) -> None:
+    """Train runs of one feed until each has taken its steps; where a signal stops it, measure them as they are."""
     display.say("compiling")
     with concurrent.futures.ThreadPoolExecutor() as pool:  # into the compilation cache
-        list(pool.map(Session.compiled_step_bytes, sessions.values()))
-    feed = next(iter(sessions.values())).feed
-    waiting = dict(sessions)
-    for step in range(max(session.cfg.steps for session in sessions.values())):
+        list(pool.map(compiled_step_bytes, [trainer.plan for trainer in trainers.values()]))
+    feed = next(iter(trainers.values())).inputs.feed
+    waiting = dict(trainers)
+    for step in range(max(trainer.plan.cfg.steps for trainer in trainers.values())):
         captured = feed.at(step)
-        for session in waiting.values():
-            report = session.take_step(captured)
+        for trainer in waiting.values():
+            report = trainer.take_step(captured)
             started = time.monotonic()
             jax.block_until_ready(report)  # each variant's own time; a step's dispatch is in it already
-            session.seconds += time.monotonic() - started
-            session.log(session.step, report)
-        for name in [name for name, session in waiting.items() if stop or session.step == session.cfg.steps]:
+            trainer.seconds += time.monotonic() - started
+            trainer.log(trainer.step, report)
+        for name in [name for name, trainer in waiting.items() if stop or trainer.step == trainer.plan.cfg.steps]:
             _finish(name, waiting.pop(name), out)
         if stop:
             return
 
 
-def _finish(name: str, session: Session, out: pathlib.Path) -> None:
+def _finish(name: str, trainer: Trainer, out: pathlib.Path) -> None:
     """Measure a trained variant, export it, and write its row."""
-    session.measure()
-    summary = write_results(session, runs.RunFolder(out / name))
-    session.close()
-    row = {"variant": name, "is_finished": session.step == session.cfg.steps}
-    row |= {"bits": session.cfg.hash.code_bits, "steps": session.step}
-    row |= {"window": session.cfg.data.window, "seed": session.cfg.seed, "seconds": round(session.seconds, 1)}
+    trainer.measure()
+    summary = write_results(trainer)
+    trainer.close()
+    row = {"variant": name, "is_finished": trainer.step == trainer.plan.cfg.steps}
+    row |= {"bits": trainer.plan.cfg.hash.code_bits, "steps": trainer.step}
+    row |= {"window": trainer.plan.cfg.data.window, "seed": trainer.plan.cfg.seed, "seconds": round(trainer.seconds, 1)}
     row |= {"selector": str(out / name / "selector"), "iou_lsh": summary["iou_lsh"], "mass_lsh": summary["mass_lsh"]}
-    cfg = session.cfg.measure  # per KV head, by probability: measured above
-    row |= _means(session.quality["trained"], "", cfg)
+    cfg = trainer.plan.cfg.measure  # per KV head, by probability: measured above
+    row |= _means(trainer.quality["trained"], "", cfg)
     others: dict[str, MeasureConfig] = {
         "_scores": dataclasses.replace(cfg, oracle="scores"),
         "_query_head": dataclasses.replace(cfg, per="query_head"),
     }
     for suffix, other in others.items():
-        row |= _means(session.quality_by(other), suffix, other)
+        row |= _means(trainer.quality_by(other), suffix, other)
     files.write_json(out / name / _ROW, row)
 
 

@@ -2,11 +2,11 @@
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from spotlight_jax.config.data import DataConfig
-from spotlight_jax.config.hashing import HashConfig
-from spotlight_jax.config.ranking import RankingConfig
+from spotlight_jax.config.hashing import FORMS, NetworkConfig, TransformConfig
+from spotlight_jax.config.ranking import LOSSES, MassLoss, PairLoss
 from spotlight_jax.config.selection import DENSE_LAYERS, SelectionConfig
 from spotlight_jax.errors import InputError, check_numbers
 from spotlight_jax.models.config import DecoderConfig
@@ -30,6 +30,32 @@ class OptimizerConfig:
     """Largest norm of one layer's gradient."""
     ema: float = 0.0
     """Decay per step of a moving average of the weights; it is what is measured and exported (0: the weights)."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no run can use."""
+        check_numbers(self)
+        self._check_above_0("learning_rate", "clip")
+        self._check_share("warmup")
+        for name in ("b1", "b2", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; give a decay from 0 to below 1, such as 0.99")
+        if self.weight_decay < 0:
+            raise InputError(f"weight_decay is {self.weight_decay}; give 0 or more")
+
+    def _check_above_0(self, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) <= 0:
+                raise InputError(f"{name} is {getattr(self, name)}; give a number above 0")
+
+    def _check_share(self, name: str) -> None:
+        if not 0 <= getattr(self, name) <= 1:
+            raise InputError(f"{name} is {getattr(self, name)}; give a share of the steps from 0 to 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class AnnealedOptimizerConfig(OptimizerConfig):
+    """The same for networks, whose bits are soft signs while they are trained."""
+
     gamma_start: float = 4.0
     """Sharpness of the soft sign at the first step."""
     gamma_end: float = 64.0
@@ -39,18 +65,9 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         """Refuse what no run can use."""
-        check_numbers(self)
-        for name in ("learning_rate", "clip", "gamma_start", "gamma_end"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"{name} is {getattr(self, name)}; give a number above 0")
-        for name in ("warmup", "anneal"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name} is {getattr(self, name)}; give a share of the steps from 0 to 1")
-        for name in ("b1", "b2", "ema"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; give a decay from 0 to below 1, such as 0.99")
-        if self.weight_decay < 0:
-            raise InputError(f"weight_decay is {self.weight_decay}; give 0 or more")
+        super().__post_init__()
+        self._check_above_0("gamma_start", "gamma_end")
+        self._check_share("anneal")
 
 
 Oracle = Literal["scores", "probabilities"]
@@ -131,9 +148,9 @@ class LayerwiseConfig:
     steps_per_window: int = 1
     """Steps taken on each window of text, each with queries and samples of its own: a forward pass saved."""
     data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(window=8192))
-    hash: HashConfig = HashConfig()
-    ranking: RankingConfig = RankingConfig(loss="mass", target="kv_head")
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-2)
+    hash: TransformConfig | NetworkConfig = TransformConfig()
+    ranking: MassLoss | PairLoss = MassLoss(target="kv_head")
+    optimizer: OptimizerConfig | AnnealedOptimizerConfig = OptimizerConfig(learning_rate=1e-2)
     measure: MeasureConfig = MeasureConfig()
     layers_at_once: int = 1
     """Layers whose loss each device works on together: higher is faster on a GPU and uses more memory."""
@@ -180,6 +197,24 @@ class LayerwiseConfig:
             raise InputError(f"cache_gib is {self.cache_gib}; give the GiB of disk the cache may take")
 
 
+def with_recipe(base: LayerwiseConfig, form: str, loss: str) -> LayerwiseConfig:
+    """A config with hash functions of this form and this loss: what both kinds have stays as it is."""
+    is_network = FORMS[form] is NetworkConfig
+    own_codes = {"code_heads": "kv"} if form == "asymmetric" else {}
+    return dataclasses.replace(
+        base,
+        hash=_recast(base.hash, FORMS[form], form=form, **own_codes),
+        ranking=_recast(base.ranking, LOSSES[loss], loss=loss),
+        optimizer=_recast(base.optimizer, AnnealedOptimizerConfig if is_network else OptimizerConfig),
+    )
+
+
+def _recast(cfg: Any, kind: type, **changes: Any) -> Any:
+    """A config of another class with the fields that it shares with this one."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    return kind(**{name: value for name, value in vars(cfg).items() if name in names} | changes)
+
+
 def lengths_covered(cfg: LayerwiseConfig, model: DecoderConfig) -> tuple[int, ...]:
     """Tokens of the longest sequence that each of a run's sets of hash functions is meant for, ascending.
 
@@ -217,9 +252,8 @@ PRESETS = {
         length="window",
         steps=8192,
         data=DataConfig(window=8192),
-        hash=HashConfig("symmetric", skip="none", code_heads="query", centre=False),
-        ranking=RankingConfig(
-            "pairs",
+        hash=NetworkConfig("symmetric", skip="none", code_heads="query", centre=False),
+        ranking=PairLoss(
             top_rule="total",
             min_top=1,
             queries=1024,
@@ -228,7 +262,7 @@ PRESETS = {
             always_top=0,
             weighting="uniform",
         ),
-        optimizer=OptimizerConfig(learning_rate=1e-3, gamma_start=64.0, anneal=0.0),
+        optimizer=AnnealedOptimizerConfig(learning_rate=1e-3, gamma_start=64.0, anneal=0.0),
         measure=MeasureConfig(per="query_head", every=512),
         save_every=256,
     ),

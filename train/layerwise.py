@@ -13,11 +13,15 @@ The last line on stdout is the summary as JSON.
 
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from spotlight_jax import cli
+from spotlight_jax.config.hashing import FORMS
+from spotlight_jax.config.ranking import LOSSES
+from spotlight_jax.errors import InputError
+from spotlight_jax.models.config import nearest
 from spotlight_jax.runs import stored_by
-from train.config import PRESETS, LayerwiseConfig
+from train.config import PRESETS, LayerwiseConfig, with_recipe
 
 main = cli.main_of("train.loop")
 
@@ -29,17 +33,21 @@ def command(args: Sequence[str] | None = None) -> int:
 
 
 def _start(args: Sequence[str]) -> LayerwiseConfig:
-    """What the flags start from: the run that is resumed, or the preset."""
-    return stored_by(LayerwiseConfig)(args) or PRESETS[_preset_of(args)]
+    """What the flags start from: the run that is resumed, or the preset, with the form and loss asked for."""
+    base = stored_by(LayerwiseConfig)(args) or PRESETS[_choice(args, "--preset", PRESETS) or "default"]
+    form, loss = _choice(args, "--hash.form", FORMS), _choice(args, "--ranking.loss", LOSSES)
+    return with_recipe(base, form or base.hash.form, loss or base.ranking.loss) if form or loss else base
 
 
-def _preset_of(args: Sequence[str]) -> str:
-    """The preset that the other flags start from; a wrong name is left to the parser to refuse."""
-    name = "default"
+def _choice(args: Sequence[str], flag: str, choices: Collection[str]) -> str | None:
+    """What a flag that decides which others there are is given; raises InputError for what it cannot be."""
+    name = None
     for word, following in itertools.zip_longest(args, args[1:], fillvalue=""):
-        if word == "--preset" or word.startswith("--preset="):
+        if word == flag or word.startswith(f"{flag}="):
             name = word.partition("=")[2] or following
-    return name if name in PRESETS else "default"
+    if name and name not in choices:
+        raise InputError(f"{flag} is '{name}'{nearest(name, list(choices))}")
+    return name or None
 
 
 if __name__ == "__main__":

@@ -8,12 +8,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int32
 
-from spotlight_jax import hashing
-from spotlight_jax.config.hashing import HashConfig
 from spotlight_jax.memory import available_bytes
 from spotlight_jax.metrics import SelectionQuality
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import Params
+from spotlight_jax.selector.base import HashFunctions
 from train.capture import capture_layers
 from train.config import MeasureConfig
 from train.measure import measure_layers
@@ -62,7 +61,7 @@ def measure_far(
     far: FarWindows,
     model_params: Params,
     model_cfg: DecoderConfig,
-    hashes: dict[str, tuple[hashing.HashParams, HashConfig]],
+    hashes: dict[str, HashFunctions],
     cfg: MeasureConfig,
     mesh: Mesh,
 ) -> dict[str, SelectionQuality]:
@@ -79,12 +78,12 @@ def measure_far(
         own: dict[str, list[list[SelectionQuality]]] = {name: [] for name in hashes}
         seen_layers = capture_layers(model_params, jnp.asarray(far.tokens[numbers]), positions, at, model_cfg, mesh)
         for layer, seen in enumerate(seen_layers):
-            for name, (params, hash_cfg) in hashes.items():
+            for name, params in hashes.items():
                 one = jax.tree.map(lambda leaf: leaf[layer : layer + 1], params)  # noqa: B023
                 per_window = []
                 for place in range(min(rows, windows - first)):
                     window = jax.tree.map(lambda leaf: leaf[place][None], seen)  # noqa: B023
-                    quality = measure_layers(one, window, hash_cfg, cfg.selection, 1, cfg.oracle)
+                    quality = measure_layers(one, window, cfg.selection, 1, cfg.oracle)
                     per_window.append(jax.tree.map(np.asarray, quality))
                 own[name].append(per_window)
         for name, layers in own.items():

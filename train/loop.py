@@ -18,11 +18,12 @@ from spotlight_jax.display import Display, print_result
 from spotlight_jax.errors import InputError
 from spotlight_jax.memory import GIB
 from spotlight_jax.models.source import lasting_name
-from train import plan
+from train import estimate
 from train.config import LayerwiseConfig
+from train.data import open_inputs
 from train.report import print_results, write_results
-from train.session import Session, check_finite
 from train.states import newest_step
+from train.trainer import Trainer, check_finite, first_state, step_once
 
 _TIMED_STEPS = 3  # of a dry run
 
@@ -42,22 +43,32 @@ def train(cfg: LayerwiseConfig) -> dict[str, Any]:
         pass  # refused now, not when the model is loaded
     with Display() as display, contextlib.nullcontext() if cfg.dry_run else runs.hold(path):
         with cli.insistent_interrupt():
-            session = Session(cfg, display)
-            plan.check_memory(cfg, session.model_cfg, session.dtype)
+            plan = announce(cfg, display)
+            estimate.check_memory(plan)
             if cfg.dry_run:
-                return _dry_run(session, display)
-            session.prepare()
+                return _dry_run(plan, display)
+            inputs = open_inputs(plan, display)
+            state = first_state(inputs, display)
         folder = runs.RunFolder(path) if is_there else runs.RunFolder.create(path, cfg)
         if is_there and not cfg.resume:
             folder.keep_metrics_before(0)
-        with _hold_cache(cfg), _resumable(path), contextlib.closing(session):
+        with _hold_cache(cfg), _resumable(path):
             with cli.insistent_interrupt():
-                session.start(folder)
-            with _explained_memory(), cli.noted_signals(*cli.STOPPING) as stop:  # each ends the run after its step
-                _train(session, stop, display)
-            summary = write_results(session, folder)
-    print_results(rich.console.Console(), session, summary, folder)
+                trainer = Trainer(inputs, state, folder, display)
+            with contextlib.closing(trainer):
+                with _explained_memory(), cli.noted_signals(*cli.STOPPING) as stop:  # each ends the run after its step
+                    _train(trainer, stop, display)
+                summary = write_results(trainer)
+    print_results(rich.console.Console(), trainer, summary)
     return summary
+
+
+def announce(cfg: LayerwiseConfig, display: Display) -> estimate.Plan:
+    """The plan of a run, which is said before anything is loaded."""
+    plan = estimate.plan_run(cfg)
+    for line in estimate.describe(plan):
+        display.say(line)
+    return plan
 
 
 def _hold_cache(cfg: LayerwiseConfig) -> contextlib.AbstractContextManager[None]:
@@ -109,35 +120,35 @@ def _has_checkpoint(folder: runs.RunFolder) -> bool:
     return step is not None
 
 
-def _train(session: Session, stop: list[int], display: Display) -> None:
+def _train(trainer: Trainer, stop: list[int], display: Display) -> None:
     """Steps, measurements and checkpoints until the last step or a signal."""
-    cfg = session.cfg
-    if session.step == 0:
-        session.save(is_awaited=True)  # a run that has rows of steps has a checkpoint to resume from
+    cfg = trainer.plan.cfg
+    if trainer.step == 0:
+        trainer.save(is_awaited=True)  # a run that has rows of steps has a checkpoint to resume from
     pending = None  # the step before this one: its report is read while this one runs
-    while session.step < cfg.steps and not stop:
-        report = session.take_step()
+    while trainer.step < cfg.steps and not stop:
+        report = trainer.take_step()
         if pending is not None:
-            session.log(*pending)
-        pending = (session.step, report)
-        is_last = session.step == cfg.steps
-        if is_last or session.step % cfg.measure.every == 0 or session.step % cfg.save_every == 0 or stop:
-            session.log(*pending)
+            trainer.log(*pending)
+        pending = (trainer.step, report)
+        is_last = trainer.step == cfg.steps
+        if is_last or trainer.step % cfg.measure.every == 0 or trainer.step % cfg.save_every == 0 or stop:
+            trainer.log(*pending)
             pending = None
-        if is_last or session.step % cfg.measure.every == 0:
-            session.measure()
-        if is_last or session.step % cfg.save_every == 0:
-            session.save()
+        if is_last or trainer.step % cfg.measure.every == 0:
+            trainer.measure()
+        if is_last or trainer.step % cfg.save_every == 0:
+            trainer.save()
     if pending is not None:
-        session.log(*pending)
+        trainer.log(*pending)
     if stop:
-        session.save()
-        session.close()
+        trainer.save()
+        trainer.close()
         with contextlib.suppress(OSError):  # the terminal may be what was closed
-            command = resume_command(session.folder_path)
-            display.say(f"stopped at step {session.step}; continue with: {command}", is_copied=True)
+            command = resume_command(trainer.folder.path)
+            display.say(f"stopped at step {trainer.step}; continue with: {command}", is_copied=True)
         raise SystemExit(128 + stop[0])
-    session.close()  # before the results: what could not be saved is not reported
+    trainer.close()  # before the results: what could not be saved is not reported
 
 
 @contextlib.contextmanager
@@ -154,26 +165,28 @@ def _explained_memory() -> Iterator[None]:
         ) from None
 
 
-def _dry_run(session: Session, display: Display) -> dict[str, Any]:
+def _dry_run(plan: estimate.Plan, display: Display) -> dict[str, Any]:
     """Compile one step, time it, and say what it needs."""
-    cfg = session.cfg
+    cfg = plan.cfg
     with _explained_memory():
         display.say("compiling a step")
-        temporary = session.compiled_step_bytes()
+        temporary = estimate.compiled_step_bytes(plan)
         display.say(f"a step works in {temporary / GIB:.2f} GiB beside its inputs; loading the model and the text")
-        session.prepare()
+        inputs = open_inputs(plan, display)
+        state, forward, loss = first_state(inputs, display), [], []
         display.say("timing")
-        check_finite(session.take_step(), session)  # compiles what is left
-        forward, loss = [], []
-        for _ in range(_TIMED_STEPS):
+        for step in range(1 + _TIMED_STEPS):
             started = time.monotonic()
-            captured = jax.block_until_ready(session.capture_next())
+            inputs.feed.forget()
+            captured = jax.block_until_ready(inputs.feed.at(step))
             forward.append(time.monotonic() - started)
             started = time.monotonic()
-            check_finite(session.take_step(captured), session)
+            state, report = step_once(plan, state, step, captured)
+            check_finite(report, plan, step)
             loss.append(time.monotonic() - started)
+    forward, loss = forward[1:], loss[1:]  # the first step compiles what is left
     # a forward pass takes a window for each device at once
-    forward_seconds, loss_seconds = statistics.median(forward) / session.mesh.size, statistics.median(loss)
+    forward_seconds, loss_seconds = statistics.median(forward) / plan.mesh.size, statistics.median(loss)
     seconds = forward_seconds / cfg.steps_per_window + loss_seconds
     stats = jax.devices()[0].memory_stats() or {}
     result = {

@@ -4,60 +4,51 @@ import functools
 
 import jax
 import numpy as np
-from jaxtyping import Float, PRNGKeyArray
+from jaxtyping import Float
 
-from spotlight_jax import hashing, metrics, scoring
-from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax import metrics
 from spotlight_jax.config.selection import SelectionConfig
-from spotlight_jax.selection import select_mask
+from spotlight_jax.selector.base import HashFunctions
+from spotlight_jax.selector.scoring import exact_scores, hash_score_range, hash_scores
+from spotlight_jax.selector.selection import select_mask
 from train.capture import Captured
 from train.config import MeasureConfig, Oracle
 
 
-@functools.partial(jax.jit, static_argnames=("hash_cfg", "selection_cfg", "layers_at_once", "oracle"))
+@functools.partial(jax.jit, static_argnames=("selection_cfg", "layers_at_once", "oracle"))
 def measure_layers(
-    params: hashing.HashParams,
+    params: HashFunctions,
     captured: Captured,
-    hash_cfg: HashConfig,
     selection_cfg: SelectionConfig,
     layers_at_once: int = 1,
     oracle: Oracle = "probabilities",
 ) -> metrics.SelectionQuality:
     """Quality of one window's selections per layer and selecting head, by the integer scores that decoding uses."""
 
-    def measure_layer(args: tuple[hashing.HashParams, Captured]) -> metrics.SelectionQuality:
+    def measure_layer(args: tuple[HashFunctions, Captured]) -> metrics.SelectionQuality:
         layer, seen = args
         queries, picks, keys = seen.queries[None], seen.picks[None], seen.keys[None]
         per_kv_head = selection_cfg.per == "kv_head"
-        codes = hashing.key_codes(layer, keys, hash_cfg)
-        scores = scoring.hash_scores(layer, queries, codes, hash_cfg, per_kv_head)
+        codes = layer.key_codes(keys)
+        scores = hash_scores(layer, queries, codes, per_kv_head)
         group = queries.shape[2] // keys.shape[2]
-        bounds = scoring.hash_score_range(hash_cfg, group, per_kv_head)
+        bounds = hash_score_range(layer, group, per_kv_head)
         chosen = select_mask(scores, picks, selection_cfg, bounds)
         mass = metrics.attention_probabilities(queries, keys, picks, scores.shape[2])
-        true = scoring.exact_scores(queries, keys, per_kv_head) if oracle == "scores" else mass
+        true = exact_scores(queries, keys, per_kv_head) if oracle == "scores" else mass
         return metrics.selection_quality(chosen, select_mask(true, picks, selection_cfg), mass)
 
     return jax.lax.map(measure_layer, (params, captured), batch_size=layers_at_once)
 
 
-def orthogonal_lsh(
-    key: PRNGKeyArray, code_bits: int, shape: hashing.HeadShape
-) -> tuple[hashing.HashParams, HashConfig]:
-    """Random rotations and signs, of as many bits as a selector: what it is compared with."""
-    cfg = HashConfig(form="symmetric", skip="rotation", code_bits=code_bits, hidden=1, centre=False)
-    return hashing.init_params(key, cfg, shape), cfg
-
-
 def measure(
-    params: hashing.HashParams,
+    params: HashFunctions,
     held_out: list[Captured],
-    hash_cfg: HashConfig,
     cfg: MeasureConfig,
     layers_at_once: int,
 ) -> metrics.SelectionQuality:
     """Mean quality over held-out windows: host arrays `[layers, heads]`."""
-    rows = [measure_layers(params, seen, hash_cfg, cfg.selection, layers_at_once, cfg.oracle) for seen in held_out]
+    rows = [measure_layers(params, seen, cfg.selection, layers_at_once, cfg.oracle) for seen in held_out]
     return jax.tree.map(lambda *leaves: np.mean([np.asarray(leaf) for leaf in leaves], axis=0), *rows)
 
 

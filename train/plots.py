@@ -8,7 +8,6 @@ import matplotlib
 import numpy as np
 from jaxtyping import Float
 
-from spotlight_jax.config.ranking import Loss
 from spotlight_jax.files import replace_file
 
 matplotlib.use("Agg")
@@ -17,7 +16,7 @@ import matplotlib.pyplot as plt
 _LEARNED, _LSH, _ORACLE, _PLAIN = "#1f6f8b", "#b5651d", "#444444", "#7a9e3a"
 
 
-def plot_curves(path: pathlib.Path, rows: list[dict[str, Any]], summary: dict[str, Any], loss: Loss) -> None:
+def plot_curves(path: pathlib.Path, rows: list[dict[str, Any]], summary: dict[str, Any], loss: str) -> None:
     """`curves.png`: loss (and wrongly ranked pairs), IoU, captured mass, each beside its baselines."""
     steps = [row for row in rows if "loss" in row]
     measured = [row for row in rows if "iou" in row]

@@ -7,21 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 import rich.console
 
-from spotlight_jax import hashing, runs
-from spotlight_jax.checkpoint import Selector, save_selector
+from spotlight_jax import runs
 from spotlight_jax.config.selection import MIN_TOKENS
 from spotlight_jax.display import make_table, print_table
 from spotlight_jax.memory import GIB
 from spotlight_jax.metrics import spread_positions
-from spotlight_jax.selection import share_read
+from spotlight_jax.selector.base import HashFunctions
+from spotlight_jax.selector.checkpoint import Selector, save_selector
+from spotlight_jax.selector.selection import share_read
 from train.config import ORACLES
 from train.plots import plot_curves, plot_layers
-from train.session import Session
+from train.trainer import Trainer
 
 
-def summarise(session: Session, selector: str) -> dict[str, Any]:
+def summarise(trainer: Trainer, selector: str) -> dict[str, Any]:
     """The numbers of a run, for people and programs."""
-    cfg = session.cfg
+    cfg = trainer.plan.cfg
     tokens = -(-cfg.steps // cfg.steps_per_window) * cfg.data.window
     summary: dict[str, Any] = {
         "model": cfg.model,
@@ -32,26 +33,26 @@ def summarise(session: Session, selector: str) -> dict[str, Any]:
         "per": cfg.measure.per,
         "oracle": ORACLES[cfg.measure.oracle],
         "window": cfg.data.window,
-        "length": session.length,
-        "lengths": list(session.lengths),
-        "iou": session.mean("iou"),
-        "iou_lsh": session.mean("iou", "lsh"),
-        "mass": session.mean("mass"),
-        "mass_lsh": session.mean("mass", "lsh"),
-        "mass_oracle": session.mean("oracle_mass"),
+        "length": trainer.plan.length,
+        "lengths": list(trainer.plan.lengths),
+        "iou": trainer.mean("iou"),
+        "iou_lsh": trainer.mean("iou", "lsh"),
+        "mass": trainer.mean("mass"),
+        "mass_lsh": trainer.mean("mass", "lsh"),
+        "mass_oracle": trainer.mean("oracle_mass"),
         "steps": cfg.steps,
-        "seconds": session.seconds,
-        "tokens_per_second": tokens / max(session.seconds, 1e-9),
+        "seconds": trainer.seconds,
+        "tokens_per_second": tokens / max(trainer.seconds, 1e-9),
         "selector": selector,
     }
-    if "far" in session.quality:
+    if "far" in trainer.quality:
         summary |= {
-            "length_windows": "whole" if session.is_far_whole else "short, with positions up to the length",
-            "iou_at_length": session.mean("iou", "far"),
-            "iou_lsh_at_length": session.mean("iou", "far_lsh"),
-            "mass_at_length": session.mean("mass", "far"),
-            "mass_lsh_at_length": session.mean("mass", "far_lsh"),
-            "mass_oracle_at_length": session.mean("oracle_mass", "far"),
+            "length_windows": "whole" if trainer.is_far_whole else "short, with positions up to the length",
+            "iou_at_length": trainer.mean("iou", "far"),
+            "iou_lsh_at_length": trainer.mean("iou", "far_lsh"),
+            "mass_at_length": trainer.mean("mass", "far"),
+            "mass_lsh_at_length": trainer.mean("mass", "far_lsh"),
+            "mass_oracle_at_length": trainer.mean("oracle_mass", "far"),
         }
     stats = jax.devices()[0].memory_stats()
     if stats:  # a CPU keeps none
@@ -59,42 +60,40 @@ def summarise(session: Session, selector: str) -> dict[str, Any]:
     return {name: round(value, 5) if isinstance(value, float) else value for name, value in summary.items()}
 
 
-def write_results(session: Session, folder: runs.RunFolder) -> dict[str, Any]:
+def write_results(trainer: Trainer) -> dict[str, Any]:
     """Export the selector, draw the pictures, write the summary."""
+    folder = trainer.folder
     path = folder.path / "selector"
-    session.measure_length()
-    summary = summarise(session, str(path))
+    trainer.measure_length()
+    summary = summarise(trainer, str(path))
     selector = Selector(
-        cfg=session.cfg.hash,
-        shape=session.shape,
-        params=_on_host(session, session.length),
-        base_model=session.cfg.model,
-        info={"recipe": runs.to_plain(session.cfg), "metrics": summary},
-        positions=session.length,
-        shorter=tuple((length, _on_host(session, length)) for length in session.lengths[:-1]),
+        shape=trainer.plan.shape,
+        params=_on_host(trainer, trainer.plan.length),
+        base_model=trainer.plan.cfg.model,
+        info={"recipe": runs.to_plain(trainer.plan.cfg), "metrics": summary},
+        positions=trainer.plan.length,
+        shorter=tuple((length, _on_host(trainer, length)) for length in trainer.plan.lengths[:-1]),
     )
-    save_selector(path, selector, _card(session, summary))
-    plot_curves(folder.path / "curves.png", folder.metrics(), summary, session.cfg.ranking.loss)
-    head = "KV head" if session.cfg.measure.per == "kv_head" else "query head"
-    trained, lsh = (np.asarray(session.quality[name].iou) for name in ("trained", "lsh"))
-    sparse = [layer for layer in range(session.shape.layers) if layer not in session.cfg.measure.dense_layers]
+    save_selector(path, selector, _card(trainer, summary))
+    plot_curves(folder.path / "curves.png", folder.metrics(), summary, trainer.plan.cfg.ranking.loss)
+    head = "KV head" if trainer.plan.cfg.measure.per == "kv_head" else "query head"
+    trained, lsh = (np.asarray(trainer.quality[name].iou) for name in ("trained", "lsh"))
+    sparse = [layer for layer in range(trainer.plan.shape.layers) if layer not in trainer.plan.cfg.measure.dense_layers]
     plot_layers(folder.path / "layers.png", trained, lsh, head, sparse, summary["oracle"])
     folder.write_summary(summary)
     return summary
 
 
-def _on_host(session: Session, length: int) -> hashing.HashParams:
+def _on_host(trainer: Trainer, length: int) -> HashFunctions:
     """The hash functions for sequences of `length` tokens, apart from the training state."""
-    return jax.tree.map(jnp.asarray, jax.device_get(session.hash_functions(length)))
+    return jax.tree.map(jnp.asarray, jax.device_get(trainer.hash_functions(length)))
 
 
-def print_results(
-    console: rich.console.Console, session: Session, summary: dict[str, Any], folder: runs.RunFolder
-) -> None:
+def print_results(console: rich.console.Console, trainer: Trainer, summary: dict[str, Any]) -> None:
     """The table a person reads at the end."""
     start = []
-    if session.before is not None:
-        start = [["before training", _cell(session.before["iou"]), _cell(session.before["mass"])]]
+    if trainer.before is not None:
+        start = [["before training", _cell(trainer.before["iou"]), _cell(trainer.before["mass"])]]
     bits, oracle = summary["code_bits"], summary["oracle"]
     columns = ["selection", f"IoU with {oracle}", "attention mass read"]
     title = f"held-out text, windows of {summary['window']} tokens, {describe_share(summary)}"
@@ -103,13 +102,15 @@ def print_results(
         far = {name.removesuffix("_at_length"): value for name, value in summary.items() if name.endswith("_at_length")}
         length = summary["length"]
         kind = f"windows of {length:,} tokens, their last quarter"
-        if not session.is_far_whole:
+        if not trainer.is_far_whole:
             kind = f"positions that jump to {length:,}"
         title = f"at the far end of the context: {kind}"
         print_table(console, make_table(title, columns, _quality_rows(far, bits, oracle)))
     speed = f"{summary['steps']} steps in {summary['seconds']:.0f} s, {summary['tokens_per_second']:.0f} tokens/s"
     console.print(
-        f"{speed}; pictures: {folder.path}/curves.png, {folder.path}/layers.png", markup=False, soft_wrap=True
+        f"{speed}; pictures: {trainer.folder.path}/curves.png, {trainer.folder.path}/layers.png",
+        markup=False,
+        soft_wrap=True,
     )
 
 
@@ -144,13 +145,13 @@ def _cell(value: float) -> str:
     return f"{value:.3f}"
 
 
-def _card(session: Session, summary: dict[str, Any]) -> str:
+def _card(trainer: Trainer, summary: dict[str, Any]) -> str:
     """The model card beside an exported selector."""
-    cfg, shape = session.cfg, session.shape
+    cfg, shape = trainer.plan.cfg, trainer.plan.shape
     return f"""# Selector for {cfg.model}
 
 Hash functions that choose which cached tokens each attention head reads, trained with spotlight-jax:
-{cfg.hash.form} form, {cfg.hash.code_bits} bits per {"KV" if cfg.hash.code_heads == "kv" else "query"} head and token.
+{cfg.hash.describe()}.
 The base model is not changed and not included.
 
 - base model: {cfg.model}: {shape.layers} layers, {shape.q_heads} query / {shape.kv_heads} KV heads x {shape.head_dim}

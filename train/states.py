@@ -16,6 +16,7 @@ import safetensors.numpy
 
 from spotlight_jax import files, manifest
 from spotlight_jax.errors import InputError
+from spotlight_jax.selector.checkpoint import stored_name
 from train.step import TrainState
 
 _ARRAYS, _POSITION = "state.safetensors", "position.json"
@@ -116,7 +117,9 @@ def _steps(folder: pathlib.Path) -> list[int]:
 def _named(tree: Any) -> dict[str, Any]:
     """Arrays by their paths, in the tree's order."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    return {
+        ".".join(stored_name(jax.tree_util.keystr((key,), simple=True)) for key in path): leaf for path, leaf in leaves
+    }
 
 
 def _kinds(arrays: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -13,24 +13,23 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 
-from spotlight_jax import hashing
-from spotlight_jax.config.hashing import HashConfig
-from spotlight_jax.config.ranking import RankingConfig
-from spotlight_jax.ranking import ranking_loss
+from spotlight_jax.config.ranking import LossConfig
+from spotlight_jax.selector.base import HashFunctions
+from spotlight_jax.selector.losses.ranking import ranking_loss
 from train.capture import AXIS, Captured, padded_layers
-from train.config import OptimizerConfig
+from train.config import AnnealedOptimizerConfig, OptimizerConfig
 
 
 @flax.struct.dataclass
 class TrainState:
     """All that a step changes; leaves lead with a layer axis."""
 
-    params: hashing.HashParams
+    params: HashFunctions
     opt_state: Any
-    averaged: hashing.Weights | None  # the moving average of the weights, where there is one
+    averaged: Any  # the moving average of the weights, where there is one
 
     @property
-    def selector(self) -> hashing.HashParams:
+    def selector(self) -> HashFunctions:
         """What is measured and exported."""
         return self.params if self.averaged is None else dataclasses.replace(self.params, weights=self.averaged)
 
@@ -46,7 +45,9 @@ def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransforma
 
 
 def gamma_at(step: Int32[Array, ""], cfg: OptimizerConfig, steps: int) -> Float[Array, ""]:
-    """Sharpness of the soft sign: geometric from gamma_start to gamma_end, then constant."""
+    """Sharpness of the soft sign: geometric from gamma_start to gamma_end, then constant; 1 where nothing is soft."""
+    if not isinstance(cfg, AnnealedOptimizerConfig):
+        return jnp.float32(1)
     if cfg.anneal == 0:
         return jnp.float32(cfg.gamma_end)
     progress = jnp.minimum(step / max(1.0, cfg.anneal * steps), 1.0)
@@ -58,7 +59,7 @@ def ema_share(step: Int32[Array, ""], decay: float) -> Float[Array, ""]:
     return (1 - decay) / -jnp.expm1((step + 1) * math.log(decay))
 
 
-def init_state(params: hashing.HashParams, cfg: OptimizerConfig, steps: int) -> TrainState:
+def init_state(params: HashFunctions, cfg: OptimizerConfig, steps: int) -> TrainState:
     """State before the first step."""
     opt_state = jax.vmap(make_optimizer(cfg, steps).init)(params.weights)
     averaged = jax.tree.map(jnp.copy, params.weights) if cfg.ema else None  # a step donates both
@@ -80,8 +81,7 @@ class StepReport:
 class StepConfig:
     """All that shapes a step and does not change during a run."""
 
-    hash: HashConfig
-    ranking: RankingConfig
+    ranking: LossConfig
     optimizer: OptimizerConfig
     steps: int
     layers_at_once: int
@@ -107,7 +107,7 @@ def train_step(
 
         def loss_of(weights):
             layer = params.replace(weights=weights)
-            return ranking_loss(layer, layer_key, seen.queries, seen.picks, seen.keys, gamma, cfg.hash, cfg.ranking)
+            return ranking_loss(layer, layer_key, seen.queries, seen.picks, seen.keys, gamma, cfg.ranking)
 
         (loss, wrong), grads = jax.value_and_grad(loss_of, has_aux=True)(params.weights)
         updates, opt_state = optimizer.update(grads, state.opt_state, params.weights)

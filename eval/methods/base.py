@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, PyTree, Shaped
 
-from spotlight_jax.checkpoint import Selector
 from spotlight_jax.config.selection import SelectionConfig
-from spotlight_jax.hashing import HeadShape
-from spotlight_jax.selection import select_mask
+from spotlight_jax.selector.base import HeadShape
+from spotlight_jax.selector.checkpoint import Selector
+from spotlight_jax.selector.selection import select_mask
 
 Queries = Shaped[Array, "batch n q_heads head_dim"]
 Keys = Shaped[Array, "batch kv_len kv_heads head_dim"]

@@ -4,9 +4,9 @@ import importlib
 
 from eval.methods import METHODS, base_name, check_names
 from eval.methods.base import Method, Setting
-from spotlight_jax.checkpoint import Selector, load_selector
 from spotlight_jax.config.selection import SelectionConfig
-from spotlight_jax.hashing import HeadShape
+from spotlight_jax.selector.base import HeadShape
+from spotlight_jax.selector.checkpoint import Selector, load_selector
 
 
 def selector_of(name: str, selector: Selector | None, shape: HeadShape) -> Selector | None:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PyTree
 
 from eval.methods.base import Keys, Positions, Queries, ScoreMethod, Setting, rule_of
 from spotlight_jax.metrics import attention_probabilities
-from spotlight_jax.scoring import exact_scores
+from spotlight_jax.selector.scoring import exact_scores
 
 
 @flax.struct.dataclass

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int32, PyTree, Shaped
 
 from eval.methods.base import Budgets, Keys, Method, Positions, Queries, Selection, Setting, rule_of
 from spotlight_jax.kernels.select_top import mask_top
-from spotlight_jax.selection import ordered_ranks
+from spotlight_jax.selector.selection import ordered_ranks
 
 PAGE = 16  # tokens, as published
 DENSE_LAYERS = (0, 1)  # as published

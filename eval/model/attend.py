@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int32
 from eval.methods.base import Method, Selection
 from spotlight_jax.attention import causal_attention, selected_attention
 from spotlight_jax.config.selection import SelectionConfig
-from spotlight_jax.selection import budget_of
+from spotlight_jax.selector.selection import budget_of
 
 KeysValues = tuple[
     Float[Array, "batch capacity kv_heads head_dim"],

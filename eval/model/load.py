@@ -13,7 +13,6 @@ from eval.methods import base_name
 from eval.methods.base import Method
 from eval.methods.opening import open_method, selector_of
 from spotlight_jax import runs
-from spotlight_jax.checkpoint import Selector, check_shape, choose_model, describe_range, load_selector
 from spotlight_jax.config.selection import SelectionConfig, check_layers
 from spotlight_jax.errors import InputError
 from spotlight_jax.generate import head_shape
@@ -22,6 +21,7 @@ from spotlight_jax.models.decoder import Params
 from spotlight_jax.models.load import load_config, load_weights, open_tokenizer
 from spotlight_jax.models.params import resolve_dtype
 from spotlight_jax.models.presets import RANDOM
+from spotlight_jax.selector.checkpoint import Selector, check_shape, choose_model, describe_range, load_selector
 
 Evaluation = TypeVar("Evaluation", bound=EvalConfig)
 

@@ -9,7 +9,6 @@ from jaxtyping import Float, Int, UInt32
 
 from eval.speed.ops import Held, OpInputs, OpShape
 from eval.speed.timing import Op
-from spotlight_jax import hashing
 from spotlight_jax.cached_attention import LayerSelector
 
 # Relative to the norm of the expected output. A GPU rounds float32 products to fewer bits.
@@ -89,7 +88,7 @@ class Expected:
 
     def hashed(self, selector: LayerSelector) -> np.ndarray:
         """Return the output of a whole sparse layer."""
-        weights = hashing.query_weights(selector.params, self.inputs.queries, selector.cfg, per_kv_head=True)
+        weights = selector.functions.query_weights(self.inputs.queries, per_kv_head=True)
         return self.attention(self.selection(weights), appends=True)
 
     def of(self, name: str) -> tuple[np.ndarray, float]:

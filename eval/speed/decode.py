@@ -16,12 +16,10 @@ from rich.table import Table
 
 from eval.decode import DecodeSpeedConfig
 from eval.speed.kernel_times import kernel_table, trace_kernels
-from spotlight_jax import hashing
 from spotlight_jax.cache import Cache, bucket_length
-from spotlight_jax.checkpoint import Selector, choose_model, load_selector
 from spotlight_jax.compiled import check_device
 from spotlight_jax.config.generation import DecodeConfig
-from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.hashing import TransformConfig
 from spotlight_jax.config.selection import check_layers
 from spotlight_jax.display import open_console, print_result, print_table
 from spotlight_jax.engine import Engine
@@ -32,6 +30,8 @@ from spotlight_jax.models.load import load_config, load_weights
 from spotlight_jax.models.params import resolve_dtype
 from spotlight_jax.models.presets import RANDOM
 from spotlight_jax.models.source import DEFAULT_MODEL
+from spotlight_jax.selector.checkpoint import Selector, choose_model, load_selector
+from spotlight_jax.selector.forms import init_functions
 
 
 def name_model(cfg: DecodeSpeedConfig) -> DecodeSpeedConfig:
@@ -52,8 +52,8 @@ def load(cfg: DecodeSpeedConfig, dtype: jnp.dtype) -> tuple[DecoderConfig, dict,
     shape = head_shape(model_cfg)
     if cfg.selector is not None:
         return model_cfg, params, load_selector(cfg.selector, shape)
-    hash_cfg = HashConfig(code_bits=cfg.code_bits)
-    return model_cfg, params, Selector(hash_cfg, shape, hashing.init_params(jax.random.key(1), hash_cfg, shape), "", {})
+    hash_cfg = TransformConfig(code_bits=cfg.code_bits)
+    return model_cfg, params, Selector(shape, init_functions(jax.random.key(1), hash_cfg, shape), "", {})
 
 
 def random_cache(engine: Engine, lengths: Sequence[int], max_len: int) -> Cache:
@@ -140,7 +140,7 @@ def measure(cfg: DecodeSpeedConfig, model_cfg: DecoderConfig, params: dict, sele
 def plan(cfg: DecodeSpeedConfig, model_cfg: DecoderConfig, code_bits: int) -> MemoryPlan:
     """Return the memory that `measure` needs: both methods' caches where both are timed."""
     batch, capacity = len(cfg.lengths), max(cfg.lengths) + decoded(cfg.new_tokens, cfg.rounds, cfg.profile)
-    hash_cfg = HashConfig(code_bits=code_bits) if "sparse" in cfg.methods else None
+    hash_cfg = TransformConfig(code_bits=code_bits) if "sparse" in cfg.methods else None
     chunk = 1 if cfg.skip_prefill else cfg.prefill_chunk or 2048
     needed = plan_memory(
         model_cfg, resolve_dtype(cfg.dtype), batch, bucket_length(capacity), chunk, hash_cfg, cfg.selection

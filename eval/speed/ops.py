@@ -15,17 +15,19 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 from eval.speed.timing import Op
-from spotlight_jax import hashing
 from spotlight_jax.cache import LANES, LayerCache
 from spotlight_jax.cached_attention import LayerSelector, attend_densely, attend_sparsely
 from spotlight_jax.config.generation import AttentionImpl
-from spotlight_jax.config.hashing import WORD_BITS, HashConfig
+from spotlight_jax.config.hashing import WORD_BITS, HashConfig, NetworkConfig, TransformConfig
 from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.kernels.match_score import match_score
 from spotlight_jax.kernels.sparse_attention import sparse_attention
 from spotlight_jax.models.config import DecoderConfig
-from spotlight_jax.selection import max_budget, select_by_codes, select_tokens
-from spotlight_jax.weights import WeightBounds, quantise
+from spotlight_jax.selector.base import HeadShape
+from spotlight_jax.selector.forms import init_functions
+from spotlight_jax.selector.networks import sign_bounds
+from spotlight_jax.selector.selection import max_budget, select_by_codes, select_tokens
+from spotlight_jax.weights import WeightBounds, quantise, real_bounds
 
 COLD_BYTES = {"cpu": 128 << 20}  # what a step walks over at least, so that no cache of the device helps
 GPU_COLD_BYTES = 256 << 20
@@ -52,18 +54,17 @@ class OpShape:
     @property
     def sums(self) -> int:
         """Return the number of sums of weights that score a token."""
-        return min(HashConfig().sums, self.group)
+        return min(TransformConfig().sums, self.group)
 
     @property
     def bounds(self) -> WeightBounds:
         """Return the bounds of weights that were real."""
-        return hashing.weight_bounds(HashConfig(code_bits=self.code_bits), self.group, per_kv_head=True)
+        return real_bounds(self.code_bits)
 
     @property
     def sign_bounds(self) -> WeightBounds:
         """Return the bounds of a group's sums of signs."""
-        cfg = HashConfig("symmetric", self.code_bits)
-        return hashing.weight_bounds(cfg, self.group, per_kv_head=True)
+        return sign_bounds(self.code_bits, self.group)
 
     @property
     def slots(self) -> int:
@@ -131,10 +132,10 @@ def draw_inputs(shape: OpShape) -> OpInputs:
     keys = jax.random.split(jax.random.key(0), 6)
     dtype = jnp.dtype(shape.dtype)
     per_kv = (shape.batch, 1, shape.kv_heads)
-    heads = hashing.HeadShape(1, shape.q_heads, shape.kv_heads, shape.head_dim)
+    heads = HeadShape(1, shape.q_heads, shape.kv_heads, shape.head_dim)
 
     def selector(hash_cfg: HashConfig) -> LayerSelector:
-        return LayerSelector(hashing.layer_params(hashing.init_params(keys[5], hash_cfg, heads), 0), hash_cfg)
+        return LayerSelector(init_functions(keys[5], hash_cfg, heads).layer(0))
 
     signs = jax.random.bernoulli(keys[4], shape=(*per_kv, shape.group, shape.code_bits))
     return OpInputs(
@@ -144,8 +145,8 @@ def draw_inputs(shape: OpShape) -> OpInputs:
         lengths=jnp.full((shape.batch,), shape.length - 1, jnp.int32),
         weights=quantise(jax.random.normal(keys[3], (*per_kv, shape.sums, shape.code_bits))),
         signs=jnp.sum(2 * signs.astype(jnp.int32) - 1, axis=3, keepdims=True),
-        selector=selector(HashConfig(code_bits=shape.code_bits)),
-        hamming=selector(HashConfig("symmetric", shape.code_bits, skip="none", centre=False)),
+        selector=selector(TransformConfig(code_bits=shape.code_bits)),
+        hamming=selector(NetworkConfig("symmetric", shape.code_bits, skip="none", centre=False)),
     )
 
 

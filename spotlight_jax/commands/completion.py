@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from spotlight_jax.checkpoint import Selector
 from spotlight_jax.commands.generate import GenerateCommandConfig
 from spotlight_jax.commands.session import decode, describe, load_fitting, read_configs, write_text
 from spotlight_jax.compiled import use_compile_cache
@@ -18,6 +17,7 @@ from spotlight_jax.engine import Engine
 from spotlight_jax.errors import InputError
 from spotlight_jax.generate import encode_prompts, make_engine
 from spotlight_jax.models.load import BaseModel, open_tokenizer
+from spotlight_jax.selector.checkpoint import Selector
 from spotlight_jax.text_files import decode_text, read_json_lines, read_text
 
 STDIN = Path("-")

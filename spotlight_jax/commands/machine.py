@@ -9,11 +9,11 @@ from rich.console import Console
 
 from spotlight_jax.commands.doctor import DoctorConfig
 from spotlight_jax.compiled import use_compile_cache
-from spotlight_jax.config.hashing import HashConfig
-from spotlight_jax.hashing import weight_bounds
+from spotlight_jax.config.hashing import TransformConfig
 from spotlight_jax.kernels import hash_append, match_score, pair_cost, score_select, select_top, sparse_attention
 from spotlight_jax.memory import GIB, available_bytes
-from spotlight_jax.selection import CROSSOVER
+from spotlight_jax.selector.selection import CROSSOVER
+from spotlight_jax.weights import real_bounds
 
 PACKAGES = ("spotlight-jax", "jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "flax", "transformers", "numpy")
 
@@ -43,7 +43,7 @@ def implementations() -> list[tuple[str, str, str]]:
         ("prefill attention", *fused),
         ("dense decoding", "XLA" if is_cpu else "cuDNN", fused[1]),
         ("hash_append", *kernel(hash_append.choose_impl())),
-        ("score_select", *kernel(score_select.choose_impl(weight_bounds(HashConfig(), 1, per_kv_head=True)))),
+        ("score_select", *kernel(score_select.choose_impl(real_bounds(TransformConfig().code_bits)))),
         ("sparse_attention", *kernel(sparse_attention.choose_impl())),
         ("select_top", f"XLA, {select_top.choose_impl()}", "the cut is found by counting"),
         ("match_score", f"XLA, {match_score.choose_impl(64)}", "many queries: codes are unpacked once"),

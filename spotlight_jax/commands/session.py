@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from spotlight_jax import cli
-from spotlight_jax.checkpoint import Selector, check_shape, choose_model, describe_range, load_selector
 from spotlight_jax.commands.flags import SessionConfig
 from spotlight_jax.config.generation import GenerateConfig, make_decode_config
 from spotlight_jax.decode_step import DecodeState
@@ -20,6 +19,7 @@ from spotlight_jax.memory import GIB, available_bytes, check_memory, plan_memory
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.load import BaseModel, load_config, load_model
 from spotlight_jax.models.params import resolve_dtype
+from spotlight_jax.selector.checkpoint import Selector, check_shape, choose_model, describe_range, load_selector
 from spotlight_jax.stops import find_stops
 
 MIB = 2**20

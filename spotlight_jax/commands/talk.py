@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 from rich.console import Console
 
-from spotlight_jax.checkpoint import Selector
 from spotlight_jax.commands.chat import ChatCommandConfig
 from spotlight_jax.commands.session import decode, describe, load_fitting, read_configs, write_text
 from spotlight_jax.compiled import use_compile_cache
@@ -15,6 +14,7 @@ from spotlight_jax.engine import DecodeState, Engine
 from spotlight_jax.errors import InputError
 from spotlight_jax.generate import Run
 from spotlight_jax.models.load import BaseModel, open_tokenizer
+from spotlight_jax.selector.checkpoint import Selector
 from spotlight_jax.token_ids import encode_chat
 
 HELP = "Ctrl-C cuts an answer short, /new starts again, /help shows this, /quit or Ctrl-D ends"

@@ -14,11 +14,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from spotlight_jax import hashing
-from spotlight_jax.checkpoint import Selector, save_selector
 from spotlight_jax.commands import chat, completion, doctor, generate, machine, session, talk
 from spotlight_jax.config.generation import GenerateConfig
-from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.hashing import TransformConfig
 from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.engine import Engine
 from spotlight_jax.errors import InputError
@@ -29,6 +27,9 @@ from spotlight_jax.models.config import RopeConfig
 from spotlight_jax.models.decoder import init_params
 from spotlight_jax.models.load import BaseModel
 from spotlight_jax.models.presets import PRESETS
+from spotlight_jax.selector.base import HeadShape
+from spotlight_jax.selector.checkpoint import Selector, save_selector
+from spotlight_jax.selector.forms import init_functions
 from spotlight_jax.text_stream import BROKEN
 from spotlight_jax.token_ids import encode_chat
 from tests.byte_tokenizer import byte_tokenizer
@@ -52,10 +53,8 @@ def tiny_model(monkeypatch):
 
 @pytest.fixture
 def selector_folder(tmp_path):
-    cfg, shape = HashConfig(code_bits=64), head_shape(MODEL)
-    save_selector(
-        tmp_path / "selector", Selector(cfg, shape, hashing.init_params(jax.random.key(1), cfg, shape), "tiny", {}), ""
-    )
+    cfg, shape = TransformConfig(code_bits=64), head_shape(MODEL)
+    save_selector(tmp_path / "selector", Selector(shape, init_functions(jax.random.key(1), cfg, shape), "tiny", {}), "")
     return tmp_path / "selector"
 
 
@@ -83,9 +82,9 @@ def test_the_model_is_the_selectors_unless_one_is_named(capsys, selector_folder)
 
 
 def test_a_prompt_beyond_the_positions_that_a_selector_covers_gets_one_line(capsys, tmp_path):
-    cfg, shape = HashConfig(code_bits=64), head_shape(MODEL)
-    params = hashing.init_params(jax.random.key(1), cfg, shape)
-    save_selector(tmp_path / "short", Selector(cfg, shape, params, "tiny", {}, 100), "")
+    cfg, shape = TransformConfig(code_bits=64), head_shape(MODEL)
+    params = init_functions(jax.random.key(1), cfg, shape)
+    save_selector(tmp_path / "short", Selector(shape, params, "tiny", {}, 100), "")
     for tokens, count in ((90, 0), (97, 1)):  # with four new ones
         args = ["--selector", str(tmp_path / "short"), "--prompt", "x" * tokens, "--max-new-tokens", "4"]
         assert generate.command(args) == 0
@@ -289,9 +288,9 @@ def test_bad_input_ends_with_one_line_and_exit_code_2(args, message, capsys):
 
 
 def test_a_selector_of_another_model_is_refused_before_the_weights_are_loaded(tmp_path, capsys, monkeypatch):
-    cfg, shape = HashConfig(code_bits=64), hashing.HeadShape(5, 4, 2, 8)
-    params = hashing.init_params(jax.random.key(1), cfg, shape)
-    save_selector(tmp_path / "other", Selector(cfg, shape, params, "other", {}), "")
+    cfg, shape = TransformConfig(code_bits=64), HeadShape(5, 4, 2, 8)
+    params = init_functions(jax.random.key(1), cfg, shape)
+    save_selector(tmp_path / "other", Selector(shape, params, "other", {}), "")
     monkeypatch.setattr(session, "load_model", lambda *_: pytest.fail("loaded"))
     assert generate.command(["--prompt", "abc", "--selector", str(tmp_path / "other")]) == 2
     assert "does not fit this base model" in capsys.readouterr().err
@@ -328,7 +327,7 @@ def test_what_does_not_fit_is_refused_with_the_numbers_before_loading(monkeypatc
 
 
 def test_the_memory_plan_by_hand():
-    hash_cfg = HashConfig(code_bits=128)
+    hash_cfg = TransformConfig(code_bits=128)
     plan = plan_memory(PRESETS["qwen2.5-7b"], jnp.dtype("bfloat16"), 1, 131072, 2048, hash_cfg, SelectionConfig())
     assert plan.cache == 2 * 28 * 131072 * 4 * 128 * 2
     assert plan.codes == 26 * 131072 * 4 * 16

@@ -21,7 +21,6 @@ import eval.speed
 import train.ablate
 import train.demo
 import train.layerwise
-from spotlight_jax.checkpoint import save_selector
 from spotlight_jax.commands import chat, doctor, generate
 from tests.eval.tiny import make_selector
 from tests.models import tiny
@@ -141,7 +140,7 @@ WRONG = [
     ("speed --keep 0", "keep is 0.0"),
     ("speed --resume", "add --out RUN_FOLDER"),
     ("train --steps 0", "steps is 0"),
-    ("train --preset papr", "Did you mean 'paper'?"),
+    ("train --preset papr", "did you mean 'paper'?"),
     ("train --model nowhere", "no such model"),
     ("train --resume", "add --out RUN_FOLDER"),
     ("train --resume --out nowhere", "is no run folder"),

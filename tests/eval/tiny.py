@@ -6,22 +6,22 @@ import jax
 import numpy as np
 
 from eval.model.load import EvalModel
-from spotlight_jax.checkpoint import Selector, save_selector
-from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.hashing import NetworkConfig, TransformConfig
 from spotlight_jax.generate import head_shape
 from spotlight_jax.models.decoder import init_params
 from spotlight_jax.models.presets import PRESETS
+from spotlight_jax.selector.checkpoint import Selector, save_selector
 from tests.hash_params import draw_params
 
 MODEL = PRESETS["tiny"]
-HASH = HashConfig(code_bits=32)
+HASH = TransformConfig(code_bits=32)
 
 
 @functools.cache
 def make_selector(per_query_head=False, seed=1):
-    cfg = HashConfig(form="symmetric", code_bits=32, hidden=8, code_heads="query") if per_query_head else HASH
+    cfg = NetworkConfig(form="symmetric", code_bits=32, hidden=8, code_heads="query") if per_query_head else HASH
     shape = head_shape(MODEL)
-    return Selector(cfg, shape, draw_params(cfg, shape, seed), "random:tiny", {})
+    return Selector(shape, draw_params(cfg, shape, seed), "random:tiny", {})
 
 
 @functools.cache

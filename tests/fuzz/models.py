@@ -9,9 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spotlight_jax import hashing
-from spotlight_jax.checkpoint import Selector, load_selector, save_selector
-from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.hashing import TransformConfig
 from spotlight_jax.generate import encode_prompts
 from spotlight_jax.models import hf
 from spotlight_jax.models.decoder import param_shapes
@@ -20,13 +18,16 @@ from spotlight_jax.models.gguf_model import config_from_gguf, gguf_name, read_gg
 from spotlight_jax.models.params import fill_params
 from spotlight_jax.models.rope import rope_frequencies
 from spotlight_jax.models.tokenizer import load_tokenizer, tokenizer_from_gguf
+from spotlight_jax.selector.base import HeadShape
+from spotlight_jax.selector.checkpoint import Selector, load_selector, save_selector
+from spotlight_jax.selector.forms import init_functions
 from tests.fuzz.damage import damage_bytes, damage_json, json_bytes
 from tests.fuzz.target import Target
 from tests.models import tiny
 from tests.models.tiny_gguf import write_gguf
 
 _MODEL = tiny.CASES["smollm2"] | {"vocab_size": 320}  # rows for all of the tokenizer's ids
-_SHAPE = hashing.HeadShape(layers=2, q_heads=4, kv_heads=2, head_dim=16)
+_SHAPE = HeadShape(layers=2, q_heads=4, kv_heads=2, head_dim=16)
 TEXT = "hello world <|im_end|> 12345 na\u00efve \U0001f642"
 
 
@@ -37,9 +38,9 @@ def _sound() -> dict[str, bytes]:
         folder = Path(scratch)
         tiny.write_folder(folder / "model", _MODEL, shards=1)
         tokenizer_from_gguf(open_gguf(write_gguf(folder / "model.gguf", _MODEL))).save_pretrained(folder / "model")
-        cfg = HashConfig(code_bits=32)
-        params = hashing.init_params(jax.random.key(0), cfg, _SHAPE)
-        save_selector(folder / "selector", Selector(cfg, _SHAPE, params, "owner/model", {"steps": 3}), "card")
+        cfg = TransformConfig(code_bits=32)
+        params = init_functions(jax.random.key(0), cfg, _SHAPE)
+        save_selector(folder / "selector", Selector(_SHAPE, params, "owner/model", {"steps": 3}), "card")
         return {
             str(file.relative_to(folder)): file.read_bytes()
             for file in folder.rglob("*")

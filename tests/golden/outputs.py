@@ -17,13 +17,13 @@ from safetensors.numpy import load_file
 from eval.model.scores import Sequence, score_sequence
 from eval.perplexity import command
 from eval.perplexity import run as perplexity
-from spotlight_jax import hashing
-from spotlight_jax.checkpoint import Selector
+from spotlight_jax.config.hashing import NetworkConfig, TransformConfig
 from spotlight_jax.engine import DecodeConfig, Engine
 from spotlight_jax.generate import head_shape
 from spotlight_jax.models.decoder import init_params
 from spotlight_jax.models.presets import PRESETS
-from spotlight_jax.selection import SelectionConfig, select_by_codes, select_mask, select_tokens
+from spotlight_jax.selector.checkpoint import Selector
+from spotlight_jax.selector.selection import SelectionConfig, select_by_codes, select_mask, select_tokens
 from spotlight_jax.weights import WeightBounds
 from tests.eval import tiny
 from tests.hash_params import draw_params
@@ -34,9 +34,9 @@ Outputs = dict[str, np.ndarray]
 
 MODEL = PRESETS["tiny"]
 HASHES = {
-    "transform": hashing.HashConfig(code_bits=64),
-    "asymmetric": hashing.HashConfig("asymmetric", code_bits=64, hidden=24),
-    "paper": hashing.HashConfig("symmetric", 32, skip="none", hidden=24, code_heads="query", centre=False),
+    "transform": TransformConfig(code_bits=64),
+    "asymmetric": NetworkConfig("asymmetric", code_bits=64, hidden=24),
+    "paper": NetworkConfig("symmetric", 32, skip="none", hidden=24, code_heads="query", centre=False),
 }
 SPARSE = SelectionConfig(keep=0.2, min_tokens=5, min_context=0, dense_layers=(0,))
 PROMPTS = (61, 7, 40)  # tokens of a ragged batch
@@ -83,7 +83,7 @@ def rule_of(name: str) -> Rule:
 
 def model_selector(form: str) -> Selector:
     """Hash functions of the tiny model that differ from where training starts."""
-    return Selector(HASHES[form], head_shape(MODEL), draw_params(HASHES[form], head_shape(MODEL)), "tiny", {})
+    return Selector(head_shape(MODEL), draw_params(HASHES[form], head_shape(MODEL)), "tiny", {})
 
 
 def greedy_texts() -> Outputs:
@@ -139,11 +139,12 @@ def hashed() -> Outputs:
     queries = jnp.asarray(rng.normal(size=(2, 9, MODEL.q_heads, MODEL.head_dim)), jnp.float32)
     keys = jnp.asarray(rng.normal(size=(2, 9, MODEL.kv_heads, MODEL.head_dim)), jnp.float32)
     for form, cfg in HASHES.items():
-        params = hashing.layer_params(model_selector(form).params, 1)
-        codes = np.asarray(jax.jit(hashing.key_codes, static_argnums=2)(params, keys, cfg))
+        params = model_selector(form).params.layer(1)
+        codes = np.asarray(jax.jit(lambda params, x: params.key_codes(x))(params, keys))
         found[f"code bits, {form}"] = np.unpackbits(np.ascontiguousarray(codes).view(np.uint8))
         for per_kv_head in (False, True)[: 1 if cfg.code_heads == "query" else 2]:
-            weights = jax.jit(hashing.query_weights, static_argnums=(2, 3))(params, queries, cfg, per_kv_head)
+            weigh = jax.jit(lambda params, x, per_kv_head: params.query_weights(x, per_kv_head), static_argnums=2)
+            weights = weigh(params, queries, per_kv_head)
             found[f"weights, {form}, per {'KV' if per_kv_head else 'query'} head"] = np.asarray(weights, np.int16)
     return found
 

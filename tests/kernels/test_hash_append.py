@@ -7,17 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spotlight_jax import hashing
 from spotlight_jax.bits import pack_bits
 from spotlight_jax.cache import LayerCache
 from spotlight_jax.cached_attention import LayerSelector, attend_sparsely
-from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.hashing import FORMS, TransformConfig
 from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.kernels import hash_append as op
 from spotlight_jax.kernels import score_select
 from spotlight_jax.kernels.hash_append import Transform, hash_append
 from spotlight_jax.kernels.hash_append.pallas_triton import hash_append_pallas_triton
 from spotlight_jax.kernels.score_select.pallas_triton import score_select_pallas_triton
+from spotlight_jax.selector.base import HeadShape
 from tests.hash_params import draw_params
 
 IMPLEMENTATIONS = {
@@ -109,10 +109,10 @@ def test_digits_and_weights_by_hand(impl):
     transform = Transform(
         mean=jnp.array([[0.25]]),
         axes=jnp.ones((1, 1, 32)).at[..., 3:].set(0.0),
-        cells=jnp.full((1, 32), 2.0).at[0, :3].set(jnp.array([2.0, 4.0, 8.0])),
-        decode=jnp.zeros((1, 1, 32)).at[..., :3].set(jnp.array([5.0, 2.0, -1.0])),
-        members=jnp.array([[[1.0, 0.0], [1.0, 1.0]]]),
-        log_gain=jnp.zeros((2,)),
+        levels=jnp.full((1, 32), 2.0).at[0, :3].set(jnp.array([2.0, 4.0, 8.0])),
+        bit_weights=jnp.zeros((1, 1, 32)).at[..., :3].set(jnp.array([5.0, 2.0, -1.0])),
+        head_assignment=jnp.array([[[1.0, 0.0], [1.0, 1.0]]]),
+        log_head_scale=jnp.zeros((2,)),
     )
     keys = jnp.array([-9.0, -0.24, -0.06, 0.19, 0.32, 0.7, 9.0])
     batch = len(keys)
@@ -139,15 +139,22 @@ def test_a_token_that_does_not_fit_takes_the_last_place(impl):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_a_selectors_codes_and_weights_are_those_of_hashing(impl):
     """Codes of every bit; weights but for those that lie halfway between two integers, which may go to either."""
-    cfg, shape = HashConfig(code_bits=128), hashing.HeadShape(1, 12, 3, 64)
-    params = hashing.layer_params(draw_params(cfg, shape), 0)
-    coder, weights = params.stats, params.weights
-    transform = Transform(coder.mean, coder.axes, coder.cells, weights.decode, coder.members, weights.log_gain)
+    cfg, shape = TransformConfig(code_bits=128), HeadShape(1, 12, 3, 64)
+    params = draw_params(cfg, shape).layer(0)
+    quantizer, weights = params.stats, params.weights
+    transform = Transform(
+        quantizer.mean,
+        quantizer.axes,
+        quantizer.levels,
+        weights.bit_weights,
+        quantizer.head_assignment,
+        weights.log_head_scale,
+    )
     queries, keys, values, _, *caches, lengths = draw_call(20, 12, 3, 64, 128, 2)
     _, found, _, _, cached_codes = IMPLEMENTATIONS[impl](queries, keys, values, transform, *caches, lengths)
-    codes = pack_bits(hashing.hash_keys(params, keys, cfg) > 0)
+    codes = pack_bits(params.hash_keys(keys) > 0)
     np.testing.assert_array_equal(cached_codes[np.arange(20), :, :, lengths], codes)
-    weights = hashing.integer_weights(params, hashing.hash_queries(params, queries[:, None], cfg), cfg, True)[:, 0]
+    weights = params.integer_weights(params.hash_queries(queries[:, None]), True)[:, 0]
     off = np.abs(np.asarray(found, int) - np.asarray(weights))
     assert off.max() <= 1 and off.mean() < 1e-3
 
@@ -155,20 +162,27 @@ def test_a_selectors_codes_and_weights_are_those_of_hashing(impl):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_a_key_on_a_cells_end_has_the_code_of_hashing_and_is_in_the_cell_below(impl):
     """Four digits on each axis of the space; keys at every sixteenth, the ends and beyond, exact in float32."""
-    cfg, shape = HashConfig(code_bits=64), hashing.HeadShape(1, 6, 3, 16)
-    params = hashing.layer_params(draw_params(cfg, shape), 0)
+    cfg, shape = TransformConfig(code_bits=64), HeadShape(1, 6, 3, 16)
+    params = draw_params(cfg, shape).layer(0)
     mean = jnp.arange(3.0)[:, None] - jnp.arange(16.0)[None, :] / 4
     axes = jnp.broadcast_to(jnp.repeat(jnp.eye(16), 4, axis=1), params.stats.axes.shape)
     params = params.replace(stats=params.stats.replace(mean=mean, axes=axes))
-    coder, weights = params.stats, params.weights
-    transform = Transform(coder.mean, coder.axes, coder.cells, weights.decode, coder.members, weights.log_gain)
+    quantizer, weights = params.stats, params.weights
+    transform = Transform(
+        quantizer.mean,
+        quantizer.axes,
+        quantizer.levels,
+        weights.bit_weights,
+        quantizer.head_assignment,
+        weights.log_head_scale,
+    )
     places = np.arange(21)[:, None, None] + np.arange(3)[None, :, None] + np.arange(16)[None, None, :]
     steps = places % 21 - 2  # every axis of every head meets all of them
     keys = jnp.asarray(steps / 16 - 0.5, jnp.float32) + mean[None]
     queries, _, _, _, *caches, lengths = draw_call(21, 6, 3, 16, 64, 2)
     *_, cached_codes = IMPLEMENTATIONS[impl](queries, keys, keys, transform, *caches, lengths)
     found = np.asarray(cached_codes)[np.arange(21), :, :, lengths]
-    hashed = jax.jit(hashing.hash_keys, static_argnums=2)(params, keys, cfg)
+    hashed = jax.jit(lambda params, x: params.hash_keys(x))(params, keys)
     np.testing.assert_array_equal(found, np.packbits(hashed > 0, axis=-1, bitorder="little").view("<u4"))
     bits = np.clip(steps - 1, 0, 15)[..., None] >> np.arange(4)[::-1] & 1
     below = np.packbits(bits.reshape(21, 3, 64), axis=-1, bitorder="little").view("<u4")
@@ -187,8 +201,8 @@ def test_a_key_on_a_cells_end_has_the_code_of_hashing_and_is_in_the_cell_below(i
 )
 def test_a_sparse_step_is_the_same_with_the_kernels(monkeypatch, batch, per, form, kernels):
     """On the interpreter, against the step in plain XLA; hash_append runs for what it is written for."""
-    shape, cfg = hashing.HeadShape(1, 6, 2, 16), HashConfig(form, code_bits=64, hidden=24)
-    selector = LayerSelector(hashing.layer_params(draw_params(cfg, shape), 0), cfg)
+    shape, cfg = HeadShape(1, 6, 2, 16), FORMS[form](form, code_bits=64)
+    selector = LayerSelector(draw_params(cfg, shape).layer(0))
     rng = np.random.default_rng(1)
 
     def draw(*shape):

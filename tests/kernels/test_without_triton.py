@@ -17,17 +17,18 @@ for name in sys.argv[1:]:
 import warnings
 import jax
 import numpy as np
-from spotlight_jax import hashing
-from spotlight_jax.checkpoint import Selector
+from spotlight_jax.selector.forms import init_functions
+from spotlight_jax.config.hashing import TransformConfig
+from spotlight_jax.selector.checkpoint import Selector
 from spotlight_jax.engine import DecodeConfig, Engine
 from spotlight_jax.generate import head_shape
 from spotlight_jax.kernels import hash_append, trust
 from spotlight_jax.models.decoder import init_params
 from spotlight_jax.models.presets import PRESETS
-from spotlight_jax.selection import SelectionConfig
+from spotlight_jax.selector.selection import SelectionConfig
 model = PRESETS["tiny"]
-cfg = hashing.HashConfig(code_bits=32)
-selector = Selector(cfg, head_shape(model), hashing.init_params(jax.random.key(1), cfg, head_shape(model)), "tiny", {})
+cfg = TransformConfig(code_bits=32)
+selector = Selector(head_shape(model), init_functions(jax.random.key(1), cfg, head_shape(model)), "tiny", {})
 sparse = SelectionConfig(keep=0.2, min_tokens=5, min_context=0, dense_layers=(0,))
 cfg = DecodeConfig(prefill_chunk=16, selection=sparse)
 engine = Engine(model, init_params(jax.random.key(0), model), selector, cfg)

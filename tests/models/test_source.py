@@ -2,10 +2,10 @@
 
 import pytest
 
-from spotlight_jax.checkpoint import load_selector
 from spotlight_jax.errors import InputError
 from spotlight_jax.models.load import load_config
 from spotlight_jax.models.source import find_again, lasting_name
+from spotlight_jax.selector.checkpoint import load_selector
 
 
 @pytest.fixture

@@ -8,12 +8,17 @@ import pathlib
 import numpy as np
 import pytest
 
-from spotlight_jax import hashing, metrics
+from spotlight_jax import metrics
+from spotlight_jax.selector import networks, transform
 from tests.models import tiny
 from train import capture, layerwise, loop, step
 
 LAYERS, WINDOW, LENGTH = 3, 64, 160  # at this length one group is shared out between two sums
 STEPS, SAVE_EVERY = 12, 5
+
+
+NETWORKS = ["--hash.form", "asymmetric", "--hash.hidden", "8"]  # small, as are these samples of pairs
+PAIRS = ["--ranking.loss", "pairs", "--ranking.tops", "8", "--ranking.others", "16", "--ranking.always-top", "2"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +32,7 @@ class Inputs:
         """Flags of the run that `finished` is, into another folder."""
         sizes = f"""--length {LENGTH} --data.window {WINDOW} --data.held-out-windows 2
             --steps {STEPS} --steps-per-window 2
-            --hash.code-bits 32 --hash.hidden 8 --ranking.queries 16 --ranking.tops 8 --ranking.others 16
-            --ranking.always-top 2 --measure.every 4 --measure.queries 8 --measure.dense-layers 0
+            --hash.code-bits 32 --ranking.queries 16 --measure.every 4 --measure.queries 8 --measure.dense-layers 0
             --save-every {SAVE_EVERY} --optimizer.ema 0.8""".split()
         return ["--model", str(self.model), "--data.train", str(self.tokens), *sizes, "--out", str(out), *more]
 
@@ -43,8 +47,8 @@ class Finished:
 
 # Optax and Orbax build these with norms, shapes and None in place of arrays, as any `jax.tree.map` may.
 _TREES = (
-    *(hashing.HashNetwork, hashing.NetworkWeights, hashing.KeyStats, hashing.TransformWeights, hashing.Coder),
-    hashing.HashParams,
+    *(networks.HashNetwork, networks.NetworkWeights, networks.KeyStats, networks.NetworkHash),
+    *(transform.TransformWeights, transform.KeyQuantizer, transform.TransformHash),
     *(metrics.SelectionQuality, capture.Captured, step.TrainState, step.StepReport),
 )
 

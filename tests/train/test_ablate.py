@@ -14,11 +14,15 @@ from spotlight_jax.errors import InputError
 from tests.train.conftest import WINDOW
 from train import ablate, loop
 from train.config import LayerwiseConfig
-from train.session import Session
+from train.trainer import Trainer
 
 SMALL = {
-    "hash.code_bits": 32, "hash.hidden": 8, "ranking.queries": 16, "ranking.queries_at_once": 16, "ranking.tops": 8,
-    "ranking.others": 16, "ranking.always_top": 2, "measure.queries": 8, "measure.dense_layers": (0,),
+    "hash.code_bits": 32, "ranking.queries": 16, "ranking.queries_at_once": 16,
+    "measure.queries": 8, "measure.dense_layers": (0,),
+}  # fmt: skip
+NETWORKS = {
+    "hash.form": "asymmetric", "hash.code_bits": 64, "hash.hidden": 8,
+    "ranking.loss": "pairs", "ranking.tops": 8, "ranking.others": 16, "ranking.always_top": 2,
 }  # fmt: skip
 
 
@@ -27,7 +31,7 @@ def small(monkeypatch, inputs):
     """Flags of an ablation of small variants, some of them on windows of their own."""
     variants = {
         "first": SMALL,
-        "second": SMALL | {"hash.form": "asymmetric", "ranking.loss": "pairs", "hash.code_bits": 64},
+        "second": SMALL | NETWORKS,
         "shorter": SMALL | {"data.window": WINDOW // 2, "steps": 2},
         "reseeded": SMALL | {"seed": 1, "data.seed": 1, "steps": 2},
         "copied": SMALL | {"data.copies": 0.5, "steps": 2},
@@ -103,26 +107,26 @@ def test_an_evaluation_that_is_not_finished_is_refused(small, tmp_path):
 
 @pytest.mark.slow
 def test_a_stopped_ablation_measures_what_is_trained_and_begins_it_anew(small, tmp_path, monkeypatch):
-    out, take_step = tmp_path / "all", Session.take_step
+    out, take_step = tmp_path / "all", Trainer.take_step
 
-    def interrupted(session, captured):
-        if session.step == 1:
+    def interrupted(trainer, captured):
+        if trainer.step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return take_step(session, captured)
+        return take_step(trainer, captured)
 
-    monkeypatch.setattr(Session, "take_step", interrupted)
+    monkeypatch.setattr(Trainer, "take_step", interrupted)
     with pytest.raises(SystemExit) as stopped:
         ablate.main(ablate.AblateConfig(out=str(out), variants=("first",), **small))
     assert stopped.value.code == 128 + signal.SIGTERM
     row = json.loads((out / "ablation.json").read_text())[0]
     assert row["steps"] == 2 and not row["is_finished"]
-    monkeypatch.setattr(Session, "take_step", take_step)
+    monkeypatch.setattr(Trainer, "take_step", take_step)
     rows = ablate.main(ablate.AblateConfig(out=str(out), variants=("first",), resume=True, **small))["results"]
     assert rows[0]["steps"] == 4 and rows[0]["is_finished"]
 
 
 def test_what_the_end_of_an_ablation_needs_is_looked_at_first(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(ablate, "Session", lambda *args: pytest.fail("began"))
+    monkeypatch.setattr(ablate, "open_inputs", lambda *args: pytest.fail("began"))
     out = tmp_path / "all"
     with pytest.raises(InputError, match="is no finished evaluation"):
         ablate.main(ablate.AblateConfig(out=str(out), perplexity=(str(tmp_path / "none"),), **small))

@@ -30,7 +30,6 @@ def test_the_paper_preset_is_the_published_recipe(parse):
         "code_bits": 128,
         "hidden": 128,
         "code_heads": "query",
-        "sums": 2,
         "centre": False,
     }
     ranking = {name: got["ranking"][name] for name in got["ranking"] if name != "queries_at_once"}  # memory alone
@@ -45,7 +44,6 @@ def test_the_paper_preset_is_the_published_recipe(parse):
         "always_top": 0,
         "weighting": "uniform",
         "loss": "pairs",
-        "softness": 0.012,
         "beta": 1.0,
         "alpha": 3.0,
     }

@@ -3,25 +3,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spotlight_jax import hashing
 from spotlight_jax.config.data import DataConfig
-from spotlight_jax.config.hashing import HashConfig
-from spotlight_jax.config.ranking import RankingConfig
+from spotlight_jax.config.hashing import FORMS, NetworkConfig, TransformConfig
+from spotlight_jax.config.ranking import MassLoss
+from spotlight_jax.selector.base import HeadShape
+from spotlight_jax.selector.forms import init_functions
 from train.capture import Captured
 from train.config import LayerwiseConfig, MeasureConfig, OptimizerConfig
-from train.fit import fit, needs_windows
+from train.fit import fit
 from train.measure import measure
 
-SHAPE = hashing.HeadShape(2, 6, 2, 8)
+SHAPE = HeadShape(2, 6, 2, 8)
 KEPT = MeasureConfig(keep=0.1, queries=8)
 
 
-def _config(**of_hash):
+def _config(form="transform"):
     return LayerwiseConfig(
         fit_windows=2,
         data=DataConfig(window=200),
-        hash=HashConfig(code_bits=32, hidden=4, **of_hash),
-        ranking=RankingConfig(loss="mass", target="kv_head", top_share=0.1, min_top=8, queries=16),
+        hash=FORMS[form](form, code_bits=32),
+        ranking=MassLoss(target="kv_head", top_share=0.1, min_top=8, queries=16),
         optimizer=OptimizerConfig(),
         measure=KEPT,
     )
@@ -39,16 +40,16 @@ def _window(seed):
 
 def _fit(cfg, seeds=(0, 1)):
     seen = []
-    params = hashing.init_params(jax.random.key(0), cfg.hash, SHAPE)
+    params = init_functions(jax.random.key(0), cfg.hash, SHAPE)
     return params, fit(params, map(_window, seeds), cfg, lambda *counts: seen.append(counts)), seen
 
 
 @pytest.mark.parametrize("form", ["transform", "asymmetric", "symmetric"])
 def test_fitting_to_windows_finds_more_of_the_oracles_choice_in_another(form):
-    cfg = _config(form=form)
+    cfg = _config(form)
     before, after, seen = _fit(cfg)
     held_out = [_window(7)]
-    quality = [measure(params, held_out, cfg.hash, KEPT, 1) for params in (before, after)]
+    quality = [measure(params, held_out, KEPT, 1) for params in (before, after)]
     assert quality[1].iou.mean() > quality[0].iou.mean() + (0.2 if form == "transform" else 0.0)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
     assert seen == [(1, 2), (2, 2)]
@@ -62,6 +63,7 @@ def test_the_same_windows_give_the_same_hash_functions_and_others_do_not():
 
 
 def test_hash_functions_of_keys_as_they_are_need_no_windows():
-    assert needs_windows(HashConfig(centre=False))
-    assert needs_windows(HashConfig("symmetric"))
-    assert not needs_windows(HashConfig("symmetric", centre=False))
+    assert [
+        init_functions(jax.random.key(0), cfg, SHAPE).fitted_to
+        for cfg in (TransformConfig(), NetworkConfig("symmetric"), NetworkConfig("symmetric", centre=False))
+    ] == ["windows", "moments", "nothing"]

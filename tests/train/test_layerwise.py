@@ -16,16 +16,18 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
-from spotlight_jax import files, hashing, runs
-from spotlight_jax.checkpoint import load_selector
+from spotlight_jax import files, runs
 from spotlight_jax.errors import InputError
 from spotlight_jax.models.config import config_from_hf
+from spotlight_jax.models.presets import PRESETS as SHAPES
+from spotlight_jax.selector.checkpoint import load_selector
 from tests.models import tiny
-from tests.train.conftest import LAYERS, LENGTH, SAVE_EVERY, STEPS, WINDOW
-from train import hidden_cache, layerwise, plan, session, step
+from tests.train.conftest import LAYERS, LENGTH, NETWORKS, PAIRS, SAVE_EVERY, STEPS, WINDOW
+from train import data, estimate, hidden_cache, layerwise, loop, step, trainer
+from train.capture import make_mesh
 from train.config import PRESETS
-from train.session import Session
 from train.states import newest_step
+from train.trainer import Trainer
 
 ROOT = pathlib.Path(__file__).parents[2]
 KILLED_AT = 8  # steps taken: between two checkpoints, and between two measurements' rows and the last
@@ -111,14 +113,14 @@ def _without_times(rows):
 
 KILLED = f"""
 import os, signal, sys
-from train import layerwise, session
-take_step = session.Session.take_step
+from train import layerwise, trainer
+take_step = trainer.Trainer.take_step
 def take_or_die(self, captured=None):
     if self.step == {KILLED_AT}:
         self._store.wait()
         os.kill(os.getpid(), signal.SIGKILL)
     return take_step(self, captured)
-session.Session.take_step = take_or_die
+trainer.Trainer.take_step = take_or_die
 layerwise.command(sys.argv[1:])
 """
 
@@ -137,7 +139,7 @@ def test_a_killed_run_resumes_bit_for_bit(inputs, finished, tmp_path, capsys):
 def test_a_signal_saves_tells_how_to_go_on_and_resumes_bit_for_bit(
     number, inputs, finished, tmp_path, capsys, monkeypatch
 ):
-    path, real = tmp_path / "run", Session.take_step
+    path, real = tmp_path / "run", Trainer.take_step
 
     def take_step(self, captured=None):
         if self.step == 6:
@@ -145,7 +147,7 @@ def test_a_signal_saves_tells_how_to_go_on_and_resumes_bit_for_bit(
         return real(self, captured)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setattr(Session, "take_step", take_step)
+        patch.setattr(Trainer, "take_step", take_step)
         layerwise.command(inputs.flags(path))
     assert stopped.value.code == 128 + number
     told = capsys.readouterr().err.splitlines()[-1]
@@ -159,7 +161,7 @@ class Killed(BaseException):
     """Stands for the end of the process."""
 
 
-@pytest.mark.parametrize("when", ["start", "quality_by", "take_step"])
+@pytest.mark.parametrize("when", ["__init__", "quality_by", "take_step"])
 def test_a_run_that_ended_before_it_trained_is_resumed_from_the_start(
     when, inputs, finished, tmp_path, capsys, monkeypatch
 ):
@@ -169,7 +171,7 @@ def test_a_run_that_ended_before_it_trained_is_resumed_from_the_start(
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Session, when, end)
+        patch.setattr(Trainer, when, end)
         layerwise.command(inputs.flags(path))
     assert (newest_step(path / "checkpoints")[0] == 0) == (when == "take_step")
     _assert_resumes_equal(path, finished, capsys)
@@ -177,10 +179,10 @@ def test_a_run_that_ended_before_it_trained_is_resumed_from_the_start(
 
 def test_the_first_checkpoint_is_whole_before_the_first_step(inputs, tmp_path, monkeypatch):
     def take_step(self, captured=None):
-        assert newest_step(self.folder_path / "checkpoints") == (0, {})
+        assert newest_step(self.folder.path / "checkpoints") == (0, {})
         raise Killed
 
-    monkeypatch.setattr(Session, "take_step", take_step)
+    monkeypatch.setattr(Trainer, "take_step", take_step)
     with pytest.raises(Killed):
         layerwise.command(inputs.flags(tmp_path / "run"))
 
@@ -228,7 +230,7 @@ def test_a_disk_that_fails_is_one_line_with_the_command_that_goes_on(inputs, fin
 
 def test_a_finished_run_can_be_resumed_and_is_not_fitted_again(finished, tmp_path, capsys, monkeypatch):
     path = tmp_path / "run"
-    monkeypatch.setattr(session, "fit", lambda *args: pytest.fail("fitted again"))
+    monkeypatch.setattr(trainer, "fit", lambda *args: pytest.fail("fitted again"))
     shutil.copytree(finished.path, path)
     shutil.rmtree(path / "selector")
     _assert_resumes_equal(path, finished, capsys)
@@ -262,16 +264,16 @@ def test_hidden_states_on_disk_give_what_streaming_gives(inputs, finished, tmp_p
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoint(
     inputs, tmp_path, capsys, monkeypatch
 ):
-    path, real = tmp_path / "run", Session.take_step
+    path, real = tmp_path / "run", Trainer.take_step
 
     def take_step(self, captured=None):
         if self.step == 9:  # whose state the next checkpoint would hold
             weights = self.state.params.weights
-            weights = weights.replace(decode=weights.decode.at[1].set(jnp.nan))
+            weights = weights.replace(bit_weights=weights.bit_weights.at[1].set(jnp.nan))
             self.state = self.state.replace(params=self.state.params.replace(weights=weights))
         return real(self, captured)
 
-    monkeypatch.setattr(Session, "take_step", take_step)
+    monkeypatch.setattr(Trainer, "take_step", take_step)
     assert layerwise.command(inputs.flags(path)) == 2
     told = capsys.readouterr().err.splitlines()[-1]
     assert told.startswith("train.layerwise: the loss of layer_1 (up to 64 tokens) is nan")
@@ -281,7 +283,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoi
 
 
 def test_a_state_that_is_no_number_is_neither_saved_nor_exported(inputs, tmp_path, capsys, monkeypatch):
-    path, real = tmp_path / "run", Session.take_step
+    path, real = tmp_path / "run", Trainer.take_step
 
     def take_step(self, captured=None):
         report = real(self, captured)
@@ -290,33 +292,31 @@ def test_a_state_that_is_no_number_is_neither_saved_nor_exported(inputs, tmp_pat
             self.state = self.state.replace(params=self.state.params.replace(weights=spoiled))
         return report
 
-    monkeypatch.setattr(Session, "take_step", take_step)
+    monkeypatch.setattr(Trainer, "take_step", take_step)
     told = "the hash functions are not finite after step 12; checkpoint 10 is kept"
     _assert_refused(inputs.flags(path), told, capsys)
     assert 12 not in _checkpoints(path) and not (path / "selector").exists()
 
 
 def test_a_model_that_gives_no_numbers_is_blamed_for_it(inputs, tmp_path, capsys, monkeypatch):
-    real = session.load_weights
+    real = data.load_weights
 
     def load_weights(source, dtype):
         cfg, params = real(source, dtype)
         return cfg, params | {"layer_1": jax.tree.map(lambda leaf: leaf * jnp.inf, params["layer_1"])}
 
-    monkeypatch.setattr(session, "load_weights", load_weights)
+    monkeypatch.setattr(data, "load_weights", load_weights)
     _assert_refused(inputs.flags(tmp_path / "run"), "the model gives keys or queries that are not finite", capsys)
 
 
 def test_a_loss_that_is_no_number_names_what_is_at_fault():
     def told(flags=None, is_input_finite=True):
-        nan, fine = np.full(3, np.nan), np.full(3, is_input_finite)
+        nan, fine = np.full(SHAPES["tiny"].layers, np.nan), np.full(SHAPES["tiny"].layers, is_input_finite)
         report = step.StepReport(jnp.asarray(nan), jnp.asarray(nan), jnp.asarray(nan), jnp.asarray(fine))
         cfg = dataclasses.replace(PRESETS["default"], **(flags or {}))
-        run = object.__new__(Session)  # of which only these are read
-        run.cfg, run.step, run.shape = cfg, 3, hashing.HeadShape(layers=3, q_heads=2, kv_heads=1, head_dim=8)
-        run.rows, run.lengths = 3, (64,)
+        run = estimate.Plan(cfg, SHAPES["tiny"], np.dtype("float32"), (64,), make_mesh(), disk=None)
         with pytest.raises(InputError) as caught:
-            session.check_finite(report, run)
+            trainer.check_finite(report, run, step=3)
         return str(caught.value)
 
     assert "the model itself gives keys or queries" in told(is_input_finite=False)
@@ -329,7 +329,7 @@ def test_a_loss_that_is_no_number_names_what_is_at_fault():
 @pytest.mark.parametrize("where", [(), ("--weights", "host")])
 def test_a_dry_run_tells_memory_and_time_and_writes_nothing(where, inputs, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(session, "fit", lambda *args: pytest.fail("fitted for nothing"))
+    monkeypatch.setattr(trainer, "fit", lambda *args: pytest.fail("fitted for nothing"))
     assert layerwise.command(inputs.flags(tmp_path / "run", "--dry-run", *where)) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("memory") for line in lines) and any(line.startswith("time") for line in lines)
@@ -350,8 +350,8 @@ def _assert_refused(flags, told, capsys):
 BAD = {
     "unknown flag": (["--stps", "3"], "unknown flag '--stps'; did you mean '--steps'?"),
     "unknown flag of a room": (["--ranking.querys", "3"], "did you mean '--ranking.queries'?"),
-    "unknown value": (["--hash.form", "symetric"], "Did you mean 'symmetric'?"),
-    "unknown preset": (["--preset", "papr"], "Did you mean 'paper'?"),
+    "unknown value": (["--hash.form", "symetric"], "did you mean 'symmetric'?"),
+    "unknown preset": (["--preset", "papr"], "did you mean 'paper'?"),
     "window past the context": (
         ["--data.window", "512", "--length", "context"],
         "--data.window 512 is more than the 256 tokens",
@@ -359,7 +359,10 @@ BAD = {
     "text shorter than a window": (["--data.train", "short.npy"], "short.npy"),
     "no such text": (["--data.train", "nothing.npy"], "nothing.npy"),
     "more queries than tokens": (["--ranking.queries", "128"], "ranking.queries is 128, more than the 64 tokens"),
-    "identities between unequal widths": (["--hash.skip", "layers"], "must be equal; use skip 'none' or 'rotation'"),
+    "identities between unequal widths": (
+        ["--hash.form", "symmetric", "--hash.skip", "layers"],
+        "must be equal; use skip 'none' or 'rotation'",
+    ),
     "missing model": (["--model", "nowhere"], "nowhere: no such model"),
     "unknown shape": (["--model", "random:tinny"], "tiny"),
     "an average that never moves": (["--optimizer.ema", "1"], "ema is 1.0; give a decay from 0 to below 1"),
@@ -383,8 +386,8 @@ def test_bad_input_gets_one_line_and_leaves_nothing(case, inputs, tmp_path, caps
 @pytest.mark.parametrize("flags", [(), ("--dry-run",)])
 def test_what_cannot_fit_the_memory_is_refused_before_it_is_loaded(inputs, tmp_path, capsys, monkeypatch, flags):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(plan, "available_bytes", lambda device: 10_000)
-    monkeypatch.setattr(Session, "prepare", lambda session: pytest.fail("loaded"))
+    monkeypatch.setattr(estimate, "available_bytes", lambda device: 10_000)
+    monkeypatch.setattr(loop, "open_inputs", lambda *args: pytest.fail("loaded"))
     _assert_refused(inputs.flags(tmp_path / "run", *flags), "0.0 GiB are free; take a smaller model", capsys)
     assert list(tmp_path.iterdir()) == []
 
@@ -424,7 +427,7 @@ def test_a_checkpoint_of_another_model_is_refused(inputs, finished, tmp_path, ca
 
 @pytest.mark.slow
 def test_networks_train_by_pairs_and_resume_bit_for_bit(inputs, tmp_path, monkeypatch):
-    more, real = ["--hash.form", "asymmetric", "--ranking.loss", "pairs", "--ranking.target", "both"], Session.take_step
+    more, real = [*NETWORKS, *PAIRS, "--ranking.target", "both"], Trainer.take_step
 
     def take_step(self, captured=None):
         if self.step == 6:
@@ -433,7 +436,7 @@ def test_networks_train_by_pairs_and_resume_bit_for_bit(inputs, tmp_path, monkey
 
     assert layerwise.command(inputs.flags(tmp_path / "whole", *more)) == 0
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(Session, "take_step", take_step)
+        patch.setattr(Trainer, "take_step", take_step)
         layerwise.command(inputs.flags(tmp_path / "stopped", *more))
     assert layerwise.command(["--resume", "--out", str(tmp_path / "stopped")]) == 0
     _assert_same(tmp_path / "stopped", tmp_path / "whole")

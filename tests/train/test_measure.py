@@ -3,9 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spotlight_jax import hashing
-from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.hashing import NetworkConfig
 from spotlight_jax.errors import InputError
+from spotlight_jax.selector.base import HeadShape
+from spotlight_jax.selector.forms import init_functions
 from train.capture import Captured
 from train.config import MeasureConfig
 from train.measure import mean_over_sparse, measure
@@ -40,13 +41,11 @@ def _probabilities(keys, query):
     ("per", "oracle"), [("kv_head", "scores"), ("kv_head", "probabilities"), ("query_head", "probabilities")]
 )
 def test_quality_equals_a_count_by_hand(per, oracle):
-    cfg = HashConfig(form="symmetric", code_bits=32, hidden=4, centre=False)
-    params = hashing.init_params(
-        jax.random.key(0), cfg, hashing.HeadShape(LAYERS, KV_HEADS * GROUP, KV_HEADS, HEAD_DIM)
-    )
+    cfg = NetworkConfig(form="symmetric", code_bits=32, hidden=4, centre=False)
+    params = init_functions(jax.random.key(0), cfg, HeadShape(LAYERS, KV_HEADS * GROUP, KV_HEADS, HEAD_DIM))
     measured = MeasureConfig(keep=0.5, per=per, oracle=oracle)
     windows = [_captured(1), _captured(2)]
-    got = measure(params, windows, cfg, measured, layers_at_once=1)
+    got = measure(params, windows, measured, layers_at_once=1)
     planes = np.asarray(params.weights.keys.rotation)  # at its start the hash function is this rotation alone
     heads = KV_HEADS if per == "kv_head" else KV_HEADS * GROUP
     iou, mass, best = np.zeros((3, LAYERS, heads))

@@ -8,17 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spotlight_jax import hashing, manifest
-from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax import manifest
+from spotlight_jax.config.hashing import TransformConfig
 from spotlight_jax.errors import InputError
+from spotlight_jax.selector.base import HeadShape
+from spotlight_jax.selector.forms import init_functions
 from train.config import OptimizerConfig
 from train.states import StateStore, newest_step
 from train.step import init_state
 
 
 def _state(code_bits=32, seed=0):
-    cfg, shape = HashConfig(code_bits=code_bits), hashing.HeadShape(2, 4, 2, 6)
-    params = hashing.init_params(jax.random.key(seed), cfg, shape)
+    cfg, shape = TransformConfig(code_bits=code_bits), HeadShape(2, 4, 2, 6)
+    params = init_functions(jax.random.key(seed), cfg, shape)
     return init_state(params, OptimizerConfig(), 10)
 
 

@@ -7,21 +7,22 @@ import numpy as np
 import optax
 import pytest
 
-from spotlight_jax import hashing
-from spotlight_jax.config.hashing import HashConfig
-from spotlight_jax.config.ranking import RankingConfig
-from spotlight_jax.ranking import ranking_loss
+from spotlight_jax.config.hashing import NetworkConfig, TransformConfig
+from spotlight_jax.config.ranking import MassLoss, PairLoss
+from spotlight_jax.selector.base import HeadShape
+from spotlight_jax.selector.forms import init_functions
+from spotlight_jax.selector.losses.ranking import ranking_loss
 from train.capture import Captured, make_mesh
-from train.config import OptimizerConfig
+from train.config import AnnealedOptimizerConfig, OptimizerConfig
 from train.step import StepConfig, gamma_at, init_state, make_optimizer, train_step
 
-SHAPE = hashing.HeadShape(layers=3, q_heads=4, kv_heads=2, head_dim=6)
-NETWORKS = HashConfig(form="asymmetric", code_bits=32, hidden=5)
-TRANSFORM = HashConfig(code_bits=32)
-PAIRS = RankingConfig(queries=4, tops=3, others=7, min_top=3, always_top=1)
-MASS = RankingConfig(loss="mass", target="kv_head", softness=0.1, queries=4, tops=3, min_top=3, always_top=1)
+SHAPE = HeadShape(layers=3, q_heads=4, kv_heads=2, head_dim=6)
+NETWORKS = NetworkConfig(form="asymmetric", code_bits=32, hidden=5)
+TRANSFORM = TransformConfig(code_bits=32)
+PAIRS = PairLoss(queries=4, tops=3, others=7, min_top=3, always_top=1)
+MASS = MassLoss(target="kv_head", softness=0.1, queries=4, min_top=3)
 RECIPES = {"networks by pairs": (NETWORKS, PAIRS), "transform by mass": (TRANSFORM, MASS)}
-OPTIMIZER = OptimizerConfig(warmup=0.1, clip=0.01)
+OPTIMIZER = AnnealedOptimizerConfig(warmup=0.1, clip=0.01)
 STEPS = 20
 
 
@@ -40,12 +41,18 @@ def captured():
 
 
 @pytest.fixture(params=RECIPES)
-def cfg(request):
-    return StepConfig(*RECIPES[request.param], OPTIMIZER, STEPS, 1, make_mesh())
+def recipe(request):
+    """Hash functions and how they are trained."""
+    hash_cfg, loss = RECIPES[request.param]
+    return hash_cfg, _config(loss)
 
 
-def _state(cfg):
-    return init_state(hashing.init_params(jax.random.key(0), cfg.hash, SHAPE), cfg.optimizer, STEPS)
+def _config(loss, optimizer=OPTIMIZER):
+    return StepConfig(loss, optimizer, STEPS, 1, make_mesh())
+
+
+def _state(hash_cfg, cfg):
+    return init_state(init_functions(jax.random.key(0), hash_cfg, SHAPE), cfg.optimizer, STEPS)
 
 
 def _first_moments(state, layer):
@@ -59,12 +66,12 @@ def _is_adam(part):
 
 @pytest.mark.slow
 def test_each_layer_is_clipped_by_its_own_norm(captured):
-    cfg = StepConfig(NETWORKS, PAIRS, OPTIMIZER, STEPS, 1, make_mesh())
-    small = jax.tree.map(np.asarray, train_step(_state(cfg), jax.random.key(1), jnp.int32(0), captured, cfg))
+    cfg = _config(PAIRS)
+    small = jax.tree.map(np.asarray, train_step(_state(NETWORKS, cfg), jax.random.key(1), jnp.int32(0), captured, cfg))
     # the gain of layer 1's scores multiplies its gradients
-    state = _state(cfg)
-    gain = state.params.weights.log_gain.at[1].add(4.0)
-    weights = dataclasses.replace(state.params.weights, log_gain=gain)
+    state = _state(NETWORKS, cfg)
+    gain = state.params.weights.log_head_scale.at[1].add(4.0)
+    weights = dataclasses.replace(state.params.weights, log_head_scale=gain)
     state = state.replace(params=state.params.replace(weights=weights))
     large = jax.tree.map(np.asarray, train_step(state, jax.random.key(1), jnp.int32(0), captured, cfg))
     assert large[1].grad_norm[1] > 10 * small[1].grad_norm[1] > 10 * OPTIMIZER.clip
@@ -77,15 +84,16 @@ def test_each_layer_is_clipped_by_its_own_norm(captured):
 
 
 @pytest.mark.slow
-def test_a_layer_steps_as_plain_optax_would(captured, cfg):
+def test_a_layer_steps_as_plain_optax_would(captured, recipe):
+    hash_cfg, cfg = recipe
     layer, lr = 2, [0.0, OPTIMIZER.learning_rate / 2, OPTIMIZER.learning_rate]  # a warm-up of two steps
-    state = _state(cfg)
-    alone = hashing.layer_params(state.params, layer)
+    state = _state(hash_cfg, cfg)
+    alone = state.params.layer(layer)
     weights = alone.weights
     seen = [leaf[layer] for leaf in (captured.queries, captured.picks, captured.keys)]
 
     def loss_of(weights, layer_key, gamma):
-        return ranking_loss(alone.replace(weights=weights), layer_key, *seen, gamma, cfg.hash, cfg.ranking)[0]
+        return ranking_loss(alone.replace(weights=weights), layer_key, *seen, gamma, cfg.ranking)[0]
 
     grads_of = jax.jit(jax.grad(loss_of))
     moments = optax.scale_by_adam(b1=0.9, b2=0.98).init(weights)
@@ -97,7 +105,7 @@ def test_a_layer_steps_as_plain_optax_would(captured, cfg):
         updates, moments = optax.scale_by_adam(b1=0.9, b2=0.98).update(grads, moments)
         weights = jax.tree.map(lambda w, u: w - lr[step] * (u + 0.1 * w), weights, updates)  # noqa: B023
         state, _ = train_step(state, key, jnp.int32(step), captured, cfg)
-    got = hashing.layer_params(state.params, layer).weights
+    got = state.params.layer(layer).weights
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, weights)
 
 
@@ -112,22 +120,22 @@ def test_the_learning_rate_warms_up_and_then_follows_a_cosine():
 
 
 def test_gamma_grows_geometrically_and_then_stays():
-    cfg = OptimizerConfig(gamma_start=4.0, gamma_end=64.0, anneal=0.5)
+    cfg = AnnealedOptimizerConfig(gamma_start=4.0, gamma_end=64.0, anneal=0.5)
     got = [float(gamma_at(jnp.int32(step), cfg, 80)) for step in (0, 10, 20, 40, 79)]
     np.testing.assert_allclose(got, [4, 8, 16, 64, 64], rtol=1e-5)
 
 
 def test_gamma_without_annealing_is_the_same_throughout():
-    cfg = OptimizerConfig(gamma_start=4.0, gamma_end=48.0, anneal=0.0)
+    cfg = AnnealedOptimizerConfig(gamma_start=4.0, gamma_end=48.0, anneal=0.0)
     assert [float(gamma_at(jnp.int32(step), cfg, 80)) for step in (0, 40, 79)] == [48, 48, 48]
 
 
 @pytest.mark.slow
-def test_an_average_of_the_weights_forgets_by_its_decay_and_leaves_training_as_it_is(captured, cfg):
-    optimizer = dataclasses.replace(OPTIMIZER, ema=0.7, learning_rate=0.1)
-    cfg = dataclasses.replace(cfg, optimizer=optimizer)
+def test_an_average_of_the_weights_forgets_by_its_decay_and_leaves_training_as_it_is(captured, recipe):
+    optimizer, hash_cfg = dataclasses.replace(OPTIMIZER, ema=0.7, learning_rate=0.1), recipe[0]
+    cfg = dataclasses.replace(recipe[1], optimizer=optimizer)
     without = dataclasses.replace(cfg, optimizer=dataclasses.replace(optimizer, ema=0.0))
-    plain, state, seen = _state(without), _state(cfg), []
+    plain, state, seen = _state(hash_cfg, without), _state(hash_cfg, cfg), []
     jax.tree.map(np.testing.assert_array_equal, state.selector, state.params)
     for step in range(4):
         plain, _ = train_step(plain, jax.random.key(step), jnp.int32(step), captured, without)
@@ -141,9 +149,9 @@ def test_an_average_of_the_weights_forgets_by_its_decay_and_leaves_training_as_i
     jax.tree.map(np.testing.assert_array_equal, state.selector, state.params.replace(weights=state.averaged))
 
 
-def _losses(captured, cfg):
+def _losses(captured, hash_cfg, cfg):
     """Loss of every layer at each step, and what is wrong by it."""
-    state, seen = _state(cfg), []
+    state, seen = _state(hash_cfg, cfg), []
     for _ in range(STEPS):
         state, report = train_step(state, jax.random.key(2), jnp.int32(2), captured, cfg)
         assert report.loss.shape == report.wrong.shape == (3,)
@@ -153,21 +161,22 @@ def _losses(captured, cfg):
 
 @pytest.mark.slow
 def test_the_loss_falls_on_one_window(captured):
-    losses = _losses(captured, StepConfig(NETWORKS, PAIRS, OPTIMIZER, STEPS, 1, make_mesh()))
+    losses = _losses(captured, NETWORKS, _config(PAIRS))
     assert (losses[-1, 0] < losses[0, 0]).all()
 
 
 @pytest.mark.slow
 def test_the_missed_mass_falls_on_one_window():
     ranking = dataclasses.replace(MASS, top_share=0.1, min_top=8, queries=16)
-    cfg = StepConfig(TRANSFORM, ranking, OptimizerConfig(learning_rate=1e-2), STEPS, 1, make_mesh())
-    losses = _losses(_capture(list(range(80, 144, 4))), cfg)
+    cfg = _config(ranking, OptimizerConfig(learning_rate=1e-2))
+    losses = _losses(_capture(list(range(80, 144, 4))), TRANSFORM, cfg)
     assert (losses[-1] < losses[0]).all()  # by the soft cut and by the hard one
 
 
 @pytest.mark.slow
-def test_what_was_measured_is_not_trained(captured, cfg):
-    state, before = _state(cfg), _state(cfg).params
+def test_what_was_measured_is_not_trained(captured, recipe):
+    hash_cfg, cfg = recipe
+    state, before = _state(hash_cfg, cfg), _state(hash_cfg, cfg).params
     for step in range(3):
         state, _ = train_step(state, jax.random.key(step), jnp.int32(step), captured, cfg)
     jax.tree.map(np.testing.assert_array_equal, state.params.stats, before.stats)

@@ -10,9 +10,8 @@ from jaxtyping import Array, Int8, Int32, Shaped, UInt32
 
 from spotlight_jax.kernels.backends import pick_backend
 from spotlight_jax.kernels.hash_append.pallas_triton import hash_append_pallas_triton
-from spotlight_jax.kernels.hash_append.reference import hash_append_reference
+from spotlight_jax.kernels.hash_append.reference import Transform, hash_append_reference
 from spotlight_jax.kernels.trust import is_trusted
-from spotlight_jax.transform import Transform
 
 __all__ = ["HashAppendImpl", "Transform", "choose_impl", "hash_append"]
 
@@ -64,8 +63,8 @@ def hash_append(
 ]:
     """A token's query weights, and the caches with its keys, values and codes at positions `lengths`.
 
-    Weights are `quantise` of a sum's queries, times their gains, . decode, each sum brought to unit length; a code's
-    bit is the last digit of the cell that (key - mean) . axes + 1/2 lies in.
+    Weights are `quantise` of a score head's queries, times their scales, . bit_weights, each sum brought to one length.
+    A code's bit is the last digit of the level that (key - mean) . axes + 1/2 lies in.
 
     Args:
         queries: after RoPE.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from spotlight_jax.transform import Transform
+from spotlight_jax.kernels.hash_append.reference import Transform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +37,10 @@ class HashAppendCase:
         transform = Transform(
             mean=draw(self.kv_heads, self.head_dim),
             axes=draw(*per_head, scale=0.4 * self.head_dim**-0.5),
-            cells=2.0 ** jax.random.randint(next(draws), (self.kv_heads, self.code_bits), 1, 5),
-            decode=draw(*per_head),
-            members=members.at[:, :, 0].set(1.0),  # no sum is empty
-            log_gain=draw(self.q_heads),
+            levels=2.0 ** jax.random.randint(next(draws), (self.kv_heads, self.code_bits), 1, 5),
+            bit_weights=draw(*per_head),
+            head_assignment=members.at[:, :, 0].set(1.0),  # no sum is empty
+            log_head_scale=draw(self.q_heads),
         )
         heads = self.q_heads, self.kv_heads, self.kv_heads
         new = [draw(self.batch, count, self.head_dim, dtype=self.dtype) for count in heads]

@@ -22,7 +22,7 @@ from spotlight_jax.config.hashing import WORD_BITS
 from spotlight_jax.kernels import triton as plgpu
 from spotlight_jax.kernels.configs import config_here
 from spotlight_jax.kernels.hash_append.config import CONFIGS, Config
-from spotlight_jax.transform import Transform
+from spotlight_jax.kernels.hash_append.reference import Transform
 from spotlight_jax.weights import INT8_LIMIT, real_room
 
 
@@ -227,7 +227,7 @@ def hash_append_pallas_triton(
     Queries, keys and values are one operand, which XLA makes in one launch.
     """
     batch, kv_heads, head_dim = keys.shape
-    code_bits, sums = transform.axes.shape[2], transform.members.shape[1]
+    code_bits, sums = transform.axes.shape[2], transform.head_assignment.shape[1]
     group, max_len = queries.shape[1] // kv_heads, cached_keys.shape[1]
     cfg = config_here(CONFIGS)
     plan = Plan(batch, kv_heads, group, sums, head_dim, code_bits, max_len, interpret, cfg)

@@ -18,10 +18,8 @@ from eval.harness import run as harness
 from eval.harness.scorer import GenerationSettings, Request, Scorer, TaskStats
 from eval.model.completion import open_completer
 from eval.model.load import EvalModel
-from spotlight_jax import hashing
-from spotlight_jax.checkpoint import Selector, save_selector
 from spotlight_jax.config.generation import GenerateConfig
-from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.hashing import TransformConfig
 from spotlight_jax.config.sampling import SamplingConfig
 from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.generate import generate, head_shape
@@ -29,6 +27,8 @@ from spotlight_jax.models.decoder import init_params
 from spotlight_jax.models.load import BaseModel
 from spotlight_jax.models.presets import PRESETS
 from spotlight_jax.models.runner import forward
+from spotlight_jax.selector.checkpoint import Selector, save_selector
+from spotlight_jax.selector.forms import init_functions
 from tests.byte_tokenizer import byte_tokenizer
 
 pytestmark = pytest.mark.slow  # whole commands and many methods, compiled anew
@@ -40,9 +40,9 @@ FULL = SelectionConfig(keep=1.0, min_context=0, dense_layers=(0,))
 
 @pytest.fixture(scope="module")
 def model():
-    cfg = HashConfig(code_bits=64)
+    cfg = TransformConfig(code_bits=64)
     shape = head_shape(MODEL)
-    selector = Selector(cfg, shape, hashing.init_params(jax.random.key(1), cfg, shape), "tiny", {})
+    selector = Selector(shape, init_functions(jax.random.key(1), cfg, shape), "tiny", {})
     params = init_params(jax.random.key(0), MODEL, jnp.float32)
     return EvalModel(MODEL, params, byte_tokenizer(), selector, "tiny")
 
@@ -146,8 +146,8 @@ def test_a_tasks_stop_string_that_is_a_special_token_ends_the_text(model, method
 def test_a_selector_behind_the_name_is_the_one_that_reads(model, tmp_path):
     """Scores and texts are those of this selector alone, whichever other stands beside it."""
     shape = head_shape(MODEL)
-    cfg = HashConfig(code_bits=32)
-    other = Selector(cfg, shape, hashing.init_params(jax.random.key(2), cfg, shape), "tiny", {})
+    cfg = TransformConfig(code_bits=32)
+    other = Selector(shape, init_functions(jax.random.key(2), cfg, shape), "tiny", {})
     save_selector(tmp_path / "other", other, "card")
     requests, prompts = draw_requests(), [list(b"once upon a time there was a "), list(range(60))]
 

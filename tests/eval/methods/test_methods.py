@@ -11,16 +11,16 @@ import pytest
 from eval.methods import METHODS
 from eval.methods.magicpig import MagicPig
 from eval.methods.opening import open_method
-from spotlight_jax import hashing
-from spotlight_jax.checkpoint import Selector, save_selector
-from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.hashing import TransformConfig
 from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.errors import InputError
+from spotlight_jax.selector.base import HeadShape
+from spotlight_jax.selector.checkpoint import Selector, save_selector
 from tests.hash_params import draw_params
 
 BATCH, N, KV_HEADS, GROUP, HEAD_DIM, KV_LEN = 1, 9, 2, 3, 16, 131
 Q_HEADS = KV_HEADS * GROUP
-SHAPE = hashing.HeadShape(layers=2, q_heads=Q_HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM)
+SHAPE = HeadShape(layers=2, q_heads=Q_HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM)
 POSITIONS = np.array([[0, 3, 15, 16, 40, 79, 100, 128, 130]], np.int32)
 BARE = SelectionConfig(keep=0.2, min_tokens=5, dense_layers=(0,))
 SINKS = dataclasses.replace(BARE, sink_tokens=4, recent_tokens=24)
@@ -38,8 +38,8 @@ def draw(seed=0):
 
 @functools.cache
 def selector():
-    cfg = HashConfig(code_bits=64)
-    return Selector(cfg, SHAPE, draw_params(cfg, SHAPE), "tiny", {})
+    cfg = TransformConfig(code_bits=64)
+    return Selector(SHAPE, draw_params(cfg, SHAPE), "tiny", {})
 
 
 def open_layer(name, selection=BARE, layer=1, **changes):
@@ -177,7 +177,9 @@ def test_the_oracle_by_mass_reads_the_highest_probabilities_of_its_heads_togethe
 
 def test_spotlight_weighs_digits_of_fitted_coordinates_by_the_higher_of_two_sums():
     params = open_layer("spotlight").params
-    decode, gains = (np.asarray(leaf, np.float64) for leaf in (params.weights.decode, jnp.exp(params.weights.log_gain)))
+    decode, gains = (
+        np.asarray(leaf, np.float64) for leaf in (params.weights.bit_weights, jnp.exp(params.weights.log_head_scale))
+    )
     coder = {name: np.asarray(leaf, np.float64) for name, leaf in vars(params.stats).items()}
 
     def weighed(queries, keys, head):

@@ -11,7 +11,7 @@ from eval.methods.base import Method, Selection
 from eval.methods.opening import open_method
 from eval.model.attend import Selected, causal_budgets, default_chunk
 from spotlight_jax.config.selection import SelectionConfig
-from spotlight_jax.hashing import HeadShape
+from spotlight_jax.selector.base import HeadShape
 from tests.tolerances import tolerance
 
 pytestmark = pytest.mark.slow  # whole commands and many methods, compiled anew

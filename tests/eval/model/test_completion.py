@@ -8,9 +8,9 @@ import pytest
 from eval.common.flags import ForwardConfig
 from eval.model.completion import Completer, open_completer
 from eval.model.scores import Sequence, score_sequence
-from spotlight_jax.checkpoint import save_selector
 from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.errors import InputError
+from spotlight_jax.selector.checkpoint import save_selector
 from tests.eval.tiny import draw_tokens, make_selector, model
 
 pytestmark = pytest.mark.slow  # whole commands and many methods, compiled anew

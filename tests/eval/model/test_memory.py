@@ -11,13 +11,14 @@ from eval.inspect import run as inspect
 from eval.methods.opening import open_method
 from eval.model import scores
 from eval.model.attend import Continued, Prefill, Selected, default_chunk
-from spotlight_jax import hashing
-from spotlight_jax.checkpoint import Selector
+from spotlight_jax.config.hashing import TransformConfig
 from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.generate import head_shape
 from spotlight_jax.models.decoder import init_params, unembed_params
 from spotlight_jax.models.presets import PRESETS
 from spotlight_jax.models.runner import Dense, run_layer
+from spotlight_jax.selector.checkpoint import Selector
+from spotlight_jax.selector.forms import init_functions
 from tests.eval.tiny import draw_tokens, model
 
 LONGEST = 131_072
@@ -47,8 +48,8 @@ def temporary(lowered):
 
 
 def open_layer(name):
-    hash_cfg, shape = hashing.HashConfig(), head_shape(CFG)
-    selector = Selector(hash_cfg, shape, hashing.init_params(jax.random.key(0), hash_cfg, shape), "x", {})
+    hash_cfg, shape = TransformConfig(), head_shape(CFG)
+    selector = Selector(shape, init_functions(jax.random.key(0), hash_cfg, shape), "x", {})
     return open_method(name, selector, SelectionConfig(keep=0.02), shape).layer(0)
 
 

@@ -14,16 +14,16 @@ from eval.model.scores import Sequence, prefill, score_sequence, score_tokens
 from eval.needle import NeedleConfig, command
 from eval.needle import run as needle
 from eval.needle.haystack import Haystack
-from spotlight_jax import hashing
-from spotlight_jax.checkpoint import Selector
 from spotlight_jax.config.generation import DecodeConfig
-from spotlight_jax.config.hashing import HashConfig
+from spotlight_jax.config.hashing import TransformConfig
 from spotlight_jax.engine import Engine
 from spotlight_jax.errors import InputError
 from spotlight_jax.generate import head_shape
 from spotlight_jax.models.decoder import init_params
 from spotlight_jax.models.presets import PRESETS
 from spotlight_jax.models.runner import run_layer
+from spotlight_jax.selector.checkpoint import Selector
+from spotlight_jax.selector.forms import init_functions
 from tests.byte_tokenizer import byte_tokenizer
 
 pytestmark = pytest.mark.slow  # whole commands and many methods, compiled anew
@@ -35,8 +35,8 @@ SELECTION = SelectionFlags(min_tokens=5, sink_tokens=2, recent_tokens=3, dense_l
 
 @functools.cache
 def model() -> EvalModel:
-    cfg, shape = HashConfig(code_bits=64), head_shape(MODEL)
-    selector = Selector(cfg, shape, hashing.init_params(jax.random.key(1), cfg, shape), "tiny", {})
+    cfg, shape = TransformConfig(code_bits=64), head_shape(MODEL)
+    selector = Selector(shape, init_functions(jax.random.key(1), cfg, shape), "tiny", {})
     return EvalModel(MODEL, init_params(jax.random.key(0), MODEL), TOKENIZER, selector, "tiny")
 
 

@@ -11,10 +11,10 @@ from eval.model.scores import SequenceScores
 from eval.perplexity import command
 from eval.perplexity import run as perplexity
 from eval.perplexity.copy_text import CopyConfig, copy_texts
-from spotlight_jax.checkpoint import load_selector, save_selector
 from spotlight_jax.config.data import DataConfig
 from spotlight_jax.data import open_windows, read_windows
 from spotlight_jax.errors import InputError
+from spotlight_jax.selector.checkpoint import load_selector, save_selector
 from tests.eval.tiny import make_selector, write_inputs
 
 SIZES = ["--window", "96", "--selection.min-tokens", "5", "--selection.dense-layers", "0"]

@@ -10,7 +10,6 @@ import pytest
 
 from eval.report import charts, command, page, plan
 from spotlight_jax import runs
-from spotlight_jax.checkpoint import save_selector
 from spotlight_jax.errors import InputError
 from tests.eval.tiny import make_selector
 

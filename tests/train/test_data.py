@@ -6,7 +6,7 @@ import pytest
 from spotlight_jax.config.data import DataConfig
 from spotlight_jax.data import open_windows
 from train.capture import Captured
-from train.feed import Feed, FeedConfig
+from train.data import Feed, FeedConfig
 
 WINDOW, QUERIES, PER_WINDOW = 16, 3, 2
 

@@ -19,14 +19,17 @@ import orbax.checkpoint as ocp
 import safetensors
 import safetensors.numpy
 
-from spotlight_jax import files, hashing, manifest
+from spotlight_jax import files, manifest
 from spotlight_jax.config.hashing import HashConfig
 from spotlight_jax.errors import InputError, naming
 from spotlight_jax.fields import read_dataclass
 from spotlight_jax.models.source import DEFAULT_MODEL, find_again, lasting_name
+from spotlight_jax.selector.base import HashFunctions, HeadShape
+from spotlight_jax.selector.forms import init_functions
 
 FORMAT = 2
 _MOST_SETS = 16  # of hash functions for shorter sequences: far above what training makes
+_STORED = {"bit_weights": "decode", "log_head_scale": "log_gain", "levels": "cells", "head_assignment": "members"}
 _READ = ("config.json", "selector.safetensors")  # the files that loading reads
 
 
@@ -38,17 +41,21 @@ class Selector:
     for sequences of some lengths; a sequence's final length says which one makes its codes.
     """
 
-    cfg: HashConfig
-    shape: hashing.HeadShape
-    params: hashing.HashParams  # for sequences longer than all of `shorter`
+    shape: HeadShape
+    params: HashFunctions  # for sequences longer than all of `shorter`
     base_model: str  # that it was trained for
     info: dict[str, Any]  # recipe and metrics, for people
     positions: int | None = None  # tokens of the longest sequence that it was fitted to; None: not known
     is_base_certain: bool = True  # False: base_model is as an old version wrote it, a hub id or a relative path
-    shorter: tuple[tuple[int, hashing.HashParams], ...] = ()  # for sequences of at most so many tokens, ascending
+    shorter: tuple[tuple[int, HashFunctions], ...] = ()  # for sequences of at most so many tokens, ascending
 
     @property
-    def sets(self) -> tuple[hashing.HashParams, ...]:
+    def cfg(self) -> HashConfig:
+        """What kind of hash functions they are."""
+        return self.params.cfg
+
+    @property
+    def sets(self) -> tuple[HashFunctions, ...]:
         """All sets of hash functions, those for the shortest sequences first."""
         return (*(params for _, params in self.shorter), self.params)
 
@@ -57,10 +64,15 @@ class Selector:
         return sum(tokens > most for most, _ in self.shorter)
 
 
-def flatten(params: hashing.HashParams) -> dict[str, jax.Array]:
+def stored_name(name: str) -> str:
+    """The name that files hold an array by: that of the first version, so that all selectors load."""
+    return _STORED.get(name, name)
+
+
+def flatten(params: HashFunctions) -> dict[str, jax.Array]:
     """Arrays by dotted name, such as `weights.keys.hidden_kernel`."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    return {".".join(entry.name for entry in path): leaf for path, leaf in leaves}
+    return {".".join(stored_name(entry.name) for entry in path): leaf for path, leaf in leaves}
 
 
 def save_selector(folder: pathlib.Path, selector: Selector, card: str) -> None:
@@ -102,7 +114,7 @@ def _write_orbax(folder: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
             files.write_bytes(target, file.read_bytes())
 
 
-def load_selector(folder: str | pathlib.Path, shape: hashing.HeadShape | None = None) -> Selector:
+def load_selector(folder: str | pathlib.Path, shape: HeadShape | None = None) -> Selector:
     """Read a selector folder.
 
     Args:
@@ -121,8 +133,8 @@ def load_selector(folder: str | pathlib.Path, shape: hashing.HeadShape | None = 
             f"yourself, delete {manifest.FILE})"
         )
     with naming(f"'{folder / 'config.json'}' is not a selector's config"):
-        cfg = read_dataclass(HashConfig, config.get("hash"))
-        own = read_dataclass(hashing.HeadShape, config.get("shape"))
+        cfg: HashConfig = read_dataclass(HashConfig, config.get("hash"))
+        own = read_dataclass(HeadShape, config.get("shape"))
         if not isinstance(config.get("base_model", ""), str):
             raise InputError("base_model is no text")
         shorter = _check_lengths(config.get("positions"), config.get("shorter", []))
@@ -131,7 +143,7 @@ def load_selector(folder: str | pathlib.Path, shape: hashing.HeadShape | None = 
     seen: dict[str, Any] = {}
 
     def draw() -> list[jax.Array]:  # leaves alone: the tree's own class takes arrays, not their shapes
-        drawn = hashing.init_params(jax.random.key(0), cfg, own)
+        drawn = init_functions(jax.random.key(0), cfg, own)
         seen.update(names=list(flatten(drawn)), structure=jax.tree.structure(drawn))
         return jax.tree.leaves(drawn)
 
@@ -149,7 +161,7 @@ def load_selector(folder: str | pathlib.Path, shape: hashing.HeadShape | None = 
     named = config.get("base_model", "")
     base = named if config.get("base_model_is_lasting") is True else find_again(named, folder)
     pairs = tuple(zip(shorter, others, strict=True))
-    return Selector(cfg, own, params, base or named, info, _positions(config), bool(base), pairs)
+    return Selector(own, params, base or named, info, _positions(config), bool(base), pairs)
 
 
 def _check_lengths(positions: Any, shorter: Any) -> list[int]:
@@ -219,7 +231,7 @@ def choose_model(model: str | None, selectors: Mapping[str, Selector]) -> tuple[
     return name, remarks
 
 
-def check_shape(own: hashing.HeadShape, model: hashing.HeadShape, what: str) -> None:
+def check_shape(own: HeadShape, model: HeadShape, what: str) -> None:
     """Raise InputError naming each size in which a selector or checkpoint differs from the base model."""
     names = [field.name for field in dataclasses.fields(own)]
     unequal = [f"{name} {getattr(own, name)} instead of {getattr(model, name)}" for name in names]

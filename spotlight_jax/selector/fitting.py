@@ -20,11 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32, Shaped
 
-from spotlight_jax import hashing
-from spotlight_jax.config.hashing import HashConfig
 from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.metrics import attention_probabilities, captured_mass
-from spotlight_jax.selection import select_mask
+from spotlight_jax.selector.selection import select_mask
 
 MOST_DIGITS = 7  # of one axis, where axes are not too few for that
 # Mean square error of 2^b uniform levels for a standard normal variable, and the step between two levels (Max 1960)
@@ -91,44 +89,25 @@ def merge(moments: list[Moments]) -> Moments:
     return Moments(**{name: jnp.asarray(leaf, jnp.float32) for name, leaf in found.items()})
 
 
-def fit_params(params: hashing.HashParams, moments: Moments, cfg: HashConfig) -> hashing.HashParams:
-    """Params of `hashing.init_params` for these keys and queries; not centred ones stay as they are.
-
-    Args:
-        moments: of all layers, from `merge`.
-    """
-    if isinstance(params.weights, hashing.TransformWeights):
-        assert isinstance(params.stats, hashing.Coder)
-        return _fit_transform(params.weights, params.stats, moments, cfg.code_bits)
-    return dataclasses.replace(params, stats=balance(moments)) if cfg.centre else params
-
-
-def balance(moments: Moments) -> hashing.KeyStats:
-    """Where networks see keys: centred, and scaled so that both sides of the dot product have equal spreads.
-
-    A code spends its bits on a dimension as its spread says, but what a dimension adds to the spread of q . k is the
-    product of both sides'. With scale^2 = spread of keys / spread of the group's summed queries, centred keys / scale
-    and queries * scale have equal spreads, q . k is what it was, and no bits go to dimensions that decide nothing.
-    Scaled keys have a mean square of 1.
-    """
-    key_spread = jnp.maximum(jnp.sqrt(jnp.diagonal(moments.covariance, axis1=-2, axis2=-1)), 1e-6)
-    scale = jnp.sqrt(key_spread / jnp.maximum(jnp.sqrt(moments.summed), 1e-6))
-    mean_square = jnp.mean(jnp.square(key_spread / scale), axis=-1, keepdims=True)
-    return hashing.KeyStats(mean=moments.mean, scale=scale * jnp.sqrt(mean_square))
-
-
-def _fit_transform(
-    weights: hashing.TransformWeights, coder: hashing.Coder, moments: Moments, code_bits: int
-) -> hashing.HashParams:
-    axes, cells, decode = (np.zeros(leaf.shape, np.float32) for leaf in (coder.axes, coder.cells, weights.decode))
+def fit_layers(
+    moments: Moments, code_bits: int
+) -> tuple[
+    Float[Array, "layers kv_heads head_dim code_bits"],
+    Float[Array, "layers kv_heads code_bits"],
+    Float[Array, "layers kv_heads head_dim code_bits"],
+]:
+    """Axes, levels and bit weights of all layers, as `fit_axes` gives them; bit weights of one size for a layer."""
     covariance, queries = (np.asarray(leaf, np.float64) for leaf in (moments.covariance, moments.queries))
-    for place in np.ndindex(axes.shape[:2]):
-        fitted = fit_axes(covariance[place], queries[place], code_bits)
-        axes[place], cells[place], decode[place] = fitted
-    scale = np.sqrt(np.mean(np.square(decode), axis=(-3, -2, -1), keepdims=True))  # one for a layer: learning rates
-    fitted_coder = dataclasses.replace(coder, mean=moments.mean, axes=jnp.asarray(axes), cells=jnp.asarray(cells))
-    scaled = jnp.asarray(decode / np.maximum(scale, 1e-30))
-    return hashing.HashParams(dataclasses.replace(weights, decode=scaled), fitted_coder)
+    shape = *covariance.shape[:-1], code_bits
+    axes, levels, bit_weights = (
+        np.zeros(shape, np.float32),
+        np.zeros((*shape[:2], code_bits), np.float32),
+        np.zeros(shape, np.float32),
+    )
+    for place in np.ndindex(shape[:2]):
+        axes[place], levels[place], bit_weights[place] = fit_axes(covariance[place], queries[place], code_bits)
+    scale = np.sqrt(np.mean(np.square(bit_weights), axis=(-3, -2, -1), keepdims=True))  # for a layer: learning rates
+    return jnp.asarray(axes), jnp.asarray(levels), jnp.asarray(bit_weights / np.maximum(scale, 1e-30))
 
 
 def fit_axes(
@@ -140,7 +119,7 @@ def fit_axes(
     Float[np.ndarray, " code_bits"],
     Float[np.ndarray, "head_dim code_bits"],
 ]:
-    """One KV head's `Coder.axes` and `Coder.cells`, and `TransformWeights.decode`.
+    """One KV head's `KeyQuantizer.axes` and `levels`, and `TransformWeights.bit_weights`.
 
     Every query head's scores count alike, whatever their size: its moment is divided by the spread that it gives them.
     """
@@ -191,27 +170,23 @@ def allot_digits(variances: Float[np.ndarray, " axes"], code_bits: int) -> Int[n
     return digits
 
 
-def split_groups(
-    params: hashing.HashParams,
+def assign_heads(
     moments: Moments,
     windows: list[tuple[np.ndarray, np.ndarray, np.ndarray]],
     selection: SelectionConfig,
     layers_at_once: int,
-) -> hashing.HashParams:
-    """Params whose two sums share out each group as reads most attention mass, or have all of it both.
+) -> Float[Array, "layers kv_heads two group"]:
+    """Which query heads are in which of two score heads: as reads most attention mass, or all of them in both.
 
-    Starting from one sum, the head whose change of sides helps most goes over, until none does. Tokens are scored by
-    true dot products, each sum's divided by its standard deviation, on windows of text.
+    Starting from one score head, the query head whose change of sides helps most goes over, until none does. Tokens are
+    scored by true dot products, each score head's divided by its standard deviation, on windows of text.
 
     Args:
         moments: of the same text, from `merge`.
         windows: keys, queries and positions of queries of all layers.
         selection: how many tokens are read.
     """
-    coder = params.stats
-    if not isinstance(coder, hashing.Coder) or coder.members.shape[-2] == 1:
-        return params
-    layers, kv_heads, _, group = coder.members.shape
+    layers, kv_heads, group = moments.queries.shape[:3]
 
     def masses(second: Bool[np.ndarray, "layers options kv_heads group"]) -> Float[np.ndarray, "layers options kv"]:
         args = moments.mean, moments.covariance, jnp.asarray(second)
@@ -229,11 +204,10 @@ def split_groups(
             break
         chosen = np.take_along_axis(moved, choice[:, None, :, None], axis=1)[:, 0]
         second, best = np.where(is_better[..., None], chosen, second), np.maximum(best, np.max(found, axis=1))
-    members = np.stack([~second, second], axis=2)
-    is_whole = ~np.all(members.any(axis=-1), axis=-1)  # all on one side: one sum, twice
-    members |= is_whole[:, :, None, None]
-    coder = dataclasses.replace(coder, members=jnp.asarray(members, jnp.float32))
-    return dataclasses.replace(params, stats=coder)
+    assignment = np.stack([~second, second], axis=2)
+    is_whole = ~np.all(assignment.any(axis=-1), axis=-1)  # all on one side: one score head, twice
+    assignment |= is_whole[:, :, None, None]
+    return jnp.asarray(assignment, jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnames=("selection", "layers_at_once"))

@@ -7,45 +7,39 @@ chosen per KV head (the scores of its query heads are then summed). What a query
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Shaped, UInt32
 
-from spotlight_jax import hashing
-from spotlight_jax.config.hashing import HashConfig
 from spotlight_jax.kernels.match_score import match_score
+from spotlight_jax.selector.base import HashFunctions, sum_groups
 
 
 def hash_scores(
-    params: hashing.HashParams,
+    functions: HashFunctions,
     queries: Shaped[Array, "batch q_len q_heads head_dim"],
     codes: UInt32[Array, "batch code_heads words kv_len"],
-    cfg: HashConfig,
     per_kv_head: bool,
 ) -> Int32[Array, "batch q_len heads kv_len"]:
-    """Learned scores of one layer (see `weights`), exact integers, for any form of hash function."""
-    return output_scores(params, hashing.hash_queries(params, queries, cfg), codes, cfg, per_kv_head)
+    """Learned scores of one layer (see `weights`), exact integers, for any form of hash functions."""
+    return output_scores(functions, functions.hash_queries(queries), codes, per_kv_head)
 
 
 def output_scores(
-    params: hashing.HashParams,
+    functions: HashFunctions,
     outputs: Float[Array, "batch q_len q_heads code_bits"],
     codes: UInt32[Array, "batch code_heads words kv_len"],
-    cfg: HashConfig,
     per_kv_head: bool,
 ) -> Int32[Array, "batch q_len heads kv_len"]:
     """`hash_scores` from what `hash_queries` gave."""
-    is_joint = per_kv_head and codes.shape[1] == params.kv_heads
-    weights = hashing.integer_weights(params, outputs, cfg, is_joint)
-    group = outputs.shape[2] // params.kv_heads
-    scores = match_score(codes, weights, hashing.weight_bounds(cfg, group, is_joint).bits)
-    if per_kv_head and not is_joint:  # a code per query head: scores are summed, not weights
-        scores = hashing.sum_groups(scores, params.kv_heads)
-    return scores
+    adds, group = functions.adds_scores(per_kv_head), outputs.shape[2] // functions.kv_heads
+    is_joint = per_kv_head and not adds
+    weights = functions.integer_weights(outputs, is_joint)
+    scores = match_score(codes, weights, functions.weight_bounds(group, is_joint).bits)
+    return sum_groups(scores, functions.kv_heads) if adds else scores
 
 
-def hash_score_range(cfg: HashConfig, group: int, per_kv_head: bool) -> tuple[int, int]:
+def hash_score_range(functions: HashFunctions, group: int, per_kv_head: bool) -> tuple[int, int]:
     """Least and greatest score `hash_scores` can give: what selection by counting searches."""
-    if cfg.code_heads == "query" and per_kv_head:
-        least, greatest = hashing.weight_bounds(cfg, group, False).score_range
-        return group * least, group * greatest
-    return hashing.weight_bounds(cfg, group, per_kv_head).score_range
+    adds = functions.adds_scores(per_kv_head)
+    least, greatest = functions.weight_bounds(group, per_kv_head and not adds).score_range
+    return (group * least, group * greatest) if adds else (least, greatest)
 
 
 def exact_scores(
@@ -56,7 +50,7 @@ def exact_scores(
     """The oracle: true post-RoPE dot products, or their sum over each group."""
     kv_heads = keys.shape[2]
     if per_kv_head:
-        queries, keys = hashing.sum_groups(queries.astype(jnp.float32), kv_heads), keys.astype(jnp.float32)
+        queries, keys = sum_groups(queries.astype(jnp.float32), kv_heads), keys.astype(jnp.float32)
     grouped = queries.reshape(*queries.shape[:2], kv_heads, -1, queries.shape[-1])
     scores = jnp.einsum("btkgd,bskd->btkgs", grouped, keys, preferred_element_type=jnp.float32)
     return scores.reshape(*scores.shape[:2], -1, scores.shape[-1])

@@ -1,16 +1,26 @@
-"""Windows in order, captured for the losses: by a forward pass each, or from hidden states cached on disk."""
+"""What a run reads: the frozen model, and windows in order, captured by a forward pass each or from states on disk."""
 
 import dataclasses
+import functools
+import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int32, PRNGKeyArray
 
-from spotlight_jax.data import Windows
-from train.capture import Captured, draw_picks, take_step
+from spotlight_jax import text_files
+from spotlight_jax.data import Windows, open_windows
+from spotlight_jax.display import Display
+from spotlight_jax.models.decoder import Params
+from spotlight_jax.models.load import load_weights, open_tokenizer
+from train.capture import Captured, capture, draw_picks, take_step
+from train.estimate import Plan
+from train.hidden_cache import HiddenCache, capture_cached, identify
 from train.positions import draw_positions
 
 Rows = Int32[np.ndarray, "windows window"]
@@ -105,3 +115,65 @@ class Feed:
 
         picks = jax.vmap(draw)(jnp.arange(window, window + count))
         return self._capture(window, self.tokens(window, count), self.positions(window, count), picks)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What is read before a run begins: the frozen model and the text."""
+
+    plan: Plan
+    params: Params  # device arrays, or NumPy arrays that a compiled layer takes along as it is called
+    feed: Feed
+    held_out: Rows
+    held_out_long: Int32[np.ndarray, "contexts length"]
+
+
+def open_inputs(plan: Plan, display: Display, beside: Inputs | None = None) -> Inputs:
+    """Load the model and the text.
+
+    Args:
+        beside: of another run of the same model, whose weights this one shares, and its windows and forward passes
+            where text and seed are the same.
+    """
+    params = _load_params(plan) if beside is None else beside.params
+    if beside is not None and _text_of(beside.plan) == _text_of(plan):
+        return dataclasses.replace(beside, plan=plan)
+    cfg = plan.cfg
+    is_tokenized = all(text_files.holds_token_ids(source) for source in (*cfg.data.train, *cfg.data.held_out))
+    tokenizer = None if is_tokenized else open_tokenizer(cfg.model)
+    windows = open_windows(cfg.data, tokenizer, plan.model.vocab, display.update, plan.length)
+    feed_cfg = FeedConfig(
+        cfg.data.window, plan.lengths, cfg.data.seed, cfg.ranking.queries, cfg.steps_per_window, plan.mesh.size
+    )
+    if plan.disk is None:
+        feed = Feed(windows, functools.partial(_capture_streaming, plan, params), plan.keys[1], feed_cfg)
+    else:
+        assert cfg.cache_dir is not None
+        identity = identify(params, plan.model, cfg.data, plan.lengths, plan.dtype)
+        cache = HiddenCache(pathlib.Path(cfg.cache_dir), plan.disk, identity)
+        progress = functools.partial(display.update, "hidden states to disk")
+
+        def from_disk(first: int, tokens: Rows, positions: Places, picks: Array) -> Captured:
+            draws = feed.tokens, feed.positions
+            return capture_cached(cache, params, *draws, first, picks, plan.model, plan.mesh, progress)
+
+        feed = Feed(windows, from_disk, plan.keys[1], feed_cfg)
+    return Inputs(plan, params, feed, windows.held_out, windows.held_out_long)
+
+
+def _text_of(plan: Plan) -> tuple[Any, ...]:
+    """What windows and forward passes of a run depend on."""
+    return plan.cfg.data, plan.cfg.seed, plan.lengths
+
+
+def _load_params(plan: Plan) -> Params:
+    if plan.cfg.weights == "device":
+        return jax.device_put(load_weights(plan.cfg.model, plan.dtype)[1], NamedSharding(plan.mesh, P()))
+    with jax.default_device(jax.devices("cpu")[0]):
+        return jax.tree.map(np.asarray, load_weights(plan.cfg.model, plan.dtype)[1])
+
+
+def _capture_streaming(
+    plan: Plan, params: Params, first: int, tokens: Rows, positions: Places, picks: Array
+) -> Captured:
+    return capture(params, jnp.asarray(tokens), jnp.asarray(positions), picks, plan.model, plan.mesh)

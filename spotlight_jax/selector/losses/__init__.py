@@ -1,0 +1,1 @@
+"""Losses that teach hash functions which keys a query reads."""
