@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from spotlight_jax.errors import InputError
-from spotlight_jax.kernels.sparse_attention import sparse_attention
+from spotlight_jax.kernels.sparse_attention import read_selected, sparse_attention
 from spotlight_jax.kernels.sparse_attention.pallas_triton import sparse_attention_pallas_triton
 
 BATCH, MAX_LEN, KV_HEADS, GROUP, HEAD_DIM, BUDGET = 2, 48, 3, 2, 8, 5
@@ -80,3 +80,43 @@ def test_a_selection_of_another_number_of_heads_is_refused():
     queries, keys, values, _, _ = map(jnp.asarray, draw_inputs(np.random.default_rng(4), KV_HEADS))
     with pytest.raises(InputError, match="per KV head"):
         sparse_attention(queries, keys, values, jnp.zeros((BATCH, 2, 4), jnp.int32), jnp.ones((BATCH, 2, 4), bool))
+
+
+@pytest.mark.parametrize("heads", [2, 6])
+def test_reads_are_numpys_sums_over_the_selected_rows(heads):
+    """Both implementations, for one selection a KV head and one a query head; position 0 is read but not summed."""
+    batch, q_heads, kv_heads, head_dim, kv_len, budget = 2, 6, 2, 8, 40, 7
+    rng = np.random.default_rng(0)
+    queries, keys, values = (
+        rng.normal(size=(batch, *shape, head_dim)).astype(np.float32)
+        for shape in ((q_heads,), (kv_len, kv_heads), (kv_len, kv_heads))
+    )
+    indices = np.argsort(rng.random((batch, heads, kv_len)), axis=-1)[..., :budget].astype(np.int32)
+    indices[..., 0] = 0
+    indices[..., 1:] = np.where(indices[..., 1:] == 0, 39, indices[..., 1:])
+    is_real = np.arange(budget) < np.array([budget, 4])[:, None, None]
+    is_real = np.broadcast_to(is_real, indices.shape)
+    means = rng.normal(size=(batch, q_heads)).astype(np.float32), rng.normal(size=(batch, kv_heads, head_dim))
+    found = {
+        impl: read_selected(
+            *map(jnp.asarray, (queries, keys, values, indices, is_real)), *map(jnp.float32, means), impl
+        )
+        for impl in ("reference", "gather")
+    }
+    for b in range(batch):
+        for h in range(q_heads):
+            kv, row = h // (q_heads // kv_heads), h // (q_heads // heads)
+            at = indices[b, row][is_real[b, row]]
+            logits = keys[b, at, kv] @ queries[b, h] / np.sqrt(head_dim)
+            weights = np.exp(logits)
+            x, y = (logits - means[0][b, h])[at > 0], (values[b, at, kv] - means[1][b, kv])[at > 0]
+            expected = {
+                "out": weights @ values[b, at, kv] / weights.sum(), "log_sum": np.log(weights.sum()),
+                "highest": logits.max(), "count": len(x), "logits": x.sum(), "squares": (x * x).sum(),
+                "values": y.sum(axis=0), "products": x @ y,
+            }  # fmt: skip
+            for impl, reads in found.items():
+                for name, value in expected.items():
+                    np.testing.assert_allclose(
+                        getattr(reads, name)[b, h], value, rtol=2e-4, atol=2e-4, err_msg=f"{impl} {name}"
+                    )

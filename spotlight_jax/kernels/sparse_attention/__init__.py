@@ -1,4 +1,4 @@
-"""Attention of one new token over selected cache rows."""
+"""Attention of one new token over selected cache rows, and what an estimate of the others needs of those rows."""
 
 import functools
 from collections.abc import Callable
@@ -10,12 +10,13 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from spotlight_jax.errors import InputError
 from spotlight_jax.kernels.backends import pick_backend
-from spotlight_jax.kernels.sparse_attention.gather import sparse_attention_gather
+from spotlight_jax.kernels.sparse_attention.gather import read_selected_gather, sparse_attention_gather
 from spotlight_jax.kernels.sparse_attention.pallas_triton import sparse_attention_pallas_triton
-from spotlight_jax.kernels.sparse_attention.reference import sparse_attention_reference
+from spotlight_jax.kernels.sparse_attention.reads import Reads
+from spotlight_jax.kernels.sparse_attention.reference import read_selected_reference, sparse_attention_reference
 from spotlight_jax.kernels.trust import is_trusted
 
-__all__ = ["SparseAttentionImpl", "choose_impl", "sparse_attention"]
+__all__ = ["Reads", "SparseAttentionImpl", "choose_impl", "read_selected", "sparse_attention"]
 
 SparseAttentionImpl = Literal["auto", "reference", "gather", "pallas_triton"]
 
@@ -69,3 +70,26 @@ def sparse_attention(
     }
     run = pick_backend("sparse_attention", backends, impl, choose_impl)
     return run(queries, keys, values, indices, is_real)
+
+
+def read_selected(
+    queries: Float[Array, "batch q_heads head_dim"],
+    keys: Float[Array, "batch max_len kv_heads head_dim"],
+    values: Float[Array, "batch max_len kv_heads head_dim"],
+    indices: Int32[Array, "batch heads budget"],
+    is_real: Bool[Array, "batch heads budget"],
+    mean_logits: Float[Array, "batch q_heads"],
+    mean_values: Float[Array, "batch kv_heads head_dim"],
+    impl: SparseAttentionImpl = "auto",
+) -> Reads:
+    """Return what `sparse_attention` does in float32, with sums over the rows that were read; see `Reads`.
+
+    Args:
+        mean_logits: subtracted from the logits in those sums.
+        mean_values: subtracted from the values in those sums.
+
+    The other arguments are those of `sparse_attention`.
+    """
+    backends: dict[str, Callable[..., Reads]] = {"reference": read_selected_reference, "gather": read_selected_gather}
+    run = pick_backend("read_selected", backends, impl, lambda: "gather")
+    return run(queries, keys, values, indices, is_real, mean_logits, mean_values)
