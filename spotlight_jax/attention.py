@@ -15,6 +15,8 @@ from jaxtyping import Array, Bool, Float, Int32, PyTree
 Implementation = Literal["auto", "xla", "cudnn"]
 # (queries, their positions) -> (mask of what each reads, logarithms of weights or None, anything the caller wants back)
 Select = Callable[[Array, Array], tuple[Array, Array | None, PyTree]]
+# (logits, mask [batch, kv_heads, group, q_len, kv_len], values, positions) -> outputs, head_dim in kv_len's place
+Finish = Callable[[Array, Array, Array, Array], Array]
 
 _SEGMENTS = 16  # unrolled pieces with a key prefix of their own; more would only cost compile time
 _ROWS_AT_ONCE = 16  # up to this many queries all heads are scored in one product (decoding)
@@ -196,6 +198,7 @@ def selected_attention(
     *,
     positions: Int32[Array, "batch q_len"] | None = None,
     chunk: int = 64,
+    finish: Finish | None = None,
 ) -> tuple[Float[Array, "batch q_len q_heads head_dim"], PyTree]:
     """Every query reads what `select` chooses for it: teacher-forced evaluation, or a decoding step to compare with.
 
@@ -209,6 +212,7 @@ def selected_attention(
             `[batch, n, ...]`, which is handed back for all queries.
         positions: None: the queries are the last `q_len` keys.
         chunk: queries at once; the largest buffers are `[batch, chunk, q_heads, kv_len]` float32.
+        finish: makes outputs of logits, mask, values and positions; None: a softmax over the mask.
     """
     _check_shapes(queries, keys, values)
     batch, q_len, q_heads, head_dim = queries.shape
@@ -238,7 +242,10 @@ def selected_attention(
 
         if log_weights is not None:
             logits = logits + spread(log_weights)
-        outputs = _softmax_values(logits, spread(mask), values, "bkgts,bskd->bkgtd")
+        if finish is None:
+            outputs = _softmax_values(logits, spread(mask), values, "bkgts,bskd->bkgtd")
+        else:
+            outputs = finish(logits, spread(mask), values, places)
         return outputs.transpose(0, 3, 1, 2, 4).reshape(rows.shape).astype(queries.dtype), aux
 
     outputs, aux = jax.lax.map(attend_chunk, (split(queries), split(positions)))

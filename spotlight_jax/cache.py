@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32, UInt32
 
+from spotlight_jax.tail import Moments, empty_moments
+
 SMALLEST_BUCKET = 256
 STEPS_PER_DOUBLING = 4  # buckets grow by at most 25 %: fewer would waste memory, more would recompile
 LANES = 128
@@ -25,6 +27,7 @@ class LayerCache:
     keys: Float[Array, "batch max_len kv_heads head_dim"]  # after RoPE
     values: Float[Array, "batch max_len kv_heads head_dim"]
     codes: UInt32[Array, "batch code_heads words max_len"] | None  # None: the layer is always read densely
+    moments: Moments | None = None  # None: what is not read is not estimated
 
 
 @flax.struct.dataclass
@@ -50,16 +53,24 @@ def bucket_length(tokens: int) -> int:
 
 
 def empty_layer(
-    batch: int, max_len: int, kv_heads: int, head_dim: int, dtype: jnp.dtype, code_shape: tuple[int, int] | None
+    batch: int,
+    max_len: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: jnp.dtype,
+    code_shape: tuple[int, int] | None,
+    has_moments: bool = False,
 ) -> LayerCache:
     """An unfilled layer.
 
     Args:
         code_shape: (code_heads, words), or None for a layer without codes.
+        has_moments: whether what is not read will be estimated.
     """
     shape = (batch, max_len, kv_heads, head_dim)
     codes = None if code_shape is None else jnp.zeros((batch, *code_shape, max_len), jnp.uint32)
-    return LayerCache(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype), codes=codes)
+    moments = empty_moments(batch, kv_heads, head_dim) if has_moments else None
+    return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), codes, moments)
 
 
 def _write(cached: Array, new: Array, starts: Int32[Array, "batch"], axis: int) -> Array:
@@ -78,11 +89,12 @@ def append(
     codes: UInt32[Array, "batch code_heads words q_len"] | None,
     starts: Int32[Array, "batch"],
 ) -> LayerCache:
-    """The layer with new tokens at positions starts ... starts + q_len of each sequence.
+    """The layer with new tokens at positions starts ... starts + q_len of each sequence; its moments stay as they are.
 
     The caller keeps starts + q_len within the allocated length: a write that does not fit would be moved to the left.
     """
-    return LayerCache(
+    return dataclasses.replace(
+        layer,
         keys=_write(layer.keys, keys.astype(layer.keys.dtype), starts, axis=1),
         values=_write(layer.values, values.astype(layer.values.dtype), starts, axis=1),
         codes=layer.codes if layer.codes is None or codes is None else _write(layer.codes, codes, starts, axis=3),
@@ -99,7 +111,8 @@ def grow(cache: Cache, max_len: int) -> Cache:
         return jnp.pad(array, [(0, extra if place == axis else 0) for place in range(array.ndim)])
 
     layers = tuple(
-        LayerCache(
+        dataclasses.replace(
+            layer,
             keys=widen(layer.keys, 1),
             values=widen(layer.values, 1),
             codes=None if layer.codes is None else widen(layer.codes, 3),

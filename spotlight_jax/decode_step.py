@@ -52,14 +52,20 @@ class DecodeState:
 LayerSelectors = tuple[LayerSelector | None, ...]  # of all layers; None for those that are always read densely
 
 
-def layer_selectors(selector: Selector | None, layers: int, cfg: SelectionConfig) -> tuple[LayerSelectors, ...]:
-    """Each layer's hash function, for each of the selector's sets of them."""
+def layer_selectors(
+    selector: Selector | None, layers: int, cfg: SelectionConfig, has_tail: bool = True
+) -> tuple[LayerSelectors, ...]:
+    """Each layer's hash function, for each of the selector's sets of them.
+
+    Args:
+        has_tail: False drops the corrections of the estimate of what is not read, and with them the estimate.
+    """
     check_layers(cfg.dense_layers, layers)
     if selector is None:
         return ((None,) * layers,)
     return tuple(
         tuple(None if layer in cfg.dense_layers else LayerSelector(params.layer(layer)) for layer in range(layers))
-        for params in selector.sets
+        for params in (functions if has_tail else functions.replace(tail=None) for functions in selector.sets)
     )
 
 
@@ -84,14 +90,15 @@ def prefill_layer(
     selector: LayerSelector | None,
     starts: Int32[Array, "batch"],
     rope_len: Int32[Array, "batch"],
+    ends: Int32[Array, "batch"],
     cfg: DecoderConfig,
     implementation: AttentionImpl,
 ) -> tuple[Float[Array, "batch q_len embed"], LayerCache]:
-    """One layer over one chunk of the prompt."""
+    """One layer over one chunk of the prompt; tokens from `ends` on are padding."""
     positions = starts[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None, :]
 
     def attend(queries, keys, values):
-        return attend_chunk(queries, keys, values, layer, starts, selector, implementation)
+        return attend_chunk(queries, keys, values, layer, starts, selector, implementation, ends)
 
     return apply_layer(layer_params, x, positions, attend, cfg, rope_len)
 
@@ -114,8 +121,13 @@ def decode_step(
     model_cfg: DecoderConfig,
     cfg: DecodeConfig,
     mode: Mode,
+    ends: Int32[Array, "batch"] | None = None,
 ) -> tuple[Float[Array, "batch vocab"], Cache]:
-    """Logits after one more token of each sequence, and the cache with it; lengths are left to the caller."""
+    """Logits after one more token of each sequence, and the cache with it; lengths are left to the caller.
+
+    Args:
+        ends: the lengths that follow, which are those before where a sequence is done; None: none is.
+    """
     lengths, batch = cache.lengths, tokens.shape[0]
     rows = rows_of_step(batch)
 
@@ -128,8 +140,8 @@ def decode_step(
     def attend_with(layer: LayerCache, selector: LayerSelector | None) -> Callable:
         def attend(queries, keys, values):
             if selector is None or mode == "dense":
-                return attend_densely(queries, keys, values, layer, lengths, selector, cfg.attention)
-            sparse, appended = attend_sparsely(queries, keys, values, layer, lengths, selector, cfg.selection)
+                return attend_densely(queries, keys, values, layer, lengths, selector, cfg.attention, ends)
+            sparse, appended = attend_sparsely(queries, keys, values, layer, lengths, selector, cfg.selection, ends)
             if mode == "sparse":
                 return sparse, appended
             dense, appended = attend_densely(queries, keys, values, appended, lengths, None, cfg.attention)
@@ -205,9 +217,11 @@ def decode_block(
 
     def take_step(carry):
         step, state, out = carry
-        logits, cache = decode_step(params, selectors, state.cache, state.tokens, state.rope_len, model_cfg, cfg, mode)
         # a sequence that is done writes to the same unfilled slot again and again, and stays as long as it was
-        cache = cache.replace(lengths=cache.lengths + (~state.is_done).astype(jnp.int32))
+        ends = state.cache.lengths + (~state.is_done).astype(jnp.int32)
+        args = params, selectors, state.cache, state.tokens, state.rope_len, model_cfg, cfg, mode, ends
+        logits, cache = decode_step(*args)
+        cache = cache.replace(lengths=ends)
         state = _choose(logits, state.replace(cache=cache))
         return step + 1, state, lax.dynamic_update_slice_in_dim(out, state.tokens[:, None], step, axis=1)
 

@@ -60,7 +60,7 @@ class Engine:
             check_shape(selector.shape, shape, f"the selector (trained for {selector.base_model})")
         self.model_cfg, self.params, self.cfg = model_cfg, params, cfg
         self.selector = selector
-        self._sets = layer_selectors(selector, model_cfg.layers, cfg.selection)
+        self._sets = layer_selectors(selector, model_cfg.layers, cfg.selection, cfg.tail)
         self._stacked: LayerSelectors | None = None  # all sets behind each other, once a batch uses several
         self.dtype = params["embed"]["table"].dtype
         self.compile_seconds = 0.0
@@ -103,6 +103,11 @@ class Engine:
         """Compiled programs by name and shapes, for what they say about memory."""
         return dict(self._programs)
 
+    @property
+    def has_tail(self) -> bool:
+        """Whether sparse steps estimate the attention to tokens that they do not read."""
+        return any(own is not None and own.functions.tail is not None for own in self._sets[0])
+
     def chunk_length(self, tokens: int) -> int:
         """Tokens of a prefill step for a prompt of `tokens`: short prompts are not padded to a whole chunk."""
         most = self.cfg.prefill_chunk or CHUNK.get(jax.default_backend(), GPU_CHUNK)
@@ -121,7 +126,8 @@ class Engine:
             code_shape = None
             if selector is not None:
                 code_shape = selector.functions.cfg.code_shape(cfg.q_heads, cfg.kv_heads)
-            layers.append(empty_layer(batch, max_len, cfg.kv_heads, cfg.head_dim, self.dtype, code_shape))
+            has_moments = selector is not None and selector.functions.tail is not None
+            layers.append(empty_layer(batch, max_len, cfg.kv_heads, cfg.head_dim, self.dtype, code_shape, has_moments))
         lengths, code_sets = (jnp.zeros((batch,), jnp.int32) for _ in range(2))  # two buffers: both are given up
         return Cache(layers=tuple(layers), lengths=lengths, code_sets=code_sets)
 
@@ -175,7 +181,9 @@ class Engine:
         selectors, code_sets = self._open_codes(layers, np.asarray(base), np.asarray(rope_len), np.asarray(held_sets))
         for start in range(0, padded.shape[1], chunk):
             tokens = padded[:, start : start + chunk]
-            x, layers = self._prefill_chunk(tokens, layers, selectors, base + start, rope_len)
+            x, layers = self._prefill_chunk(
+                tokens, layers, selectors, base + start, rope_len, base + jnp.asarray(counts)
+            )
             places = np.clip(counts - 1 - start, 0, chunk - 1)
             is_here = (counts > start) & (counts <= start + chunk)
             picked = x[jnp.arange(len(prompts)), jnp.asarray(places)]
@@ -216,13 +224,19 @@ class Engine:
         return selectors, wanted
 
     def _prefill_chunk(
-        self, tokens: np.ndarray, layers: list[LayerCache], selectors: LayerSelectors, starts: Array, rope_len: Array
+        self,
+        tokens: np.ndarray,
+        layers: list[LayerCache],
+        selectors: LayerSelectors,
+        starts: Array,
+        rope_len: Array,
+        ends: Array,
     ) -> tuple[Array, list[LayerCache]]:
         """One chunk through all layers: one program serves all layers of a kind."""
         x = jnp.take(self.params["embed"]["table"], jnp.asarray(tokens), axis=0)
         filled = []
         for index, (layer, selector) in enumerate(zip(layers, selectors, strict=True)):
-            args = (self.params[f"layer_{index}"], x, layer, selector, starts, rope_len)
+            args = (self.params[f"layer_{index}"], x, layer, selector, starts, rope_len, ends)
             static: dict[str, Any] = {"cfg": self.model_cfg, "implementation": self.cfg.attention}
             x, layer = self.run("prefill", prefill_layer, args, (1, 2), **static)
             filled.append(layer)

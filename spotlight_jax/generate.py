@@ -209,7 +209,7 @@ class Run:
             prefill_seconds=self.prefill_seconds,
             decode_seconds=self.decode_seconds,
             compile_seconds=engine.compile_seconds - self._compiled_before,
-            reads=step_reads(engine.model_cfg, engine.dtype, lengths, hash_cfg, selection, shortest),
+            reads=step_reads(engine.model_cfg, engine.dtype, lengths, hash_cfg, selection, shortest, engine.has_tail),
         )
 
 

@@ -14,6 +14,7 @@ from spotlight_jax.errors import InputError
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import param_shapes
 from spotlight_jax.selector.selection import budget_of, max_budget
+from spotlight_jax.tail import moment_bytes
 
 GIB = 2**30
 FLOAT_BYTES = 4
@@ -25,7 +26,7 @@ class MemoryPlan:
 
     weights: int
     cache: int
-    codes: int
+    codes: int  # and moments
     workspace: int  # an estimate of the largest temporaries of prefill and decoding
 
     @property
@@ -58,6 +59,7 @@ def plan_memory(
     chunk: int,
     hash_cfg: HashConfig | None,
     selection: SelectionConfig,
+    has_tail: bool = False,
 ) -> MemoryPlan:
     """What a generation of `batch` sequences with caches of `max_len` slots needs.
 
@@ -65,6 +67,7 @@ def plan_memory(
         dtype: of weights and cache.
         chunk: prompt tokens per prefill step.
         hash_cfg: of the selector; None for dense generation.
+        has_tail: whether what is not read is estimated.
     """
     size = jnp.dtype(dtype).itemsize
     weights = sum(leaf.size for leaf in jax.tree.leaves(param_shapes(cfg, dtype))) * size
@@ -72,7 +75,8 @@ def plan_memory(
     codes = 0
     step = batch * cfg.vocab * FLOAT_BYTES * 2
     if hash_cfg is not None:
-        codes = sparse_layers(cfg, selection) * batch * max_len * code_bytes_per_token(cfg, hash_cfg)
+        moments = moment_bytes(cfg.kv_heads, cfg.head_dim) if has_tail else 0
+        codes = sparse_layers(cfg, selection) * batch * (max_len * code_bytes_per_token(cfg, hash_cfg) + moments)
         heads = cfg.kv_heads if selection.per == "kv_head" else cfg.q_heads
         rows = batch * heads * max_budget(max_len, selection) * cfg.head_dim
         step += 2 * rows * size + 3 * batch * heads * max_len * FLOAT_BYTES
@@ -124,7 +128,7 @@ class StepReads:
 
     tokens: int  # per sequence and KV head (or query head) of a sparse layer, on average over sequences
     bytes_keys_values: int
-    bytes_codes: int
+    bytes_codes: int  # and of moments, where what is not read is estimated
     bytes_dense: int  # keys and values that the same step reads densely
 
 
@@ -135,6 +139,7 @@ def step_reads(
     hash_cfg: HashConfig | None,
     selection: SelectionConfig,
     sparse_from: int,
+    has_tail: bool = False,
 ) -> StepReads:
     """Account one step whose sequences have `lengths` tokens, each new token's included."""
     row = 2 * cfg.head_dim * jnp.dtype(dtype).itemsize
@@ -150,6 +155,7 @@ def step_reads(
         if hash_cfg is not None and length >= sparse_from:
             keys_values += sparse_count * budget * heads * row
             codes += sparse_count * length * code_bytes_per_token(cfg, hash_cfg)
+            codes += sparse_count * moment_bytes(cfg.kv_heads, cfg.head_dim) * has_tail
         else:
             keys_values += sparse_count * budget * cfg.kv_heads * row
     return StepReads(

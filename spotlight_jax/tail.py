@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import log_ndtr, ndtri
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32, Shaped
 
 NOTHING = -1e30  # the log of no mass: finite, so that differences of it are
 _LEAST_VARIANCE = 1e-6
@@ -163,13 +163,13 @@ def _hazard(x: Array) -> Array:
     return jnp.exp(-0.5 * x * x - _LOG_SQRT_2PI - log_ndtr(x))
 
 
-def estimate(
+def mass_and_slope(
     unread: UnreadMoments, total: Float[Array, "*rows"], highest: Float[Array, "*rows"], params: TailParams
-) -> tuple[Float[Array, "*rows"], Float[Array, "*rows head_dim"]]:
-    """Return the log of the unread tokens' attention mass, and their mean value under it; see the module.
+) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"]]:
+    """Return the log of the unread tokens' attention mass, and by how much of the covariance their value is moved.
 
     Args:
-        unread: their moments.
+        unread: their moments; those of values are not looked at.
         total: tokens with moments, read or not.
         highest: the highest logit that was read: none of the unread is taken to be higher in the mean.
         params: of one layer; rows end with the axes of KV heads and of the query heads of each.
@@ -195,10 +195,96 @@ def estimate(
     log_mass = log_mass + params.spread * jnp.minimum(jnp.sqrt(variance), _MOST_SPREAD)
     shift = centre + spread**2 - spread * _hazard(cut - spread) - unread.mean
     slope = (params.slope[..., 0] + past * params.slope[..., 1]) * shift / variance
-    value = unread.value + unread.covariance * slope[..., None]
     log_mass = jnp.minimum(log_mass, log_count + highest)
-    is_there = (unread.count > 0.5) & (params.gate > 0) & jnp.isfinite(log_mass) & jnp.isfinite(value).all(axis=-1)
+    is_there = (unread.count > 0.5) & (params.gate > 0) & jnp.isfinite(log_mass) & jnp.isfinite(slope)
+    return jnp.where(is_there, log_mass, NOTHING), jnp.where(is_there, slope, 0.0)
+
+
+def estimate(
+    unread: UnreadMoments, total: Float[Array, "*rows"], highest: Float[Array, "*rows"], params: TailParams
+) -> tuple[Float[Array, "*rows"], Float[Array, "*rows head_dim"]]:
+    """Return the log of the unread tokens' attention mass, and their mean value under it; args as `mass_and_slope`."""
+    log_mass, slope = mass_and_slope(unread, total, highest, params)
+    value = unread.value + unread.covariance * slope[..., None]
+    is_there = (log_mass > NOTHING) & jnp.isfinite(value).all(axis=-1)
     return jnp.where(is_there, log_mass, NOTHING), jnp.where(is_there[..., None], value, 0.0)
+
+
+@flax.struct.dataclass
+class Split:
+    """Attention of some queries in two parts: what they read, and the moments of what they do not."""
+
+    read: Float[Array, "*rows head_dim"]  # softmax-weighted mean of the values read
+    log_read: Float[Array, "*rows"]  # log of the sum of exponentials of the logits read
+    highest: Float[Array, "*rows"]  # logit read
+    unread: UnreadMoments
+    total: Float[Array, "*rows"]  # tokens with moments, read or not
+
+
+def split_by_logits(
+    logits: Float[Array, "batch kv_heads group q_len kv_len"],
+    mask: Bool[Array, "batch kv_heads group q_len kv_len"],
+    values: Shaped[Array, "batch kv_len kv_heads head_dim"],
+    positions: Int32[Array, "batch q_len"],
+) -> Split:
+    """Return what moments in a cache would give, from all logits: for many queries at once, each with its own past.
+
+    Args:
+        logits: scaled, of all tokens; those after a query's position are not looked at.
+        mask: which tokens each query reads.
+        values: of all tokens.
+        positions: of the queries.
+
+    Returns: rows `[batch, q_len, kv_heads, group]`.
+    """
+    slots = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    seen = ((slots > 0) & (slots <= positions[:, :, None]))[:, None, None]
+    unread = (seen & ~mask).astype(jnp.float32)
+    count = unread.sum(axis=-1)
+    n = jnp.maximum(count, 1.0)
+    mean = jnp.sum(unread * logits, axis=-1) / n
+    off = unread * (logits - mean[..., None])
+    masked = jnp.where(mask, logits, NOTHING)
+    highest = masked.max(axis=-1)
+    weights = jnp.exp(masked - highest[..., None])
+    sums = weights.sum(axis=-1)
+
+    def mix(rows: Array) -> Array:
+        mixed = jnp.einsum("bkgts,bskd->bkgtd", rows.astype(values.dtype), values, preferred_element_type=jnp.float32)
+        return jnp.moveaxis(mixed, 3, 1)
+
+    def turn(rows: Array) -> Array:
+        return jnp.moveaxis(rows, 3, 1)
+
+    def over(rows: Array, numbers: Array) -> Array:
+        return rows / turn(numbers)[..., None]
+
+    return Split(
+        read=over(mix(weights), sums),
+        log_read=turn(highest + jnp.log(sums)),
+        highest=turn(highest),
+        unread=UnreadMoments(
+            count=turn(count),
+            mean=turn(mean),
+            variance=turn(jnp.sum(off * off, axis=-1) / n),
+            value=over(mix(unread), n),
+            covariance=over(mix(off), n),
+        ),
+        total=jnp.broadcast_to(positions[:, :, None, None].astype(jnp.float32), turn(count).shape),
+    )
+
+
+def attend_by_logits(
+    logits: Float[Array, "batch kv_heads group q_len kv_len"],
+    mask: Bool[Array, "batch kv_heads group q_len kv_len"],
+    values: Shaped[Array, "batch kv_len kv_heads head_dim"],
+    positions: Int32[Array, "batch q_len"],
+    params: TailParams,
+) -> Float[Array, "batch kv_heads group q_len head_dim"]:
+    """Return attention over the mask and an estimate of it over the rest; args as `split_by_logits`."""
+    split = split_by_logits(logits, mask, values, positions)
+    log_mass, value = estimate(split.unread, split.total, split.highest, params)
+    return jnp.moveaxis(join(split.read, split.log_read, value, log_mass)[0], 1, 3)
 
 
 def join(
@@ -222,3 +308,11 @@ def join(
 def counted(positions: Int32[Array, "batch q_len"], ends: Int32[Array, "batch"]) -> Bool[Array, "batch q_len"]:
     """Return which tokens have moments: all below a sequence's end but its first."""
     return (positions > 0) & (positions < ends[:, None])
+
+
+def moment_bytes(kv_heads: int, head_dim: int) -> int:
+    """Return the bytes of one layer's moments of one sequence."""
+    return sum(
+        leaf.size * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(jax.eval_shape(lambda: empty_moments(1, kv_heads, head_dim)))
+    )

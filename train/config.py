@@ -107,6 +107,26 @@ class MeasureConfig:
         return SelectionConfig(keep=self.keep, per=self.per, dense_layers=self.dense_layers)
 
 
+@dataclasses.dataclass(frozen=True)
+class TailConfig:
+    """How the estimate of what a query does not read is corrected, after the last step."""
+
+    windows: int = 6
+    """Windows of the training text that the corrections are trained on; 0: the selector estimates nothing."""
+    queries: int = 128
+    """Queries per window."""
+    steps: int = 250
+    """Optimiser steps."""
+    learning_rate: float = 0.05
+    """Of Adam, falling to 0 by a cosine."""
+
+    def __post_init__(self) -> None:
+        """Refuse what trains nothing."""
+        check_numbers(self)
+        if self.windows < 0 or self.queries < 1 or self.steps < 1 or self.learning_rate <= 0:
+            raise InputError("tail needs at least 1 query and 1 step, a learning rate above 0, and 0 windows or more")
+
+
 _AT_LEAST_ONE = (
     "length_step",
     "steps",
@@ -152,6 +172,7 @@ class LayerwiseConfig:
     ranking: MassLoss | PairLoss = MassLoss(target="kv_head")
     optimizer: OptimizerConfig | AnnealedOptimizerConfig = OptimizerConfig(learning_rate=1e-2)
     measure: MeasureConfig = MeasureConfig()
+    tail: TailConfig = TailConfig()
     layers_at_once: int = 1
     """Layers whose loss each device works on together: higher is faster on a GPU and uses more memory."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -245,6 +266,7 @@ PRESETS = {
         fit_windows=4,
         data=DataConfig(window=2048, held_out_windows=4),
         measure=MeasureConfig(every=16, queries=128),
+        tail=TailConfig(windows=4, queries=64, steps=100, learning_rate=0.1),
         save_every=16,
     ),
     "paper": LayerwiseConfig(
@@ -264,6 +286,7 @@ PRESETS = {
         ),
         optimizer=AnnealedOptimizerConfig(learning_rate=1e-3, gamma_start=64.0, anneal=0.0),
         measure=MeasureConfig(per="query_head", every=512),
+        tail=TailConfig(windows=0),
         save_every=256,
     ),
 }

@@ -65,14 +65,18 @@ def write_results(trainer: Trainer) -> dict[str, Any]:
     folder = trainer.folder
     path = folder.path / "selector"
     trainer.measure_length()
-    summary = summarise(trainer, str(path))
+    *shorter, params = (_on_host(trainer, length) for length in trainer.plan.lengths)
+    errors = None
+    if trainer.plan.cfg.tail.windows:
+        (*shorter, params), errors = trainer.fit_tails([*shorter, params])
+    summary = summarise(trainer, str(path)) | (errors or {})
     selector = Selector(
         shape=trainer.plan.shape,
-        params=_on_host(trainer, trainer.plan.length),
+        params=params,
         base_model=trainer.plan.cfg.model,
         info={"recipe": runs.to_plain(trainer.plan.cfg), "metrics": summary},
         positions=trainer.plan.length,
-        shorter=tuple((length, _on_host(trainer, length)) for length in trainer.plan.lengths[:-1]),
+        shorter=tuple(zip(trainer.plan.lengths[:-1], shorter, strict=True)),
     )
     save_selector(path, selector, _card(trainer, summary))
     plot_curves(folder.path / "curves.png", folder.metrics(), summary, trainer.plan.cfg.ranking.loss)

@@ -23,6 +23,7 @@ from train.length import choose_windows, measure_far
 from train.measure import mean_over_sparse, measure
 from train.states import StateStore
 from train.step import StepReport, TrainState, gamma_at, gather_state, init_state, is_finite, spread_state, train_step
+from train.tail import fit_tail
 from train.track import open_tracker
 
 _MODEL_ADVICE = "its weights are damaged, or too large for --dtype bfloat16 (try float32)"
@@ -181,6 +182,26 @@ class Trainer:
         args = far, self.inputs.params, self.plan.model, hashes, self.plan.cfg.measure, self.plan.mesh
         self.quality |= measure_far(*args)
         self.is_far_whole = far.is_whole
+
+    def fit_tails(self, sets: list[HashFunctions]) -> tuple[list[HashFunctions], dict[str, float]]:
+        """Give the hash functions for each length their corrections of the tail.
+
+        Returns: the hash functions, and the mean error of outputs with the first of them, relative to dense attention,
+            without the tail and with it.
+        """
+        cfg, layers = self.plan.cfg, self.plan.shape.layers
+        first, found, errors = -(-cfg.steps // cfg.steps_per_window), [], []
+        for place, functions in enumerate(sets):
+            rows = []
+            for row in fit_tail(self.inputs, functions, place, first, cfg.tail):
+                rows.append(row)
+                self._display.update("correcting the tail", place * layers + len(rows), len(sets) * layers)
+            tail = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params for params, _ in rows))
+            found.append(functions.replace(tail=tail))
+            errors.append(np.stack([error for _, error in rows]))
+        sparse = [layer for layer in range(layers) if layer not in cfg.measure.dense_layers]
+        before, after = errors[0][sparse].mean(axis=(0, 2))
+        return found, {"output_error": round(float(before), 5), "output_error_with_tail": round(float(after), 5)}
 
     def save(self, is_awaited: bool = False) -> None:
         """Checkpoint in the background, or have it on disk before this returns."""

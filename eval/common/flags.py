@@ -83,7 +83,7 @@ class EvalConfig:
             raise InputError("give each of --settings once")
         if self.resume and self.out is None:
             raise InputError("--resume needs the run's folder: add --out RUN_FOLDER")
-        if "spotlight" in self.methods and self.selector is None:
+        if {"spotlight", "spotlight+tail"} & set(self.methods) and self.selector is None:
             raise InputError("method 'spotlight' needs trained hash functions; add --selector FOLDER")
 
     @property

@@ -119,4 +119,4 @@ def style_methods(methods: Iterable[str]) -> dict[str, Style]:
 
 def _family(name: str) -> str:
     """Return a method without its selector's folder and without a remark."""
-    return re.split("[@ ,]", name, maxsplit=1)[0]
+    return re.split("[@ ,+]", name, maxsplit=1)[0]

@@ -13,8 +13,9 @@ import numpy as np
 
 from eval.common.cases import EvalCase
 from eval.common.flags import ForwardConfig
+from eval.methods import file_name
 from eval.model.attend import row_bytes
-from eval.model.completion import BY_ENGINE, Completer, engine_traffic, open_completer
+from eval.model.completion import Completer, engine_traffic, is_by_engine, open_completer
 from eval.model.load import EvalModel
 from eval.model.scores import (
     Context,
@@ -221,7 +222,7 @@ class Scorer:
         `dense` and `spotlight` go through the product's engine, in batches; other methods one by one, greedily.
         """
         order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
-        by_engine = self.method.name in BY_ENGINE
+        by_engine = is_by_engine(self.method, self.model.selector)
         if not by_engine and settings.sampling.temperature > 0:
             raise InputError(f"method '{self.case.method}' generates greedily; the task asks for a temperature")
         size = self.batch if by_engine else 1
@@ -238,9 +239,13 @@ class Scorer:
     def _generate_batch(self, prompts: Several[Several[int]], settings: GenerationSettings) -> list[Text]:
         selection, tokenizer = self.case.selection, self.model.tokenizer
         cfg = GenerateConfig(
-            max_new_tokens=settings.max_new_tokens, stop=settings.stop, sampling=settings.sampling, selection=selection
+            max_new_tokens=settings.max_new_tokens,
+            stop=settings.stop,
+            sampling=settings.sampling,
+            selection=selection,
+            tail=self.method.tail is not None,
         )
-        selector = self.model.selector if self.method.name == "spotlight" else None
+        selector = self.model.selector if file_name(self.method.name) == "spotlight" else None
         assert tokenizer is not None, "who gives texts has a tokenizer"
         model = BaseModel(self.model.cfg, self.model.params, tokenizer, self.model.source)
         engine = self._engine = self._engine or make_engine(model, cfg, selector)

@@ -28,17 +28,32 @@ _RENAMED = {"oracle": "oracle-scores", "oracle-kv": "oracle-scores"}
 UNBUDGETED = {"dense": "everything", "magicpig": "as published"}
 
 
+TAIL = "+tail"  # after a method's name: what it does not read is estimated
+
+
+def has_tail(name: str) -> bool:
+    """Return whether a method estimates what it does not read: spotlight+tail, oracle-mass+tail@FOLDER."""
+    return base_name(name).endswith(TAIL)
+
+
 def base_name(name: str) -> str:
     """Return a method's name without the selector's folder: spotlight of spotlight@FOLDER."""
     return name.partition("@")[0]
 
 
+def file_name(name: str) -> str:
+    """Return the name that `METHODS` has: spotlight of spotlight+tail@FOLDER."""
+    return base_name(name).removesuffix(TAIL)
+
+
 def check_names(names: tuple[str, ...]) -> None:
     """Raise InputError for a name that no method has, or for one given twice."""
     for name in names:
-        base, at, folder = name.partition("@")
+        base, (_, at, folder) = file_name(name), name.partition("@")
         if at and (base != "spotlight" or not folder):
-            raise InputError(f"'{name}' names a selector's folder; only spotlight@FOLDER does")
+            raise InputError(f"'{name}' names a selector's folder; only spotlight@FOLDER and spotlight+tail@FOLDER do")
+        if has_tail(name) and base in UNBUDGETED:
+            raise InputError(f"method '{base}' leaves nothing to estimate; give '{base}' without {TAIL}")
         if base in _RENAMED:
             raise InputError(f"method '{base}' is called '{_RENAMED[base]}'")
         if base not in METHODS:

@@ -16,6 +16,7 @@ from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.selector.base import HeadShape
 from spotlight_jax.selector.checkpoint import Selector
 from spotlight_jax.selector.selection import select_mask
+from spotlight_jax.tail import TailParams
 
 Queries = Shaped[Array, "batch n q_heads head_dim"]
 Keys = Shaped[Array, "batch kv_len kv_heads head_dim"]
@@ -50,10 +51,16 @@ class Method:
     selection: SelectionConfig = flax.struct.field(pytree_node=False)  # sinks, recent and per; budgets come as numbers
     dense_layers: tuple[int, ...] = flax.struct.field(pytree_node=False)  # layers it reads densely
     params: Any = None  # arrays that lead with a layer axis, or without it after `layer`
+    tail: TailParams | None = None  # what is not read is estimated with these; as `params`
 
     def layer(self, layer: int) -> "Method":
         """Return the same method with one layer's params."""
-        return self.replace(params=jax.tree.map(lambda leaf: leaf[layer], self.params))  # type: ignore[attr-defined]
+        params, tail = jax.tree.map(lambda leaf: leaf[layer], (self.params, self.tail))
+        return self.replace(params=params, tail=tail)  # type: ignore[attr-defined]
+
+    def tail_params(self, index: PyTree) -> TailParams | None:
+        """Return the corrections of the estimate of what is not read, None where nothing is estimated."""
+        return self.tail
 
     def index(self, keys: Keys, lengths: Int32[Array, "batch"]) -> PyTree:
         """Return what is remembered of one layer's keys; slots from `lengths` on hold nothing."""

@@ -2,11 +2,14 @@
 
 import importlib
 
-from eval.methods import METHODS, base_name, check_names
+import jax
+
+from eval.methods import METHODS, base_name, check_names, file_name, has_tail
 from eval.methods.base import Method, Setting
 from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.selector.base import HeadShape
 from spotlight_jax.selector.checkpoint import Selector, load_selector
+from spotlight_jax.tail import init_tail
 
 
 def selector_of(name: str, selector: Selector | None, shape: HeadShape) -> Selector | None:
@@ -25,7 +28,8 @@ def open_method(
     """Open a method for a model.
 
     Args:
-        name: a key of `METHODS`, or spotlight@FOLDER for the selector in that folder.
+        name: a key of `METHODS`, or spotlight@FOLDER for the selector in that folder; with +tail, what is not read is
+            estimated, with the selector's corrections where it has some.
         selector: for methods that need one, and for the number of bits of those that have codes.
         selection: sinks, recent tokens, dense layers and per; its share is not read here (see `attend`).
         shape: of the model's heads.
@@ -33,7 +37,11 @@ def open_method(
 
     Raises: InputError for an unknown name (with the nearest), or a method that misses its selector.
     """
-    selector, base = selector_of(name, selector, shape), base_name(name)
+    selector, base = selector_of(name, selector, shape), file_name(name)
     module = importlib.import_module(f"eval.methods.{METHODS[base]}")
     method: Method = getattr(module, f"open_{METHODS[base]}")(base, Setting(selection, shape, selector, seed))
+    if has_tail(name):
+        trained = None if selector is None else selector.params.tail
+        tail = init_tail(shape.layers, shape.q_heads) if trained is None else jax.tree.map(jax.numpy.asarray, trained)
+        method = method.replace(name=base_name(name), tail=tail)  # type: ignore[attr-defined]
     return method  # those of one base share compiled programs

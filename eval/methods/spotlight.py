@@ -11,6 +11,7 @@ from eval.methods.base import Keys, Positions, Queries, ScoreMethod, Setting, ke
 from spotlight_jax.errors import InputError
 from spotlight_jax.selector.base import HashFunctions
 from spotlight_jax.selector.scoring import hash_score_range, hash_scores
+from spotlight_jax.tail import TailParams
 
 
 @flax.struct.dataclass
@@ -40,6 +41,10 @@ class HashCodes(ScoreMethod):
             scale = spread if self.stats == "own mean and spread" else jnp.ones_like(spread)
             params = params.replace(stats=params.stats.replace(mean=mean, scale=scale))
         return params, params.key_codes(keys)
+
+    def tail_params(self, index: PyTree) -> TailParams | None:
+        """Return those of the hash functions for this length, where they have some."""
+        return self.tail if self.tail is None or index[0].tail is None else index[0].tail
 
     def scores(
         self, queries: Queries, keys: Keys, index: PyTree, positions: Positions

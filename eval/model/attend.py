@@ -1,5 +1,6 @@
 """What a layer attends with in an evaluation, for many queries at once or for one, and what its queries read."""
 
+import functools
 from collections.abc import Sequence
 
 import flax.struct
@@ -12,6 +13,7 @@ from eval.methods.base import Method, Selection
 from spotlight_jax.attention import causal_attention, selected_attention
 from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.selector.selection import budget_of
+from spotlight_jax.tail import attend_by_logits, moment_bytes
 
 KeysValues = tuple[
     Float[Array, "batch capacity kv_heads head_dim"],
@@ -104,7 +106,17 @@ class Selected:
                 log_weights = jnp.where(is_dense, 0.0, log_weights)
             return jnp.where(is_dense, visible, selection.mask), log_weights, traffic
 
-        return selected_attention(queries, keys, values, select, positions=self.positions, chunk=self.chunk)
+        tail, finish = self.method.tail_params(index), None
+        if tail is not None:
+            finish = functools.partial(attend_by_logits, params=tail)
+        places, chunk = self.positions, self.chunk
+        outputs, traffic = selected_attention(
+            queries, keys, values, select, positions=places, chunk=chunk, finish=finish
+        )
+        if tail is not None:
+            moved = jnp.where(places < self.dense_prefix, 0.0, float(moment_bytes(*keys.shape[2:])))
+            traffic = traffic.replace(index_bytes=traffic.index_bytes + moved)
+        return outputs, traffic
 
 
 @flax.struct.dataclass

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from eval.methods import file_name, has_tail
 from eval.methods.base import Method
 from eval.model.load import EvalModel
 from eval.model.scores import Context, score_tokens
@@ -18,9 +19,15 @@ from spotlight_jax.decode_step import DecodeState
 from spotlight_jax.engine import Engine
 from spotlight_jax.errors import InputError
 from spotlight_jax.memory import StepReads, step_reads
+from spotlight_jax.selector.checkpoint import Selector
 from spotlight_jax.stops import find_stops
 
-BY_ENGINE = ("dense", "spotlight")  # methods that the product's engine has
+
+def is_by_engine(method: Method, selector: Selector | None) -> bool:
+    """Return whether the product's engine has this method: with a tail only where the selector was trained for it."""
+    if method.tail is None:
+        return method.name in ("dense", "spotlight")
+    return file_name(method.name) == "spotlight" and selector is not None and selector.params.tail is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +42,10 @@ class Completion:
 def engine_traffic(engine: Engine, lengths: Iterable[int], selection: SelectionConfig) -> list[StepReads]:
     """Return what the engine's steps read that see this many tokens, their new one included."""
     hash_cfg = None if engine.selector is None else engine.selector.cfg
-    return [step_reads(engine.model_cfg, engine.dtype, [length], hash_cfg, selection, 0) for length in lengths]
+    return [
+        step_reads(engine.model_cfg, engine.dtype, [length], hash_cfg, selection, 0, engine.has_tail)
+        for length in lengths
+    ]
 
 
 class Completer:
@@ -54,9 +64,10 @@ class Completer:
         """
         self.model, self.method, self.selection = model, method, selection
         self.stop_tokens = tuple(stop_tokens)
-        self._by_engine = method.name in BY_ENGINE
-        cfg = DecodeConfig(selection=dataclasses.replace(selection, min_context=0))
-        self._engine = Engine(model.cfg, model.params, model.selector if method.name == "spotlight" else None, cfg)
+        self._by_engine = is_by_engine(method, model.selector)
+        cfg = DecodeConfig(selection=dataclasses.replace(selection, min_context=0), tail=has_tail(method.name))
+        selector = model.selector if file_name(method.name) == "spotlight" else None
+        self._engine = Engine(model.cfg, model.params, selector, cfg)
 
     def complete(self, prompt: Sequence[int], max_new_tokens: int) -> Completion:
         """Continue a prompt; raises InputError where it is empty or passes the model's context."""

@@ -62,6 +62,7 @@ def load_fitting(
         probe.chunk_length(longest),
         None if selector is None else selector.cfg,
         generation.selection,
+        generation.tail and selector is not None and selector.params.tail is not None,
     )
     free = available_bytes()
     known = "" if free is None else f" of {free / GIB:.2f} free"

@@ -23,6 +23,8 @@ class DecodeConfig:
     """Most tokens decoded on the device between two looks of the host."""
     attention: AttentionImpl = "auto"
     """Implementation of dense attention."""
+    tail: bool = True
+    """Estimate the attention to tokens that are not read, where the selector was trained for that."""
 
     def __post_init__(self) -> None:
         """Refuse chunks and blocks of nothing."""
@@ -64,6 +66,8 @@ class GenerateConfig:
     """Prompt tokens per prefill step; None: by device."""
     block: int = 32
     """Tokens decoded on the device between two looks of the host."""
+    tail: bool = True
+    """Estimate the attention to tokens that are not read, where the selector was trained for that."""
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
     selection: SelectionConfig = dataclasses.field(default_factory=SelectionConfig)
 
@@ -84,4 +88,4 @@ class GenerateConfig:
 
 def make_decode_config(cfg: GenerateConfig) -> DecodeConfig:
     """The part of the settings that a step is compiled for."""
-    return DecodeConfig(selection=cfg.selection, prefill_chunk=cfg.prefill_chunk, block=cfg.block)
+    return DecodeConfig(selection=cfg.selection, prefill_chunk=cfg.prefill_chunk, block=cfg.block, tail=cfg.tail)

@@ -19,6 +19,7 @@ from spotlight_jax.config.hashing import HashConfig
 from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.errors import InputError
 from spotlight_jax.selector.fitting import Moments
+from spotlight_jax.tail import TailParams
 from spotlight_jax.weights import WeightBounds, quantise, real_bounds
 
 Form = TypeVar("Form", bound="HashFunctions")
@@ -68,6 +69,7 @@ class HashFunctions:
     weights: Any  # all that is trained
     stats: Any  # measured once, never trained
     cfg: HashConfig = flax.struct.field(pytree_node=False)
+    tail: TailParams | None = None  # corrections of the estimate of what is not read; None: nothing is estimated
 
     fitted_to: ClassVar[Literal["nothing", "moments", "windows"]]  # what `fit` needs of a `Sample`
 

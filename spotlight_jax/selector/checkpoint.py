@@ -26,6 +26,7 @@ from spotlight_jax.fields import read_dataclass
 from spotlight_jax.models.source import DEFAULT_MODEL, find_again, lasting_name
 from spotlight_jax.selector.base import HashFunctions, HeadShape
 from spotlight_jax.selector.forms import init_functions
+from spotlight_jax.tail import init_tail
 
 FORMAT = 2
 _MOST_SETS = 16  # of hash functions for shorter sequences: far above what training makes
@@ -91,6 +92,7 @@ def save_selector(folder: pathlib.Path, selector: Selector, card: str) -> None:
         "base_model_is_lasting": True,
         "positions": selector.positions,
         "shorter": [most for most, _ in selector.shorter],
+        "tail": selector.params.tail is not None,
         "hash": dataclasses.asdict(selector.cfg),
         "shape": dataclasses.asdict(selector.shape),
         **selector.info,
@@ -138,12 +140,17 @@ def load_selector(folder: str | pathlib.Path, shape: HeadShape | None = None) ->
         if not isinstance(config.get("base_model", ""), str):
             raise InputError("base_model is no text")
         shorter = _check_lengths(config.get("positions"), config.get("shorter", []))
+        has_tail = config.get("tail", False)  # old selectors have none
+        if type(has_tail) is not bool:
+            raise InputError("tail is neither true nor false")
     if shape is not None:
         check_shape(own, shape, f"selector '{folder}' (trained for {config.get('base_model')})")
     seen: dict[str, Any] = {}
 
     def draw() -> list[jax.Array]:  # leaves alone: the tree's own class takes arrays, not their shapes
         drawn = init_functions(jax.random.key(0), cfg, own)
+        if has_tail:
+            drawn = drawn.replace(tail=init_tail(own.layers, own.q_heads))
         seen.update(names=list(flatten(drawn)), structure=jax.tree.structure(drawn))
         return jax.tree.leaves(drawn)
 
@@ -156,7 +163,7 @@ def load_selector(folder: str | pathlib.Path, shape: HeadShape | None = None) ->
         jax.tree.unflatten(seen["structure"], [jax.numpy.asarray(arrays[prefix + name]) for name in template])
         for prefix in prefixes
     )
-    known = ("format", "base_model", "base_model_is_lasting", "positions", "shorter", "hash", "shape")
+    known = ("format", "base_model", "base_model_is_lasting", "positions", "shorter", "tail", "hash", "shape")
     info = {name: value for name, value in config.items() if name not in known}
     named = config.get("base_model", "")
     base = named if config.get("base_model_is_lasting") is True else find_again(named, folder)

@@ -100,8 +100,10 @@ class TransformHash(HashFunctions):
             stats.mean, stats.axes, stats.levels, weights.bit_weights, stats.head_assignment, weights.log_head_scale
         )
         rows = queries[:, 0], keys[:, 0], values[:, 0]
-        copied, summed, *caches = hash_append(*rows, transform, layer.keys, layer.values, layer.codes, lengths)
-        return copied[:, None], summed, LayerCache(*caches)
+        copied, summed, cached_keys, cached_values, codes = hash_append(
+            *rows, transform, layer.keys, layer.values, layer.codes, lengths
+        )
+        return copied[:, None], summed, layer.replace(keys=cached_keys, values=cached_values, codes=codes)
 
 
 def init_layer(key: PRNGKeyArray, cfg: TransformConfig, shape: HeadShape) -> TransformHash:

@@ -1,0 +1,157 @@
+"""Corrections of the tail's estimate, trained to the output error of each query head after its hash functions are.
+
+What a head reads and the moments of what it does not read are known for some queries of a few windows and several
+budgets. The output is a sum of three vectors, so its error is a quadratic form in how much of each there is: ten
+numbers a query are enough to train the corrections of a head (`tail.TailParams`), and a step costs next to nothing.
+"""
+
+import functools
+from collections.abc import Iterator
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int32
+
+from spotlight_jax.attention import causal_attention
+from spotlight_jax.config.selection import SelectionConfig
+from spotlight_jax.models.decoder import Attend, embed_tokens
+from spotlight_jax.models.runner import run_layers
+from spotlight_jax.selector.base import HashFunctions
+from spotlight_jax.selector.scoring import hash_score_range, hash_scores
+from spotlight_jax.selector.selection import select_mask
+from spotlight_jax.tail import TailParams, UnreadMoments, init_tail, mass_and_slope, split_by_logits
+from train.config import TailConfig
+from train.data import Inputs
+
+KEEPS = (0.0025, 0.005, 0.02, 0.1)  # shares of tokens read: one set of corrections serves all budgets
+
+
+@flax.struct.dataclass
+class Rows:
+    """What the error of a query head's output depends on, for some queries and budgets.
+
+    r, u and c are what was read less the dense output, the mean unread value less the dense output, and the covariance
+    of unread values with logits.
+    """
+
+    log_read: Float[Array, "rows kv_heads group"]
+    highest: Float[Array, "rows kv_heads group"]
+    total: Float[Array, "rows kv_heads group"]
+    count: Float[Array, "rows kv_heads group"]
+    mean: Float[Array, "rows kv_heads group"]
+    variance: Float[Array, "rows kv_heads group"]
+    products: Float[Array, "rows kv_heads group six"]  # rr, ru, rc, uu, uc, cc, over the dense output's square
+
+
+@flax.struct.dataclass
+class Examined:
+    """Dense attention that also gives back the `Rows` of some queries, one budget after another."""
+
+    functions: HashFunctions  # of one layer
+    places: Int32[Array, "picks"]
+    per_kv_head: bool = flax.struct.field(pytree_node=False, default=True)
+
+    def __call__(self, queries: Array, keys: Array, values: Array) -> tuple[Array, Rows]:
+        """See `Attend`; of one sequence."""
+        outputs = causal_attention(queries, keys, values)
+        picked, at = queries[:, self.places], self.places[None]
+        group, kv_heads, head_dim = queries.shape[2] // keys.shape[2], keys.shape[2], keys.shape[3]
+        grouped = picked.reshape(1, -1, kv_heads, group, head_dim)
+        logits = jnp.einsum("btkgd,bskd->bkgts", grouped, keys, preferred_element_type=jnp.float32) * head_dim**-0.5
+        dense = outputs[:, self.places].reshape(grouped.shape).astype(jnp.float32)
+        scores = hash_scores(self.functions, picked, self.functions.key_codes(keys), self.per_kv_head)
+        bounds = hash_score_range(self.functions, group, self.per_kv_head)
+        per = "kv_head" if self.per_kv_head else "query_head"
+
+        def examine(keep: float) -> Rows:
+            mask = select_mask(scores, at, SelectionConfig(keep=keep, per=per, dense_layers=()), bounds)
+            mask = jnp.repeat(mask, queries.shape[2] // mask.shape[2], axis=2)
+            mask = mask.reshape(1, -1, kv_heads, group, keys.shape[1]).transpose(0, 2, 3, 1, 4)
+            split = split_by_logits(logits, mask, values, at)
+            vectors = split.read - dense, split.unread.value - dense, split.unread.covariance
+            pairs = [(0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2)]
+            products = jnp.stack([jnp.sum(vectors[i] * vectors[j], axis=-1) for i, j in pairs], axis=-1)
+            size = jnp.maximum(jnp.sum(dense * dense, axis=-1), 1e-9)
+            unread = split.unread
+            numbers = split.log_read, split.highest, split.total, unread.count, unread.mean, unread.variance
+            return Rows(*(number[0] for number in numbers), products=(products / size[..., None])[0])
+
+        return outputs, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *map(examine, KEEPS))
+
+
+def output_error(rows: Rows, params: TailParams) -> Float[Array, "rows kv_heads group"]:
+    """Return the squared error of each output with the tail, relative to the dense output's square."""
+    empty = jnp.zeros((*rows.count.shape, 0))
+    unread = UnreadMoments(rows.count, rows.mean, rows.variance, empty, empty)
+    log_mass, slope = mass_and_slope(unread, rows.total, rows.highest, params)
+    share = jax.nn.sigmoid(log_mass - rows.log_read)
+    rr, ru, rc, uu, uc, cc = jnp.moveaxis(rows.products, -1, 0)
+    read = 1 - share
+    return read**2 * rr + 2 * read * share * (ru + slope * rc) + share**2 * (uu + 2 * slope * uc + slope**2 * cc)
+
+
+@functools.partial(jax.jit, static_argnames=("steps",))
+def fit_layer(rows: Rows, steps: int, rate: float) -> tuple[TailParams, Float[Array, "two q_heads"]]:
+    """Return a layer's corrections, and each head's mean error without the tail and with it.
+
+    The gate of a head that the tail does not help is closed.
+    """
+    q_heads = rows.count.shape[1] * rows.count.shape[2]
+    start = jax.tree.map(lambda leaf: leaf[0], init_tail(1, q_heads))
+    optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
+
+    def loss_of(params: TailParams) -> Array:
+        return output_error(rows, params).mean(axis=0).sum()
+
+    def step(carry: tuple, _: None) -> tuple[tuple, None]:
+        params, state = carry
+        grads = jax.grad(loss_of)(params).replace(gate=jnp.zeros((q_heads,)))
+        updates, state = optimizer.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    (params, _), _ = jax.lax.scan(step, (start, optimizer.init(start)), None, length=steps)
+    before = output_error(rows, params.replace(gate=jnp.zeros((q_heads,)))).mean(axis=0).reshape(-1)
+    after = output_error(rows, params).mean(axis=0).reshape(-1)
+    is_finite = jnp.stack([jnp.isfinite(leaf.reshape(q_heads, -1)).all(axis=1) for leaf in jax.tree.leaves(params)])
+    helps = (after < before) & is_finite.all(axis=0)
+    kept = jax.tree.map(lambda new, old: jnp.where(helps.reshape(-1, *[1] * (new.ndim - 1)), new, old), params, start)
+    return kept.replace(gate=helps.astype(jnp.float32)), jnp.stack([before, jnp.where(helps, after, before)])
+
+
+def fit_tail(
+    inputs: Inputs, functions: HashFunctions, place: int, first: int, cfg: TailConfig
+) -> Iterator[tuple[TailParams, Float[np.ndarray, "two q_heads"]]]:
+    """Give each layer's corrections and errors, as `fit_layer`.
+
+    Windows go through the model side by side, layer by layer, so that one layer's rows are held at a time.
+
+    Args:
+        inputs: of the run.
+        functions: of all layers.
+        place: which of the run's lengths they are for: windows are placed below it.
+        first: number of the first window.
+    """
+    plan = inputs.plan
+    tokens, positions = inputs.feed.tokens(first, cfg.windows), inputs.feed.positions(first, cfg.windows)[place]
+    window, per_kv_head = tokens.shape[1], plan.cfg.measure.per == "kv_head"
+    rng = np.random.default_rng((plan.cfg.seed, place))
+    count = min(cfg.queries, window - 1)
+    picks = [jnp.asarray(np.sort(1 + rng.permutation(window - 1)[:count]), jnp.int32) for _ in tokens]
+
+    def pass_window(row: int) -> Iterator[tuple[Array, Rows]]:
+        def attend_of(layer: int) -> Attend:
+            return Examined(functions.layer(layer), picks[row], per_kv_head)
+
+        ids, at = tokens[row : row + 1], jnp.asarray(positions[row : row + 1])
+        table = inputs.params["embed"]["table"]  # on the host where weights stay there
+        is_on_host = isinstance(table, np.ndarray)
+        x = jnp.asarray(table[ids]) if is_on_host else embed_tokens(inputs.params, jnp.asarray(ids), plan.model)
+        return run_layers(inputs.params, x, at, attend_of, plan.model)
+
+    for passed in zip(*map(pass_window, range(len(tokens))), strict=True):
+        rows = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *(rows for _, rows in passed))
+        params, errors = fit_layer(rows, cfg.steps, cfg.learning_rate)
+        yield params, np.asarray(errors)
