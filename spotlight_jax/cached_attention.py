@@ -313,6 +313,7 @@ def _append_and_select(
     adds_scores, bounds = functions.adds_scores(per_kv_head), functions.weight_bounds(group, per_kv_head)
     if per_kv_head and not adds_scores and selector.sets is None:
         queries, weights, layer = functions.append(queries, keys, values, layer, lengths)
+        assert layer.codes is not None
         return queries, layer, *select_by_codes(layer.codes, weights, bounds, ends, selection)
     layer = _remember(layer, keys, values, lengths, selector)
     assert layer.codes is not None

@@ -15,17 +15,17 @@ def read_dataclass(kind: type[Config] | types.UnionType, fields: object) -> Conf
 
     Raises InputError naming a field that is unknown, missing, or not of its type. The class checks its own ranges.
     """
-    kind, fields = pick_class(kind, fields)
+    chosen, fields = pick_class(kind, fields)
     if not isinstance(fields, dict):
-        raise InputError(f"{_quote(fields)} is not an object with the fields of {kind.__name__}")
-    known = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+        raise InputError(f"{_quote(fields)} is not an object with the fields of {chosen.__name__}")
+    known = {field.name: field for field in dataclasses.fields(chosen)}
     if unknown := [name for name in fields if name not in known]:
-        raise InputError(f"{kind.__name__} has no field {_quote(unknown[0])}; it has {', '.join(known)}")
-    hints = typing.get_type_hints(kind)
+        raise InputError(f"{chosen.__name__} has no field {_quote(unknown[0])}; it has {', '.join(known)}")
+    hints = typing.get_type_hints(chosen)
     required = [name for name, field in known.items() if field.default is field.default_factory is dataclasses.MISSING]
     if missing := [name for name in required if name not in fields]:
         raise InputError(f"field {missing[0]} is missing")
-    return kind(**{name: _read(value, hints[name], name) for name, value in fields.items()})
+    return chosen(**{name: _read(value, hints[name], name) for name, value in fields.items()})
 
 
 def classes_of(kind: Any) -> tuple[Any, ...]:

@@ -223,12 +223,12 @@ def to_plain(cfg: Any) -> Any:
 
 def from_plain(config_class: type[Config] | types.UnionType, plain: Any, source: str) -> Config:
     """The config that `to_plain` gave; raises InputError on fields that are missing, unknown or of another type."""
-    config_class, plain = pick_class(config_class, plain)
-    fields = {field.name for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
+    chosen, plain = pick_class(config_class, plain)
+    fields = {field.name for field in dataclasses.fields(chosen)}
     if not isinstance(plain, dict) or set(plain) != fields:
         unfit = sorted(map(str, fields ^ set(plain))) if isinstance(plain, dict) else ["all"]
         raise InputError(f"'{source}' does not fit this version ({', '.join(unfit)} missing or unknown)")
-    kinds = typing.get_type_hints(config_class)
+    kinds = typing.get_type_hints(chosen)
     values: dict[str, Any] = {}
     for name, value in plain.items():
         kind = kinds[name]
@@ -238,7 +238,7 @@ def from_plain(config_class: type[Config] | types.UnionType, plain: Any, source:
             raise InputError(f"'{source}': {name} is {value!r}, which this field cannot be; start a new run")
         else:
             values[name] = tuple(value) if isinstance(value, list) else value
-    return config_class(**values)
+    return chosen(**values)
 
 
 def _fits(kind: Any, value: Any) -> bool:

@@ -48,7 +48,7 @@ pack_bits, unpack_bits, soft_sign = (jax.jit(run) for run in (bits.pack_bits, bi
 
 
 def head_shape(cfg):
-    return SQUARE if cfg.skip == "layers" else SHAPE
+    return SQUARE if isinstance(cfg, NetworkConfig) and cfg.skip == "layers" else SHAPE
 
 
 def random_params(cfg, seed=0):

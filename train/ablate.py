@@ -218,7 +218,7 @@ def _train_together(
         trainers: dict[str, Trainer] = {}
         for name, variant in group.items():
             beside = next(iter(trainers.values()), lead)
-            inputs = open_inputs(announce(variant, display), display, beside and beside.inputs)
+            inputs = open_inputs(announce(variant, display), display, beside.inputs if beside else None)
             state, folder = first_state(inputs, display), _fresh_folder(out / name, variant)
             trainers[name] = Trainer(inputs, state, folder, display, lead)
             lead = lead or trainers[name]

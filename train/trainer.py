@@ -72,7 +72,7 @@ class Trainer:
         self.is_far_whole = False  # whether "far" and "far_lsh" are of whole contexts
         self._store = StateStore(folder.path / "checkpoints", cfg.keep_checkpoints)
         self._track = open_tracker(cfg.track, folder.path, runs.to_plain(cfg))
-        self._held_out = _capture_held_out(inputs, display) if beside is None else beside._held_out
+        self._held_out: list[Captured] = _capture_held_out(inputs, display) if beside is None else beside._held_out
         # newest measurement of "trained" and "lsh"; at the far end of the covered positions "far" and "far_lsh"
         self.quality: dict[str, SelectionQuality] = {"lsh": self._measure_lsh(beside)}
         if cfg.resume:

@@ -1,5 +1,7 @@
 """LSH: random hyperplanes, the same for queries and keys; a score is the number of equal bits."""
 
+import dataclasses
+
 import jax
 
 from eval.methods.base import Setting, rule_of
@@ -20,7 +22,9 @@ def open_lsh(name: str, setting: Setting) -> HashCodes:
     params = orthogonal_lsh(jax.random.key(setting.seed), code_bits(setting), setting.shape, centre="centred" in name)
     if "gaussian" in name:
         network = params.weights.keys
+        assert network.rotation is not None, "orthogonal LSH is a rotation"
         rotation = jax.random.normal(jax.random.key(setting.seed), network.rotation.shape)
-        params = params.replace(weights=params.weights.replace(keys=network.replace(rotation=rotation)))
+        weights = dataclasses.replace(params.weights, keys=dataclasses.replace(network, rotation=rotation))
+        params = dataclasses.replace(params, weights=weights)
     selection = setting.selection
     return HashCodes(name, rule_of(selection), selection.dense_layers, params, stats="own mean")

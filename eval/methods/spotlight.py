@@ -1,5 +1,6 @@
 """Spotlight: the learned hash functions of a selector. Other methods that score codes are built from the same class."""
 
+import dataclasses
 from typing import Literal
 
 import flax.struct
@@ -39,7 +40,7 @@ class HashCodes(ScoreMethod):
         if self.stats != "trained":
             mean, spread = key_moments(keys, lengths)
             scale = spread if self.stats == "own mean and spread" else jnp.ones_like(spread)
-            params = params.replace(stats=params.stats.replace(mean=mean, scale=scale))
+            params = dataclasses.replace(params, stats=dataclasses.replace(params.stats, mean=mean, scale=scale))
         return params, params.key_codes(keys)
 
     def tail_params(self, index: PyTree) -> TailParams | None:

@@ -250,7 +250,7 @@ def make_ops(shape: OpShape, dense: tuple[AttentionImpl, ...]) -> dict[str, Op]:
 
 def read_bytes(shape: OpShape, name: str, inputs: OpInputs) -> int:
     """Return the bytes that an operation has to move: the floor of its time is these over the copy bandwidth."""
-    networks = sum(leaf.nbytes for leaf in jax.tree.leaves(inputs.selector.params))
+    networks = sum(leaf.nbytes for leaf in jax.tree.leaves(inputs.selector.functions))
     codes, scores, indices = (shape.bytes_of(part) for part in ("codes", "scores", "indices"))
     selected, everything = shape.bytes_of("selected"), shape.bytes_of("keys and values")
     if name.startswith("dense layer"):

@@ -95,6 +95,7 @@ class TransformHash(HashFunctions):
         Shaped[Array, "batch one q_heads head_dim"], Int[Array, "batch kv_heads score_heads code_bits"], LayerCache
     ]:
         """One op for all of it; see `HashFunctions.append`."""
+        assert layer.codes is not None, "a layer with a selector keeps codes"
         stats, weights = self.stats, self.weights
         transform = Transform(
             stats.mean, stats.axes, stats.levels, weights.bit_weights, stats.head_assignment, weights.log_head_scale

@@ -22,6 +22,7 @@ import train.ablate
 import train.demo
 import train.layerwise
 from spotlight_jax.commands import chat, doctor, generate
+from spotlight_jax.selector.checkpoint import save_selector
 from tests.eval.tiny import make_selector
 from tests.models import tiny
 

@@ -180,13 +180,13 @@ def test_spotlight_weighs_digits_of_fitted_coordinates_by_the_higher_of_two_sums
     decode, gains = (
         np.asarray(leaf, np.float64) for leaf in (params.weights.bit_weights, jnp.exp(params.weights.log_head_scale))
     )
-    coder = {name: np.asarray(leaf, np.float64) for name, leaf in vars(params.stats).items()}
+    quantizer = {name: np.asarray(leaf, np.float64) for name, leaf in vars(params.stats).items()}
 
     def weighed(queries, keys, head):
-        places = coder["cells"][head] * ((keys[:, head] - coder["mean"][head]) @ coder["axes"][head] + 0.5)
-        bits = np.clip(np.floor(places), 0, coder["cells"][head] - 1) % 2
+        places = quantizer["levels"][head] * ((keys[:, head] - quantizer["mean"][head]) @ quantizer["axes"][head] + 0.5)
+        bits = np.clip(np.floor(places), 0, quantizer["levels"][head] - 1) % 2
         own = slice(head * GROUP, (head + 1) * GROUP)
-        real = coder["members"][head] @ (gains[own, None] * queries[own] @ decode[head])
+        real = quantizer["head_assignment"][head] @ (gains[own, None] * queries[own] @ decode[head])
         real /= np.linalg.norm(real, axis=1, keepdims=True)
         weights = np.round(real * min(127 / np.abs(real).max(), (1020 - 32) / np.abs(real).sum(1).max()))
         return (bits @ weights.T - weights.sum(1) // 2).max(1)

@@ -11,6 +11,7 @@ import pytest
 from eval.report import charts, command, page, plan
 from spotlight_jax import runs
 from spotlight_jax.errors import InputError
+from spotlight_jax.selector.checkpoint import save_selector
 from tests.eval.tiny import make_selector
 
 pytestmark = pytest.mark.slow  # whole commands and many methods, compiled anew
