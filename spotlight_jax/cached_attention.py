@@ -290,10 +290,14 @@ def _attend_with_tail(
     whole = logit_moments(layer.moments, queries.reshape(*rows, head_dim))
     mean_logits = whole.mean.reshape(batch, q_heads)
     reads = read_selected(queries, layer.keys, layer.values, indices, is_real, mean_logits, layer.moments.value)
-    reads = jax.tree.map(lambda leaf: leaf.reshape(*rows, *leaf.shape[2:]), reads)
-    unread = take_off(whole, reads.count, reads.logits, reads.squares, reads.values, reads.products)
-    log_mass, value = jax.vmap(estimate)(unread, whole.count, reads.highest, params)
-    out, _ = join(reads.out, reads.log_sum, value, log_mass)
+
+    def by_group(leaf: Array) -> Array:
+        return leaf.reshape(*rows, *leaf.shape[2:])
+
+    sums = reads.count, reads.logits, reads.squares, reads.values, reads.products
+    unread = take_off(whole, *map(by_group, sums))
+    log_mass, value = jax.vmap(estimate)(unread, whole.count, by_group(reads.highest), params)
+    out, _ = join(by_group(reads.out), by_group(reads.log_sum), value, log_mass)
     return out.reshape(queries.shape)
 
 

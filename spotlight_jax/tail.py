@@ -237,7 +237,7 @@ def split_by_logits(
 
     Returns: rows `[batch, q_len, kv_heads, group]`.
     """
-    slots = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    slots = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None, None, :]
     seen = ((slots > 0) & (slots <= positions[:, :, None]))[:, None, None]
     unread = (seen & ~mask).astype(jnp.float32)
     count = unread.sum(axis=-1)
@@ -312,7 +312,4 @@ def counted(positions: Int32[Array, "batch q_len"], ends: Int32[Array, "batch"])
 
 def moment_bytes(kv_heads: int, head_dim: int) -> int:
     """Return the bytes of one layer's moments of one sequence."""
-    return sum(
-        leaf.size * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(jax.eval_shape(lambda: empty_moments(1, kv_heads, head_dim)))
-    )
+    return 4 * (1 + kv_heads * (2 * head_dim + 2 * head_dim**2))
