@@ -38,11 +38,11 @@ class ReadSelectedCase(SparseAttentionCase):
     """A call with the means that `read_selected` centres logits and values by."""
 
     def draw(self, seed: int = 0) -> tuple[tuple[Array, ...], dict[str, Any]]:
-        """Random arrays, and what is static of the call: nothing."""
+        """Random arrays, with means as small as those of a whole cache, and what is static of the call: nothing."""
         arrays, static = super().draw(seed)
         keys = jax.random.split(jax.random.key(seed + 1))
-        mean_logits = jax.random.normal(keys[0], (self.batch, self.q_heads))
-        mean_values = jax.random.normal(keys[1], (self.batch, self.kv_heads, self.head_dim))
+        mean_logits = 0.1 * jax.random.normal(keys[0], (self.batch, self.q_heads))
+        mean_values = 0.1 * jax.random.normal(keys[1], (self.batch, self.kv_heads, self.head_dim))
         return (*arrays, mean_logits, mean_values), static
 
 
