@@ -1,4 +1,4 @@
-"""Shapes that real models give `sparse_attention`: what tests check and benchmarks time."""
+"""Shapes that real models give `sparse_attention` and `read_selected`: what tests check and benchmarks time."""
 
 import dataclasses
 from typing import Any
@@ -33,6 +33,19 @@ class SparseAttentionCase:
         return (queries, *cache, jnp.where(is_real, indices, 0), is_real), {}
 
 
+@dataclasses.dataclass(frozen=True)
+class ReadSelectedCase(SparseAttentionCase):
+    """A call with the means that `read_selected` centres logits and values by."""
+
+    def draw(self, seed: int = 0) -> tuple[tuple[Array, ...], dict[str, Any]]:
+        """Random arrays, with means as small as those of a whole cache, and what is static of the call: nothing."""
+        arrays, static = super().draw(seed)
+        keys = jax.random.split(jax.random.key(seed + 1))
+        mean_logits = 0.1 * jax.random.normal(keys[0], (self.batch, self.q_heads))
+        mean_values = 0.1 * jax.random.normal(keys[1], (self.batch, self.kv_heads, self.head_dim))
+        return (*arrays, mean_logits, mean_values), static
+
+
 CASES = (
     SparseAttentionCase("smollm2-135m per KV head, 8K", 1, 9, 3, 64, 3, 8192, 164, "float32"),
     SparseAttentionCase("smollm2-135m per query head, 8K", 1, 9, 3, 64, 9, 8192, 164, "float32"),
@@ -41,3 +54,4 @@ CASES = (
     SparseAttentionCase("llama3-8b per query head, 32K", 1, 32, 8, 128, 32, 32768, 656),
     SparseAttentionCase("llama2-7b (no groups), 4K", 2, 32, 32, 128, 32, 4096, 82),
 )
+READ_CASES = tuple(ReadSelectedCase(**dataclasses.asdict(case)) for case in CASES)
