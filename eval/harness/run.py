@@ -149,17 +149,18 @@ def main(cfg: HarnessConfig) -> dict[str, Any]:
         check_model(cfg, model).save_pretrained(folder)
         with Record.open(cfg, "harness") as record:
             cases = list_cases(cfg)
-            asked = [
-                {"task": task} | ({"length": length} if length else {}) for task in cfg.tasks for length in lengths
-            ]
-            parts = [(case, case.part | question) for case in cases for question in asked]
+            asked: dict[tuple[str, int | None], Row] = {
+                (task, length): {"task": task} | ({"length": length} if length else {})
+                for task in cfg.tasks
+                for length in lengths
+            }
+            parts = [(case, case.part | question) for case in cases for question in asked.values()]
             left = record.begin([part for _, part in parts])
-            for question in asked:  # a built task serves all methods, and is kept no longer
-                manager = managers[question.get("length")]
+            for (task, length), question in asked.items():  # a built task serves all methods, and is kept no longer
                 own = [(case, part) for case in cases if (part := case.part | question) in left]
-                built = build_task(cfg, question["task"], manager) if own else []
+                built = build_task(cfg, task, managers[length]) if own else []
                 for case, part in own:
-                    record.add(part, run_task(cfg, model, case, part, built, manager, record))
+                    record.add(part, run_task(cfg, model, case, part, built, managers[length], record))
             rows = [row for _, part in parts if (row := record.row_of(part)) is not None]
             for line in describe_use(rows):
                 record.say(f"harness: {line}")
