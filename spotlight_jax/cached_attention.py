@@ -5,6 +5,8 @@ takes what a decoder layer hands to its `attend` beside the layer's cache, and r
 the new tokens in it.
 """
 
+import dataclasses
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -103,7 +105,7 @@ def _count(
     positions = starts[:, None] + jnp.arange(keys.shape[1], dtype=jnp.int32)[None, :]
     ends = starts + keys.shape[1] if ends is None else ends
     rows = keys.astype(layer.keys.dtype), values.astype(layer.values.dtype)
-    return layer.replace(moments=add_tokens(layer.moments, *rows, counted(positions, ends)))
+    return dataclasses.replace(layer, moments=add_tokens(layer.moments, *rows, counted(positions, ends)))
 
 
 def attend_chunk(

@@ -63,9 +63,10 @@ def layer_selectors(
     check_layers(cfg.dense_layers, layers)
     if selector is None:
         return ((None,) * layers,)
+    sets = selector.sets if has_tail else [dataclasses.replace(functions, tail=None) for functions in selector.sets]
     return tuple(
         tuple(None if layer in cfg.dense_layers else LayerSelector(params.layer(layer)) for layer in range(layers))
-        for params in (functions if has_tail else functions.replace(tail=None) for functions in selector.sets)
+        for params in sets
     )
 
 

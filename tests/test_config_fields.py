@@ -82,7 +82,8 @@ def _fields_of_flags() -> list[tuple[type, str, object]]:
                 continue
             module = importlib.import_module(".".join(file.relative_to(ROOT).with_suffix("").parts))
             for name, kind in vars(module).items():
-                if name.endswith(("Config", "Loss")) and isinstance(kind, type) and "models" not in kind.__module__:
+                is_flags = re.fullmatch(r"[A-Z]\w*(Config|Loss)", name) and isinstance(kind, type)  # no common base
+                if is_flags and "models" not in kind.__module__:
                     for field, hint in typing.get_type_hints(kind).items():
                         found[f"{kind.__module__}.{name}.{field}"] = (kind, field, hint)
     return list(found.values())

@@ -5,6 +5,7 @@ budgets. The output is a sum of three vectors, so its error is a quadratic form 
 numbers a query are enough to train the corrections of a head (`tail.TailParams`), and a step costs next to nothing.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 
@@ -64,10 +65,10 @@ class Examined:
         dense = outputs[:, self.places].reshape(grouped.shape).astype(jnp.float32)
         scores = hash_scores(self.functions, picked, self.functions.key_codes(keys), self.per_kv_head)
         bounds = hash_score_range(self.functions, group, self.per_kv_head)
-        per = "kv_head" if self.per_kv_head else "query_head"
+        selection = SelectionConfig(per="kv_head" if self.per_kv_head else "query_head", dense_layers=())
 
         def examine(keep: float) -> Rows:
-            mask = select_mask(scores, at, SelectionConfig(keep=keep, per=per, dense_layers=()), bounds)
+            mask = select_mask(scores, at, dataclasses.replace(selection, keep=keep), bounds)
             mask = jnp.repeat(mask, queries.shape[2] // mask.shape[2], axis=2)
             mask = mask.reshape(1, -1, kv_heads, group, keys.shape[1]).transpose(0, 2, 3, 1, 4)
             split = split_by_logits(logits, mask, values, at)
@@ -77,7 +78,7 @@ class Examined:
             size = jnp.maximum(jnp.sum(dense * dense, axis=-1), 1e-9)
             unread = split.unread
             numbers = split.log_read, split.highest, split.total, unread.count, unread.mean, unread.variance
-            return Rows(*(number[0] for number in numbers), products=(products / size[..., None])[0])
+            return Rows(*(number[0] for number in (*numbers, products / size[..., None])))
 
         return outputs, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *map(examine, KEEPS))
 

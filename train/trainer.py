@@ -1,5 +1,6 @@
 """One training run: its state, complete once a `Trainer` is made, and the operations that the loop is made of."""
 
+import dataclasses
 import functools
 import time
 from collections.abc import Iterator
@@ -197,7 +198,7 @@ class Trainer:
                 rows.append(row)
                 self._display.update("correcting the tail", place * layers + len(rows), len(sets) * layers)
             tail = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params for params, _ in rows))
-            found.append(functions.replace(tail=tail))
+            found.append(dataclasses.replace(functions, tail=tail))
             errors.append(np.stack([error for _, error in rows]))
         sparse = [layer for layer in range(layers) if layer not in cfg.measure.dense_layers]
         before, after = errors[0][sparse].mean(axis=(0, 2))

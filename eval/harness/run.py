@@ -5,11 +5,13 @@ import dataclasses
 import difflib
 import io
 import logging
+import random
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import transformers
 
 from eval.common.cases import EvalCase, describe_part, list_cases
@@ -54,8 +56,31 @@ def open_tasks(cfg: HarnessConfig, tokenizer: str, length: int | None = None) ->
     return manager
 
 
-def run_task(cfg: HarnessConfig, model: EvalModel, case: EvalCase, part: Row, manager: Any, record: Record) -> Row:
-    """Ask one task or group of one method; writes the samples into the run folder."""
+@contextlib.contextmanager
+def _running(task: str) -> Iterator[None]:
+    """Run the harness's own code quietly; raises InputError where it cannot run the task."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # tasks print how they are made
+        warnings.simplefilter("ignore")  # of the harness and of data set loading
+        try:
+            yield
+        except (ImportError, OSError, ValueError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise InputError(f"the harness cannot run task '{task}': {reason}") from error
+
+
+def build_task(cfg: HarnessConfig, task: str, manager: Any) -> list[Any]:
+    """Build one task or group with its texts, for all methods: RULER's makes 500 of each length, whatever the limit."""
+    with _running(task):
+        random.seed(cfg.seed)  # as the harness does before it builds a task
+        np.random.seed(cfg.seed)
+        loaded = manager.load([task])
+    return [loaded["groups"][task]] if task in loaded["groups"] else list(loaded["tasks"].values())
+
+
+def run_task(
+    cfg: HarnessConfig, model: EvalModel, case: EvalCase, part: Row, built: list[Any], manager: Any, record: Record
+) -> Row:
+    """Ask one task or group, as `build_task` gave it, of one method; writes the samples into the run folder."""
     task = part["task"]
     from lm_eval.evaluator import simple_evaluate
 
@@ -65,17 +90,12 @@ def run_task(cfg: HarnessConfig, model: EvalModel, case: EvalCase, part: Row, ma
         record.note(f"{case.method} {name_task(part)}: {done}/{total} requests")
 
     lm = SpotlightLM(Scorer(model, case, cfg.batch, cfg.seed), cfg.max_length, cfg.question_sparse, progress)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # tasks print how they are made
-        warnings.simplefilter("ignore")  # of the harness and of data set loading
-        try:
-            found = simple_evaluate(
-                model=lm, tasks=[task], num_fewshot=cfg.fewshot, limit=cfg.limit, bootstrap_iters=0,
-                apply_chat_template=cfg.chat, task_manager=manager, random_seed=cfg.seed,
-                numpy_random_seed=cfg.seed, fewshot_random_seed=cfg.seed,
-            )  # fmt: skip
-        except (ImportError, OSError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise InputError(f"the harness cannot run task '{task}': {reason}") from error
+    with _running(task):
+        found = simple_evaluate(
+            model=lm, tasks=built, num_fewshot=cfg.fewshot, limit=cfg.limit, bootstrap_iters=0,
+            apply_chat_template=cfg.chat, task_manager=manager, random_seed=cfg.seed,
+            numpy_random_seed=cfg.seed, fewshot_random_seed=cfg.seed,
+        )  # fmt: skip
     assert found is not None, "one process"
     for line in sorted(lm.unmatched):
         record.say(f"harness: {task}: {line}")
@@ -129,15 +149,18 @@ def main(cfg: HarnessConfig) -> dict[str, Any]:
         check_model(cfg, model).save_pretrained(folder)
         with Record.open(cfg, "harness") as record:
             cases = list_cases(cfg)
-            asked = [
-                {"task": task} | ({"length": length} if length else {}) for task in cfg.tasks for length in lengths
-            ]
-            parts = [(case, case.part | question) for case in cases for question in asked]
+            asked: dict[tuple[str, int | None], Row] = {
+                (task, length): {"task": task} | ({"length": length} if length else {})
+                for task in cfg.tasks
+                for length in lengths
+            }
+            parts = [(case, case.part | question) for case in cases for question in asked.values()]
             left = record.begin([part for _, part in parts])
-            for case, part in parts:
-                if part in left:
-                    manager = managers[part.get("length")]
-                    record.add(part, run_task(cfg, model, case, part, manager, record))
+            for (task, length), question in asked.items():  # a built task serves all methods, and is kept no longer
+                own = [(case, part) for case in cases if (part := case.part | question) in left]
+                built = build_task(cfg, task, managers[length]) if own else []
+                for case, part in own:
+                    record.add(part, run_task(cfg, model, case, part, built, managers[length], record))
             rows = [row for _, part in parts if (row := record.row_of(part)) is not None]
             for line in describe_use(rows):
                 record.say(f"harness: {line}")

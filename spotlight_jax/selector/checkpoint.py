@@ -150,7 +150,7 @@ def load_selector(folder: str | pathlib.Path, shape: HeadShape | None = None) ->
     def draw() -> list[jax.Array]:  # leaves alone: the tree's own class takes arrays, not their shapes
         drawn = init_functions(jax.random.key(0), cfg, own)
         if has_tail:
-            drawn = drawn.replace(tail=init_tail(own.layers, own.q_heads))
+            drawn = dataclasses.replace(drawn, tail=init_tail(own.layers, own.q_heads))
         seen.update(names=list(flatten(drawn)), structure=jax.tree.structure(drawn))
         return jax.tree.leaves(drawn)
 

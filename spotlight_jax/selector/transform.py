@@ -104,7 +104,7 @@ class TransformHash(HashFunctions):
         copied, summed, cached_keys, cached_values, codes = hash_append(
             *rows, transform, layer.keys, layer.values, layer.codes, lengths
         )
-        return copied[:, None], summed, layer.replace(keys=cached_keys, values=cached_values, codes=codes)
+        return copied[:, None], summed, dataclasses.replace(layer, keys=cached_keys, values=cached_values, codes=codes)
 
 
 def init_layer(key: PRNGKeyArray, cfg: TransformConfig, shape: HeadShape) -> TransformHash:

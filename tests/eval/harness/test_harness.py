@@ -264,10 +264,12 @@ metric_list:
   - {metric: "200", aggregation: !function made.mean, higher_is_better: true}
 generation_kwargs: {until: [], max_gen_toks: 8, do_sample: false}
 """
-MAKE = """import datasets, transformers
+MAKE = """import datasets, pathlib, transformers
 
 def make(max_seq_lengths=(100,), tokenizer=None, **_):
     print("noise of a task")
+    with pathlib.Path(__file__).with_name("made.txt").open("a") as made:
+        made.write(f"{max_seq_lengths}\\n")
     known = transformers.AutoTokenizer.from_pretrained(tokenizer)
     docs = [
         {"text": known.decode([97 + doc] * (length - 8)), "length": length}
@@ -293,6 +295,7 @@ def test_tasks_that_make_texts_of_a_length_get_the_models_tokenizer_and_one_leng
     (task_folder / "made.py").write_text(MAKE)
     args = ["--tasks", "tiny_made", "--limit", "2", "--methods", "dense", "window", "--selection.min-tokens", "4"]
     rows, said = asked(*args, "--lengths", "100", "200", "--out", str(tmp_path / "run"))
+    assert (task_folder / "made.txt").read_text() == "[100]\n[200]\n", "once for both methods"
     found = {(row["method"], row["length"]): row for row in rows}
     for method in ("dense", "window"):
         for length, score in ((100, 0.25), (200, 0.75)):
