@@ -94,7 +94,7 @@ def output_error(rows: Rows, params: TailParams) -> Float[Array, "rows kv_heads 
     return read**2 * rr + 2 * read * share * (ru + slope * rc) + share**2 * (uu + 2 * slope * uc + slope**2 * cc)
 
 
-@functools.partial(jax.jit, static_argnames=("steps",))
+@functools.partial(jax.jit, static_argnames=("steps", "rate"))
 def fit_layer(rows: Rows, steps: int, rate: float) -> tuple[TailParams, Float[Array, "two q_heads"]]:
     """Return a layer's corrections, and each head's mean error without the tail and with it.
 

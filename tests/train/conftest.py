@@ -31,7 +31,7 @@ class Inputs:
     def flags(self, out: pathlib.Path, *more: str) -> list[str]:
         """Flags of the run that `finished` is, into another folder."""
         sizes = f"""--length {LENGTH} --data.window {WINDOW} --data.held-out-windows 2
-            --steps {STEPS} --steps-per-window 2
+            --steps {STEPS} --steps-per-window 2 --tail.windows 2 --tail.queries 16 --tail.steps 20
             --hash.code-bits 32 --ranking.queries 16 --measure.every 4 --measure.queries 8 --measure.dense-layers 0
             --save-every {SAVE_EVERY} --optimizer.ema 0.8""".split()
         return ["--model", str(self.model), "--data.train", str(self.tokens), *sizes, "--out", str(out), *more]
