@@ -95,7 +95,7 @@ def output_error(rows: Rows, params: TailParams) -> Float[Array, "rows kv_heads 
 
 
 @functools.partial(jax.jit, static_argnames=("steps",))
-def fit_layer(rows: Rows, steps: int, rate: float) -> tuple[TailParams, Float[Array, "two q_heads"]]:
+def fit_layer(rows: Rows, steps: int, rate: Float[Array, ""] | float) -> tuple[TailParams, Float[Array, "two q_heads"]]:
     """Return a layer's corrections, and each head's mean error without the tail and with it.
 
     The gate of a head that the tail does not help is closed.
