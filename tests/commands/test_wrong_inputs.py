@@ -91,7 +91,7 @@ WRONG = [
     ("inspect --methods orakle-mass", "did you mean 'oracle-mass'"),
     ("inspect --methods oracle", "is called 'oracle-scores'"),
     ("inspect --methods window window", "each once"),
-    ("inspect --methods quest@x", "only spotlight@FOLDER does"),
+    ("inspect --methods quest@x", "only spotlight@FOLDER and spotlight+tail@FOLDER do"),
     ("inspect --methods spotlight", "add --selector FOLDER"),
     ("inspect --methods spotlight@nowhere", "is no selector"),
     ("inspect --methods dense", "dense selects nothing"),
@@ -209,9 +209,9 @@ def places(tmp_path_factory):
 def test_a_wrong_input_is_one_line_and_exit_code_2_at_once(line, told, places, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name, *args = (places.get(word, word) for word in line.replace("SMALL", SMALL).split())
-    started = time.monotonic()
+    started = time.process_time()  # whatever else the machine does
     code = COMMANDS[name].command(args)
-    seconds = time.monotonic() - started
+    seconds = time.process_time() - started
     out, err = capsys.readouterr()
     assert code == 2 and err.count("\n") == 1 and told in err, (code, out, err)
     assert not list(tmp_path.iterdir()), "nothing is left behind"
