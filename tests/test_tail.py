@@ -73,6 +73,7 @@ def unread_by_numpy(queries, keys, values, is_read):
 def unread_by_moments(queries, keys, values, is_read):
     """The same by what a decoding step knows: moments of all, and sums over what it read."""
     length = keys.shape[1]
+    queries, keys, values = map(jnp.asarray, (queries, keys, values))
     whole = tail.logit_moments(all_moments(keys, values, np.full((BATCH,), length)), queries)
     logits = jnp.einsum("bkgd,bskd->bkgs", queries, keys) * DIM**-0.5
     off = logits - whole.mean[..., None]
@@ -158,24 +159,28 @@ def test_with_nothing_unread_or_a_closed_gate_the_output_is_what_was_read():
         assert not share.any()
 
 
-@settings(max_examples=200, deadline=None)
+@jax.jit
+def respond(queries, keys, is_read, highest):
+    """Output, share and log mass for keys that are their own values; one program for all examples."""
+    unread = unread_by_moments(queries, keys, keys, is_read)
+    params = jax.tree.map(lambda leaf: leaf[0], tail.init_tail(1, KV_HEADS * GROUP))
+    log_mass, value = tail.estimate(unread, jnp.full(highest.shape, keys.shape[1] - 1.0), highest, params)
+    return *tail.join(jnp.ones(value.shape), highest, value, log_mass), log_mass
+
+
+@settings(max_examples=300, deadline=None)
 @given(
     st.integers(0, 2**31 - 1),
     st.sampled_from([0.0, 1e-20, 1e-3, 1.0, 30.0, 1e4, 1e15]),
     st.sampled_from([0.0, 1e-20, 1.0, 1e4, 1e15]),
-    st.integers(2, 40),
     st.booleans(),
 )
-def test_hostile_numbers_stay_finite(seed, key_scale, query_scale, length, is_constant):
+def test_hostile_numbers_stay_finite(seed, key_scale, query_scale, is_constant):
     rng = np.random.default_rng(seed)
-    keys = rng.normal(size=(BATCH, length, KV_HEADS, DIM)) * key_scale
+    keys = rng.normal(size=(BATCH, 40, KV_HEADS, DIM)) * key_scale
     keys = np.broadcast_to(keys[:, :1], keys.shape) if is_constant else keys
-    queries = jnp.asarray(rng.normal(size=(BATCH, KV_HEADS, GROUP, DIM)) * query_scale, jnp.float32)
-    is_read = rng.random((BATCH, KV_HEADS, length)) < rng.random()
-    unread = unread_by_moments(queries, jnp.asarray(keys, jnp.float32), jnp.asarray(keys, jnp.float32), is_read)
-    params = jax.tree.map(lambda leaf: leaf[0], tail.init_tail(1, 6))
-    highest = jnp.full((BATCH, KV_HEADS, GROUP), jnp.float32(min(key_scale * query_scale, 1e30)))
-    log_mass, value = tail.estimate(unread, jnp.full(highest.shape, length - 1.0), highest, params)
-    read = jnp.ones(value.shape)
-    out, share = tail.join(read, highest, value, log_mass)
-    assert np.isfinite(out).all() and np.isfinite(share).all() and np.isfinite(log_mass).all()
+    queries = rng.normal(size=(BATCH, KV_HEADS, GROUP, DIM)) * query_scale
+    is_read = rng.random((BATCH, KV_HEADS, 40)) < rng.random()
+    highest = np.full((BATCH, KV_HEADS, GROUP), min(key_scale * query_scale, 1e30))
+    found = respond(*(np.asarray(x, np.float32) for x in (queries, keys)), is_read, np.float32(highest))
+    assert all(np.isfinite(array).all() for array in found)

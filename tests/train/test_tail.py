@@ -29,7 +29,7 @@ def examine(seed=0):
     places = jnp.asarray([20, 41, 60, 80, 95], jnp.int32)
     functions = draw_params(TransformConfig(code_bits=32), SHAPE).layer(0)
     attend = Examined(functions, places)
-    outputs, rows = attend(queries, cached, values)
+    outputs, rows = jax.jit(lambda *args: attend(*args))(queries, cached, values)
     np.testing.assert_allclose(outputs, causal_attention(queries, cached, values), atol=1e-5)
     return (queries, cached, values, places, functions), rows
 
@@ -45,7 +45,7 @@ def test_the_error_of_rows_is_that_of_attention_with_the_tail():
     """Least budgets of 20 tokens: all budgets but the largest read the same here."""
     (queries, keys, values, places, functions), rows = examine()
     params = draw_tail()
-    error = np.asarray(output_error(rows, params))
+    error = np.asarray(jax.jit(output_error)(rows, params))
     assert error.shape == (len(KEEPS) * PICKS, KV_HEADS, Q_HEADS // KV_HEADS)
     codes = functions.key_codes(keys)
     dense = np.asarray(causal_attention(queries, keys, values))[0, places]
@@ -56,7 +56,7 @@ def test_the_error_of_rows_is_that_of_attention_with_the_tail():
     grouped = picked.reshape(1, PICKS, KV_HEADS, 2, DIM)
     logits = jnp.einsum("btkgd,bskd->bkgts", grouped, keys) * DIM**-0.5
     mask = jnp.repeat(mask, 2, axis=2).reshape(1, PICKS, KV_HEADS, 2, WINDOW).transpose(0, 2, 3, 1, 4)
-    found = np.moveaxis(np.asarray(attend_by_logits(logits, mask, values, places[None], params)), 3, 1)[0]
+    found = np.moveaxis(np.asarray(jax.jit(attend_by_logits)(logits, mask, values, places[None], params)), 3, 1)[0]
     expected = np.square(found.reshape(dense.shape) - dense).sum(-1) / np.square(dense).sum(-1)
     np.testing.assert_allclose(error[:PICKS].reshape(PICKS, Q_HEADS), expected, rtol=1e-3, atol=1e-5)
 
@@ -65,7 +65,7 @@ def test_training_lowers_the_error_of_every_head_or_closes_its_gate():
     _, rows = examine()
     params, (before, after) = fit_layer(rows, 100, 0.05)
     start = jax.tree.map(lambda leaf: leaf[0], init_tail(1, Q_HEADS))
-    untrained = np.asarray(output_error(rows, start)).mean(axis=0).reshape(-1)
+    untrained = np.asarray(jax.jit(output_error)(rows, start)).mean(axis=0).reshape(-1)
     gates = np.asarray(params.gate)
     assert ((gates == 1) | (after == before)).all() and (after <= before).all()
     assert (np.asarray(after)[gates == 1] < untrained[gates == 1]).all() and gates.any()
