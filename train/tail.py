@@ -138,7 +138,7 @@ def fit_tail(
     plan = inputs.plan
     tokens, positions = inputs.feed.tokens(first, cfg.windows), inputs.feed.positions(first, cfg.windows)[place]
     window, per_kv_head = tokens.shape[1], plan.cfg.measure.per == "kv_head"
-    rng = np.random.default_rng((plan.cfg.seed, place))
+    rng = np.random.default_rng((plan.cfg.seed, plan.lengths[place]))
     count = min(cfg.queries, window - 1)
     picks = [jnp.asarray(np.sort(1 + rng.permutation(window - 1)[:count]), jnp.int32) for _ in tokens]
 
