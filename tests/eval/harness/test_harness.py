@@ -121,10 +121,10 @@ def test_texts_are_the_products(model, method):
     if method == "window":
         assert texts[1].sparse == 7 and texts[1].tokens_read == sum(n - int(0.9 * n) for n in range(51, 58))
         return
-    model = BaseModel(model.cfg, model.params, model.tokenizer, "tiny")
     selector = model.selector if method == "spotlight" else None
+    base = BaseModel(model.cfg, model.params, model.tokenizer, "tiny")
     cfg = GenerateConfig(max_new_tokens=8, stop=("zz",), selection=SELECTION)
-    assert [text.text for text in texts] == [found.text for found in generate(model, prompts, cfg, selector)]
+    assert [text.text for text in texts] == [found.text for found in generate(base, prompts, cfg, selector)]
     assert texts[1].sparse == (7 if method == "spotlight" else 0)
 
 
@@ -133,7 +133,7 @@ def test_a_tasks_stop_string_that_is_a_special_token_ends_the_text(model, method
     """`until` names it, and the text, which is decoded without it, does not hold it."""
     prompt = list(b"once upon a time")
     (free,) = scorer(model, method).generate([prompt], GenerationSettings(8))
-    tokens = open_completer(model, method, SELECTION, stop_tokens=()).generate(prompt, 8).tokens
+    tokens = open_completer(model, method, SELECTION, stop_tokens=()).complete(prompt, 8).tokens
     end = next(token for token in tokens[3:] if token < 256)
     ending = dataclasses.replace(model, tokenizer=byte_tokenizer(end))
     name = ending.tokenizer.convert_ids_to_tokens(end)
