@@ -10,7 +10,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32, PyTree
+from jaxtyping import Array, Bool, Float, Int32, PyTree, Shaped
 
 Implementation = Literal["auto", "xla", "cudnn"]
 # (queries, their positions) -> (mask of what each reads, logarithms of weights or None, anything the caller wants back)
@@ -190,6 +190,24 @@ def _attend_segment(queries: Array, keys: Array, values: Array, first: Array, *,
     return outputs[:, :q_len]
 
 
+def grouped_logits(
+    queries: Float[Array, "batch q_len q_heads head_dim"], keys: Float[Array, "batch kv_len kv_heads head_dim"]
+) -> Float[Array, "batch kv_heads group q_len kv_len"]:
+    """Return the scaled float32 logits of all queries with all keys."""
+    batch, q_len, _, head_dim = queries.shape
+    grouped = queries.reshape(batch, q_len, keys.shape[2], -1, head_dim)
+    return jnp.einsum("btkgd,bskd->bkgts", grouped, keys, preferred_element_type=jnp.float32) * head_dim**-0.5
+
+
+def spread_heads(
+    x: Shaped[Array, "batch q_len heads kv_len"], q_heads: int, kv_heads: int
+) -> Shaped[Array, "batch kv_heads group q_len kv_len"]:
+    """Return what selecting heads have, KV heads or query heads, for each query head in the layout of logits."""
+    batch, q_len, heads, kv_len = x.shape
+    x = jnp.repeat(x, q_heads // heads, axis=2).reshape(batch, q_len, kv_heads, -1, kv_len)
+    return x.transpose(0, 2, 3, 1, 4)
+
+
 def selected_attention(
     queries: Float[Array, "batch q_len q_heads head_dim"],
     keys: Float[Array, "batch kv_len kv_heads head_dim"],
@@ -215,7 +233,7 @@ def selected_attention(
         finish: makes outputs of logits, mask, values and positions; None: a softmax over the mask.
     """
     _check_shapes(queries, keys, values)
-    batch, q_len, q_heads, head_dim = queries.shape
+    batch, q_len, q_heads = queries.shape[:3]
     kv_len, kv_heads = keys.shape[1:3]
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(kv_len - q_len, kv_len, dtype=jnp.int32)[None, :], (batch, q_len))
@@ -233,13 +251,8 @@ def selected_attention(
     def attend_chunk(piece: tuple[Array, Array]) -> tuple[Array, PyTree]:
         rows, places = piece
         mask, log_weights, aux = select(rows, places)
-        grouped = rows.reshape(batch, chunk, kv_heads, -1, head_dim)
-        logits = jnp.einsum("btkgd,bskd->bkgts", grouped, keys, preferred_element_type=jnp.float32) * head_dim**-0.5
-
-        def spread(x: Array) -> Array:
-            x = jnp.repeat(x, q_heads // x.shape[2], axis=2).reshape(batch, chunk, kv_heads, -1, kv_len)
-            return x.transpose(0, 2, 3, 1, 4)
-
+        logits = grouped_logits(rows, keys)
+        spread = functools.partial(spread_heads, q_heads=q_heads, kv_heads=kv_heads)
         if log_weights is not None:
             logits = logits + spread(log_weights)
         if finish is None:

@@ -65,18 +65,18 @@ def write_results(trainer: Trainer) -> dict[str, Any]:
     folder = trainer.folder
     path = folder.path / "selector"
     trainer.measure_length()
-    *shorter, params = (_on_host(trainer, length) for length in trainer.plan.lengths)
-    errors = None
+    sets = [_on_host(trainer, length) for length in trainer.plan.lengths]
+    errors: dict[str, float] = {}
     if trainer.plan.cfg.tail.windows:
-        (*shorter, params), errors = trainer.fit_tails([*shorter, params])
-    summary = summarise(trainer, str(path)) | (errors or {})
+        sets, errors = trainer.fit_tails(sets)
+    summary = summarise(trainer, str(path)) | errors
     selector = Selector(
         shape=trainer.plan.shape,
-        params=params,
+        params=sets[-1],
         base_model=trainer.plan.cfg.model,
         info={"recipe": runs.to_plain(trainer.plan.cfg), "metrics": summary},
         positions=trainer.plan.length,
-        shorter=tuple(zip(trainer.plan.lengths[:-1], shorter, strict=True)),
+        shorter=tuple(zip(trainer.plan.lengths[:-1], sets[:-1], strict=True)),
     )
     save_selector(path, selector, _card(trainer, summary))
     plot_curves(folder.path / "curves.png", folder.metrics(), summary, trainer.plan.cfg.ranking.loss)

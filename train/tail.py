@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int32
 
-from spotlight_jax.attention import causal_attention
+from spotlight_jax.attention import causal_attention, grouped_logits, spread_heads
 from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.models.decoder import Attend, embed_tokens
 from spotlight_jax.models.runner import run_layers
@@ -59,19 +59,16 @@ class Examined:
         """See `Attend`; of one sequence."""
         outputs = causal_attention(queries, keys, values)
         picked, at = queries[:, self.places], self.places[None]
-        group, kv_heads, head_dim = queries.shape[2] // keys.shape[2], keys.shape[2], keys.shape[3]
-        grouped = picked.reshape(1, -1, kv_heads, group, head_dim)
-        logits = jnp.einsum("btkgd,bskd->bkgts", grouped, keys, preferred_element_type=jnp.float32) * head_dim**-0.5
-        dense = outputs[:, self.places].reshape(grouped.shape).astype(jnp.float32)
+        q_heads, kv_heads, head_dim = queries.shape[2], *keys.shape[2:]
+        logits = grouped_logits(picked, keys)
+        dense = outputs[:, self.places].reshape(1, -1, kv_heads, q_heads // kv_heads, head_dim).astype(jnp.float32)
         scores = hash_scores(self.functions, picked, self.functions.key_codes(keys), self.per_kv_head)
-        bounds = hash_score_range(self.functions, group, self.per_kv_head)
+        bounds = hash_score_range(self.functions, q_heads // kv_heads, self.per_kv_head)
         selection = SelectionConfig(per="kv_head" if self.per_kv_head else "query_head", dense_layers=())
 
         def examine(keep: float) -> Rows:
             mask = select_mask(scores, at, dataclasses.replace(selection, keep=keep), bounds)
-            mask = jnp.repeat(mask, queries.shape[2] // mask.shape[2], axis=2)
-            mask = mask.reshape(1, -1, kv_heads, group, keys.shape[1]).transpose(0, 2, 3, 1, 4)
-            split = split_by_logits(logits, mask, values, at)
+            split = split_by_logits(logits, spread_heads(mask, q_heads, kv_heads), values, at)
             vectors = split.read - dense, split.unread.value - dense, split.unread.covariance
             pairs = [(0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2)]
             products = jnp.stack([jnp.sum(vectors[i] * vectors[j], axis=-1) for i, j in pairs], axis=-1)

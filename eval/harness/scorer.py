@@ -13,7 +13,7 @@ import numpy as np
 
 from eval.common.cases import EvalCase
 from eval.common.flags import ForwardConfig
-from eval.methods import file_name
+from eval.methods import plain_name
 from eval.model.attend import row_bytes
 from eval.model.completion import Completer, engine_traffic, is_by_engine, open_completer
 from eval.model.load import EvalModel
@@ -245,7 +245,7 @@ class Scorer:
             selection=selection,
             tail=self.method.tail is not None,
         )
-        selector = self.model.selector if file_name(self.method.name) == "spotlight" else None
+        selector = self.model.selector if plain_name(self.method.name) == "spotlight" else None
         assert tokenizer is not None, "who gives texts has a tokenizer"
         model = BaseModel(self.model.cfg, self.model.params, tokenizer, self.model.source)
         engine = self._engine = self._engine or make_engine(model, cfg, selector)

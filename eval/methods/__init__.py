@@ -41,15 +41,15 @@ def base_name(name: str) -> str:
     return name.partition("@")[0]
 
 
-def file_name(name: str) -> str:
-    """Return the name that `METHODS` has: spotlight of spotlight+tail@FOLDER."""
+def plain_name(name: str) -> str:
+    """Return a method's name in `METHODS`, without tail and folder: spotlight of spotlight+tail@FOLDER."""
     return base_name(name).removesuffix(TAIL)
 
 
 def check_names(names: tuple[str, ...]) -> None:
     """Raise InputError for a name that no method has, or for one given twice."""
     for name in names:
-        base, (_, at, folder) = file_name(name), name.partition("@")
+        base, (_, at, folder) = plain_name(name), name.partition("@")
         if at and (base != "spotlight" or not folder):
             raise InputError(f"'{name}' names a selector's folder; only spotlight@FOLDER and spotlight+tail@FOLDER do")
         if has_tail(name) and base in UNBUDGETED:

@@ -4,7 +4,7 @@ import importlib
 
 import jax
 
-from eval.methods import METHODS, base_name, check_names, file_name, has_tail
+from eval.methods import METHODS, base_name, check_names, has_tail, plain_name
 from eval.methods.base import Method, Setting
 from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.selector.base import HeadShape
@@ -37,7 +37,7 @@ def open_method(
 
     Raises: InputError for an unknown name (with the nearest), or a method that misses its selector.
     """
-    selector, base = selector_of(name, selector, shape), file_name(name)
+    selector, base = selector_of(name, selector, shape), plain_name(name)
     module = importlib.import_module(f"eval.methods.{METHODS[base]}")
     method: Method = getattr(module, f"open_{METHODS[base]}")(base, Setting(selection, shape, selector, seed))
     if has_tail(name):

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from eval.methods import file_name, has_tail
+from eval.methods import has_tail, plain_name
 from eval.methods.base import Method
 from eval.model.load import EvalModel
 from eval.model.scores import Context, score_tokens
@@ -27,7 +27,7 @@ def is_by_engine(method: Method, selector: Selector | None) -> bool:
     """Return whether the product's engine has this method: with a tail only where the selector was trained for it."""
     if method.tail is None:
         return method.name in ("dense", "spotlight")
-    return file_name(method.name) == "spotlight" and selector is not None and selector.params.tail is not None
+    return plain_name(method.name) == "spotlight" and selector is not None and selector.params.tail is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Completer:
         self.stop_tokens = tuple(stop_tokens)
         self._by_engine = is_by_engine(method, model.selector)
         cfg = DecodeConfig(selection=dataclasses.replace(selection, min_context=0), tail=has_tail(method.name))
-        selector = model.selector if file_name(method.name) == "spotlight" else None
+        selector = model.selector if plain_name(method.name) == "spotlight" else None
         self._engine = Engine(model.cfg, model.params, selector, cfg)
 
     def complete(self, prompt: Sequence[int], max_new_tokens: int) -> Completion:

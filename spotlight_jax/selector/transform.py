@@ -84,6 +84,14 @@ class TransformHash(HashFunctions):
         """Fitted codes as they are, since they are not trained: no gamma softens them."""
         return jnp.where(self.hash_keys(keys) > 0, 1.0, -1.0)
 
+    @property
+    def transform(self) -> Transform:
+        """One layer's arrays as `hash_append` takes them."""
+        stats, weights = self.stats, self.weights
+        return Transform(
+            stats.mean, stats.axes, stats.levels, weights.bit_weights, stats.head_assignment, weights.log_head_scale
+        )
+
     def append(
         self,
         queries: Shaped[Array, "batch one q_heads head_dim"],
@@ -96,13 +104,9 @@ class TransformHash(HashFunctions):
     ]:
         """One op for all of it; see `HashFunctions.append`."""
         assert layer.codes is not None, "a layer with a selector keeps codes"
-        stats, weights = self.stats, self.weights
-        transform = Transform(
-            stats.mean, stats.axes, stats.levels, weights.bit_weights, stats.head_assignment, weights.log_head_scale
-        )
         rows = queries[:, 0], keys[:, 0], values[:, 0]
         copied, summed, cached_keys, cached_values, codes = hash_append(
-            *rows, transform, layer.keys, layer.values, layer.codes, lengths
+            *rows, self.transform, layer.keys, layer.values, layer.codes, lengths
         )
         return copied[:, None], summed, dataclasses.replace(layer, keys=cached_keys, values=cached_values, codes=codes)
 

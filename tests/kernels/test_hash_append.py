@@ -141,17 +141,8 @@ def test_a_selectors_codes_and_weights_are_those_of_hashing(impl):
     """Codes of every bit; weights but for those that lie halfway between two integers, which may go to either."""
     cfg, shape = TransformConfig(code_bits=128), HeadShape(1, 12, 3, 64)
     params = draw_params(cfg, shape).layer(0)
-    quantizer, weights = params.stats, params.weights
-    transform = Transform(
-        quantizer.mean,
-        quantizer.axes,
-        quantizer.levels,
-        weights.bit_weights,
-        quantizer.head_assignment,
-        weights.log_head_scale,
-    )
     queries, keys, values, _, *caches, lengths = draw_call(20, 12, 3, 64, 128, 2)
-    _, found, _, _, cached_codes = IMPLEMENTATIONS[impl](queries, keys, values, transform, *caches, lengths)
+    _, found, _, _, cached_codes = IMPLEMENTATIONS[impl](queries, keys, values, params.transform, *caches, lengths)
     codes = pack_bits(params.hash_keys(keys) > 0)
     np.testing.assert_array_equal(cached_codes[np.arange(20), :, :, lengths], codes)
     weights = params.integer_weights(params.hash_queries(queries[:, None]), True)[:, 0]
@@ -167,20 +158,11 @@ def test_a_key_on_a_cells_end_has_the_code_of_hashing_and_is_in_the_cell_below(i
     mean = jnp.arange(3.0)[:, None] - jnp.arange(16.0)[None, :] / 4
     axes = jnp.broadcast_to(jnp.repeat(jnp.eye(16), 4, axis=1), params.stats.axes.shape)
     params = params.replace(stats=params.stats.replace(mean=mean, axes=axes))
-    quantizer, weights = params.stats, params.weights
-    transform = Transform(
-        quantizer.mean,
-        quantizer.axes,
-        quantizer.levels,
-        weights.bit_weights,
-        quantizer.head_assignment,
-        weights.log_head_scale,
-    )
     places = np.arange(21)[:, None, None] + np.arange(3)[None, :, None] + np.arange(16)[None, None, :]
     steps = places % 21 - 2  # every axis of every head meets all of them
     keys = jnp.asarray(steps / 16 - 0.5, jnp.float32) + mean[None]
     queries, _, _, _, *caches, lengths = draw_call(21, 6, 3, 16, 64, 2)
-    *_, cached_codes = IMPLEMENTATIONS[impl](queries, keys, keys, transform, *caches, lengths)
+    *_, cached_codes = IMPLEMENTATIONS[impl](queries, keys, keys, params.transform, *caches, lengths)
     found = np.asarray(cached_codes)[np.arange(21), :, :, lengths]
     hashed = jax.jit(lambda params, x: params.hash_keys(x))(params, keys)
     np.testing.assert_array_equal(found, np.packbits(hashed > 0, axis=-1, bitorder="little").view("<u4"))
