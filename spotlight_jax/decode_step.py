@@ -20,6 +20,7 @@ from spotlight_jax.cached_attention import (
     attend_chunk,
     attend_densely,
     attend_sparsely,
+    fold_layers,
 )
 from spotlight_jax.config.generation import AttentionImpl, DecodeConfig
 from spotlight_jax.config.selection import SelectionConfig, check_layers
@@ -141,8 +142,8 @@ def decode_step(
     def attend_with(layer: LayerCache, selector: LayerSelector | None) -> Callable:
         def attend(queries, keys, values):
             if selector is None or mode == "dense":
-                return attend_densely(queries, keys, values, layer, lengths, selector, cfg.attention, ends)
-            sparse, appended = attend_sparsely(queries, keys, values, layer, lengths, selector, cfg.selection, ends)
+                return attend_densely(queries, keys, values, layer, lengths, selector, cfg.attention)
+            sparse, appended = attend_sparsely(queries, keys, values, layer, lengths, selector, cfg.selection)
             if mode == "sparse":
                 return sparse, appended
             dense, appended = attend_densely(queries, keys, values, appended, lengths, None, cfg.attention)
@@ -161,7 +162,8 @@ def decode_step(
         attend = attend_with(layer, selector)
         x, appended = apply_layer(params[f"layer_{index}"], x, positions, attend, model_cfg, rope_lens)
         layers.append(appended)
-    return unembed(params, x, model_cfg)[:batch, 0], dataclasses.replace(cache, layers=tuple(layers))
+    folded = fold_layers(tuple(layers), lengths, lengths + 1 if ends is None else ends)
+    return unembed(params, x, model_cfg)[:batch, 0], dataclasses.replace(cache, layers=folded)
 
 
 def _choose(logits: Float[Array, "batch vocab"], state: DecodeState) -> DecodeState:
