@@ -30,7 +30,7 @@ class TrainState:
 
     @property
     def selector(self) -> HashFunctions:
-        """What is measured and exported."""
+        """What is evaluated and exported."""
         return self.params if self.averaged is None else dataclasses.replace(self.params, weights=self.averaged)
 
 
