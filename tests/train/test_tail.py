@@ -47,16 +47,21 @@ def test_the_error_of_rows_is_that_of_attention_with_the_tail():
     params = draw_tail()
     error = np.asarray(jax.jit(output_error)(rows, params))
     assert error.shape == (len(KEEPS) * PICKS, KV_HEADS, Q_HEADS // KV_HEADS)
-    codes = functions.key_codes(keys)
     dense = np.asarray(causal_attention(queries, keys, values))[0, places]
-    picked = queries[:, places]
-    scores = hash_scores(functions, picked, codes, True)
-    bounds, selection = hash_score_range(functions, 2, True), SelectionConfig(keep=KEEPS[0], dense_layers=())
-    mask = select_mask(scores, places[None], selection, bounds)
-    grouped = picked.reshape(1, PICKS, KV_HEADS, 2, DIM)
-    logits = jnp.einsum("btkgd,bskd->bkgts", grouped, keys) * DIM**-0.5
-    mask = jnp.repeat(mask, 2, axis=2).reshape(1, PICKS, KV_HEADS, 2, WINDOW).transpose(0, 2, 3, 1, 4)
-    found = np.moveaxis(np.asarray(jax.jit(attend_by_logits)(logits, mask, values, places[None], params)), 3, 1)[0]
+
+    @jax.jit
+    def attend(queries, keys, values):
+        """Attention with the tail, from masks and logits of the whole window."""
+        picked = queries[:, places]
+        scores = hash_scores(functions, picked, functions.key_codes(keys), True)
+        bounds, selection = hash_score_range(functions, 2, True), SelectionConfig(keep=KEEPS[0], dense_layers=())
+        mask = select_mask(scores, places[None], selection, bounds)
+        grouped = picked.reshape(1, PICKS, KV_HEADS, 2, DIM)
+        logits = jnp.einsum("btkgd,bskd->bkgts", grouped, keys) * DIM**-0.5
+        mask = jnp.repeat(mask, 2, axis=2).reshape(1, PICKS, KV_HEADS, 2, WINDOW).transpose(0, 2, 3, 1, 4)
+        return attend_by_logits(logits, mask, values, places[None], params)
+
+    found = np.moveaxis(np.asarray(attend(queries, keys, values)), 3, 1)[0]
     expected = np.square(found.reshape(dense.shape) - dense).sum(-1) / np.square(dense).sum(-1)
     np.testing.assert_allclose(error[:PICKS].reshape(PICKS, Q_HEADS), expected, rtol=1e-3, atol=1e-5)
 
