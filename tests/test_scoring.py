@@ -38,6 +38,7 @@ query_weights = jax.jit(lambda params, x, per_kv_head=False: params.query_weight
 sum_weights = jax.jit(lambda params, x, per_kv_head=False: params.score_heads(x, per_kv_head), static_argnums=2)
 
 
+@functools.cache
 def random_params(cfg):
     if cfg.form == "transform":
         return draw_params(cfg, SHAPE).layer(0)
@@ -48,7 +49,6 @@ def random_params(cfg):
     return drawn.replace(stats=drawn.stats.replace(scale=jnp.abs(drawn.stats.scale) + 0.5))
 
 
-@functools.cache
 def params_of(form):
     return random_params(FORMS[form])
 

@@ -12,6 +12,9 @@ from spotlight_jax import tail
 
 BATCH, KV_HEADS, GROUP, DIM = 2, 3, 2, 8
 
+add_tokens, logit_moments = jax.jit(tail.add_tokens), jax.jit(tail.logit_moments)
+take_off, estimate = jax.jit(tail.take_off), jax.jit(tail.estimate)
+
 
 def draw(seed: int, length: int, scale: float = 1.0) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries, keys and values; keys and values have means far from zero."""
@@ -24,7 +27,7 @@ def draw(seed: int, length: int, scale: float = 1.0) -> tuple[jax.Array, jax.Arr
 def all_moments(keys: jax.Array, values: jax.Array, ends: np.ndarray) -> tail.Moments:
     """Of whole sequences in one call."""
     places = jnp.broadcast_to(jnp.arange(keys.shape[1], dtype=jnp.int32), keys.shape[:2])
-    return tail.add_tokens(
+    return add_tokens(
         tail.empty_moments(BATCH, KV_HEADS, DIM), keys, values, tail.counted(places, jnp.asarray(ends, jnp.int32))
     )
 
@@ -51,7 +54,7 @@ def test_moments_by_chunks_and_steps_are_those_of_the_whole(pieces):
     for size in pieces:
         places = jnp.broadcast_to(jnp.arange(start, start + size, dtype=jnp.int32), (BATCH, size))
         piece = slice(start, start + size)
-        moments = tail.add_tokens(moments, keys[:, piece], values[:, piece], tail.counted(places, ends))
+        moments = add_tokens(moments, keys[:, piece], values[:, piece], tail.counted(places, ends))
         start += size
     for found, expected in zip(jax.tree.leaves(moments), jax.tree.leaves(all_moments(keys, values, ends)), strict=True):
         np.testing.assert_allclose(found, expected, atol=2e-4, rtol=2e-4)
@@ -74,7 +77,7 @@ def unread_by_moments(queries, keys, values, is_read):
     """The same by what a decoding step knows: moments of all, and sums over what it read."""
     length = keys.shape[1]
     queries, keys, values = map(jnp.asarray, (queries, keys, values))
-    whole = tail.logit_moments(all_moments(keys, values, np.full((BATCH,), length)), queries)
+    whole = logit_moments(all_moments(keys, values, np.full((BATCH,), length)), queries)
     logits = jnp.einsum("bkgd,bskd->bkgs", queries, keys) * DIM**-0.5
     off = logits - whole.mean[..., None]
     took = jnp.asarray(is_read).at[..., 0].set(False)[:, :, None].astype(jnp.float32)
@@ -84,7 +87,7 @@ def unread_by_moments(queries, keys, values, is_read):
         jnp.einsum("bkgs,bskgd->bkgd", jnp.broadcast_to(took, off.shape), values_off),
         jnp.einsum("bkgs,bskgd->bkgd", off * took, values_off),
     )  # fmt: skip
-    return tail.take_off(whole, *sums)
+    return take_off(whole, *sums)
 
 
 def test_what_is_left_when_tokens_are_taken_off_are_the_moments_of_the_rest():
@@ -107,7 +110,7 @@ def test_the_estimate_is_the_modules_formula_in_numpy():
         *(jnp.asarray(rng.normal(size=(*rows, DIM)), jnp.float32) for _ in range(2)),
     )  # fmt: skip
     params = jax.tree.map(lambda leaf: leaf[0], tail.init_tail(1, 6))
-    log_mass, value = tail.estimate(unread, jnp.full(rows, 100.0), jnp.full(rows, 1e3), params)
+    log_mass, value = estimate(unread, jnp.full(rows, 100.0), jnp.full(rows, 1e3), params)
     normal, m, v = scipy.stats.norm, np.asarray(unread.mean, np.float64), np.asarray(unread.variance, np.float64)
     a = normal.ppf(0.9)
     h = normal.pdf(a) / normal.cdf(a)
@@ -129,16 +132,16 @@ def test_jointly_normal_keys_and_values_are_estimated_right():
     logits = np.einsum("d,sd->s", queries[0, 0, 0], keys[0, :, 0]) / np.sqrt(dim)
     is_read = logits >= np.quantile(logits[1:], 0.98)
     took, whole = is_read[1:], slice(1, None)
-    moments = tail.add_tokens(
+    moments = add_tokens(
         tail.empty_moments(1, 1, dim), *(jnp.asarray(x, jnp.float32) for x in (keys, values)),
         jnp.asarray(np.arange(length) > 0)[None],
     )  # fmt: skip
-    known = tail.logit_moments(moments, jnp.asarray(queries, jnp.float32))
+    known = logit_moments(moments, jnp.asarray(queries, jnp.float32))
     x, y = logits[whole] - float(known.mean[0, 0, 0]), values[0, whole, 0] - np.asarray(known.value[0, 0, 0])
     sums = (took.sum(), x[took].sum(), (x[took] ** 2).sum(), y[took].sum(0), (x[took, None] * y[took]).sum(0))
-    unread = tail.take_off(known, *(jnp.asarray(s, jnp.float32)[None, None, None] for s in sums))
+    unread = take_off(known, *(jnp.asarray(s, jnp.float32)[None, None, None] for s in sums))
     params = jax.tree.map(lambda leaf: leaf[0], tail.init_tail(1, 1))
-    log_mass, value = tail.estimate(unread, known.count, jnp.full((1, 1, 1), logits.max()), params)
+    log_mass, value = estimate(unread, known.count, jnp.full((1, 1, 1), logits.max()), params)
     weights = np.exp(logits[whole][~took])
     assert abs(float(log_mass[0, 0, 0]) - np.log(weights.sum())) < 0.02
     truth = (weights[:, None] * values[0, whole, 0][~took]).sum(axis=0) / weights.sum()
@@ -153,7 +156,7 @@ def test_with_nothing_unread_or_a_closed_gate_the_output_is_what_was_read():
     vector, one = jnp.full((*rows, DIM), 5.0), jnp.full(rows, 1.0)
     for count, chosen in ((0.0, params), (40.0, params.replace(gate=params.gate * 0))):
         unread = tail.UnreadMoments(jnp.full(rows, count), one, one, vector, vector)
-        log_mass, value = tail.estimate(unread, jnp.full(rows, 50.0), one, chosen)
+        log_mass, value = estimate(unread, jnp.full(rows, 50.0), one, chosen)
         out, share = tail.join(read, one, value, log_mass)
         np.testing.assert_array_equal(out, read)
         assert not share.any()
@@ -164,7 +167,7 @@ def respond(queries, keys, is_read, highest):
     """Output, share and log mass for keys that are their own values; one program for all examples."""
     unread = unread_by_moments(queries, keys, keys, is_read)
     params = jax.tree.map(lambda leaf: leaf[0], tail.init_tail(1, KV_HEADS * GROUP))
-    log_mass, value = tail.estimate(unread, jnp.full(highest.shape, keys.shape[1] - 1.0), highest, params)
+    log_mass, value = estimate(unread, jnp.full(highest.shape, keys.shape[1] - 1.0), highest, params)
     return *tail.join(jnp.ones(value.shape), highest, value, log_mass), log_mass
 
 

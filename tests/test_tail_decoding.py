@@ -32,6 +32,7 @@ def selector(per_query_head=False):
     return dataclasses.replace(base, params=base.params.replace(tail=drawn))
 
 
+@functools.cache
 def make_engine(selection=SPARSE, **fields):
     return Engine(
         tiny.MODEL, tiny.model().params, selector(), DecodeConfig(selection=selection, prefill_chunk=32, **fields)
@@ -51,12 +52,13 @@ def draw(length, seed=0):
     return tiny.draw_tokens(length, seed).tolist()
 
 
-def moments_of(layer, length, row=0):
+@jax.jit
+def moments_of(layer, length, row):
     """By one pass over what is cached."""
     places = jnp.arange(layer.keys.shape[1], dtype=jnp.int32)[None]
     return tail.add_tokens(
-        tail.empty_moments(1, *layer.keys.shape[2:]), layer.keys[row : row + 1], layer.values[row : row + 1],
-        tail.counted(places, jnp.asarray([length], jnp.int32)),
+        tail.empty_moments(1, *layer.keys.shape[2:]), layer.keys[row][None], layer.values[row][None],
+        tail.counted(places, length[None]),
     )  # fmt: skip
 
 
