@@ -1,5 +1,6 @@
 # Most of a test's time is XLA's: programs that run once need few of its optimisations. `make parity` and the GPU's tests have all.
-QUICK = JAX_DISABLE_MOST_OPTIMIZATIONS=1
+# Bytecode is kept, whatever the shell says: every worker and every command that a test starts would compile all modules anew.
+QUICK = JAX_DISABLE_MOST_OPTIMIZATIONS=1 PYTHONDONTWRITEBYTECODE=
 
 # Every command runs in .venv, which `make setup` creates and brings up to date when pyproject.toml changes.
 PYTHON ?= python3

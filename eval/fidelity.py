@@ -12,6 +12,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import rich.table
 import tyro
@@ -73,12 +74,12 @@ def compare_folders(reference: Path, other: Path, plain: bool = False) -> tuple[
     return found, sorted(first.keys() ^ second.keys())
 
 
-def main(cfg: FidelityConfig) -> dict:
+def main(cfg: FidelityConfig) -> dict[str, Any]:
     """Compare, print a table of each folder and one line of JSON; returns what the line holds."""
     if not cfg.predictions:
         raise InputError("give a folder of predictions to compare with the reference")
     console = open_console()
-    results: list[dict] = []
+    results: list[dict[str, Any]] = []
     for folder in cfg.predictions:
         tasks, alone = compare_folders(cfg.reference, folder, cfg.plain)
         mean = statistics.fmean(task.score for task in tasks)

@@ -25,7 +25,8 @@ import platformdirs
 
 from spotlight_jax.derived import find_derived, write_derived
 from spotlight_jax.errors import InputError
-from spotlight_jax.packages import Package, Progress, fetch_package
+from spotlight_jax.packages import Package, fetch_package
+from spotlight_jax.packages import Progress as Progress
 from spotlight_jax.text_files import json_line, split_lines
 
 _FORMAT = 2  # raised when a part's extraction changes, so that old cache files are not read

@@ -1,6 +1,7 @@
 """Hash functions as after training: every array differs from where training starts."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from spotlight_jax.selector.forms import init_functions
 from spotlight_jax.selector.networks import NetworkHash
 
 
+@functools.cache
 def draw_params(cfg: HashConfig, shape: HeadShape, seed: int = 1) -> HashFunctions:
     """Params for keys of about unit size. In the transform form an axis has four digits, and every second query head
     of a group is in the second sum."""

@@ -29,7 +29,7 @@ from spotlight_jax.selector.selection import select_mask
 from tests.hash_params import draw_params
 from tests.tolerances import tolerance
 
-MODEL = PRESETS["tiny"]
+MODEL = dataclasses.replace(PRESETS["tiny"], layers=2)  # one that may be dense, one that is sparse
 HASHES = {
     "transform": TransformConfig(code_bits=64),
     "asymmetric": NetworkConfig("asymmetric", code_bits=64, hidden=24),

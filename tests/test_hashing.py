@@ -1,6 +1,7 @@
 """Hash functions: networks and fixed-point digits beside numpy loops, the LSH start, packing, query weights."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +52,7 @@ def head_shape(cfg):
     return SQUARE if isinstance(cfg, NetworkConfig) and cfg.skip == "layers" else SHAPE
 
 
+@functools.cache
 def random_params(cfg, seed=0):
     """One layer's params with every leaf random, biases and output layers too, so that each part matters."""
     shape = dataclasses.replace(head_shape(cfg), layers=1)

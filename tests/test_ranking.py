@@ -45,6 +45,8 @@ def sample_pairs(key, queries, positions, keys, cfg):
     return pairs.sample_pairs(key, scores, positions, cfg)
 
 
+hash_keys = jax.jit(lambda params, x: params.hash_keys(x))
+hash_queries = jax.jit(lambda params, x: params.hash_queries(x))
 jitted_pairs = jax.jit(sample_pairs, static_argnums=4)
 
 
@@ -54,6 +56,7 @@ def draw(seed=0, q_len=Q_LEN, kv_len=KV_LEN):
     return queries, rng.normal(size=(kv_len, KV_HEADS, HEAD_DIM)).astype(np.float32)
 
 
+@functools.cache
 def random_params(cfg, seed=0):
     shape = HeadShape(layers=1, q_heads=Q_HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM)
     if cfg.form == "transform":
@@ -75,8 +78,7 @@ def score_loops(queries, keys):
 
 def learned_scores(params, queries, keys, gamma, cfg, per_kv_head=False):
     """What is learned, [heads, q_len, kv_len] in float64; hash outputs are those of test_hashing.py."""
-    hashed = np.asarray(jax.jit(lambda params, x: params.hash_keys(x))(params, keys), np.float64)
-    asked = np.asarray(jax.jit(lambda params, x: params.hash_queries(x))(params, queries), np.float64)
+    hashed, asked = (np.asarray(x, np.float64) for x in (hash_keys(params, keys), hash_queries(params, queries)))
     codes = np.sign(hashed) if cfg.form == "transform" else gamma * hashed / (1 + gamma * np.abs(hashed))
     if cfg.form == "symmetric":
         asked = gamma * asked / (1 + gamma * np.abs(asked))

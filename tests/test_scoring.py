@@ -1,6 +1,7 @@
 """Scores of cached tokens beside loops over unpacked bits and plain dot products."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,7 @@ query_weights = jax.jit(lambda params, x, per_kv_head=False: params.query_weight
 sum_weights = jax.jit(lambda params, x, per_kv_head=False: params.score_heads(x, per_kv_head), static_argnums=2)
 
 
+@functools.cache
 def random_params(cfg):
     if cfg.form == "transform":
         return draw_params(cfg, SHAPE).layer(0)
@@ -47,7 +49,8 @@ def random_params(cfg):
     return drawn.replace(stats=drawn.stats.replace(scale=jnp.abs(drawn.stats.scale) + 0.5))
 
 
-PARAMS = {form: random_params(cfg) for form, cfg in FORMS.items()}
+def params_of(form):
+    return random_params(FORMS[form])
 
 
 def draw_queries(seed, q_len=Q_LEN):
@@ -85,7 +88,7 @@ def expected_scores(weights, codes, heads):
 @pytest.mark.parametrize(("form", "per_kv_head"), CASES)
 @pytest.mark.parametrize("q_len", [1, Q_LEN, 17])
 def test_a_score_is_the_highest_sum_of_weights_where_the_code_has_a_bit(form, per_kv_head, q_len):
-    cfg, params = FORMS[form], PARAMS[form]
+    cfg, params = FORMS[form], params_of(form)
     queries, codes = draw_queries(1, q_len), draw_codes(2, cfg)
     has_own_codes = cfg.code_heads == "query"
     weights = np.asarray(query_weights(params, queries, per_kv_head and not has_own_codes), np.int64)
@@ -97,7 +100,7 @@ def test_a_score_is_the_highest_sum_of_weights_where_the_code_has_a_bit(form, pe
 @pytest.mark.parametrize("form", ["paper", "shared code"])
 @pytest.mark.parametrize("per_kv_head", [False, True])
 def test_symmetric_scores_rank_tokens_as_popcount_of_xnor_does(form, per_kv_head):
-    cfg, params = FORMS[form], PARAMS[form]
+    cfg, params = FORMS[form], params_of(form)
     queries, codes = draw_queries(3), draw_codes(4, cfg)
     signs = np.asarray(query_weights(params, queries, False))[:, :, :, 0] > 0
     words = np.zeros((*signs.shape[:3], cfg.code_bits // 32), np.uint32)
@@ -115,7 +118,7 @@ def test_symmetric_scores_rank_tokens_as_popcount_of_xnor_does(form, per_kv_head
 
 @pytest.mark.parametrize("form", ["paper", "shared code"])
 def test_a_key_equal_to_the_query_scores_highest_and_its_complement_lowest(form):
-    cfg, params = FORMS[form], PARAMS[form]
+    cfg, params = FORMS[form], params_of(form)
     queries, codes = draw_queries(5, q_len=1), draw_codes(6, cfg)
     signs = np.asarray(query_weights(params, queries, False))[:, 0, :, 0] > 0
     own = np.asarray(jax.jit(pack_bits)(signs))
@@ -132,7 +135,7 @@ def test_a_key_equal_to_the_query_scores_highest_and_its_complement_lowest(form)
 @pytest.mark.parametrize(("form", "per_kv_head"), CASES)
 @given(seed=st.integers(0, 2**16))
 def test_scores_stay_in_their_range(form, per_kv_head, seed):
-    cfg, params = FORMS[form], PARAMS[form]
+    cfg, params = FORMS[form], params_of(form)
     least, greatest = scoring.hash_score_range(params, GROUP, per_kv_head)
     queries, codes = draw_queries(seed), draw_codes(seed, cfg)
     codes[..., 0] = 0xFFFFFFFF
@@ -157,12 +160,12 @@ def test_scores_stay_in_their_range(form, per_kv_head, seed):
     ],
 )
 def test_ranges_are_half_of_all_weights_together(form, per_kv_head, bound):
-    assert scoring.hash_score_range(PARAMS[form], GROUP, per_kv_head) == (-bound, bound)
+    assert scoring.hash_score_range(params_of(form), GROUP, per_kv_head) == (-bound, bound)
 
 
 def test_the_higher_of_two_sums_counts():
     """A group's second sum holds its second query head alone, as `draw_params` has it."""
-    cfg, params = FORMS["transform"], PARAMS["transform"]
+    cfg, params = FORMS["transform"], params_of("transform")
     queries, codes = draw_queries(11), draw_codes(12, cfg)
     both = np.asarray(hash_scores(params, queries, codes, True))
     weights = np.asarray(query_weights(params, queries, True), np.int64)
@@ -174,7 +177,7 @@ def test_the_higher_of_two_sums_counts():
 @pytest.mark.parametrize("form", ["asymmetric", "transform", "transform, one sum"])
 @pytest.mark.parametrize("per_kv_head", [False, True])
 def test_scores_rank_tokens_as_real_weights_do_to_half_a_unit_a_bit(form, per_kv_head):
-    cfg, params = FORMS[form], PARAMS[form]
+    cfg, params = FORMS[form], params_of(form)
     queries, codes = draw_queries(13), draw_codes(14, cfg)
     outputs = jax.jit(lambda params, x: params.hash_queries(x))(params, queries)
     weights = np.asarray(sum_weights(params, outputs, per_kv_head), np.float64)
@@ -193,7 +196,7 @@ def test_scores_rank_tokens_as_real_weights_do_to_half_a_unit_a_bit(form, per_kv
 @pytest.mark.parametrize(("form", "per_kv_head"), CASES)
 @given(seed=st.integers(0, 2**16))
 def test_permuting_the_cache_permutes_scores(form, per_kv_head, seed):
-    cfg, params = FORMS[form], PARAMS[form]
+    cfg, params = FORMS[form], params_of(form)
     order = np.random.default_rng(seed).permutation(KV_LEN)
     queries, codes = draw_queries(seed), draw_codes(seed, cfg)
     scores = np.asarray(hash_scores(params, queries, codes, per_kv_head))

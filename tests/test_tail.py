@@ -8,10 +8,13 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spotlight_jax import moments as kept
 from spotlight_jax import tail
-from spotlight_jax.moments import BLOCK, Moments, add_tokens, empty_moments, fold, with_newest
+from spotlight_jax.moments import BLOCK, Moments, empty_moments, with_newest
 
 BATCH, KV_HEADS, GROUP, DIM = 2, 3, 2, 8
+add_tokens, fold = jax.jit(kept.add_tokens), jax.jit(kept.fold, static_argnames="tokens")
+estimate, query_moments = jax.jit(tail.estimate), jax.jit(tail.query_moments)
 
 
 def draw(seed: int, length: int, scale: float = 1.0) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -54,10 +57,9 @@ def test_moments_by_chunks_and_steps_are_those_of_all_full_blocks(pieces):
     _, keys, values = draw(1, 300)
     ends, start = jnp.asarray([300, 131], jnp.int32), 0
     moments = empty_moments(BATCH, KV_HEADS, DIM, np.dtype("float32"))
-    fold_jitted = jax.jit(fold, static_argnames="tokens")
     for size in pieces:
         starts = jnp.minimum(start, ends)
-        moments = fold_jitted(moments, keys, values, starts, jnp.minimum(start + size, ends), tokens=size)
+        moments = fold(moments, keys, values, starts, jnp.minimum(start + size, ends), tokens=size)
         start += size
     expected = all_moments(keys, values, np.asarray(ends) // BLOCK * BLOCK)
     for one, other in zip(jax.tree.leaves(moments), jax.tree.leaves(expected), strict=True):
@@ -73,7 +75,7 @@ def test_every_token_is_in_the_moments_or_newest_but_the_first(end):
         empty_moments(1, 1, 2, np.dtype("float32")),
         *[jnp.ones((1, end + 5, 1, 2))] * 2,
         *jnp.asarray([[0], [end - 1]], jnp.int32),
-        end,
+        tokens=end,
     )
     assert newest.tolist() == list(range(max(int(moments.count[0]) + 1, 1) if moments.count[0] else 0, end))
 
@@ -95,7 +97,7 @@ def unread_by_moments(queries, keys, values, is_read):
     """What a decoding step knows: moments of all, and of what is left when what it read is taken off."""
     length = keys.shape[1]
     queries, keys, values = map(jnp.asarray, (queries, keys, values))
-    whole, of_values = tail.query_moments(all_moments(keys, values, np.full((BATCH,), length)), queries)
+    whole, of_values = query_moments(all_moments(keys, values, np.full((BATCH,), length)), queries)
     logits = jnp.einsum("bkgd,bskd->bkgs", queries, keys) * DIM**-0.5
     off = logits - whole.mean[..., None]
     took = jnp.asarray(is_read).at[..., 0].set(False)[:, :, None].astype(jnp.float32)
@@ -127,7 +129,7 @@ def test_the_estimate_is_the_modules_formula_in_numpy():
 
     whole, unread = draw_moments(100.0), draw_moments(90.0)
     values = tail.ValueMoments(*(jnp.asarray(rng.normal(size=(*rows, DIM)), jnp.float32) for _ in range(2)))
-    log_mass, value = tail.estimate(whole, unread, values, jnp.full(rows, 1e3), start(6))
+    log_mass, value = estimate(whole, unread, values, jnp.full(rows, 1e3), start(6))
     normal, m, v = scipy.stats.norm, np.asarray(unread.mean, np.float64), np.asarray(unread.variance, np.float64)
     a = normal.ppf(0.9)
     h = normal.pdf(a) / normal.cdf(a)
@@ -155,11 +157,11 @@ def test_jointly_normal_keys_and_values_are_estimated_right():
         empty_moments(1, 1, dim, np.dtype("float32")), *(jnp.asarray(x, jnp.float32) for x in (keys, values)),
         jnp.asarray(np.arange(length) > 0)[None],
     )  # fmt: skip
-    known, of_values = tail.query_moments(moments, jnp.asarray(queries, jnp.float32))
+    known, of_values = query_moments(moments, jnp.asarray(queries, jnp.float32))
     x = logits[whole] - float(known.mean[0, 0, 0])
     sums = (jnp.full((1, 1, 1), one, jnp.float32) for one in (took.sum(), x[took].sum(), (x[took] ** 2).sum()))
     unread = tail.take_off(known, *sums)
-    log_mass, value = tail.estimate(known, unread, of_values, jnp.full((1, 1, 1), logits.max()), start(1, 1))
+    log_mass, value = estimate(known, unread, of_values, jnp.full((1, 1, 1), logits.max()), start(1, 1))
     weights = np.exp(logits[whole][~took])
     assert abs(float(log_mass[0, 0, 0]) - np.log(weights.sum())) < 0.02
     truth = (weights[:, None] * values[0, whole, 0][~took]).sum(axis=0) / weights.sum()
@@ -174,7 +176,7 @@ def test_with_nothing_unread_or_a_closed_gate_the_output_is_what_was_read():
     vector, one = jnp.full((*rows, DIM), 5.0), jnp.full(rows, 1.0)
     for count, chosen in ((0.0, params), (40.0, params._replace(gate=params.gate * 0))):
         whole, unread = (tail.LogitMoments(jnp.full(rows, each), one, one) for each in (50.0, count))
-        log_mass, value = tail.estimate(whole, unread, tail.ValueMoments(vector, vector), one, chosen)
+        log_mass, value = estimate(whole, unread, tail.ValueMoments(vector, vector), one, chosen)
         out, share = tail.join(read, one, value, log_mass)
         np.testing.assert_array_equal(out, read)
         assert not share.any()
@@ -195,7 +197,7 @@ def test_the_normal_distributions_functions_are_scipys(x):
 def respond(queries, keys, is_read, highest):
     """Output, share and log mass for keys that are their own values; one program for all examples."""
     whole, unread, values = unread_by_moments(queries, keys, keys, is_read)
-    log_mass, value = tail.estimate(whole, unread, values, highest, start(KV_HEADS * GROUP))
+    log_mass, value = estimate(whole, unread, values, highest, start(KV_HEADS * GROUP))
     return *tail.join(jnp.ones(value.shape), highest, value, log_mass), log_mass
 
 

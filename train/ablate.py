@@ -30,17 +30,17 @@ from spotlight_jax.display import Display, make_table, open_console, print_resul
 from spotlight_jax.errors import InputError, check_numbers
 from spotlight_jax.metrics import SelectionQuality
 from spotlight_jax.models.config import nearest
-from train.config import PRESETS, LayerwiseConfig, MeasureConfig, with_recipe
+from train.config import PRESETS, EvaluationConfig, LayerwiseConfig, with_recipe
 from train.data import open_inputs
 from train.estimate import compiled_step_bytes
+from train.evaluate import mean_over_sparse
 from train.loop import announce
-from train.measure import mean_over_sparse
 from train.plots import plot_ablation
 from train.report import write_results
 from train.trainer import Trainer, first_state
 
 _ROW = "ablation.json"  # of each variant, in its folder, and of all
-_NEVER = 10**9  # steps between measurements and checkpoints: a variant is measured at its end
+_NEVER = 10**9  # steps between evaluations and checkpoints: a variant is evaluated at its end
 _ALL_TEXTS = "all texts"  # what `eval.perplexity` calls all of them together
 _KEEPS = (0.02, 0.1)  # shares whose perplexities the table has
 
@@ -255,17 +255,17 @@ def _train_on_windows(trainers: dict[str, Trainer], out: pathlib.Path, display: 
 
 
 def _finish(name: str, trainer: Trainer, out: pathlib.Path) -> None:
-    """Measure a trained variant, export it, and write its row."""
-    trainer.measure()
+    """Evaluate a trained variant, export it, and write its row."""
+    trainer.evaluate()
     summary = write_results(trainer)
     trainer.close()
     row = {"variant": name, "is_finished": trainer.step == trainer.plan.cfg.steps}
     row |= {"bits": trainer.plan.cfg.hash.code_bits, "steps": trainer.step}
     row |= {"window": trainer.plan.cfg.data.window, "seed": trainer.plan.cfg.seed, "seconds": round(trainer.seconds, 1)}
     row |= {"selector": str(out / name / "selector"), "iou_lsh": summary["iou_lsh"], "mass_lsh": summary["mass_lsh"]}
-    cfg = trainer.plan.cfg.measure  # per KV head, by probability: measured above
+    cfg = trainer.plan.cfg.measure  # per KV head, by probability: evaluated above
     row |= _means(trainer.quality["trained"], "", cfg)
-    others: dict[str, MeasureConfig] = {
+    others: dict[str, EvaluationConfig] = {
         "_scores": dataclasses.replace(cfg, oracle="scores"),
         "_query_head": dataclasses.replace(cfg, per="query_head"),
     }
@@ -274,7 +274,7 @@ def _finish(name: str, trainer: Trainer, out: pathlib.Path) -> None:
     files.write_json(out / name / _ROW, row)
 
 
-def _means(quality: SelectionQuality, suffix: str, cfg: MeasureConfig) -> dict[str, float]:
+def _means(quality: SelectionQuality, suffix: str, cfg: EvaluationConfig) -> dict[str, float]:
     """IoU, mass and the oracle's mass of one way of selecting, over the layers that select."""
     named = {"iou": quality.iou, "mass": quality.mass, "mass_oracle": quality.oracle_mass}
     return {
@@ -317,7 +317,7 @@ def _write_table(rows: list[dict[str, Any]], out: pathlib.Path) -> None:
     files.write_text(out / "ablation.md", "\n".join(lines) + "\n")
     files.write_json(out / _ROW, rows)
     plot_ablation(out / "ablation.png", rows)
-    title = f"{len(rows)} variants, keep {MeasureConfig.keep:g} (at least {MIN_TOKENS} tokens)"
+    title = f"{len(rows)} variants, keep {EvaluationConfig.keep:g} (at least {MIN_TOKENS} tokens)"
     print_table(open_console(), make_table(title, list(columns.values()), cells))
     methods = " ".join(f"spotlight@{out / row['variant']}" for row in rows)
     keeps = " ".join(f"{keep:g}" for keep in _KEEPS)

@@ -57,8 +57,8 @@ def capture_layer(
             on None.
     """
 
-    def capture_own(layer_params, x, positions, picks):
-        def attend(queries, keys, values):
+    def capture_own(layer_params: Params, x: Array, positions: Array, picks: Array) -> tuple[Array | None, Captured]:
+        def attend(queries: Array, keys: Array, values: Array) -> tuple[Array, Captured]:
             picked = jnp.take_along_axis(queries, picks[:, :, None, None], axis=1)
             outputs = causal_attention(queries, keys, values) if passes_on else queries
             return outputs, Captured(queries=picked, picks=picks, keys=keys)

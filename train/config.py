@@ -29,7 +29,7 @@ class OptimizerConfig:
     clip: float = 1.0
     """Largest norm of one layer's gradient."""
     ema: float = 0.0
-    """Decay per step of a moving average of the weights; it is what is measured and exported (0: the weights)."""
+    """Decay per step of a moving average of the weights; it is what is evaluated and exported (0: the weights)."""
 
     def __post_init__(self) -> None:
         """Refuse what no run can use."""
@@ -77,11 +77,11 @@ ORACLES: dict[Oracle, str] = {"scores": "oracle-scores", "probabilities": "oracl
 
 
 @dataclasses.dataclass(frozen=True)
-class MeasureConfig:
-    """What is measured on held-out windows, and when."""
+class EvaluationConfig:
+    """What is evaluated on held-out windows, and when."""
 
     every: int = 100
-    """Steps between two measurements; the first and the last state are always measured."""
+    """Steps between two evaluations; the first and the last state are always evaluated."""
     queries: int = 256
     """Queries per held-out window, spread over it."""
     keep: float = 0.02
@@ -95,10 +95,10 @@ class MeasureConfig:
     """Layers that decoding reads densely: trained, but not in the means."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be measured."""
+        """Refuse what cannot be evaluated."""
         check_numbers(self)
         if self.every < 1 or self.queries < 1:
-            raise InputError(f"measure every {self.every} steps with {self.queries} queries; give at least 1 of each")
+            raise InputError(f"evaluate every {self.every} steps with {self.queries} queries; give at least 1 of each")
         _ = self.selection  # refuses what selects nothing
 
     @property
@@ -171,7 +171,7 @@ class LayerwiseConfig:
     hash: TransformConfig | NetworkConfig = TransformConfig()
     ranking: MassLoss | PairLoss = MassLoss(target="kv_head")
     optimizer: OptimizerConfig | AnnealedOptimizerConfig = OptimizerConfig(learning_rate=1e-2)
-    measure: MeasureConfig = MeasureConfig()
+    measure: EvaluationConfig = EvaluationConfig()
     tail: TailConfig = TailConfig()
     layers_at_once: int = 1
     """Layers whose loss each device works on together: higher is faster on a GPU and uses more memory."""
@@ -208,7 +208,7 @@ class LayerwiseConfig:
         if self.resume and self.out is None:
             raise InputError("--resume needs the run's folder: add --out RUN_FOLDER")
         if self.data.held_out_windows < 1:
-            raise InputError("data.held_out_windows is 0; training needs at least 1 window to measure on")
+            raise InputError("data.held_out_windows is 0; training needs at least 1 window to evaluate on")
         if "kv_head" in self.ranking.targets and self.hash.code_heads != "kv":
             given = f"--ranking.target {self.ranking.target}"
             raise InputError(f"{given} sums scores of one key code; give --ranking.target query_head")
@@ -265,7 +265,7 @@ PRESETS = {
         steps_per_window=4,
         fit_windows=4,
         data=DataConfig(window=2048, held_out_windows=4),
-        measure=MeasureConfig(every=16, queries=128),
+        measure=EvaluationConfig(every=16, queries=128),
         tail=TailConfig(windows=4, queries=64, steps=100, learning_rate=0.1),
         save_every=16,
     ),
@@ -285,7 +285,7 @@ PRESETS = {
             weighting="uniform",
         ),
         optimizer=AnnealedOptimizerConfig(learning_rate=1e-3, gamma_start=64.0, anneal=0.0),
-        measure=MeasureConfig(per="query_head", every=512),
+        measure=EvaluationConfig(per="query_head", every=512),
         tail=TailConfig(windows=0),
         save_every=256,
     ),

@@ -14,8 +14,8 @@ from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import Params
 from spotlight_jax.selector.base import HashFunctions
 from train.capture import capture_layers
-from train.config import MeasureConfig
-from train.measure import measure_layers
+from train.config import EvaluationConfig
+from train.evaluate import evaluate_layers
 from train.positions import far_positions
 
 MOST_QUERIES = 64  # of a window: their probabilities over a long context are large
@@ -57,12 +57,12 @@ def choose_windows(
     return FarWindows(few, far_positions(few.shape[1], length), is_whole=False)
 
 
-def measure_far(
+def evaluate_far(
     far: FarWindows,
     model_params: Params,
     model_cfg: DecoderConfig,
     hashes: dict[str, HashFunctions],
-    cfg: MeasureConfig,
+    cfg: EvaluationConfig,
     mesh: Mesh,
 ) -> dict[str, SelectionQuality]:
     """Quality of each of several hash functions (all layers) on the same windows, from one pass over each.
@@ -83,7 +83,7 @@ def measure_far(
                 per_window = []
                 for place in range(min(rows, windows - first)):
                     window = jax.tree.map(lambda leaf: leaf[place][None], seen)  # noqa: B023
-                    quality = measure_layers(one, window, cfg.selection, 1, cfg.oracle)
+                    quality = evaluate_layers(one, window, cfg.selection, 1, cfg.oracle)
                     per_window.append(jax.tree.map(np.asarray, quality))
                 own[name].append(per_window)
         for name, layers in own.items():

@@ -19,10 +19,10 @@ from spotlight_jax.errors import InputError
 from spotlight_jax.memory import GIB
 from spotlight_jax.models.source import lasting_name
 from train import estimate
+from train.checkpointing import newest_step
 from train.config import LayerwiseConfig
 from train.data import open_inputs
 from train.report import print_results, write_results
-from train.states import newest_step
 from train.trainer import Trainer, check_finite, first_state, step_once
 
 _TIMED_STEPS = 3  # of a dry run
@@ -121,7 +121,7 @@ def _has_checkpoint(folder: runs.RunFolder) -> bool:
 
 
 def _train(trainer: Trainer, stop: list[int], display: Display) -> None:
-    """Steps, measurements and checkpoints until the last step or a signal."""
+    """Steps, evaluations and checkpoints until the last step or a signal."""
     cfg = trainer.plan.cfg
     if trainer.step == 0:
         trainer.save(is_awaited=True)  # a run that has rows of steps has a checkpoint to resume from
@@ -136,7 +136,7 @@ def _train(trainer: Trainer, stop: list[int], display: Display) -> None:
             trainer.log(*pending)
             pending = None
         if is_last or trainer.step % cfg.measure.every == 0:
-            trainer.measure()
+            trainer.evaluate()
         if is_last or trainer.step % cfg.save_every == 0:
             trainer.save()
     if pending is not None:

@@ -64,7 +64,7 @@ def write_results(trainer: Trainer) -> dict[str, Any]:
     """Export the selector, draw the pictures, write the summary."""
     folder = trainer.folder
     path = folder.path / "selector"
-    trainer.measure_length()
+    trainer.evaluate_length()
     sets = [_on_host(trainer, length) for length in trainer.plan.lengths]
     errors: dict[str, float] = {}
     if trainer.plan.cfg.tail.windows:

@@ -30,7 +30,7 @@ class TrainState:
 
     @property
     def selector(self) -> HashFunctions:
-        """What is measured and exported."""
+        """What is evaluated and exported."""
         return self.params if self.averaged is None else dataclasses.replace(self.params, weights=self.averaged)
 
 
@@ -101,12 +101,12 @@ def train_step(
     optimizer = make_optimizer(cfg.optimizer, cfg.steps)
     gamma = gamma_at(step, cfg.optimizer, cfg.steps)
 
-    def step_layer(args):
+    def step_layer(args: tuple[TrainState, Captured, PRNGKeyArray]) -> tuple[TrainState, StepReport]:
         state, seen, layer_key = args
         params, averaged = state.params, state.averaged
 
-        def loss_of(weights):
-            layer = params.replace(weights=weights)
+        def loss_of(weights: Any) -> tuple[Array, Array]:
+            layer = dataclasses.replace(params, weights=weights)
             return ranking_loss(layer, layer_key, seen.queries, seen.picks, seen.keys, gamma, cfg.ranking)
 
         (loss, wrong), grads = jax.value_and_grad(loss_of, has_aux=True)(params.weights)
@@ -114,10 +114,10 @@ def train_step(
         weights = optax.apply_updates(params.weights, updates)
         if averaged is not None:
             averaged = optax.incremental_update(weights, averaged, ema_share(step, cfg.optimizer.ema))
-        stepped = TrainState(params=params.replace(weights=weights), opt_state=opt_state, averaged=averaged)
+        stepped = TrainState(dataclasses.replace(params, weights=weights), opt_state, averaged)
         return stepped, StepReport(loss, wrong, optax.tree.norm(grads), is_finite(seen.queries, seen.keys))
 
-    def step_own_layers(state, captured, layer_keys):
+    def step_own_layers(state: TrainState, captured: Captured, layer_keys: Array) -> tuple[TrainState, StepReport]:
         at_once = min(cfg.layers_at_once, layer_keys.shape[0])
         return jax.lax.map(step_layer, (state, captured, layer_keys), batch_size=at_once)
 

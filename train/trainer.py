@@ -16,13 +16,13 @@ from spotlight_jax.metrics import SelectionQuality, spread_positions
 from spotlight_jax.selector.base import HashFunctions
 from spotlight_jax.selector.networks import orthogonal_lsh
 from train.capture import Captured, capture
-from train.config import PRESETS, AnnealedOptimizerConfig, MeasureConfig
+from train.checkpointing import CheckpointStore
+from train.config import PRESETS, AnnealedOptimizerConfig, EvaluationConfig
 from train.data import Inputs
 from train.estimate import Plan
+from train.evaluate import evaluate, mean_over_sparse
 from train.fit import fit
-from train.length import choose_windows, measure_far
-from train.measure import mean_over_sparse, measure
-from train.states import StateStore
+from train.length import choose_windows, evaluate_far
 from train.step import StepReport, TrainState, gamma_at, gather_state, init_state, is_finite, spread_state, train_step
 from train.tail import fit_tail
 from train.track import open_tracker
@@ -48,7 +48,7 @@ def _first_windows(inputs: Inputs) -> Iterator[Captured]:
 
 
 class Trainer:
-    """A run: `take_step`, `log`, `measure`, `save`, and `close`."""
+    """A run: `take_step`, `log`, `evaluate`, `save`, and `close`."""
 
     def __init__(
         self,
@@ -58,38 +58,38 @@ class Trainer:
         display: Display,
         beside: "Trainer | None" = None,
     ) -> None:
-        """Continue from the newest checkpoint, or measure the start of a new run; measure LSH in any case.
+        """Continue from the newest checkpoint, or evaluate the start of a new run; evaluate LSH in any case.
 
         Args:
             inputs: model and text.
             state: of step 0, from `first_state`.
             folder: of the run.
             display: where progress is told.
-            beside: another run, on whose held-out windows this one is measured too.
+            beside: another run, on whose held-out windows this one is evaluated too.
         """
         self.plan, self.inputs, self.state, self.folder, self._display = inputs.plan, inputs, state, folder, display
         cfg = self.plan.cfg
         self.step, self.seconds = 0, 0.0
         self.is_far_whole = False  # whether "far" and "far_lsh" are of whole contexts
-        self._store = StateStore(folder.path / "checkpoints", cfg.keep_checkpoints)
+        self._store = CheckpointStore(folder.path / "checkpoints", cfg.keep_checkpoints)
         self._track = open_tracker(cfg.track, folder.path, runs.to_plain(cfg))
         self._held_out: list[Captured] = _capture_held_out(inputs, display) if beside is None else beside._held_out
-        # newest measurement of "trained" and "lsh"; at the far end of the covered positions "far" and "far_lsh"
-        self.quality: dict[str, SelectionQuality] = {"lsh": self._measure_lsh(beside)}
+        # newest evaluation of "trained" and "lsh"; at the far end of the covered positions "far" and "far_lsh"
+        self.quality: dict[str, SelectionQuality] = {"lsh": self._evaluate_lsh(beside)}
         if cfg.resume:
             self._resume()
         else:
-            self.measure()
+            self.evaluate()
         # IoU and mass before the first step, of the run's first row
         self.before = next(({"iou": row["iou"], "mass": row["mass"]} for row in folder.metrics() if "iou" in row), None)
 
-    def _measure_lsh(self, beside: "Trainer | None") -> SelectionQuality:
+    def _evaluate_lsh(self, beside: "Trainer | None") -> SelectionQuality:
         cfg = self.plan.cfg
         other = beside and beside.plan.cfg
         if beside and other and (other.measure, other.hash.code_bits) == (cfg.measure, cfg.hash.code_bits):
             return beside.quality["lsh"]
-        self._display.say("measuring LSH")
-        return measure(self._lsh(), self._held_out, cfg.measure, cfg.layers_at_once)
+        self._display.say("evaluating LSH")
+        return evaluate(self._lsh(), self._held_out, cfg.measure, cfg.layers_at_once)
 
     def _lsh(self) -> HashFunctions:
         """What the run's hash functions are compared with."""
@@ -107,8 +107,8 @@ class Trainer:
         self.inputs.feed.restore(self.step, position["text"])
         self.folder.keep_metrics_before(self.step + 1)
         self._display.say(f"resumed at step {self.step} of {cfg.steps}")
-        if self.step == cfg.steps:  # measured and recorded before it was saved
-            self._display.say(f"measuring at step {self.step}")
+        if self.step == cfg.steps:  # evaluated and recorded before it was saved
+            self._display.say(f"evaluating at step {self.step}")
             self.quality["trained"] = self.quality_by(cfg.measure)
 
     def _key_data(self) -> list[int]:
@@ -145,9 +145,9 @@ class Trainer:
         self._display.update("training", step, self.plan.cfg.steps, note)
         self.seconds += time.monotonic() - started
 
-    def measure(self) -> None:
-        """Measure the hash functions on the held-out windows and record it."""
-        self._display.say(f"measuring at step {self.step}")
+    def evaluate(self) -> None:
+        """Evaluate the hash functions on the held-out windows and record it."""
+        self._display.say(f"evaluating at step {self.step}")
         self.quality["trained"] = self.quality_by(self.plan.cfg.measure)
         row = {"step": self.step, "iou": self.mean("iou"), "recall": self.mean("recall"), "mass": self.mean("mass")}
         row |= {"iou_lsh": self.mean("iou", "lsh"), "mass_lsh": self.mean("mass", "lsh")}
@@ -155,11 +155,11 @@ class Trainer:
         self.folder.append_metrics(row)
         self._track(self.step, {name: value for name, value in row.items() if name != "step"})
 
-    def quality_by(self, cfg: MeasureConfig) -> SelectionQuality:
+    def quality_by(self, cfg: EvaluationConfig) -> SelectionQuality:
         """Quality of the hash functions as they are, on the held-out windows."""
         self._check_state()
         hashes = self.hash_functions(self.plan.cfg.data.window)
-        return measure(hashes, self._held_out, cfg, self.plan.cfg.layers_at_once)
+        return evaluate(hashes, self._held_out, cfg, self.plan.cfg.layers_at_once)
 
     def hash_functions(self, length: int) -> HashFunctions:
         """The hash functions as they are, of all layers, for sequences of `length` tokens."""
@@ -167,21 +167,19 @@ class Trainer:
         own = slice(place * self.plan.shape.layers, (place + 1) * self.plan.shape.layers)
         return jax.tree.map(lambda leaf: leaf[own], gather_state(self.state, self.plan.rows).selector)
 
-    def measure_length(self) -> None:
-        """Measure the hash functions, and LSH, at the far end of the positions that they cover, where that is farther
+    def evaluate_length(self) -> None:
+        """Evaluate the hash functions, and LSH, at the far end of the positions that they cover, where that is farther
         than a window's."""
         if self.plan.length == self.plan.cfg.data.window:
             return
         size = self.plan.dtype.itemsize
         far = choose_windows(self.inputs.held_out_long, self.inputs.held_out, self.plan.length, self.plan.model, size)
-        self._display.say(
-            f"measuring at {self.plan.length:,} tokens"
-            if far.is_whole
-            else f"measuring windows of {self.plan.cfg.data.window:,} tokens whose positions reach {self.plan.length:,}"
-        )
+        window, length = self.plan.cfg.data.window, f"{self.plan.length:,}"
+        short = f"evaluating windows of {window:,} tokens whose positions reach {length}"
+        self._display.say(f"evaluating at {length} tokens" if far.is_whole else short)
         hashes = {"far": self.hash_functions(self.plan.length), "far_lsh": self._lsh()}
         args = far, self.inputs.params, self.plan.model, hashes, self.plan.cfg.measure, self.plan.mesh
-        self.quality |= measure_far(*args)
+        self.quality |= evaluate_far(*args)
         self.is_far_whole = far.is_whole
 
     def fit_tails(self, sets: list[HashFunctions]) -> tuple[list[HashFunctions], dict[str, float]]:
@@ -213,7 +211,7 @@ class Trainer:
             self._store.wait()
 
     def _check_state(self) -> None:
-        """Raise InputError where the state is not finite: it is neither measured, nor saved, nor exported."""
+        """Raise InputError where the state is not finite: it is neither evaluated, nor saved, nor exported."""
         numbers = [leaf for leaf in jax.tree.leaves(self.state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
         if not is_finite(*numbers):
             raise InputError(
@@ -244,7 +242,7 @@ def step_once(plan: Plan, state: TrainState, step: int, captured: Captured) -> t
 
 
 def _capture_held_out(inputs: Inputs, display: Display) -> list[Captured]:
-    """Queries and keys of the held-out windows, kept for all measurements."""
+    """Queries and keys of the held-out windows, kept for all evaluations."""
     plan = inputs.plan
     tokens, at_once, seen = inputs.held_out, plan.mesh.size, []
     window = plan.cfg.data.window

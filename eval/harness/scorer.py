@@ -10,6 +10,7 @@ from collections.abc import Sequence as Several
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from eval.common.cases import EvalCase
 from eval.common.flags import ForwardConfig
@@ -43,6 +44,7 @@ TAIL = 256  # tokens scored after a prompt that is passed once; longer ones in o
 SHORTEST_TAIL = 16
 
 Progress = Callable[[int, int], None]
+Numbers = Array | np.ndarray  # of a request's queries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,7 +277,9 @@ class Scorer:
             Text(text, len(completion.tokens), sparse, completion.tokens_read * steps, completion.bytes_read * steps)
         ]
 
-    def _answer(self, request: Request, log_probs, is_greedy, tokens_read, bytes_read) -> Answer:
+    def _answer(
+        self, request: Request, log_probs: Numbers, is_greedy: Numbers, tokens_read: Numbers, bytes_read: Numbers
+    ) -> Answer:
         """Sum over the queries at scored_from - 1 ... of a request."""
         check_scores(np.asarray(log_probs))
         lengths = np.arange(request.scored_from, len(request.tokens))  # what each could read

@@ -3,6 +3,7 @@
 import dataclasses
 import statistics
 from pathlib import Path
+from typing import Any
 
 import rich.progress
 import rich.table
@@ -94,7 +95,7 @@ def score_folder(folder: Path, tasks: tuple[str, ...] = (), by_length: bool = Fa
     return [score_task(TASKS[name], read_predictions(files[name]), by_length) for name in shown]
 
 
-def main(cfg: ScoreConfig) -> dict:
+def main(cfg: ScoreConfig) -> dict[str, Any]:
     """Score the folders, print a table of each and one line of JSON; returns what the line holds."""
     if not cfg.folders:
         raise InputError("give at least one folder of predictions")
@@ -113,7 +114,7 @@ def main(cfg: ScoreConfig) -> dict:
     return {"results": results}
 
 
-def row_of(method: str, score: TaskScore) -> dict:
+def row_of(method: str, score: TaskScore) -> dict[str, Any]:
     """Return a row of the results."""
     row = {"method": method, "task": score.task.name, "score": score.score, "count": score.count}
     return {**row, "by_length": score.by_length} if score.by_length else row

@@ -22,6 +22,8 @@ from spotlight_jax.memory import StepReads, step_reads
 from spotlight_jax.selector.checkpoint import Selector
 from spotlight_jax.stops import find_stops
 
+Read = tuple[float, float]  # tokens and bytes of a step
+
 
 def is_by_engine(method: Method, selector: Selector | None) -> bool:
     """Return whether the product's engine has this method: with a tail only where the selector was trained for it."""
@@ -85,7 +87,7 @@ class Completer:
         row = RowConfig(stop_tokens=self.stop_tokens if self._by_engine else ())
         return self._engine.prefill([list(prompt)], max_new_tokens, rows=[row])
 
-    def _complete_by_engine(self, prompt: Sequence[int], max_new_tokens: int) -> tuple[list[int], list]:
+    def _complete_by_engine(self, prompt: Sequence[int], max_new_tokens: int) -> tuple[list[int], list[Read]]:
         """Return the tokens, and for each step the tokens and bytes that it read."""
         state = self._prefill(prompt, max_new_tokens)
         tokens = np.asarray(state.tokens).tolist()
@@ -96,7 +98,7 @@ class Completer:
         reads = engine_traffic(self._engine, range(len(prompt) + 1, len(prompt) + len(tokens)), self.selection)
         return tokens, [(step.tokens, step.bytes_keys_values + step.bytes_codes) for step in reads]
 
-    def _complete_by_method(self, prompt: Sequence[int], max_new_tokens: int) -> tuple[list[int], list]:
+    def _complete_by_method(self, prompt: Sequence[int], max_new_tokens: int) -> tuple[list[int], list[Read]]:
         """Return the tokens, and for each step the tokens and bytes that it read."""
         context, token = _context_of(self._prefill(prompt, max_new_tokens))
         tokens, reads = [token], []

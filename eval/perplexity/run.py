@@ -158,7 +158,7 @@ def _tables(cfg: PerplexityConfig, results: Several[Row], texts: Several[str], t
     names = [text.removeprefix("text:") for text in texts]
     columns = ["method", "keep", "always read", *names, *([ALL_TEXTS, "pooled"] if len(texts) > 1 else ["pooled"])]
     columns += ["tokens", "MiB", "of it index"]
-    lines: dict[tuple, list[str]] = {}
+    lines: dict[tuple[Any, ...], list[str]] = {}
     shown = name_methods(row["method"] for row in results)
     for row in results:
         key = (row["method"], row["keep"], row["setting"])

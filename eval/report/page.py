@@ -217,7 +217,7 @@ def _head(heading: str, score: Score) -> str:
 
 def _find_best(score: Score, rows: Sequence[Row]) -> list[Row]:
     """Return the best row of each share and setting, oracles aside."""
-    groups: dict[tuple, list[Row]] = {}
+    groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if row["method"] != "dense" and row["keep"] is not None and not row["method"].startswith("oracle-"):
             groups.setdefault((row["keep"], row.get("setting")), []).append(row)

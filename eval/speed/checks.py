@@ -1,6 +1,7 @@
 """One layer's operations in plain NumPy for one sequence and KV head: what `eval.speed` compares with."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -108,7 +109,7 @@ class Expected:
         return self.attention(slice(None), appends=True), tolerance
 
 
-def _first_head(name: str, out, shape: OpShape) -> np.ndarray:
+def _first_head(name: str, out: Any, shape: OpShape) -> np.ndarray:
     """Return what an operation gave for the first sequence and KV head."""
     if "top_k" in name:
         return np.sort(np.asarray(out[0, 0]))

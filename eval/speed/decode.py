@@ -6,6 +6,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ from spotlight_jax.engine import Engine
 from spotlight_jax.generate import head_shape
 from spotlight_jax.memory import GIB, MemoryPlan, available_bytes, check_memory, plan_memory, step_reads
 from spotlight_jax.models.config import DecoderConfig
+from spotlight_jax.models.decoder import Params
 from spotlight_jax.models.load import load_config, load_weights
 from spotlight_jax.models.params import resolve_dtype
 from spotlight_jax.models.presets import RANDOM
@@ -33,6 +35,9 @@ from spotlight_jax.models.source import DEFAULT_MODEL
 from spotlight_jax.selector.checkpoint import Selector, choose_model, load_selector
 from spotlight_jax.selector.forms import init_functions
 from spotlight_jax.tail import init_tail
+
+Row = dict[str, Any]  # what was measured of one way to decode
+Loaded = tuple[DecoderConfig, Params, Selector]
 
 
 def name_model(cfg: DecodeSpeedConfig) -> DecodeSpeedConfig:
@@ -46,7 +51,7 @@ def name_model(cfg: DecodeSpeedConfig) -> DecodeSpeedConfig:
     return dataclasses.replace(cfg, preset=None, model=model)
 
 
-def load(cfg: DecodeSpeedConfig, dtype: jnp.dtype) -> tuple[DecoderConfig, dict, Selector]:
+def load(cfg: DecodeSpeedConfig, dtype: jnp.dtype) -> Loaded:
     """Load or draw weights and hash functions."""
     assert cfg.model is not None
     model_cfg, params = load_weights(cfg.model, dtype)
@@ -109,7 +114,7 @@ def _spread(times: list[float]) -> str:
     return f"{statistics.median(times) * 1e3:.3f} ({min(times) * 1e3:.3f} to {max(times) * 1e3:.3f})"
 
 
-def measure(cfg: DecodeSpeedConfig, model_cfg: DecoderConfig, params: dict, selector: Selector) -> dict[str, dict]:
+def measure(cfg: DecodeSpeedConfig, model_cfg: DecoderConfig, params: Params, selector: Selector) -> dict[str, Row]:
     """Time `cfg.methods` for one batch of prompts, in turn; with what each step reads."""
     decode = DecodeConfig(
         selection=cfg.selection, prefill_chunk=cfg.prefill_chunk, attention=cfg.attention, block=cfg.new_tokens
@@ -125,7 +130,7 @@ def measure(cfg: DecodeSpeedConfig, model_cfg: DecoderConfig, params: dict, sele
         engine = Engine(model_cfg, params, own, dataclasses.replace(decode, tail=has_tail))
         runs[name] = Decoding(cfg, engine)
     rounds = [{name: run.take_round() for name, run in runs.items()} for _ in range(cfg.rounds + 1)]
-    results: dict[str, dict] = {}
+    results: dict[str, Row] = {}
     for name, run in runs.items():
         engine, steps = run.engine, [seconds[name] for seconds in rounds[1:]]  # the first one compiles and warms up
         results[name] = {
@@ -154,7 +159,7 @@ def plan(cfg: DecodeSpeedConfig, model_cfg: DecoderConfig, code_bits: int) -> Me
     return dataclasses.replace(needed, cache=needed.cache * len(cfg.methods))
 
 
-def main(cfg: DecodeSpeedConfig) -> dict:
+def main(cfg: DecodeSpeedConfig) -> Row:
     """Time it, print the table and one line of JSON; returns what the line holds."""
     check_device()
     console = Console(highlight=False)
@@ -183,7 +188,7 @@ def main(cfg: DecodeSpeedConfig) -> dict:
     return summary
 
 
-def show(cfg: DecodeSpeedConfig, results: dict[str, dict]) -> None:
+def show(cfg: DecodeSpeedConfig, results: dict[str, Row]) -> None:
     """Print the table, and with --profile one of the kernels of each way to read."""
     console = open_console()
     print_table(console, _table(cfg, results))
@@ -192,7 +197,7 @@ def show(cfg: DecodeSpeedConfig, results: dict[str, dict]) -> None:
             print_table(console, kernel_table(f"{name}: a step by kernel", result["kernels"]))
 
 
-def _table(cfg: DecodeSpeedConfig, results: dict[str, dict]) -> Table:
+def _table(cfg: DecodeSpeedConfig, results: dict[str, Row]) -> Table:
     """Return a table of dense and sparse decoding."""
     table = Table(title=f"{cfg.model}, prompts of {', '.join(map(str, cfg.lengths))} tokens")
     table.add_column("")

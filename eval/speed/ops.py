@@ -6,13 +6,14 @@ A timed step runs an operation on each of several caches, so that no cache of th
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import get_args
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Int32
+from jaxtyping import Array, Bool, Float, Int, Int32, PyTree, UInt32
 
 from eval.speed.timing import Op
 from spotlight_jax.cache import LANES, LayerCache
@@ -122,9 +123,9 @@ class Held:
     """One layer's cache, with what single operations start from."""
 
     layer: LayerCache
-    scores: Int[Array, "batch kv_heads slots"] | None = None
-    indices: Int32[Array, "batch kv_heads budget"] | None = None
-    is_real: Bool[Array, "batch kv_heads budget"] | None = None
+    scores: Int[Array, "batch kv_heads slots"]
+    indices: Int32[Array, "batch kv_heads budget"]
+    is_real: Bool[Array, "batch kv_heads budget"]
 
 
 def draw_inputs(shape: OpShape) -> OpInputs:
@@ -171,6 +172,11 @@ def _mixed(
     return jnp.concatenate([changed, weights[..., 1:]], axis=-1)
 
 
+def _codes_of(held: Held) -> UInt32[Array, "batch kv_heads words slots"]:
+    assert held.layer.codes is not None
+    return held.layer.codes
+
+
 def empty_op(bit: Int32[Array, ""], inputs: OpInputs, held: Held) -> tuple[Array, Held]:
     """Do what every operation does around its work: mix the bit into an input."""
     return inputs.weights ^ bit, held
@@ -178,63 +184,62 @@ def empty_op(bit: Int32[Array, ""], inputs: OpInputs, held: Held) -> tuple[Array
 
 def make_ops(shape: OpShape, dense: tuple[AttentionImpl, ...]) -> dict[str, Op]:
     """Return the operations by name; each gets a bit of the output before it and mixes that into its input."""
-    score_range = shape.bounds.score_range
 
-    def score(bit, inputs, held):
-        return match_score(held.layer.codes, _mixed(inputs.weights, bit, shape.bounds), shape.bounds.bits)[:, 0]
+    def score(bit: Array, inputs: OpInputs, held: Held) -> Array:
+        return match_score(_codes_of(held), _mixed(inputs.weights, bit, shape.bounds), shape.bounds.bits)[:, 0]
 
-    def score_signs(bit, inputs, held):
-        return match_score(held.layer.codes, _mixed(inputs.signs, bit, shape.sign_bounds), shape.sign_bounds.bits)[:, 0]
+    def score_signs(bit: Array, inputs: OpInputs, held: Held) -> Array:
+        return match_score(_codes_of(held), _mixed(inputs.signs, bit, shape.sign_bounds), shape.sign_bounds.bits)[:, 0]
 
-    def select(scores, lengths, score_range):
-        return select_tokens(scores, lengths, shape.selection, score_range)
+    def select(scores: Array, lengths: Array) -> tuple[Array, Array]:
+        return select_tokens(scores, lengths, shape.selection, shape.bounds.score_range)
 
-    def take_top(scores):
+    def take_top(scores: Array) -> Array:
         return lax.top_k(scores.astype(jnp.float32), shape.budget)[1]  # floats: its fastest form, and exact here
 
-    def nudged(bit, inputs):
+    def nudged(bit: Array, inputs: OpInputs) -> Array:
         return inputs.queries + (bit * 1e-3).astype(inputs.queries.dtype)
 
-    def attend(bit, inputs, held, chosen):
+    def attend(bit: Array, inputs: OpInputs, held: Held, chosen: tuple[Array, Array]) -> Array:
         return sparse_attention(nudged(bit, inputs)[:, 0], held.layer.keys, held.layer.values, *chosen)
 
-    def choose(bit, inputs, held):
+    def choose(bit: Array, inputs: OpInputs, held: Held) -> tuple[Array, Array]:
         weights = _mixed(inputs.weights, bit, shape.bounds)[:, 0]
-        return select_by_codes(held.layer.codes, weights, shape.bounds, inputs.lengths + 1, shape.selection)
+        return select_by_codes(_codes_of(held), weights, shape.bounds, inputs.lengths + 1, shape.selection)
 
-    def choose_by_signs(bit, inputs, held):
+    def choose_by_signs(bit: Array, inputs: OpInputs, held: Held) -> tuple[Array, Array]:
         weights = _mixed(inputs.signs, bit, shape.sign_bounds)[:, 0]
-        return select_by_codes(held.layer.codes, weights, shape.sign_bounds, inputs.lengths + 1, shape.selection)
+        return select_by_codes(_codes_of(held), weights, shape.sign_bounds, inputs.lengths + 1, shape.selection)
 
-    def choose_plainly(bit, inputs, held):
-        return select(score(bit, inputs, held), inputs.lengths + 1, score_range)
+    def choose_plainly(bit: Array, inputs: OpInputs, held: Held) -> tuple[Array, Array]:
+        return select(score(bit, inputs, held), inputs.lengths + 1)
 
-    def read(bit, inputs, held):
+    def read(bit: Array, inputs: OpInputs, held: Held) -> Array:
         return attend(bit, inputs, held, choose(bit, inputs, held))
 
-    def sparse_layer(selector_of):
-        def run(bit, inputs, held):
+    def sparse_layer(selector_of: Callable[[OpInputs], LayerSelector]) -> Op:
+        def run(bit: Array, inputs: OpInputs, held: Held) -> tuple[Array, Held]:
             new = (nudged(bit, inputs), inputs.keys, inputs.values, held.layer, inputs.lengths)
             out, layer = attend_sparsely(*new, selector_of(inputs), shape.selection)
-            return out, held.replace(layer=layer)
+            return out, dataclasses.replace(held, layer=layer)
 
         return run
 
-    def dense_layer(name):
-        def run(bit, inputs, held):
+    def dense_layer(name: AttentionImpl) -> Op:
+        def run(bit: Array, inputs: OpInputs, held: Held) -> tuple[Array, Held]:
             new = (nudged(bit, inputs), inputs.keys, inputs.values, held.layer, inputs.lengths)
             out, layer = attend_densely(*new, None, name)
-            return out, held.replace(layer=layer)
+            return out, dataclasses.replace(held, layer=layer)
 
         return run
 
-    def reading(run):
+    def reading(run: Callable[[Array, OpInputs, Held], PyTree]) -> Op:
         return lambda bit, inputs, held: (run(bit, inputs, held), held)
 
     return {
         "score": reading(score),
         "score, Hamming": reading(score_signs),
-        "select": reading(lambda b, i, h: select(h.scores + b, i.lengths + 1, score_range)),
+        "select": reading(lambda b, i, h: select(h.scores + b, i.lengths + 1)),
         "lax.top_k": reading(lambda b, i, h: take_top(h.scores[:, :, : shape.length] + b)),
         "score + select": reading(choose),
         "score + select, Hamming": reading(choose_by_signs),
@@ -288,7 +293,7 @@ def runnable_dense(shape: OpShape) -> tuple[AttentionImpl, ...]:
     On a GPU `auto` is one of the others and not timed twice; on a CPU it is another form.
     """
 
-    def attend(name):
+    def attend(name: AttentionImpl) -> Array:
         inputs, layer = draw_inputs(shape), draw_layer(jax.random.key(0), shape)
         return attend_densely(inputs.queries, inputs.keys, inputs.values, layer, inputs.lengths, None, name)[0]
 

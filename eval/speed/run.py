@@ -34,6 +34,8 @@ from spotlight_jax.errors import InputError
 from spotlight_jax.kernels.table import OPS
 from spotlight_jax.memory import available_bytes
 from spotlight_jax.models.config import DecoderConfig, nearest
+from spotlight_jax.models.decoder import Params
+from spotlight_jax.models.params import resolve_dtype
 from spotlight_jax.models.presets import PRESETS
 
 # what fits, by platform: preset, lengths of operations, lengths and batches of whole models
@@ -59,7 +61,7 @@ def resolve(cfg: SpeedConfig) -> SpeedConfig:
     elsewhere = {name for part, names in FLAGS_OF.items() if part not in cfg.parts for name in names}
     given = {name: getattr(cfg, name) or value for name, value in defaults.items() if name not in elsewhere}
     check_layers(cfg.dense_layers, PRESETS[str(given["preset"])].layers)
-    given["dtype"] = decode.resolve_dtype(cfg.dtype).name
+    given["dtype"] = resolve_dtype(cfg.dtype).name
     return dataclasses.replace(cfg, **given)
 
 
@@ -113,7 +115,7 @@ def _method(op: str) -> str:
 
 
 def time_decoding(
-    cfg: SpeedConfig, batch: int, length: int, loaded: tuple, bandwidth: float, record: Record
+    cfg: SpeedConfig, batch: int, length: int, loaded: decode.Loaded, bandwidth: float, record: Record
 ) -> list[Row]:
     """Time dense and sparse decoding, in turn where both caches fit, else apart; no rows where neither fits."""
     prompt = max(length - decode.decoded(cfg.new_tokens, cfg.rounds, cfg.profile), 1)
@@ -154,7 +156,7 @@ def time_decoding(
     return rows
 
 
-def _bytes_of_weights(cfg: DecoderConfig, params: dict) -> int:
+def _bytes_of_weights(cfg: DecoderConfig, params: Params) -> int:
     """Return the bytes of weights that a step reads: all but an embedding table that is no head."""
     skipped = () if cfg.tied else ("embed",)
     read = {name: part for name, part in params.items() if name not in skipped}

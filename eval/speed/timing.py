@@ -18,6 +18,8 @@ GPU_COPY_BYTES = 1 << 30
 
 # (bit of the output before, inputs, what is held) to (output, what is held afterwards)
 Op = Callable[[Int32[Array, ""], Any, Any], tuple[PyTree, Any]]
+Held = tuple[Any, ...]  # what an operation runs on, one after another
+Loop = Callable[[Held, Any, int], tuple[Held, Held]]
 
 
 def bit_of(out: PyTree) -> Int32[Array, ""]:
@@ -28,7 +30,7 @@ def bit_of(out: PyTree) -> Int32[Array, ""]:
     return first.astype(jnp.int32) & 1
 
 
-def make_loop(op: Op) -> Callable[[tuple, Any, int], tuple]:
+def make_loop(op: Op) -> Loop:
     """Make `loop(held, inputs, steps)`: each step runs `op` once on every element of `held`, which is given up.
 
     The outputs of a step are carried whole, so that none of them can be computed in part; each run waits for the one
@@ -38,11 +40,11 @@ def make_loop(op: Op) -> Callable[[tuple, Any, int], tuple]:
     """
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def loop(held, inputs, steps):
-        def step(_, carry):
-            held, _, bit = carry
+    def loop(held: Held, inputs: Any, steps: Array | int) -> tuple[Held, Held]:
+        def step(number: Array | int, carry: tuple[Held, Held | None, Array]) -> tuple[Held, Held, Array]:
+            ones, _, bit = carry
             kept, outs = [], []
-            for one in held:
+            for one in ones:
                 out, one = op(bit, inputs, one)
                 bit = bit_of(out)
                 kept.append(one)
@@ -56,7 +58,7 @@ def make_loop(op: Op) -> Callable[[tuple, Any, int], tuple]:
     return loop
 
 
-def _clock(loop: Callable, held: tuple, inputs: Any, steps: int) -> tuple[float, tuple]:
+def _clock(loop: Loop, held: Held, inputs: Any, steps: int) -> tuple[float, Held]:
     """Return the seconds of one call, and what is held after it."""
     start = time.perf_counter()
     held, outs = loop(held, inputs, steps)
@@ -64,7 +66,7 @@ def _clock(loop: Callable, held: tuple, inputs: Any, steps: int) -> tuple[float,
     return time.perf_counter() - start, held
 
 
-def count_steps(loop: Callable, held: tuple, inputs: Any, most: int = MOST_STEPS) -> tuple[int, tuple]:
+def count_steps(loop: Loop, held: Held, inputs: Any, most: int = MOST_STEPS) -> tuple[int, Held]:
     """Return the steps that take about LOOP_SECONDS; compiles."""
     _, held = _clock(loop, held, inputs, 1)
     seconds, held = _clock(loop, held, inputs, 1)
@@ -75,7 +77,7 @@ def count_steps(loop: Callable, held: tuple, inputs: Any, most: int = MOST_STEPS
 
 
 def time_ops(
-    ops: Mapping[str, Op], empty: Op, held: tuple, inputs: Any, rounds: int, progress: Callable[[str], None]
+    ops: Mapping[str, Op], empty: Op, held: Held, inputs: Any, rounds: int, progress: Callable[[str], None]
 ) -> dict[str, list[float]]:
     """Time one run of each operation, by round: one call of each in turn, so that what else the machine does falls on
     all of them; returns seconds.
@@ -108,10 +110,10 @@ def copy_bandwidth(rounds: int = 9) -> float:
     """Return the bytes a second that a pass over an array, in place, reads and writes; median of rounds."""
     size = COPY_BYTES.get(jax.default_backend(), GPU_COPY_BYTES)
 
-    def rewrite(bit, _, one):
+    def rewrite(bit: Array, _: None, one: Array) -> tuple[Array, Array]:
         return bit[None], 0.5 * one + 1  # of an output's element XLA for CPUs would make a copy of the whole array
 
-    def nothing(bit, _, one):
+    def nothing(bit: Array, _: None, one: Array) -> tuple[Array, Array]:
         return bit[None], one
 
     held = (jnp.ones((size // 4,), jnp.float32),)

@@ -1,11 +1,16 @@
 """Every op's contract: `auto` chooses, a named implementation runs or raises, the reference is always one of them."""
 
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 from spotlight_jax.errors import InputError
 
+Result = TypeVar("Result")
 
-def pick_backend(op: str, backends: Mapping[str, Callable], impl: str, choose: Callable[[], str]) -> Callable:
+
+def pick_backend(
+    op: str, backends: Mapping[str, Callable[..., Result]], impl: str, choose: Callable[[], str]
+) -> Callable[..., Result]:
     """The implementation that was asked for.
 
     Args:

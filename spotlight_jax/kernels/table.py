@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from spotlight_jax.kernels import hash_append, match_score, pair_cost, score_select, select_top, sparse_attention
 from spotlight_jax.kernels.hash_append.cases import CASES as HASH_APPEND
@@ -20,8 +20,13 @@ class Op:
 
     run: Callable[..., Any]
     cases: Sequence[Any]
-    plain: tuple[str, ...]  # implementations beside the reference that run on any device
+    impl: Any  # the type of `impl`: a Literal of all names
     choose: Callable[[Any], str]  # what `auto` takes for a case
+
+    @property
+    def plain(self) -> tuple[str, ...]:
+        """Implementations beside the reference that run on any device."""
+        return tuple(name for name in get_args(self.impl) if name not in ("auto", "reference", "pallas_triton"))
 
     def implementations(self, case: Any) -> tuple[str, ...]:
         """What runs a case here and is no mere reference, unless there is nothing else."""
@@ -30,21 +35,34 @@ class Op:
 
 OPS: dict[str, Op] = {
     "match_score": Op(
-        match_score.match_score, MATCH_SCORE, ("bit_planes", "matmul"), lambda case: match_score.choose_impl(case.q_len)
+        match_score.match_score,
+        MATCH_SCORE,
+        match_score.MatchScoreImpl,
+        lambda case: match_score.choose_impl(case.q_len),
     ),
-    "select_top": Op(select_top.select_top, SELECT_TOP, ("counting",), lambda case: select_top.choose_impl()),
+    "select_top": Op(
+        select_top.select_top, SELECT_TOP, select_top.SelectTopImpl, lambda case: select_top.choose_impl()
+    ),
     "score_select": Op(
-        score_select.score_select, SCORE_SELECT, ("xla",), lambda case: score_select.choose_impl(case.bounds)
+        score_select.score_select,
+        SCORE_SELECT,
+        score_select.ScoreSelectImpl,
+        lambda case: score_select.choose_impl(case.bounds),
     ),
     "sparse_attention": Op(
-        sparse_attention.sparse_attention, SPARSE_ATTENTION, ("gather",), lambda case: sparse_attention.choose_impl()
+        sparse_attention.sparse_attention,
+        SPARSE_ATTENTION,
+        sparse_attention.SparseAttentionImpl,
+        lambda case: sparse_attention.choose_impl(),
     ),
     "estimated_attention": Op(
         sparse_attention.estimated_attention,
         ESTIMATED_CASES,
-        ("gather",),
+        sparse_attention.SparseAttentionImpl,
         lambda case: sparse_attention.choose_estimated_impl(),
     ),
-    "hash_append": Op(hash_append.hash_append, HASH_APPEND, (), lambda case: hash_append.choose_impl()),
-    "pair_cost": Op(pair_cost.pair_sums, PAIR_COST, ("xla",), lambda case: pair_cost.choose_impl()),
+    "hash_append": Op(
+        hash_append.hash_append, HASH_APPEND, hash_append.HashAppendImpl, lambda case: hash_append.choose_impl()
+    ),
+    "pair_cost": Op(pair_cost.pair_sums, PAIR_COST, pair_cost.PairCostImpl, lambda case: pair_cost.choose_impl()),
 }

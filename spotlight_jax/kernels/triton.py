@@ -5,6 +5,11 @@ It is deprecated. Without it no kernel runs: `trust.is_trusted` says so, and eve
 
 from typing import Any
 
+from jaxtyping import Array
+
+Ref = Any  # memory that a kernel reads and writes; Pallas has no public type of it
+Index = Array | int  # where a program works, or how much: known when it runs, or when it is compiled
+
 
 def __getattr__(name: str) -> Any:
     """What the backend calls by that name."""

@@ -223,13 +223,13 @@ def _mass_of_splits(
 ) -> Float[Array, "layers options kv_heads"]:
     """Attention mass that each way of splitting groups reads."""
 
-    def measure_layer(args):
+    def measure_layer(args: tuple[Array, ...]) -> Array:
         mean, covariance, second, keys, queries, positions = args
         keys, queries = keys.astype(jnp.float32), queries.astype(jnp.float32)
         probabilities = attention_probabilities(queries[None], keys[None], positions[None], keys.shape[1])
         grouped = queries.reshape(queries.shape[0], keys.shape[1], -1, queries.shape[-1])
 
-        def measure_option(second):
+        def measure_option(second: Array) -> Array:
             sides = jnp.stack([~second, second], axis=1).astype(jnp.float32)
             sums = jnp.einsum("tkgd,krg->tkrd", grouped, sides)
             variance = jnp.einsum("tkrd,kde,tkre->tkr", sums, covariance, sums)

@@ -10,13 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spotlight_jax.errors import InputError
-from spotlight_jax.kernels.match_score import match_score
+from spotlight_jax.kernels import match_score as op
 from spotlight_jax.kernels.match_score.cases import CASES
 from spotlight_jax.weights import WeightBounds
 from tests.kernels.cuda import lower_for_cuda
 
 IMPLEMENTATIONS = ["reference", "bit_planes", "matmul"]
 BATCH, CODE_HEADS, WORDS, KV_LEN = 2, 3, 4, 40
+
+match_score = jax.jit(op.match_score, static_argnums=(2, 3))
 
 
 def draw_codes(rng, batch=BATCH, code_heads=CODE_HEADS, words=WORDS, kv_len=KV_LEN):
@@ -51,7 +53,7 @@ def test_every_implementation_equals_numpy(impl, weight_bits, group, sums, q_len
     rng = np.random.default_rng(weight_bits * 10 + group)
     codes = draw_codes(rng)
     weights = draw_weights(rng, (BATCH, q_len, CODE_HEADS * group, sums, 32 * WORDS), weight_bits)
-    scores = jax.jit(match_score, static_argnums=(2, 3))(codes, weights, weight_bits, impl)
+    scores = match_score(codes, weights, weight_bits, impl)
     np.testing.assert_array_equal(scores, scores_by_numpy(codes, weights))
 
 
@@ -140,7 +142,7 @@ def test_permuting_the_cache_permutes_the_scores():
 @pytest.mark.parametrize("case", [case for case in CASES if case.q_len == 1], ids=lambda case: case.name)
 def test_a_gpu_counts_the_bits_of_a_decoding_step(case):
     arrays = jax.eval_shape(lambda: case.draw()[0])
-    assert "popcnt" in lower_for_cuda(functools.partial(match_score, weight_bits=case.weight_bits), *arrays)
+    assert "popcnt" in lower_for_cuda(functools.partial(op.match_score, weight_bits=case.weight_bits), *arrays)
 
 
 @pytest.mark.parametrize("shape", [(BATCH, 1, 4, 2, 128), (BATCH, 1, 3, 2, 64), (1, 1, 3, 2, 128)])

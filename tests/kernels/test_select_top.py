@@ -61,13 +61,13 @@ def test_the_cut_does_not_depend_on_how_many_bits_a_pass_finds(digit_bits):
 
 def test_equal_ranks_go_to_the_newest():
     ranks = jnp.asarray([[5, 7, 5, 5, 0, 5, 9, 0]], jnp.uint32)
-    places, is_real = select_top(ranks, jnp.asarray([4]), 6, 4)
+    places, is_real = jitted_select(ranks, jnp.asarray([4]), 6, 4)
     assert places[is_real].tolist() == [1, 3, 5, 6]
     assert is_real.tolist() == [[True] * 4 + [False] * 2]
 
 
 def test_a_row_of_equal_ranks_gives_its_end():
-    places, is_real = select_top(jnp.full((1, 96), 3, jnp.uint32), jnp.asarray([33]), 40, 2)
+    places, is_real = jitted_select(jnp.full((1, 96), 3, jnp.uint32), jnp.asarray([33]), 40, 2)
     assert places[is_real].tolist() == list(range(63, 96))
 
 

@@ -46,20 +46,22 @@ def test_prefill_then_decode_equals_one_forward(case: str) -> None:
     positions = jnp.broadcast_to(jnp.arange(whole, dtype=jnp.int32)[None, :], tokens.shape)
     x = embed_tokens(params, tokens[:, :prompt], cfg)
     last = embed_tokens(params, tokens[:, prompt:], cfg)
-    for layer in range(cfg.layers):
-        cache = []
 
-        def attend_prompt(queries, keys, values, cache=cache):
-            cache.extend([keys, values])
-            return causal_attention(queries, keys, values), None
+    def attend_prompt(queries, keys, values):
+        return causal_attention(queries, keys, values), (keys, values)
 
-        def attend_rest(queries, keys, values, cache=cache):
+    @jax.jit
+    def apply_to_both(layer_params, x, last):
+        x, cache = apply_layer(layer_params, x, positions[:, :prompt], attend_prompt, cfg, rope_len=whole)
+
+        def attend_rest(queries, keys, values):
             keys, values = (jnp.concatenate(pair, axis=1) for pair in zip(cache, (keys, values), strict=True))
             return causal_attention(queries, keys, values), None
 
-        layer_params = params[f"layer_{layer}"]
-        x, _ = apply_layer(layer_params, x, positions[:, :prompt], attend_prompt, cfg, rope_len=whole)
-        last, _ = apply_layer(layer_params, last, positions[:, prompt:], attend_rest, cfg, rope_len=whole)
+        return x, apply_layer(layer_params, last, positions[:, prompt:], attend_rest, cfg, rope_len=whole)[0]
+
+    for layer in range(cfg.layers):
+        x, last = apply_to_both(params[f"layer_{layer}"], x, last)
     expected = forward(params, tokens, cfg)
     np.testing.assert_allclose(unembed(params, x, cfg), expected[:, :prompt], atol=2e-5)
     np.testing.assert_allclose(unembed(params, last, cfg), expected[:, prompt:], atol=2e-5)
@@ -90,8 +92,9 @@ def test_attend_sees_every_layer_and_its_aux_comes_back() -> None:
         return Dense()(queries, keys, values)[0], keys
 
     x = embed_tokens(params, tokens, cfg)
+    apply = jax.jit(lambda layer_params, x: apply_layer(layer_params, x, positions, attend, cfg))
     for layer in range(cfg.layers):
-        x, keys = apply_layer(params[f"layer_{layer}"], x, positions, attend, cfg)
+        x, keys = apply(params[f"layer_{layer}"], x)
         assert keys.shape == (*tokens.shape, cfg.kv_heads, cfg.head_dim)
     np.testing.assert_allclose(unembed(params, x, cfg), forward(params, tokens, cfg), atol=2e-5)
 

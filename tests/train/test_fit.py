@@ -9,12 +9,12 @@ from spotlight_jax.config.ranking import MassLoss
 from spotlight_jax.selector.base import HeadShape
 from spotlight_jax.selector.forms import init_functions
 from train.capture import Captured
-from train.config import LayerwiseConfig, MeasureConfig, OptimizerConfig
+from train.config import EvaluationConfig, LayerwiseConfig, OptimizerConfig
+from train.evaluate import evaluate
 from train.fit import fit
-from train.measure import measure
 
 SHAPE = HeadShape(2, 6, 2, 8)
-KEPT = MeasureConfig(keep=0.1, queries=8)
+KEPT = EvaluationConfig(keep=0.1, queries=8)
 
 
 def _config(form="transform"):
@@ -49,7 +49,7 @@ def test_fitting_to_windows_finds_more_of_the_oracles_choice_in_another(form):
     cfg = _config(form)
     before, after, seen = _fit(cfg)
     held_out = [_window(7)]
-    quality = [measure(params, held_out, KEPT, 1) for params in (before, after)]
+    quality = [evaluate(params, held_out, KEPT, 1) for params in (before, after)]
     assert quality[1].iou.mean() > quality[0].iou.mean() + (0.2 if form == "transform" else 0.0)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
     assert seen == [(1, 2), (2, 2)]

@@ -25,8 +25,8 @@ from tests.models import tiny
 from tests.train.conftest import LAYERS, LENGTH, NETWORKS, PAIRS, SAVE_EVERY, STEPS, WINDOW
 from train import data, estimate, hidden_cache, layerwise, loop, step, trainer
 from train.capture import make_mesh
+from train.checkpointing import newest_step
 from train.config import PRESETS
-from train.states import newest_step
 from train.trainer import Trainer
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -9,7 +9,6 @@ whole weights, of which fewer than two in a hundred are rounded the other way.
 import dataclasses
 import functools
 import operator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +22,7 @@ from spotlight_jax.kernels import triton as plgpu
 from spotlight_jax.kernels.configs import config_here
 from spotlight_jax.kernels.hash_append.config import CONFIGS, Config
 from spotlight_jax.kernels.hash_append.reference import Transform
+from spotlight_jax.kernels.triton import Index, Ref
 from spotlight_jax.weights import INT8_LIMIT, real_room
 
 
@@ -94,24 +94,27 @@ class _Asked:
         return jnp.where(self.is_there, self.values.astype(jnp.float32), 0.0)
 
 
-def _ask(ref, places: tuple, is_there: Array) -> _Asked:
+def _ask(ref: Ref, places: tuple[Index, ...], is_there: Array) -> _Asked:
     return _Asked(plgpu.load(ref.at[places], mask=is_there), is_there)
 
 
-def _ask_matrix(ref, head, bits: Array, plan: Plan) -> list[_Asked]:
+def _ask_matrix(ref: Ref, head: Index, bits: Array, plan: Plan) -> list[_Asked]:
     """Columns of one head's [head_dim, code_bits], in chunks."""
     bits = bits[None, :]
     chunks = [dims[:, None] for dims in plan.chunks]
     return [_ask(ref, (head, dims, bits), (dims < plan.head_dim) & (bits < plan.code_bits)) for dims in chunks]
 
 
-def _ask_rows(ref, sequences, head, plan: Plan) -> list[_Asked]:
+def _ask_rows(ref: Ref, sequences: Array, head: Index, plan: Plan) -> list[_Asked]:
     """One head's vectors, a row a sequence, in chunks."""
     sequences, chunks = sequences[:, None], [dims[None, :] for dims in plan.chunks]
     return [_ask(ref, (sequences, head, dims), (sequences < plan.batch) & (dims < plan.head_dim)) for dims in chunks]
 
 
-def _weigh_queries(heads_ref, decode_ref, members_ref, log_gain_ref, weights_ref, first, head, plan: Plan) -> None:
+def _weigh_queries(
+    heads_ref: Ref, decode_ref: Ref, members_ref: Ref, log_gain_ref: Ref, weights_ref: Ref,
+    first: Index, head: Index, plan: Plan,
+) -> None:  # fmt: skip
     """Integer weights of each sum; one scale for all sums of a sequence."""
     rows = jnp.arange(plan.cfg.rows)
     sequences, sums = first + rows // plan.sums, rows % plan.sums
@@ -140,7 +143,7 @@ def _weigh_queries(heads_ref, decode_ref, members_ref, log_gain_ref, weights_ref
     plgpu.store(weights_ref.at[sequences[:, None], head, sums[:, None], bits], whole, mask=is_there)
 
 
-def _places_of(lengths_ref, first, plan: Plan) -> tuple[Array, Array]:
+def _places_of(lengths_ref: Ref, first: Index, plan: Plan) -> tuple[Array, Array]:
     """A program's sequences, and where their new token goes, as a column."""
     rows = jnp.arange(plan.cfg.rows)
     sequences = jnp.where(rows < plan.tile, first + rows, plan.batch)  # rows past the tile are no sequence's
@@ -149,8 +152,9 @@ def _places_of(lengths_ref, first, plan: Plan) -> tuple[Array, Array]:
 
 
 def _append_codes(
-    heads_ref, mean_ref, axes_ref, cells_ref, lengths_ref, cached_codes_ref, part, first, head, plan: Plan
-) -> None:
+    heads_ref: Ref, mean_ref: Ref, axes_ref: Ref, cells_ref: Ref, lengths_ref: Ref, cached_codes_ref: Ref,
+    part: Index, first: Index, head: Index, plan: Plan,
+) -> None:  # fmt: skip
     """A part of each sequence's new key as a code."""
     sequences, at = _places_of(lengths_ref, first, plan)
     bits = part * plan.bits_at_once + jnp.arange(plan.bits_at_once)
@@ -169,13 +173,14 @@ def _append_codes(
 
 
 def _copy_heads(
-    heads_ref, lengths_ref, queries_ref, cached_keys_ref, cached_values_ref, first, head, plan: Plan
-) -> None:
+    heads_ref: Ref, lengths_ref: Ref, queries_ref: Ref, cached_keys_ref: Ref, cached_values_ref: Ref,
+    first: Index, head: Index, plan: Plan,
+) -> None:  # fmt: skip
     """A KV head's queries, and its keys and values to the caches, as they are."""
     sequences, at = _places_of(lengths_ref, first, plan)
     queries = [head * plan.group + place for place in range(plan.group)]
     key = plan.kv_heads * plan.group + head
-    moves: list[tuple[Any, Any, tuple]] = [(queries_ref, query, (query,)) for query in queries]
+    moves: list[tuple[Ref, Index, tuple[Index, ...]]] = [(queries_ref, query, (query,)) for query in queries]
     moves += [(cached_keys_ref, key, (at, head)), (cached_values_ref, key + plan.kv_heads, (at, head))]
     asked = [_ask_rows(heads_ref, sequences, source, plan) for _, source, _ in moves]
     for (ref, _, place), rows in zip(moves, asked, strict=True):
@@ -185,23 +190,24 @@ def _copy_heads(
 
 
 def _kernel(
-    heads_ref, mean_ref, axes_ref, cells_ref, decode_ref, members_ref, log_gain_ref, lengths_ref,
-    _keys, _values, _codes, queries_ref, weights_ref, cached_keys_ref, cached_values_ref, cached_codes_ref,
+    heads_ref: Ref, mean_ref: Ref, axes_ref: Ref, cells_ref: Ref, decode_ref: Ref, members_ref: Ref,
+    log_gain_ref: Ref, lengths_ref: Ref, _keys: Ref, _values: Ref, _codes: Ref, queries_ref: Ref, weights_ref: Ref,
+    cached_keys_ref: Ref, cached_values_ref: Ref, cached_codes_ref: Ref,
     *, plan: Plan,
 ) -> None:  # fmt: skip
     kind, head = pl.program_id(0) // plan.kv_heads, pl.program_id(0) % plan.kv_heads
     place = pl.program_id(1) * plan.tile, head, plan
 
     @pl.when(kind < plan.code_parts)
-    def append():
+    def append() -> None:
         _append_codes(heads_ref, mean_ref, axes_ref, cells_ref, lengths_ref, cached_codes_ref, kind, *place)
 
     @pl.when(kind == plan.code_parts)
-    def weigh():
+    def weigh() -> None:
         _weigh_queries(heads_ref, decode_ref, members_ref, log_gain_ref, weights_ref, *place)
 
     @pl.when(kind > plan.code_parts)
-    def copy():
+    def copy() -> None:
         _copy_heads(heads_ref, lengths_ref, queries_ref, cached_keys_ref, cached_values_ref, *place)
 
 

@@ -8,6 +8,10 @@ P and-popcounts a word, whatever the size of the group. Weights of +-1 need a si
 positive weights sum_b w_b k_b = popcount(q & k) - popcount(~q & k) = popcount(q) - popcount(q ^ k).
 """
 
+import functools
+import operator
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int32, UInt32
@@ -30,21 +34,15 @@ def match_score_bit_planes(
     code_heads, words = codes.shape[1:3]
     grouped = weights.reshape(batch, q_len, code_heads, heads // code_heads, -1)
 
-    def matches(plane, combine):  # words are few: adding them one by one keeps the whole op one elementwise loop
-        total = None
-        for word in range(words):
-            count = _count(combine(codes[:, None, :, None, word, :], plane[..., word, None]))
-            total = count if total is None else total + count
-        return total
+    def matches(plane: Array, combine: Callable[[Array, Array], Array]) -> Array:
+        counts = [_count(combine(codes[:, None, :, None, word, :], plane[..., word, None])) for word in range(words)]
+        return functools.reduce(operator.add, counts)  # one by one: words are few, and this is one elementwise loop
 
     if weight_bits == 1:
         plane = pack_bits(grouped > 0)
         scores = jnp.sum(_count(plane), axis=-1)[..., None] - matches(plane, jnp.bitwise_xor)
     else:
-        scores = None
-        for place in range(weight_bits):
-            counts = matches(pack_bits((grouped >> place) & 1), jnp.bitwise_and) << place
-            if place == weight_bits - 1:
-                counts = -counts
-            scores = counts if scores is None else scores + counts
+        planes = [pack_bits((grouped >> place) & 1) for place in range(weight_bits)]
+        counts = [matches(plane, jnp.bitwise_and) << place for place, plane in enumerate(planes)]
+        scores = functools.reduce(operator.add, [*counts[:-1], -counts[-1]])
     return scores.reshape(batch, q_len, heads, -1)

@@ -6,6 +6,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
@@ -81,16 +82,20 @@ def pair_cost(
     return jnp.sum(sums.cost), jnp.sum(sums.wrong)
 
 
-def _forward(top_scores, top_weights, other_scores, is_other, alpha, impl):
+def _forward(
+    top_scores: Array, top_weights: Array, other_scores: Array, is_other: Array, alpha: float, impl: PairCostImpl
+) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
     sums = pair_sums(top_scores, top_weights, other_scores, is_other, alpha, impl)
     slopes = checkpoint_name(sums.top_slopes, SLOPES), checkpoint_name(sums.other_slopes, SLOPES)
     return (jnp.sum(sums.cost), jnp.sum(sums.wrong)), slopes
 
 
-def _backward(alpha, impl, slopes, cotangents):
+def _backward(
+    alpha: float, impl: PairCostImpl, slopes: tuple[Array, Array], cotangents: tuple[Array, Array]
+) -> tuple[Array, Array, Array, np.ndarray]:
     top_slopes, other_slopes = slopes
     zeros = jnp.zeros_like(top_slopes)
-    no_gradient = jnp.zeros(other_slopes.shape, jax.dtypes.float0)
+    no_gradient = np.zeros(other_slopes.shape, jax.dtypes.float0)
     return cotangents[0] * top_slopes, zeros, cotangents[0] * other_slopes, no_gradient
 
 

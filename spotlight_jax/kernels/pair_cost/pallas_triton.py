@@ -13,6 +13,7 @@ from spotlight_jax.kernels.configs import config_here
 from spotlight_jax.kernels.pair_cost.config import CONFIGS
 from spotlight_jax.kernels.pair_cost.factors import pair_factors
 from spotlight_jax.kernels.pair_cost.reference import PairSums
+from spotlight_jax.kernels.triton import Ref
 
 
 def _approximate(operation: str, x: Float[Array, "tops others"], interpret: bool) -> Float[Array, "tops others"]:
@@ -30,21 +31,13 @@ def _approximate(operation: str, x: Float[Array, "tops others"], interpret: bool
 
 
 def _kernel(
-    tops_ref,
-    weights_ref,
-    others_ref,
-    cost_ref,
-    wrong_ref,
-    top_slopes_ref,
-    other_slopes_ref,
-    *,
-    lost,
-    at_once,
-    interpret,
-) -> None:
+    tops_ref: Ref, weights_ref: Ref, others_ref: Ref,
+    cost_ref: Ref, wrong_ref: Ref, top_slopes_ref: Ref, other_slopes_ref: Ref,
+    *, lost: float, at_once: int, interpret: bool,
+) -> None:  # fmt: skip
     others = others_ref[0, :][None, :]
 
-    def add_tops(step, sums):
+    def add_tops(step: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         cost, wrong, slopes = sums
         at = pl.ds(step * at_once, at_once)
         tops, weights = tops_ref[0, at], weights_ref[0, at]
@@ -84,10 +77,10 @@ def pair_sums_pallas_triton(
     others = _padded_rows(others, width)
     rows = tops.shape[0]
 
-    def row_of(width):
+    def row_of(width: int) -> pl.BlockSpec:
         return pl.BlockSpec((1, width), lambda row: (row, 0))
 
-    def row_shape(*shape):
+    def row_shape(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((rows, *shape), jnp.float32)
 
     one = pl.BlockSpec((1,), lambda row: (row,))

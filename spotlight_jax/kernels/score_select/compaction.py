@@ -12,12 +12,13 @@ from jaxtyping import Array, Int32
 
 from spotlight_jax.kernels import triton as plgpu
 from spotlight_jax.kernels.score_select.plan import Plan, positions_of, slots_of
+from spotlight_jax.kernels.triton import Ref
 
 BOTH_HALVES = 0x10001  # of a word: times this, a number is in both
 HIGHEST_BITS = -0x7FFF8000  # of both halves
 
 
-def load_ranks(words_ref, chunk: int, plan: Plan) -> list[Int32[Array, "threads words"]]:
+def load_ranks(words_ref: Ref, chunk: int, plan: Plan) -> list[Int32[Array, "threads words"]]:
     """All of this program's ranks, two in a word, by wide steps; each thread has a row of those. 0: no token.
 
     The mask ends at a multiple of a chunk's words, or where the row does: halved any later, Triton could not tell that
@@ -50,7 +51,7 @@ def _drop_lowest(bits: Int32[Array, "threads"], dropped: Int32[Array, "threads"]
 
 
 def _choose(
-    words: list[Array], tokens: int, cut, own_ties, dropped
+    words: list[Array], tokens: int, cut: Array, own_ties: Array, dropped: Array
 ) -> list[tuple[Int32[Array, "threads"], Int32[Array, "threads"]]]:
     """Which of its `tokens` of every wide step a thread chooses, a bit each; how many are chosen before, of the chunk.
 
@@ -70,10 +71,10 @@ def _choose(
     before = jnp.cumsum(of_steps, axis=0) - of_steps + jnp.cumsum(of_all, axis=1) - of_all - (dropped << 16)
     reached = [jnp.sum(jnp.where(steps == step, before, 0), axis=1) for step in range(len(words))]
 
-    def drop_some():
+    def drop_some() -> list[Array]:
         return [_drop_lowest(bits, -(of_step >> 16), tokens) for bits, of_step in zip(ties, reached, strict=True)]
 
-    def keep_all_or_none():
+    def keep_all_or_none() -> list[Array]:
         return [jnp.where(dropped == 0, bits, 0) for bits in ties]
 
     ties = lax.cond((dropped > 0) & (dropped < own_ties), drop_some, keep_all_or_none)
@@ -83,7 +84,10 @@ def _choose(
     ]
 
 
-def store_chosen(words: list[Array], cut, own_ties, dropped, first, start, places_ref, plan: Plan) -> None:
+def store_chosen(
+    words: list[Array], cut: Array, own_ties: Array, dropped: Array, first: Array, start: Array,
+    places_ref: Ref, plan: Plan,
+) -> None:  # fmt: skip
     """Positions of a chunk's chosen tokens (`_choose`), from slot `first` on."""
     tokens = 2 * words[0].shape[1]
     token = jnp.arange(tokens, dtype=jnp.int32)[None, :]

@@ -16,6 +16,8 @@ compute capability 8.0, as binary matrix products do.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,29 +32,31 @@ from spotlight_jax.kernels.score_select.config import CONFIGS
 from spotlight_jax.kernels.score_select.counting import count_ranks, find_bin, read_counts, start_counting
 from spotlight_jax.kernels.score_select.plan import PARTS, Plan, clear_free_slots, slots_of, walk
 from spotlight_jax.kernels.score_select.scoring import ranker_of
+from spotlight_jax.kernels.triton import Index, Ref
 from spotlight_jax.weights import WeightBounds
 
 
 def _score_kernel(
-    bounds_ref, weights_ref, codes_ref, ranks_ref, counts_ref, parts_ref, *, plan: Plan, chunk: int
-) -> None:
+    bounds_ref: Ref, weights_ref: Ref, codes_ref: Ref, ranks_ref: Ref, counts_ref: Ref, parts_ref: Ref,
+    *, plan: Plan, chunk: int,
+) -> None:  # fmt: skip
     start, end = pl.program_id(1) * chunk, bounds_ref[0]
     step_len = plan.cfg.step
     rank, there = ranker_of(weights_ref, end, step_len, plan), jnp.minimum(chunk, plan.kv_len - start)
 
-    def load_words(step):
+    def load_words(step: Index) -> list[Array]:
         at, is_there = slots_of(step, step_len, there)
         words = [codes_ref.at[jnp.int32(word), at] for word in range(plan.words)]
         return [plgpu.load(word, mask=is_there, other=0, eviction_policy="evict_first") for word in words]
 
-    def score_step(step, words, counted):
+    def score_step(step: Index, words: list[Array], counted: Any) -> Any:
         ranks = rank(words, start + step * step_len)
         at, is_there = slots_of(step, step_len, jnp.minimum(chunk, plan.rank_len - start))
         plgpu.store(ranks_ref.at[at], ranks.astype(ranks_ref.dtype), mask=is_there, eviction_policy="evict_last")
         return count_ranks(ranks, counted, plan)
 
     @pl.when(start < end)  # nothing is written of other chunks
-    def count():
+    def count() -> None:
         counted = walk(chunk // step_len, load_words, score_step, start_counting(step_len, plan))
         for index, counts in enumerate(read_counts(counted, plan)):
             counts_ref[pl.ds(index * counts.size, counts.size)] = counts.astype(counts_ref.dtype)
@@ -60,7 +64,9 @@ def _score_kernel(
             parts_ref[pl.ds(index * parts.size, parts.size)] = parts
 
 
-def _look(counts_ref, start, bins: int, wanted, is_filled: Bool[Array, "lanes"]) -> tuple:
+def _look(
+    counts_ref: Ref, start: Index, bins: int, wanted: Array, is_filled: Bool[Array, "lanes"]
+) -> tuple[Array, Array, Array, Array]:
     """Which of `bins` bins holds the last of a row's `wanted` tokens.
 
     Returns: the bin; tokens in bins before it, the row's and each chunk's; each chunk's tokens in it.
@@ -74,7 +80,9 @@ def _look(counts_ref, start, bins: int, wanted, is_filled: Bool[Array, "lanes"])
     return found, before, both & 0xFFFF, lax.shift_right_logical(both, 16)
 
 
-def _compact_kernel(bounds_ref, counts_ref, parts_ref, words_ref, places_ref, *, plan: Plan, chunk: int) -> None:
+def _compact_kernel(
+    bounds_ref: Ref, counts_ref: Ref, parts_ref: Ref, words_ref: Ref, places_ref: Ref, *, plan: Plan, chunk: int
+) -> None:
     words = load_ranks(words_ref, chunk, plan)  # these are on their way while the cut is found
     end, budget, own, count = bounds_ref[0], bounds_ref[1], pl.program_id(1), counts_ref.shape[0]
     chunks = jnp.arange(1 << (count - 1).bit_length(), dtype=jnp.int32)
@@ -89,11 +97,11 @@ def _compact_kernel(bounds_ref, counts_ref, parts_ref, words_ref, places_ref, *,
     first = jnp.sum(jnp.where(chunks < own, above, 0)) + jnp.maximum(wanted - newer - own_ties, 0)
 
     @pl.when(own_above + taken > 0)
-    def compact():
+    def compact() -> None:
         store_chosen(words, cut, own_ties, own_ties - taken, first, own * chunk, places_ref, plan)
 
     @pl.when(own == count - 1)
-    def clear():
+    def clear() -> None:
         clear_free_slots(places_ref, budget, plan, plan.cfg.wide_step)
 
 
@@ -108,7 +116,7 @@ def _select(
     chunk = plan.cfg.choose_chunk(rows, plan.kv_len)
     chunks = -(-plan.kv_len // chunk)
 
-    def row_of(*shape):
+    def row_of(*shape: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, *shape), lambda row, chunk: (row,) + (0,) * len(shape))
 
     of_codes = pl.BlockSpec(
@@ -123,7 +131,7 @@ def _select(
         jax.ShapeDtypeStruct((rows, chunks, PARTS), jnp.int32),
     ]
 
-    def call(kernel, name, warps, **specs):
+    def call(kernel: Callable[..., None], name: str, warps: int, **specs: Any) -> Callable[..., Any]:
         kernel = functools.partial(kernel, plan=plan, chunk=chunk)
         params = plgpu.CompilerParams(num_warps=warps, num_stages=plan.cfg.stages)
         return pl.pallas_call(

@@ -1,15 +1,18 @@
 """What the fused kernels share: what is static of a call, the walk over tokens, single instructions."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Bool, Int32, PyTree
 
 from spotlight_jax.kernels import triton as plgpu
 from spotlight_jax.kernels.score_select.config import Config
+from spotlight_jax.kernels.triton import Index, Ref
 
 LEAST_BITS, MOST_BITS = 10, 12  # of ranks that a program counts: a histogram fills its threads, and fits its memory
 PARTS = 32  # of a histogram, added up: a cut is looked for among these first
@@ -60,12 +63,12 @@ class Plan:
         return self.bins // PARTS
 
 
-def positions_of(start, step, width: int) -> Int32[Array, "width"]:
+def positions_of(start: Index, step: Index, width: int) -> Int32[Array, "width"]:
     """Of a step's tokens, from a start on."""
     return start + step * width + jnp.arange(width, dtype=jnp.int32)
 
 
-def slots_of(step, width: int, there: Int32[Array, ""]) -> tuple:
+def slots_of(step: Index, width: int, there: Int32[Array, ""]) -> tuple[Any, Bool[Array, "width"]]:
     """A step's slots in a program's chunk, and whether they are among the `there` that the cache has of it.
 
     None lie past the chunk: what is asked for ahead of its last step is not read.
@@ -73,10 +76,15 @@ def slots_of(step, width: int, there: Int32[Array, ""]) -> tuple:
     return pl.ds(step * width, width), positions_of(0, step, width) < there
 
 
-def walk(steps, load, work, start):
+def walk(
+    steps: int,
+    load: Callable[[Index], PyTree],
+    work: Callable[[Index, PyTree, PyTree], PyTree],
+    start: PyTree,
+) -> PyTree:
     """`work` on each step's `load`, the next one's asked for before: memory is read while there is work."""
 
-    def take_step(step, carry):
+    def take_step(step: Array, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
         loaded, done = carry
         ahead = load(step + 1)
         return ahead, work(step, loaded, done)
@@ -84,10 +92,10 @@ def walk(steps, load, work, start):
     return lax.fori_loop(0, steps, take_step, (load(0), start))[1]
 
 
-def clear_free_slots(places_ref, budget, plan: Plan, width: int) -> None:
+def clear_free_slots(places_ref: Ref, budget: Array, plan: Plan, width: int) -> None:
     """Zeros where a budget is smaller than the greatest."""
 
-    def clear_step(step, _):
+    def clear_step(step: Array, _: None) -> None:
         slots = positions_of(0, step, width)
         is_free = (slots >= budget) & (slots < plan.max_budget)
         plgpu.store(places_ref.at[slots], jnp.zeros_like(slots), mask=is_free)

@@ -23,7 +23,7 @@ by the table above, all is lowered, and run where there is a GPU, by `trust.is_t
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax.numpy as jnp
 from jax import lax
@@ -34,6 +34,7 @@ from spotlight_jax.bits import pack_bits
 from spotlight_jax.config.hashing import WORD_BITS
 from spotlight_jax.kernels import triton as plgpu
 from spotlight_jax.kernels.score_select.plan import Plan, number_operands, positions_of, run_instruction
+from spotlight_jax.kernels.triton import Ref
 
 TOKENS = 2  # of a thread, that one product counts
 SUMS = 2  # of weights, by which it counts
@@ -93,7 +94,7 @@ def _plane_program(place: int) -> str:
 _ADD_PROGRAM = "redux.sync.add.s32 $0, $1, 0xffffffff;"  # of the numbers of a warp's threads
 
 
-def _weights_of(weights_ref, one: int, plan: Plan) -> tuple[list[list[Array]], Array]:
+def _weights_of(weights_ref: Ref, one: int, plan: Plan) -> tuple[list[list[Array]], Array]:
     """A sum's weights in planes of bits, packed like codes, from the highest plane down; half of their sum.
 
     A thread loads the weight of its bit of every word.
@@ -125,7 +126,7 @@ def _own_columns(weights: list[list[Array]], others: list[list[Array]]) -> list[
     ]
 
 
-def ranker_of(weights_ref, end: Int32[Array, ""], width: int, plan: Plan):
+def ranker_of(weights_ref: Ref, end: Int32[Array, ""], width: int, plan: Plan) -> Callable[[list[Array], Array], Array]:
     """A row's function from a step's codes, and the position where the step starts, to ranks."""
     sums, halves = zip(*(_weights_of(weights_ref, one, plan) for one in range(plan.sums)), strict=True)
     offsets = [1 - plan.least - half for half in halves]
@@ -146,7 +147,7 @@ def ranker_of(weights_ref, end: Int32[Array, ""], width: int, plan: Plan):
             scores = [score_pair(words, index) for index in range(len(pairs))]
         ranks = functools.reduce(jnp.maximum, scores)
 
-        def force(ranks):
+        def force(ranks: Array) -> Array:
             positions = positions_of(first, 0, width)
             is_always_read = (positions < plan.sink_tokens) | (positions >= end - plan.recent_tokens)
             return jnp.where(positions < end, jnp.where(is_always_read, plan.always, ranks), 0)

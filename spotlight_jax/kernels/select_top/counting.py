@@ -8,6 +8,7 @@ from collections.abc import Callable
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Int32, PyTree, UInt32
 
@@ -35,7 +36,7 @@ def _count(words: UInt32[Array, "*shape"]) -> Int32[Array, "*shape"]:
     return lax.population_count(words).astype(jnp.int32)
 
 
-def _repeat(times: int, step: Callable, start: PyTree) -> PyTree:
+def _repeat(times: int, step: Callable[[Array, PyTree], PyTree], start: PyTree) -> PyTree:
     """`times` steps: unrolled where a pass is a launch; a loop on a CPU, where it runs the same and compiles faster."""
     if jax.default_backend() == "cpu":
         return lax.fori_loop(0, times, step, start)
@@ -53,7 +54,7 @@ def _find_threshold(
     """
     rounds = -(-rank_bits // digit_bits)
 
-    def find_digit(done, threshold):
+    def find_digit(done: Array, threshold: Array) -> Array:
         shift = ((rounds - 1 - done) * digit_bits).astype(jnp.uint32)
         digit = jnp.zeros(budgets.shape, jnp.uint32)
         for candidate in range(1, 2**digit_bits):
@@ -75,7 +76,7 @@ def find_cut(
     at_least = pack_bits(ranks >= threshold[..., None])
     dropped = jnp.maximum(jnp.sum(_count(at_least), axis=-1) - budgets, 0)
 
-    def pack_ties():
+    def pack_ties() -> Array:
         return pack_bits(ranks == threshold[..., None])
 
     # most often no tie is dropped, and which ones are ties does not matter; a GPU would have to ask the host first
@@ -102,7 +103,7 @@ def _position_of(
     block = 1 << ((last + 1).bit_length() // 2)  # about the square root: both counts are short
     missing = -words.shape[-1] % block
     padding = [(0, 0)] * (sums.ndim - 1) + [(0, missing)]
-    blocks = jnp.pad(sums, padding, constant_values=jnp.iinfo(jnp.int32).max).reshape(*sums.shape[:-1], -1, block)
+    blocks = jnp.pad(sums, padding, constant_values=np.iinfo(np.int32).max).reshape(*sums.shape[:-1], -1, block)
     ends = blocks[..., None, :, -1]
     in_block = jnp.sum(ends <= order[..., None], axis=-1, dtype=jnp.int32)
     in_block = jnp.minimum(in_block, blocks.shape[-2] - 1)

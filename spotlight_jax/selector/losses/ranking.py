@@ -14,7 +14,7 @@ from spotlight_jax.config.ranking import LossConfig, MassLoss
 from spotlight_jax.kernels.pair_cost import SLOPES
 from spotlight_jax.selector.base import HashFunctions
 from spotlight_jax.selector.losses.mass import mass_cost
-from spotlight_jax.selector.losses.pairs import pairs_cost, sample_pairs
+from spotlight_jax.selector.losses.pairs import Pairs, pairs_cost, sample_pairs
 from spotlight_jax.selector.losses.targets import target_scores, true_scores
 
 
@@ -40,24 +40,26 @@ def ranking_loss(
         positions.reshape(blocks, -1),
     )
 
-    def rank_keys(block_queries, block_positions):
+    def rank_keys(block_queries: Array, block_positions: Array) -> list[Array]:
         logits = true_scores(block_queries, keys, block_positions) * queries.shape[-1] ** -0.5
         return [target_scores(logits, keys.shape[1], target) for target in targets]
 
     @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(SLOPES))
-    def block_cost(functions, codes, block_queries, block_positions, sampled):
+    def block_cost(
+        functions: HashFunctions, codes: Array, block_queries: Array, block_positions: Array, sampled: list[Pairs]
+    ) -> Array:
         # ranks of every key are found again in the backward pass: all blocks' would be kept until then
-        targeted = rank_keys(block_queries, block_positions) if isinstance(cfg, MassLoss) else sampled
+        ranked = rank_keys(block_queries, block_positions) if isinstance(cfg, MassLoss) else []
         costs = []
-        for target, seen in zip(targets, targeted, strict=True):
+        for place, target in enumerate(targets):
             weights = jnp.moveaxis(functions.soft_weights(block_queries, gamma, target == "kv_head"), 0, 2)
             if isinstance(cfg, MassLoss):
-                costs.append(mass_cost(weights, codes, seen, block_positions, cfg))
+                costs.append(mass_cost(weights, codes, ranked[place], block_positions, cfg))
             else:
-                costs.append(pairs_cost(weights, codes, seen, cfg))
+                costs.append(pairs_cost(weights, codes, sampled[place], cfg))
         return jnp.stack(costs)
 
-    def add_block(totals, block):
+    def add_block(totals: Array, block: tuple[PRNGKeyArray, Array, Array]) -> tuple[Array, None]:
         block_key, block_queries, block_positions = block
         sampled = []
         if not isinstance(cfg, MassLoss):

@@ -33,14 +33,13 @@ def seen_by_layers(tokens):
     found = []
     x = embed_tokens(model().params, jnp.asarray(tokens)[None], MODEL)
     positions = jnp.arange(len(tokens), dtype=jnp.int32)[None]
+
+    def attend(queries, keys, values):
+        return causal_attention(queries, keys, values), (queries, keys)
+
+    apply = jax.jit(lambda params, x: apply_layer(params, x, positions, attend, MODEL))
     for layer in range(MODEL.layers):
-        x, seen = apply_layer(
-            model().params[f"layer_{layer}"],
-            x,
-            positions,
-            lambda queries, keys, values: (causal_attention(queries, keys, values), (queries, keys)),
-            MODEL,
-        )
+        x, seen = apply(model().params[f"layer_{layer}"], x)
         found.append([np.asarray(array[0], np.float64) for array in seen])
     return found
 

@@ -13,8 +13,8 @@ from spotlight_jax.config.hashing import TransformConfig
 from spotlight_jax.errors import InputError
 from spotlight_jax.selector.base import HeadShape
 from spotlight_jax.selector.forms import init_functions
+from train.checkpointing import CheckpointStore, newest_step
 from train.config import OptimizerConfig
-from train.states import StateStore, newest_step
 from train.step import init_state
 
 
@@ -25,13 +25,13 @@ def _state(code_bits=32, seed=0):
 
 
 def test_the_newest_state_comes_back_whole_and_only_so_many_are_kept(tmp_path):
-    store = StateStore(tmp_path / "checkpoints", keep=2)
+    store = CheckpointStore(tmp_path / "checkpoints", keep=2)
     for step in (1, 2, 3):
         store.save(step, _state(seed=step), {"text": {"taken": [step]}})
     store.save(3, _state(seed=9), {"text": {"taken": [9]}})  # saved already: left as it is
     store.close()
     assert sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
-    reopened = StateStore(tmp_path / "checkpoints", keep=2)
+    reopened = CheckpointStore(tmp_path / "checkpoints", keep=2)
     step, state, position, damaged = reopened.load(_state())
     reopened.close()
     assert (step, position, damaged) == (3, {"text": {"taken": [3]}}, [])
@@ -40,7 +40,7 @@ def test_the_newest_state_comes_back_whole_and_only_so_many_are_kept(tmp_path):
 
 
 def test_states_of_other_shapes_or_none_are_refused(tmp_path):
-    store = StateStore(tmp_path / "checkpoints", keep=1)
+    store = CheckpointStore(tmp_path / "checkpoints", keep=1)
     with pytest.raises(InputError, match="no checkpoint to resume from"):
         store.load(_state())
     store.save(4, _state(code_bits=32), {"at": 1})
@@ -50,7 +50,7 @@ def test_states_of_other_shapes_or_none_are_refused(tmp_path):
 
 
 def test_a_state_that_is_still_being_written_can_be_changed(tmp_path):
-    store = StateStore(tmp_path / "checkpoints", keep=1)
+    store = CheckpointStore(tmp_path / "checkpoints", keep=1)
     state = _state()
     want = jax.tree.map(np.asarray, state)
     store.save(1, state, {})
@@ -63,7 +63,7 @@ def test_a_state_that_is_still_being_written_can_be_changed(tmp_path):
 @pytest.fixture
 def run(tmp_path):
     """A folder of three checkpoints."""
-    store = StateStore(tmp_path / "checkpoints", keep=3)
+    store = CheckpointStore(tmp_path / "checkpoints", keep=3)
     for step in (1, 2, 3):
         store.save(step, _state(seed=step), {"text": {"taken": [step]}})
     store.close()
@@ -93,7 +93,7 @@ def test_whatever_file_of_the_newest_checkpoint_is_damaged_the_one_before_is_tak
         DAMAGES[damage](copy / name)
         step, why = newest_step(copy)
         assert step == 2 and list(why) == [3], name
-    store = StateStore(copy, keep=3)
+    store = CheckpointStore(copy, keep=3)
     step, state, position, told = store.load(_state())
     assert (step, position) == (2, {"text": {"taken": [2]}})
     jax.tree.map(np.testing.assert_array_equal, state, _state(seed=2))
@@ -114,7 +114,7 @@ def test_a_checkpoint_whose_manifest_is_not_written_yet_does_not_count(run):
 def test_a_disk_that_takes_no_more_is_one_line_and_closing_does_not_hang(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    store = StateStore(tmp_path / "checkpoints", keep=1)
+    store = CheckpointStore(tmp_path / "checkpoints", keep=1)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
         store.save(1, _state(), {})

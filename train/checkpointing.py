@@ -22,7 +22,7 @@ from train.step import TrainState
 _ARRAYS, _POSITION = "state.safetensors", "position.json"
 
 
-class StateStore:
+class CheckpointStore:
     """Checkpoints of one run: training state, step, position in the text, PRNG key."""
 
     def __init__(self, folder: pathlib.Path, keep: int) -> None:

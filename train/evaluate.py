@@ -12,11 +12,11 @@ from spotlight_jax.selector.base import HashFunctions
 from spotlight_jax.selector.scoring import exact_scores, hash_score_range, hash_scores
 from spotlight_jax.selector.selection import select_mask
 from train.capture import Captured
-from train.config import MeasureConfig, Oracle
+from train.config import EvaluationConfig, Oracle
 
 
 @functools.partial(jax.jit, static_argnames=("selection_cfg", "layers_at_once", "oracle"))
-def measure_layers(
+def evaluate_layers(
     params: HashFunctions,
     captured: Captured,
     selection_cfg: SelectionConfig,
@@ -25,7 +25,7 @@ def measure_layers(
 ) -> metrics.SelectionQuality:
     """Quality of one window's selections per layer and selecting head, by the integer scores that decoding uses."""
 
-    def measure_layer(args: tuple[HashFunctions, Captured]) -> metrics.SelectionQuality:
+    def evaluate_layer(args: tuple[HashFunctions, Captured]) -> metrics.SelectionQuality:
         layer, seen = args
         queries, picks, keys = seen.queries[None], seen.picks[None], seen.keys[None]
         per_kv_head = selection_cfg.per == "kv_head"
@@ -38,17 +38,17 @@ def measure_layers(
         true = exact_scores(queries, keys, per_kv_head) if oracle == "scores" else mass
         return metrics.selection_quality(chosen, select_mask(true, picks, selection_cfg), mass)
 
-    return jax.lax.map(measure_layer, (params, captured), batch_size=layers_at_once)
+    return jax.lax.map(evaluate_layer, (params, captured), batch_size=layers_at_once)
 
 
-def measure(
+def evaluate(
     params: HashFunctions,
     held_out: list[Captured],
-    cfg: MeasureConfig,
+    cfg: EvaluationConfig,
     layers_at_once: int,
 ) -> metrics.SelectionQuality:
     """Mean quality over held-out windows: host arrays `[layers, heads]`."""
-    rows = [measure_layers(params, seen, cfg.selection, layers_at_once, cfg.oracle) for seen in held_out]
+    rows = [evaluate_layers(params, seen, cfg.selection, layers_at_once, cfg.oracle) for seen in held_out]
     return jax.tree.map(lambda *leaves: np.mean([np.asarray(leaf) for leaf in leaves], axis=0), *rows)
 
 

@@ -8,8 +8,8 @@ from spotlight_jax.errors import InputError
 from spotlight_jax.selector.base import HeadShape
 from spotlight_jax.selector.forms import init_functions
 from train.capture import Captured
-from train.config import MeasureConfig
-from train.measure import mean_over_sparse, measure
+from train.config import EvaluationConfig
+from train.evaluate import evaluate, mean_over_sparse
 
 LAYERS, KV_LEN, KV_HEADS, GROUP, HEAD_DIM = 2, 60, 2, 3, 8
 
@@ -43,9 +43,9 @@ def _probabilities(keys, query):
 def test_quality_equals_a_count_by_hand(per, oracle):
     cfg = NetworkConfig(form="symmetric", code_bits=32, hidden=4, centre=False)
     params = init_functions(jax.random.key(0), cfg, HeadShape(LAYERS, KV_HEADS * GROUP, KV_HEADS, HEAD_DIM))
-    measured = MeasureConfig(keep=0.5, per=per, oracle=oracle)
+    measured = EvaluationConfig(keep=0.5, per=per, oracle=oracle)
     windows = [_captured(1), _captured(2)]
-    got = measure(params, windows, measured, layers_at_once=1)
+    got = evaluate(params, windows, measured, layers_at_once=1)
     planes = np.asarray(params.weights.keys.rotation)  # at its start the hash function is this rotation alone
     heads = KV_HEADS if per == "kv_head" else KV_HEADS * GROUP
     iou, mass, best = np.zeros((3, LAYERS, heads))
@@ -79,6 +79,6 @@ def test_means_leave_out_dense_layers():
     assert mean_over_sparse(values, (0, 1)) == 3.0
 
 
-def test_measurements_that_never_happen_are_refused():
-    with pytest.raises(InputError, match="measure every 0 steps"):
-        MeasureConfig(every=0)
+def test_evaluations_that_never_happen_are_refused():
+    with pytest.raises(InputError, match="evaluate every 0 steps"):
+        EvaluationConfig(every=0)
