@@ -71,6 +71,11 @@ def ladder(context: int, is_cpu: bool) -> tuple[int, ...]:
     return tuple(lengths)
 
 
+def cache_length(context: int, chunk: int) -> int:
+    """Slots of a cache for sequences of `context` tokens: a chunk is written whole, and one token after the last."""
+    return -(-(-(-(context + 1) // chunk) * chunk) // LANES) * LANES
+
+
 class Slots:
     """Slots of a batch on the device, one row to prefill in, and pages of prompts that were prefilled."""
 
@@ -85,8 +90,7 @@ class Slots:
             pages: chunks of prompts that are kept; 0: none.
         """
         self.engine, self.count, self.context, self.chunk, self.pages = engine, slots, context, chunk, pages
-        # a block goes on for a few steps after a sequence's last, and a chunk is written whole
-        self.max_len = -(-(-(-(context + 1) // chunk) * chunk) // LANES) * LANES
+        self.max_len = cache_length(context, chunk)
         self.lengths_compiled = ladder(self.max_len, jax.default_backend() == "cpu")
         self.sizes = (*(size for size in (chunk // 16, chunk // 4) if size >= SMALLEST_PIECE), chunk)
         self.sparse_from = sparse_from(engine.cfg.selection, slots, jax.default_backend())

@@ -11,6 +11,7 @@ from rich.progress import Progress, SpinnerColumn, TaskProgressColumn, TextColum
 
 from spotlight_jax import cli
 from spotlight_jax.commands.flags import SessionConfig
+from spotlight_jax.commands.serve import ServeConfig
 from spotlight_jax.config.generation import GenerateConfig, make_decode_config
 from spotlight_jax.decode_step import DecodeState
 from spotlight_jax.engine import Engine
@@ -25,7 +26,7 @@ from spotlight_jax.stops import find_stops
 MIB = 2**20
 
 
-def read_configs(cfg: SessionConfig, console: Console) -> tuple[str, DecoderConfig, Selector | None]:
+def read_configs(cfg: SessionConfig | ServeConfig, console: Console) -> tuple[str, DecoderConfig, Selector | None]:
     """The model's name, its config, and the selector, checked against each other; weights are not needed.
 
     Args:

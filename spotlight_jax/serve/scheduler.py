@@ -58,6 +58,7 @@ class Ticket:
         self.stream = TextStream(tokenizer, request.stops.strings)
         self.submitted, self.first_token, self.last_token = now, None, now
         self.is_cancelled = self.is_over = False
+        self.how = "running"  # or how it ended
 
     def push(self, tokens: Sequence[int]) -> Reason | None:
         """Add chosen tokens and send their text; returns why the text ends, where it does."""
@@ -123,7 +124,7 @@ class Scheduler:
         self.running: dict[int, Ticket] = {}
         self.joining: tuple[Ticket, Prefill, list[bytes]] | None = None
         self.is_stopping = self.has_failed = False
-        self._drain_until = float("inf")
+        self._drain_until, self._seconds = float("inf"), 1.0
         self._lock = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="scheduler", daemon=True)
         lengths = np.arange(slots.max_len + 1, dtype=np.int32)
@@ -177,6 +178,11 @@ class Scheduler:
     def is_idle(self) -> bool:
         """Whether there is nothing to do."""
         return not (self.waiting or self.running or self.joining)
+
+    @property
+    def seconds_to_wait(self) -> int:
+        """About how long it takes until the queue has room, from 1 to 60 seconds."""
+        return round(min(max(self._seconds / self.slots.count, 1.0), 60.0))
 
     # The thread
 
@@ -344,7 +350,9 @@ class Scheduler:
         self._end(ticket, failure, Failed(failure, message or MESSAGES[failure]))
 
     def _end(self, ticket: Ticket, how: str, event: Event | None = None) -> None:
-        ticket.is_over = True
+        ticket.is_over, ticket.how = True, how
+        # of the last ones, for who asks how long the queue is
+        self._seconds += 0.1 * (self.clock() - ticket.submitted - self._seconds)
         self.observer.ended(how, ticket.usage)
         if event is not None:
             ticket.send(event)
