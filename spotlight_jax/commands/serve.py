@@ -2,8 +2,8 @@
 
     spotlight serve --selector runs/demo
 
-Then http://127.0.0.1:8000 shows a chat, and clients of OpenAI's API use http://127.0.0.1:8000/v1. SIGTERM and Ctrl-C let
-running requests end first. Needs the extra: pip install 'spotlight-jax[serve]'. docs/serve.md has all of it.
+Then http://127.0.0.1:8000 shows a chat, and clients of OpenAI's API use http://127.0.0.1:8000/v1. SIGTERM and Ctrl-C
+let running requests end first. Needs the extra: pip install 'spotlight-jax[serve]'. docs/serve.md has all of it.
 """
 
 import dataclasses

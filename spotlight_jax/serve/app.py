@@ -84,7 +84,8 @@ class Service:
         if kind != "application/json":  # which a page of another site cannot send unasked
             raise ApiError(415, "the body must have the content type application/json", "invalid_content_type")
         too_large = ApiError(413, f"the body is larger than {limit} bytes", "body_too_large")
-        if request.headers.get("content-length", "0").isdigit() and int(request.headers["content-length"]) > limit:
+        length = request.headers.get("content-length", "0")
+        if length.isdecimal() and int(length) > limit:
             raise too_large
         parts, size = [], 0
         try:

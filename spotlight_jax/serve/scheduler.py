@@ -56,7 +56,8 @@ class Ticket:
         self.request, self.send = request, send
         self.usage = Usage(len(request.prompt))
         self.stream = TextStream(tokenizer, request.stops.strings)
-        self.submitted, self.first_token, self.last_token = now, None, now
+        self.submitted = self.last_token = now
+        self.first_token: float | None = None
         self.is_cancelled = self.is_over = False
         self.how = "running"  # or how it ended
 

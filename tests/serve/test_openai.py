@@ -1,6 +1,7 @@
 """OpenAI's own client against both endpoints, streaming and whole, sync and async."""
 
 import asyncio
+import dataclasses
 import json
 
 import numpy as np
@@ -35,8 +36,6 @@ def rendered(talk):
 
 def wanted(tokens, new, seed=1, **fields):
     """What the engine alone gives after these tokens, read sparsely; greedy with an odd seed of `draw_request`."""
-    import dataclasses
-
     request = dataclasses.replace(draw_request(seed), prompt=tuple(tokens), max_new_tokens=new, **fields)
     return alone(request, True)
 
@@ -183,8 +182,6 @@ def test_usage_says_what_was_read_and_dense_reads_all(client):
 
 
 def test_dense_is_what_a_model_without_a_selector_gives(client):
-    import dataclasses
-
     ids = byte_tokenizer()("y" * 90).input_ids
     request = dataclasses.replace(draw_request(1), prompt=tuple(ids), max_new_tokens=25)
     reply = client.completions.create(
@@ -239,7 +236,7 @@ def test_what_does_nothing_is_taken(client):
 
 
 def test_a_request_that_can_never_fit_is_refused_with_the_numbers(client):
-    with pytest.raises(openai.BadRequestError, match="has 280 tokens and 30 may follow, together 310; .* at most 300"):
+    with pytest.raises(openai.BadRequestError, match=r"has 280 tokens and 30 may follow, together 310; .* at most 300"):
         client.completions.create(model="tiny", prompt="x" * 280, max_tokens=30)
 
 

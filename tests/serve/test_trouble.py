@@ -42,7 +42,8 @@ DAMAGED = [
     b'{"model": "tiny", "prompt": [999999]}', b'{"model": "tiny", "prompt": [[]]}', b'{"model": "tiny", "prompt": ""}',
     b'{"model": "tiny", "prompt": [true]}', b'{"model": "tiny", "prompt": "x", "stop": [["x"]]}',
     b'{"model": "tiny", "messages": [{"role": "user", "content": "\\udfff"}]}',
-    b'{"model": "\\ud800", "prompt": "x"}', b'{"\\ud800": 1, "model": "tiny"}', b'{"model": "tiny\\u0000", "prompt": 1}',
+    b'{"model": "\\ud800", "prompt": "x"}', b'{"\\ud800": 1, "model": "tiny"}',
+    b'{"model": "tiny\\u0000", "prompt": 1}',
     b'{"model": "tiny", "prompt": "x", "temperature": 1e-9}', b'{"model": "tiny", "prompt": "x", "stop": "\\ud800"}',
 ]  # fmt: skip
 
@@ -60,7 +61,11 @@ GOOD = {
     COMPLETIONS: {"model": "tiny", "prompt": "x", "max_tokens": 2, "temperature": 0},
 }
 ODD = [None, True, -1, 0, 2**70, 1.5, 1e308, "", "x", "\ud800", [], [[]], {}, {"a": {"b": [1]}}, [None], "x" * 999]
-FIELDS = ["model", "prompt", "messages", "stream", "stream_options", "stop", "seed", "temperature", "top_p", "top_k", "max_tokens", "n", "dense", "user", "logprobs", "max_completion_tokens", "tools", "logit_bias", "response_format", "role", "content", "best_of", "echo", "store", "metadata"]  # fmt: skip
+FIELDS = [
+    "model", "prompt", "messages", "stream", "stream_options", "stop", "seed", "temperature", "top_p", "top_k", "n",
+    "max_tokens", "dense", "user", "logprobs", "max_completion_tokens", "tools", "logit_bias", "response_format",
+    "role", "content", "best_of", "echo", "store", "metadata",
+]  # fmt: skip
 
 
 def damage(draw, body):
@@ -122,9 +127,9 @@ def test_a_body_that_grows_past_the_limit_without_saying_so_is_refused(server):
     connection.close()
 
 
-def send_head(server, length, body=b""):
+def send_head(server, length, body=b"", path=CHAT):
     sock = socket.create_connection(("127.0.0.1", server.port))
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
     sock.sendall(head.encode() + body)
     return sock
 
@@ -155,10 +160,7 @@ def ask_to_leave(server, draw):
     """A request that is cut off at a random moment."""
     fields = {"prompt": "x" * draw.randint(1, 200), "max_tokens": draw.randint(20, 90), "stream": draw.random() < 0.7}
     raw = json.dumps({"model": "tiny", **fields}).encode()
-    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n"
-    sock = socket.create_connection(("127.0.0.1", server.port))
-    sock.sendall(head.encode() + raw)
-    return sock, time.monotonic() + draw.random() * 0.5
+    return send_head(server, len(raw), raw, COMPLETIONS), time.monotonic() + draw.random() * 0.5
 
 
 def test_clients_that_go_away_free_their_slots(server):
