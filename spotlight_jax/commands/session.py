@@ -2,7 +2,6 @@
 
 import contextlib
 import signal
-import sys
 from collections.abc import Callable, Iterator
 
 import jax.numpy as jnp
@@ -128,12 +127,6 @@ def decode(
         while not (run.is_done or stop):
             write(run.step(STREAM_BLOCK)[0])
     return run, bool(stop)
-
-
-def write_text(text: str) -> None:
-    """Text on stdout at once and as it is: no wrapping, no markup."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 def describe(report: Report, selector: Selector | None, cfg: GenerateConfig, model_cfg: DecoderConfig) -> list[str]:

@@ -29,7 +29,9 @@ from spotlight_jax.serve.translate import Translator
 log = logging.getLogger(__name__)
 OPEN_PATHS = frozenset({"/", "/health", "/ready"})  # need no key
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_CONTENT_SECURITY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+_CONTENT_SECURITY = (  # the page loads nothing and talks to nobody else
+    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+)
 
 
 @dataclasses.dataclass(frozen=True)
