@@ -6,7 +6,8 @@ beginning copies instead of computing them: it gets the very same numbers.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from spotlight_jax.sampling import NOT_FINITE, batch_sampling
 from spotlight_jax.selector.selection import sparse_from
 
 SMALLEST_PIECE = 16  # tokens of the smallest program that ends a prompt
+STEP = 4  # from one length of the cache to the next: each is compiled
 SHORTEST = 512  # slots of the shortest cache on a CPU, where a dense step reads all slots, filled or not
 
 
@@ -66,8 +68,8 @@ def resize_state(state: DecodeState, max_len: int) -> DecodeState:
 def ladder(context: int, is_cpu: bool) -> tuple[int, ...]:
     """Lengths of caches that steps are compiled for; where a step reads filled slots alone, the longest is enough."""
     lengths = [context]
-    while is_cpu and lengths[0] >= 2 * SHORTEST:
-        lengths.insert(0, -(-lengths[0] // (2 * LANES)) * LANES)
+    while is_cpu and lengths[0] >= STEP * SHORTEST:
+        lengths.insert(0, -(-lengths[0] // (STEP * LANES)) * LANES)
     return tuple(lengths)
 
 
@@ -94,6 +96,7 @@ class Slots:
         self.lengths_compiled = ladder(self.max_len, jax.default_backend() == "cpu")
         self.sizes = (*(size for size in (chunk // 16, chunk // 4) if size >= SMALLEST_PIECE), chunk)
         self.sparse_from = sparse_from(engine.cfg.selection, slots, jax.default_backend())
+        self.sets = 1 if engine.selector is None else len(engine.selector.sets)
         self.has_selector = any(selector is not None for selector in engine.selectors(np.zeros(1, np.int32)))
         self.reset()
 
@@ -222,10 +225,18 @@ class Slots:
         longest = int(self.lengths[~self.is_done].max())
         limit = min(limit, self.max_len - longest)
         self._fit(longest + limit)
+        if self.sets > 1:  # free slots take anybody's set: where all have the same, a step is simpler
+            held = np.array(self.state.cache.code_sets)
+            self._use_sets(np.where(self.is_done, held[~self.is_done][0], held))
         mode, steps = self.engine.mode_of(self.lengths, self.is_done, self.is_dense)
         self.state, tokens = self.engine.decode_block(self.state, mode, min(steps, limit))
         self._look()
         return tokens
+
+    def _use_sets(self, sets: np.ndarray) -> None:
+        """Say which sets of hash functions slots use."""
+        cache = dataclasses.replace(self.state.cache, code_sets=jnp.asarray(sets, jnp.int32))
+        self.state = dataclasses.replace(self.state, cache=cache)
 
     def _look(self) -> None:
         self.lengths = np.array(self.state.cache.lengths, np.int64)
@@ -249,9 +260,25 @@ class Slots:
             name, args = f"resize to {rungs[place]}", (self.state,)
             self.state = self.engine.run(name, resize_state, args, (), max_len=rungs[place])
 
-    def warm_up(self) -> None:
-        """Compile every program that requests will need, by running each on nothing."""
-        row = RowConfig()
+    def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Compile every program that requests will need, by running each on nothing.
+
+        Args:
+            progress: gets the parts done so far, and all of them.
+        """
+        row, done = RowConfig(), 0
+        modes: tuple[Mode, ...] = ("dense", "sparse", "mixed") if self.has_selector else ("dense",)
+        ways = [np.zeros(self.count, np.int32)]  # all slots use one set of hash functions, or several
+        if self.sets > 1 and self.count > 1:
+            ways.append(np.arange(self.count, dtype=np.int32) % self.sets)
+        parts = len(self.sizes) + len(self.lengths_compiled) * len(modes) * len(ways)
+
+        def count() -> None:
+            nonlocal done
+            done += 1
+            if progress is not None:
+                progress(done, parts)
+
         for size in self.sizes:
             prefill = self.begin([0] * size, 1, row, False)
             is_page = self.advance(prefill)
@@ -259,13 +286,15 @@ class Slots:
                 self.keep(prefill, 0)
                 self.begin([0] * size, 1, row, False, [0])
             self.finish(prefill, 0)
-        modes: tuple[Mode, ...] = ("dense", "sparse", "mixed") if self.has_selector else ("dense",)
+            count()
         for length in self.lengths_compiled:
             self._fit(length)
             prefill = self.begin([0], 2, row, False)
             self.advance(prefill)
             self.finish(prefill, 0)
-            for mode in modes:
+            for sets, mode in itertools.product(ways, modes):
+                self._use_sets(sets)
                 self.state, _ = self.engine.decode_block(self.state, mode, 1)
+                count()
             self.free([0])  # and back to the shortest
         self.reset()

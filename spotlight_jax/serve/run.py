@@ -138,8 +138,8 @@ def load_slots(
     slots = Slots(Engine(model.cfg, model.params, selector, decode_cfg), cfg.slots, context, chunk, pages)
     if cfg.warm_up:
         start = time.perf_counter()
-        with waiting(console, "compiling"):
-            slots.warm_up()
+        with waiting(console, "compiling") as show:
+            slots.warm_up(show)
         console.print(f"compiled in {time.perf_counter() - start:.0f} s", style="dim")
     return slots, model.tokenizer
 

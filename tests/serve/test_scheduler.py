@@ -9,9 +9,19 @@ import numpy as np
 import pytest
 
 from spotlight_jax.serve.requests import Done, Failed, QueueFullError, StoppingError
+from spotlight_jax.serve.scheduler import Scheduler
+from spotlight_jax.slots import Slots
 from spotlight_jax.text_stream import TextStream
 from tests.byte_tokenizer import byte_tokenizer
-from tests.serve.world import MODEL, Inbox, draw_request, make_engine, make_scheduler, run_all
+from tests.serve.world import (
+    MODEL,
+    Inbox,
+    draw_request,
+    make_engine,
+    make_engine_by_length,
+    make_scheduler,
+    run_all,
+)
 
 REQUESTS = [draw_request(seed) for seed in range(24)]
 
@@ -71,6 +81,30 @@ def test_a_prompt_with_a_known_beginning_gets_the_same_from_its_pages(is_sparse)
     check_all(requests, inboxes, is_sparse)
     found = [inbox.end.usage.cached_tokens for inbox in inboxes]
     assert found[0] == 0 and all(found[index] >= (128, 128, 96)[index % 3] for index in range(1, 8)), found
+
+
+def test_sequences_of_different_lengths_keep_their_own_hash_functions():
+    """Two sets of them in one batch; nothing compiles after the warm-up, and pages of one set serve it alone."""
+    engine = make_engine_by_length()
+    slots = Slots(engine, slots=2, context=200, chunk=32, pages=8)
+    slots.warm_up()
+    known = set(engine.programs)
+    prompt = tuple(np.random.default_rng(3).integers(0, 255, 70).tolist())
+    requests = [
+        dataclasses.replace(REQUESTS[1], id=str(new), prompt=prompt, max_new_tokens=new) for new in (20, 60, 25, 50, 28)
+    ]
+    scheduler = Scheduler(slots, byte_tokenizer(), block=4, queue=8)
+    inboxes = run_all(scheduler, requests)
+    assert set(engine.programs) == known
+    assert {engine.selector.set_of(len(prompt) + request.max_new_tokens) for request in requests} == {0, 1}
+    assert [inbox.end.usage.cached_tokens for inbox in inboxes] == [0, 0, 64, 64, 64]
+    for request, inbox in zip(requests, inboxes, strict=True):
+        state = engine.prefill([prompt], request.max_new_tokens, rows=[request.row])
+        tokens = [int(state.tokens[0])]
+        while not np.asarray(state.is_done).all():
+            state, more = engine.decode(state)
+            tokens += more[0].tolist()
+        assert inbox.tokens == tokens[: len(inbox.tokens)] and len(inbox.tokens) == inbox.end.usage.new_tokens
 
 
 def test_pages_hold_the_numbers_that_prefill_gives():

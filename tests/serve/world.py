@@ -42,6 +42,17 @@ def make_engine(is_sparse: bool) -> Engine:
 
 
 @functools.cache
+def make_engine_by_length() -> Engine:
+    """Sequences of up to 100 tokens are coded by hash functions of their own."""
+    engine = make_engine(True)
+    assert engine.selector is not None
+    short = draw_params(TransformConfig(code_bits=64), engine.selector.shape, seed=7)
+    short = dataclasses.replace(short, tail=init_tail(MODEL.layers, MODEL.q_heads))
+    both = dataclasses.replace(engine.selector, positions=400, shorter=((100, short),))
+    return Engine(MODEL, engine.params, both, engine.cfg)
+
+
+@functools.cache
 def make_slots(is_sparse: bool, pages: int = 8) -> Slots:
     """Slots that every test of a kind shares, and leaves empty."""
     return Slots(make_engine(is_sparse), slots=3, context=300, chunk=32, pages=pages)
