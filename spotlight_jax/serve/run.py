@@ -92,6 +92,7 @@ def main(cfg: ServeConfig) -> None:
         logging.getLogger("spotlight_jax.serve").setLevel(logging.INFO)
         scheduler.start()
         Server(app, scheduler, cfg.drain).run(sockets=[listener])
+    scheduler.drain(0.0)  # a second signal does not wait
     scheduler.join(AFTER_DRAIN)
 
 

@@ -210,11 +210,11 @@ class Scheduler:
             self._prefill()
         except Exception:
             log.exception("prefill failed")
-            assert self.joining is not None
-            ticket, self.joining = self.joining[0], None
+            joining, self.joining = self.joining, None
             self.slots.reset_prefill()
             self.prefixes.clear()
-            self._fail(ticket, "internal")
+            if joining is not None:
+                self._fail(joining[0], "internal")
         if not self.running:
             return
         try:
@@ -300,10 +300,14 @@ class Scheduler:
                 return False
             ticket = self.waiting.popleft()
         request = ticket.request
-        kind = self.slots.kind_of(len(request.prompt) + request.max_new_tokens)
-        hashes = self.prefixes.hashes(request.prompt, kind) if self.slots.pages else []
-        pages = self.prefixes.find(hashes, len(request.prompt))
-        prefill = self.slots.begin(request.prompt, request.max_new_tokens, request.row, request.is_dense, pages)
+        try:
+            kind = self.slots.kind_of(len(request.prompt) + request.max_new_tokens)
+            hashes = self.prefixes.hashes(request.prompt, kind) if self.slots.pages else []
+            pages = self.prefixes.find(hashes, len(request.prompt))
+            prefill = self.slots.begin(request.prompt, request.max_new_tokens, request.row, request.is_dense, pages)
+        except Exception:
+            self._fail(ticket, "internal")
+            raise
         ticket.usage.cached_tokens = prefill.done
         self.joining = ticket, prefill, hashes
         return True
@@ -339,7 +343,13 @@ class Scheduler:
             usage.steps += len(tokens)
             usage.tokens_read += int(sums[end] - sums[before])
             usage.tokens_cached += int(self._sums_dense[end] - self._sums_dense[before])
-        reason = ticket.push(tokens)
+        try:
+            reason = ticket.push(tokens)
+        except Exception:  # of the tokenizer: it is about this text alone
+            log.exception("request %s: its tokens are no text", ticket.request.id)
+            del self.running[slot]
+            self._fail(ticket, "internal")
+            return
         if reason is not None or not is_finite:
             del self.running[slot]
         if reason is not None:

@@ -131,8 +131,16 @@ def test_requests_compile_nothing_after_warm_up():
     scheduler.slots.warm_up()
     known = set(scheduler.slots.engine.programs)
     requests = [dataclasses.replace(one, is_dense=index % 3 == 0) for index, one in enumerate(REQUESTS[:12])]
-    run_all(scheduler, requests, arrive=1)
-    assert set(scheduler.slots.engine.programs) == known
+    compiled = []
+    monitor = lambda event, seconds, **options: compiled.append(event) if "backend_compile" in event else None  # noqa: E731
+    jax.monitoring.register_event_duration_secs_listener(monitor)
+    try:
+        jax.jit(lambda x: x + 1)(np.zeros(7))
+        assert len(compiled) == 1, "the monitor sees what is compiled"
+        run_all(scheduler, requests, arrive=1)
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert len(compiled) == 1 and set(scheduler.slots.engine.programs) == known
 
 
 def test_a_request_that_is_cancelled_is_gone_after_a_block():
@@ -267,6 +275,33 @@ def test_a_prefill_that_breaks_fails_alone_and_a_broken_block_fails_those_in_it(
     while not scheduler.is_idle:
         scheduler.round()
     check_all(requests[2:], inboxes[2:], False)
+
+
+def test_a_text_that_no_tokenizer_gives_fails_alone(monkeypatch, caplog):
+    scheduler = make_scheduler()
+    inboxes = [Inbox(), Inbox()]
+    tickets = scheduler.submit([REQUESTS[1], REQUESTS[3]], inboxes)
+    monkeypatch.setattr(tickets[0].stream, "push", lambda tokens: 1 // 0)
+    while not scheduler.is_idle:
+        scheduler.round()
+    assert isinstance(inboxes[0].end, Failed) and "are no text" in caplog.text
+    check_all([REQUESTS[3]], inboxes[1:], False)
+    check_empty(scheduler)
+
+
+def test_a_newcomer_that_cannot_begin_fails_alone(monkeypatch):
+    scheduler = make_scheduler()
+    inboxes = [Inbox(), Inbox()]
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduler.slots, "begin", lambda *args: 1 // 0)
+        scheduler.submit([REQUESTS[1]], inboxes[:1])
+        scheduler.round()
+    assert isinstance(inboxes[0].end, Failed)
+    scheduler.submit([REQUESTS[3]], inboxes[1:])
+    while not scheduler.is_idle:
+        scheduler.round()
+    check_all([REQUESTS[3]], inboxes[1:], False)
+    check_empty(scheduler)
 
 
 def test_a_drained_scheduler_ends_what_runs_and_takes_no_more():
