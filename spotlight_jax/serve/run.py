@@ -41,6 +41,8 @@ AFTER_DRAIN = 5.0  # seconds that answers have to be sent whole
 class Server(uvicorn.Server):
     """uvicorn, which drains the scheduler first and leaves with exit code 0."""
 
+    should_exit: bool
+
     def __init__(self, app: ASGIApp, scheduler: Scheduler, drain: float) -> None:
         """Serve an app.
 

@@ -1,5 +1,6 @@
 """`spotlight serve` as a process, and `spotlight chat --url` against a server."""
 
+import dataclasses
 import re
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from spotlight_jax.commands import chat, remote, serve
 from spotlight_jax.config.generation import GenerateConfig
+from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.errors import InputError
 from tests.byte_tokenizer import byte_tokenizer
 from tests.models.tiny import write_folder
@@ -95,6 +97,14 @@ def test_a_signal_lets_running_requests_end_and_leaves(process):
 def test_what_serves_nobody_is_refused(fields, line):
     with pytest.raises(InputError, match=line):
         serve.ServeConfig(**fields)
+
+
+def test_the_documentation_has_every_flag():
+    text = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")
+    fields = [*dataclasses.fields(serve.ServeConfig), *dataclasses.fields(SelectionConfig)]
+    names = [field.name.replace("_", "-") for field in fields if field.name != "selection"]
+    missing = [name for name in names if f"`--{name}`" not in text and f"`--no-{name}`" not in text]
+    assert len(names) > 25 and not missing
 
 
 def test_a_missing_package_is_one_line(monkeypatch, capsys):
