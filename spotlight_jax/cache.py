@@ -120,3 +120,67 @@ def grow(cache: Cache, max_len: int) -> Cache:
         for layer in cache.layers
     )
     return dataclasses.replace(cache, layers=layers)
+
+
+def resize(cache: Cache, max_len: int) -> Cache:
+    """The cache with `max_len` slots for each sequence, more or fewer than it has; copies once."""
+    if max_len >= cache.max_len:
+        return grow(cache, max_len)
+    return dataclasses.replace(cache, layers=cut(cache.layers, max_len))
+
+
+def cut(layers: tuple[LayerCache, ...], max_len: int) -> tuple[LayerCache, ...]:
+    """The first `max_len` slots of each layer."""
+    return tuple(
+        dataclasses.replace(
+            layer,
+            keys=layer.keys[:, :max_len],
+            values=layer.values[:, :max_len],
+            codes=None if layer.codes is None else layer.codes[..., :max_len],
+        )
+        for layer in layers
+    )
+
+
+def copy_tokens(
+    target: tuple[LayerCache, ...],
+    source: tuple[LayerCache, ...],
+    target_row: Int32[Array, ""],
+    target_start: Int32[Array, ""],
+    source_row: Int32[Array, ""],
+    source_start: Int32[Array, ""],
+    length: int,
+) -> tuple[LayerCache, ...]:
+    """The target with `length` tokens of one sequence of the source, and with its moments whole.
+
+    Args:
+        target: layers to write to.
+        source: layers of the same kinds; another batch and length.
+        target_row: the sequence that is written.
+        target_start: slot of the first token written.
+        source_row: the sequence that is read.
+        source_start: slot of the first token read.
+        length: tokens.
+    """
+
+    def copy(old: Array, new: Array, axis: int) -> Array:
+        def starts(row: Array, start: Array) -> list[Array]:
+            return [row, *(start if place == axis else jnp.int32(0) for place in range(1, old.ndim))]
+
+        sizes = [1, *(length if place == axis else new.shape[place] for place in range(1, new.ndim))]
+        part = lax.dynamic_slice(new, starts(source_row, source_start), sizes)
+        return lax.dynamic_update_slice(old, part, starts(target_row, target_start))
+
+    def copy_row(old: Array, new: Array) -> Array:
+        part = lax.dynamic_slice_in_dim(new, source_row, 1, axis=0)
+        return lax.dynamic_update_slice_in_dim(old, part, target_row, axis=0)
+
+    return tuple(
+        LayerCache(
+            keys=copy(old.keys, new.keys, 1),
+            values=copy(old.values, new.values, 1),
+            codes=None if old.codes is None or new.codes is None else copy(old.codes, new.codes, 3),
+            moments=None if old.moments is None else jax.tree.map(copy_row, old.moments, new.moments),
+        )
+        for old, new in zip(target, source, strict=True)
+    )

@@ -39,6 +39,7 @@ _COMMANDS = (
     ("train", "train.layerwise", "train the hash functions of a model"),
     ("generate", "spotlight_jax.commands.generate", "continue a prompt, reading only the tokens that matter"),
     ("chat", "spotlight_jax.commands.chat", "talk with a model"),
+    ("serve", "spotlight_jax.commands.serve", "serve a model to many clients at once, over OpenAI's API"),
     ("doctor", "spotlight_jax.commands.doctor", "check this machine and installation"),
     ("eval decode", "eval.decode", "prefill and decoding at a model's shape, dense beside sparse"),
     ("eval fidelity", "eval.fidelity", "how far the answers of two prediction folders agree"),

@@ -48,6 +48,7 @@ class DecodeState:
     rope_len: Int32[Array, "batch"]  # length that `dynamic` RoPE adapts to; the same for prompt and steps
     sampling: Sampling
     stop_tokens: Int32[Array, "batch stops"]  # that end each sequence, and NO_TOKEN
+    is_dense: Bool[Array, "batch"] | None = None  # sequences that read everything at any length; None: there are none
 
 
 LayerSelectors = tuple[LayerSelector | None, ...]  # of all layers; None for those that are always read densely
@@ -124,11 +125,13 @@ def decode_step(
     cfg: DecodeConfig,
     mode: Mode,
     ends: Int32[Array, "batch"] | None = None,
+    is_dense: Bool[Array, "batch"] | None = None,
 ) -> tuple[Float[Array, "batch vocab"], Cache]:
     """Logits after one more token of each sequence, and the cache with it; lengths are left to the caller.
 
     Args:
         ends: the lengths that follow, which are those before where a sequence is done; None: none is.
+        is_dense: sequences that read everything in mode "mixed", whatever their length; None: there are none.
     """
     lengths, batch = cache.lengths, tokens.shape[0]
     rows = rows_of_step(batch)
@@ -137,7 +140,8 @@ def decode_step(
         return jnp.broadcast_to(array, (rows, *array.shape[1:]))
 
     shortest = sparse_from(cfg.selection, batch, jax.default_backend())
-    is_sparse = (lengths + 1 >= shortest)[:, None, None, None]
+    is_long = lengths + 1 >= shortest
+    is_sparse = (is_long if is_dense is None else is_long & ~is_dense)[:, None, None, None]
 
     def attend_with(layer: LayerCache, selector: LayerSelector | None) -> Callable:
         def attend(queries, keys, values):
@@ -222,7 +226,7 @@ def decode_block(
         step, state, out = carry
         # a sequence that is done writes to the same unfilled slot again and again, and stays as long as it was
         ends = state.cache.lengths + (~state.is_done).astype(jnp.int32)
-        args = params, selectors, state.cache, state.tokens, state.rope_len, model_cfg, cfg, mode, ends
+        args = params, selectors, state.cache, state.tokens, state.rope_len, model_cfg, cfg, mode, ends, state.is_dense
         logits, cache = decode_step(*args)
         cache = cache.replace(lengths=ends)
         state = _choose(logits, state.replace(cache=cache))

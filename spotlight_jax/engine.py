@@ -181,7 +181,7 @@ class Engine:
         selectors, code_sets = self._open_codes(layers, np.asarray(base), np.asarray(rope_len), np.asarray(held_sets))
         for start in range(0, padded.shape[1], chunk):
             tokens = padded[:, start : start + chunk]
-            x, layers = self._prefill_chunk(
+            x, layers = self.prefill_chunk(
                 tokens, layers, selectors, base + start, rope_len, base + jnp.asarray(counts)
             )
             places = np.clip(counts - 1 - start, 0, chunk - 1)
@@ -223,7 +223,7 @@ class Engine:
                     layers[index] = self.run("code", code_layer, (layers[index], selector), (0,))
         return selectors, wanted
 
-    def _prefill_chunk(
+    def prefill_chunk(
         self,
         tokens: np.ndarray,
         layers: list[LayerCache],
@@ -276,16 +276,19 @@ class Engine:
         is_free = np.isin(np.arange(len(state.tokens)), slots)
         return self.run("free", free_rows, (state, jnp.asarray(is_free)), (0,))
 
-    def mode_of(self, lengths: np.ndarray, is_done: np.ndarray) -> tuple[Mode, int]:
+    def mode_of(self, lengths: np.ndarray, is_done: np.ndarray, is_dense: np.ndarray | None = None) -> tuple[Mode, int]:
         """How the next block reads, and for how many steps that stays right.
 
         Args:
             lengths: tokens each sequence has cached; the next step's own token comes on top.
+            is_dense: sequences that read everything at any length; None: there are none.
         """
         if all(selector is None for selector in self._sets[0]) or is_done.all():
             return "dense", self.cfg.block
         shortest = sparse_from(self.cfg.selection, len(lengths), jax.default_backend())
         below = shortest - (lengths[~is_done] + 1)  # steps until each running sequence is long enough
+        if is_dense is not None:
+            below = np.where(is_dense[~is_done], np.iinfo(np.int32).max, below)
         if (below <= 0).all():
             return "sparse", self.cfg.block
         steps = min(int(below[below > 0].min()), self.cfg.block)
@@ -296,15 +299,24 @@ class Engine:
 
         Returns: the new state and the tokens chosen, [batch, steps]; fewer steps where the way of reading changes.
         """
-        mode, steps = self.mode_of(np.asarray(state.cache.lengths), np.asarray(state.is_done))
+        is_dense = None if state.is_dense is None else np.asarray(state.is_dense)
+        mode, steps = self.mode_of(np.asarray(state.cache.lengths), np.asarray(state.is_done), is_dense)
+        state, tokens = self.decode_block(state, mode, min(steps, limit or steps))
+        check_chosen(tokens)
+        return state, tokens
+
+    def decode_block(self, state: DecodeState, mode: Mode, steps: int) -> tuple[DecodeState, np.ndarray]:
+        """Decode one block of at most `steps` steps in a given mode; see `decode`, and `mode_of` for what is right.
+
+        A sequence whose logits are not finite is done with the token `NOT_FINITE`; the others go on.
+        """
         selectors = self.selectors(np.asarray(state.cache.code_sets))
-        args = (self.params, selectors, state, np.int32(min(steps, limit or steps)))
+        args = (self.params, selectors, state, np.int32(steps))
         static = {"model_cfg": self.model_cfg, "cfg": self.cfg, "mode": mode}
         is_merged = jax.default_backend() == "gpu" and state.tokens.shape[0] <= FEW_ROWS
         options = MERGED_PRODUCTS if is_merged else None
-        state, tokens, steps = self.run("decode", decode_block, args, (2,), options, **static)
+        state, tokens, taken = self.run("decode", decode_block, args, (2,), options, **static)
         # fetched at once, with what the next call looks at: an array keeps what was fetched of it
         cache = state.cache
-        tokens, steps, *_ = jax.device_get((tokens, steps, cache.lengths, cache.code_sets, state.is_done))
-        check_chosen(tokens[:, :steps])
-        return state, tokens[:, :steps]
+        tokens, taken, *_ = jax.device_get((tokens, taken, cache.lengths, cache.code_sets, state.is_done))
+        return state, tokens[:, :taken]

@@ -89,6 +89,43 @@ def plan_memory(
     return MemoryPlan(weights=weights, cache=cache, codes=codes, workspace=max(step, prefill))
 
 
+def plan_serving(
+    cfg: DecoderConfig,
+    dtype: jnp.dtype,
+    slots: int,
+    max_len: int,
+    chunk: int,
+    pages: int,
+    hash_cfg: HashConfig | None,
+    selection: SelectionConfig,
+    has_tail: bool = False,
+) -> MemoryPlan:
+    """What a server holds: slots, one more sequence that is prefilled, and pages of prompts.
+
+    Args:
+        dtype: of weights and cache.
+        slots: sequences decoded at once.
+        max_len: slots of each one's cache.
+        chunk: prompt tokens per prefill step, and of a page.
+        pages: chunks of prompts that are kept.
+        hash_cfg: of the selector; None for dense reading.
+        selection: how many tokens are read.
+        has_tail: whether what is not read is estimated.
+    """
+
+    def plan(batch: int, length: int, tokens: int) -> MemoryPlan:
+        return plan_memory(cfg, dtype, batch, length, tokens, hash_cfg, selection, has_tail)
+
+    # all slots take a step together, and one sequence at a time is prefilled
+    parts = plan(slots, max_len, 1), plan(1, max_len, chunk), plan(pages, chunk, 1)
+    return MemoryPlan(
+        weights=parts[0].weights,
+        cache=sum(part.cache for part in parts),
+        codes=sum(part.codes for part in parts),
+        workspace=max(part.workspace for part in parts),
+    )
+
+
 def available_bytes(device: jax.Device | None = None) -> int | None:
     """Free memory of the device (a CPU's: of the machine); None where nobody knows."""
     device = device or jax.devices()[0]

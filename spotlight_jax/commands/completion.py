@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from spotlight_jax.commands.generate import GenerateCommandConfig
-from spotlight_jax.commands.session import decode, describe, load_fitting, read_configs, write_text
+from spotlight_jax.commands.session import decode, describe, load_fitting, read_configs
+from spotlight_jax.commands.terminal import write_text
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.engine import Engine
 from spotlight_jax.errors import InputError

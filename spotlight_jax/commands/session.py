@@ -2,7 +2,6 @@
 
 import contextlib
 import signal
-import sys
 from collections.abc import Callable, Iterator
 
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ from rich.progress import Progress, SpinnerColumn, TaskProgressColumn, TextColum
 
 from spotlight_jax import cli
 from spotlight_jax.commands.flags import SessionConfig
+from spotlight_jax.commands.serve import ServeConfig
 from spotlight_jax.config.generation import GenerateConfig, make_decode_config
 from spotlight_jax.decode_step import DecodeState
 from spotlight_jax.engine import Engine
@@ -25,7 +25,7 @@ from spotlight_jax.stops import find_stops
 MIB = 2**20
 
 
-def read_configs(cfg: SessionConfig, console: Console) -> tuple[str, DecoderConfig, Selector | None]:
+def read_configs(cfg: SessionConfig | ServeConfig, console: Console) -> tuple[str, DecoderConfig, Selector | None]:
     """The model's name, its config, and the selector, checked against each other; weights are not needed.
 
     Args:
@@ -127,12 +127,6 @@ def decode(
         while not (run.is_done or stop):
             write(run.step(STREAM_BLOCK)[0])
     return run, bool(stop)
-
-
-def write_text(text: str) -> None:
-    """Text on stdout at once and as it is: no wrapping, no markup."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 def describe(report: Report, selector: Selector | None, cfg: GenerateConfig, model_cfg: DecoderConfig) -> list[str]:

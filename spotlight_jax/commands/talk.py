@@ -1,14 +1,12 @@
 """A talk with a model in the terminal."""
 
-import contextlib
-import io
-import sys
 from collections.abc import Callable
 
 from rich.console import Console
 
 from spotlight_jax.commands.chat import ChatCommandConfig
-from spotlight_jax.commands.session import decode, describe, load_fitting, read_configs, write_text
+from spotlight_jax.commands.session import decode, describe, load_fitting, read_configs
+from spotlight_jax.commands.terminal import HELP, prepare_lines, read_line, write_text
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.engine import DecodeState, Engine
 from spotlight_jax.errors import InputError
@@ -16,8 +14,6 @@ from spotlight_jax.generate import Run
 from spotlight_jax.models.load import BaseModel, open_tokenizer
 from spotlight_jax.selector.checkpoint import Selector
 from spotlight_jax.token_ids import encode_chat
-
-HELP = "Ctrl-C cuts an answer short, /new starts again, /help shows this, /quit or Ctrl-D ends"
 
 
 class Talk:
@@ -82,14 +78,9 @@ def main(cfg: ChatCommandConfig, read: Callable[[str], str] = input) -> list[dic
     limit = _talk_limit(cfg, model_cfg.max_context)
     model, engine = load_fitting(cfg, name, model_cfg, selector, [limit - cfg.generation.max_new_tokens], notes)
     talk = Talk(model, engine, cfg, limit, notes)
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # a byte that is not UTF-8 costs its line, not the talk
-    with contextlib.suppress(ImportError):  # not everywhere
-        import readline  # `input` then knows arrow keys and earlier lines
-
-        readline.parse_and_bind("set enable-bracketed-paste on")  # pasted lines are one message
+    prepare_lines()
     notes.print(HELP, markup=False, soft_wrap=True)
-    while (text := _read_line(read, notes)) is not None:
+    while (text := read_line(read, notes)) is not None:
         if text == "/new":
             talk.start_anew()
         elif text == "/help":
@@ -108,21 +99,6 @@ def _talk_limit(cfg: ChatCommandConfig, context: int) -> int:
             "lower --max-new-tokens" + ("" if limit == context else " or raise --context")
         )
     return limit
-
-
-def _read_line(read: Callable[[str], str], notes: Console) -> str | None:
-    """What the user says next; None where the talk ends."""
-    while True:
-        try:
-            text = read("> ").strip()
-        except EOFError:
-            write_text("\n")
-            return None
-        except KeyboardInterrupt:
-            write_text("\n")
-            notes.print(HELP, markup=False, soft_wrap=True)
-            continue
-        return None if text == "/quit" else text
 
 
 def _answer(talk: Talk, text: str, selector: Selector | None) -> None:

@@ -1,0 +1,1 @@
+"""A server of many requests at once, over the API that everyone's client speaks."""

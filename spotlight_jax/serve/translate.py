@@ -1,0 +1,134 @@
+"""Bodies to sequences: text to token ids, fields to settings, lengths checked against the context."""
+
+import asyncio
+import copy
+import secrets
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from spotlight_jax.config.generation import RowConfig
+from spotlight_jax.config.sampling import SamplingConfig
+from spotlight_jax.models.config import DecoderConfig
+from spotlight_jax.serve.errors import ApiError
+from spotlight_jax.serve.requests import Request
+from spotlight_jax.serve.schema import ChatBody, CompletionBody
+from spotlight_jax.stops import find_stops
+from spotlight_jax.token_ids import check_ids, encode_chat, encode_text
+
+Result = TypeVar("Result")
+
+
+class Translator:
+    """What bodies mean for one model."""
+
+    def __init__(
+        self, tokenizer: Any, model_cfg: DecoderConfig, name: str, context: int, seconds: float, selector: str | None
+    ) -> None:
+        """Take a tokenizer of its own, which one thread uses.
+
+        Args:
+            tokenizer: of the model.
+            model_cfg: of the model.
+            name: what clients call it.
+            context: most tokens of a sequence.
+            seconds: that a request may take.
+            selector: what is read by; None: every token is.
+        """
+        self.tokenizer, self.model_cfg = copy.deepcopy(tokenizer), model_cfg
+        self.name, self.context, self.seconds, self.selector = name, context, seconds, selector
+        self.started = int(time.time())
+        self._thread = ThreadPoolExecutor(1, "tokenizer")
+
+    def model_card(self) -> dict[str, Any]:
+        """The model as `/v1/models` lists it."""
+        own = {"max_model_len": self.context, "selector": self.selector}
+        return {"id": self.name, "object": "model", "created": self.started, "owned_by": "spotlight-jax", **own}
+
+    def check_model(self, name: str) -> None:
+        """Raise ApiError where a client asks for another model."""
+        if name != self.name:
+            shown = name[:200].encode("utf-8", "backslashreplace").decode()
+            raise ApiError(
+                404, f"there is no model '{shown}'; this server has '{self.name}'", "model_not_found", "model"
+            )
+
+    async def _encode(self, run: Callable[..., Result], *args: Any) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, run, *args)
+
+    async def chat_prompt(self, body: ChatBody) -> list[int]:
+        """Token ids of a talk, by the model's template; raises InputError as `encode_chat`."""
+        self.check_model(body.model)
+        roles = {"developer": "system"}
+        messages = [{"role": roles.get(one.role, one.role), "content": one.text} for one in body.messages]
+        return await self._encode(encode_chat, self.tokenizer, messages, self.model_cfg.vocab)
+
+    async def prompts(self, body: CompletionBody) -> list[list[int]]:
+        """Token ids of each prompt; raises InputError as `encode_text`, and for ids that are none."""
+        self.check_model(body.model)
+        encoded = []
+        for prompt in body.prompts:
+            if isinstance(prompt, str):
+                ids = await self._encode(encode_text, self.tokenizer, prompt, self.model_cfg.vocab)
+            else:
+                ids = prompt
+                check_ids(ids, self.model_cfg.vocab)
+            encoded.append(ids)
+        return encoded
+
+    def requests(
+        self, body: ChatBody | CompletionBody, prompts: list[list[int]], request_id: str, now: float
+    ) -> list[Request]:
+        """A sequence for each choice of each prompt; raises ApiError for what can never fit.
+
+        Args:
+            body: what the client sent.
+            prompts: token ids.
+            request_id: of the client's request.
+            now: on the scheduler's clock.
+        """
+        stops = find_stops(self.model_cfg, self.tokenizer, body.stops)
+        if stops.unmatched:
+            raise ApiError(400, stops.unmatched[0], "invalid_value", "stop")
+        sampling = _sampling(body)
+        requests: list[Request] = []
+        for prompt in prompts:
+            limit = self._limit(body, len(prompt))
+            for number in range(body.n):
+                row = RowConfig(sampling, stops.tokens, number)
+                requests.append(
+                    Request(
+                        id=f"{request_id}-{len(requests)}",
+                        prompt=tuple(prompt),
+                        max_new_tokens=limit,
+                        row=row,
+                        stops=stops,
+                        is_dense=body.dense,
+                        deadline=now + self.seconds,
+                    )
+                )
+        return requests
+
+    def _limit(self, body: ChatBody | CompletionBody, tokens: int) -> int:
+        """Most tokens that follow a prompt of so many."""
+        if tokens == 0:
+            raise ApiError(400, "the prompt is empty; give at least one token of text", "invalid_value", "prompt")
+        limit = max(self.context - tokens, 1) if body.limit is None else body.limit
+        if tokens + limit > self.context:
+            raise ApiError(
+                400,
+                f"the prompt has {tokens} tokens and {limit} may follow, together {tokens + limit}; a request of this "
+                f"server can have at most {self.context}",
+                "context_length_exceeded",
+                "messages" if isinstance(body, ChatBody) else "prompt",
+            )
+        return limit
+
+
+def _sampling(body: ChatBody | CompletionBody) -> SamplingConfig:
+    """How tokens are drawn; raises InputError for numbers that mean nothing."""
+    seed = secrets.randbits(32) if body.seed is None else body.seed
+    if body.temperature == 0:  # nothing is drawn
+        return SamplingConfig(seed=seed)
+    return SamplingConfig(float(body.temperature), body.top_k, float(body.top_p), seed)
