@@ -67,13 +67,13 @@ def test_five_hundred_requests_of_which_two_hundred_are_cut_off_leave_nothing_be
     async def ask(client, gate, prompt, new, is_cut):
         async with gate:
             stream = await client.completions.create(model="tiny", prompt="x" * prompt, max_tokens=new, stream=True)
-            count = 0
-            async for _ in stream:
-                count += 1
-                if is_cut and count == 1 + prompt % 4:
+            events, left = stream.__aiter__(), 1 + prompt % 4 if is_cut else -1
+            async for _ in events:
+                left -= 1
+                if left == 0:
+                    await events.aclose()
                     await stream.close()
-                    return False
-            return True
+            return left != 0
 
     async def ask_all(url):
         gate = asyncio.Semaphore(40)
