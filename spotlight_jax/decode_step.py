@@ -12,6 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int32, PyTree
 
 from spotlight_jax.cache import Cache, LayerCache
@@ -25,6 +26,7 @@ from spotlight_jax.config.generation import AttentionImpl, DecodeConfig
 from spotlight_jax.config.selection import SelectionConfig, check_layers
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import apply_layer, embed_tokens, unembed
+from spotlight_jax.models.sharding import by_heads
 from spotlight_jax.sampling import NOT_FINITE, Sampling, sample
 from spotlight_jax.selector.checkpoint import Selector
 from spotlight_jax.selector.selection import sparse_from
@@ -94,14 +96,17 @@ def prefill_layer(
     ends: Int32[Array, "batch"],
     cfg: DecoderConfig,
     implementation: AttentionImpl,
+    mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "batch q_len embed"], LayerCache]:
     """One layer over one chunk of the prompt; tokens from `ends` on are padding."""
     positions = starts[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None, :]
 
-    def attend(queries, keys, values):
+    def attend(queries, keys, values, layer, selector, starts, ends):
         return attend_chunk(queries, keys, values, layer, starts, selector, implementation, ends)
 
-    return apply_layer(layer_params, x, positions, attend, cfg, rope_len)
+    return apply_layer(
+        layer_params, x, positions, by_heads(attend, mesh, layer, selector, starts, ends), cfg, rope_len
+    )
 
 
 def rows_of_step(batch: int) -> int:
@@ -123,11 +128,13 @@ def decode_step(
     cfg: DecodeConfig,
     mode: Mode,
     ends: Int32[Array, "batch"] | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "batch vocab"], Cache]:
     """Logits after one more token of each sequence, and the cache with it; lengths are left to the caller.
 
     Args:
         ends: the lengths that follow, which are those before where a sequence is done; None: none is.
+        mesh: that weights and cache lie on; None: one device.
     """
     lengths, batch = cache.lengths, tokens.shape[0]
     rows = rows_of_step(batch)
@@ -136,20 +143,22 @@ def decode_step(
         return jnp.broadcast_to(array, (rows, *array.shape[1:]))
 
     shortest = sparse_from(cfg.selection, batch, jax.default_backend())
-    is_sparse = (lengths + 1 >= shortest)[:, None, None, None]
+
+    def attend_cached(queries, keys, values, layer, selector, lengths, ends):
+        if selector is None or mode == "dense":
+            return attend_densely(queries, keys, values, layer, lengths, selector, cfg.attention, ends)
+        sparse, appended = attend_sparsely(queries, keys, values, layer, lengths, selector, cfg.selection, ends)
+        if mode == "sparse":
+            return sparse, appended
+        dense, appended = attend_densely(queries, keys, values, appended, lengths, None, cfg.attention)
+        is_sparse = (lengths + 1 >= shortest)[:, None, None, None]
+        return jnp.where(is_sparse, sparse, dense), appended
 
     def attend_with(layer: LayerCache, selector: LayerSelector | None) -> Callable:
-        def attend(queries, keys, values):
-            if selector is None or mode == "dense":
-                return attend_densely(queries, keys, values, layer, lengths, selector, cfg.attention, ends)
-            sparse, appended = attend_sparsely(queries, keys, values, layer, lengths, selector, cfg.selection, ends)
-            if mode == "sparse":
-                return sparse, appended
-            dense, appended = attend_densely(queries, keys, values, appended, lengths, None, cfg.attention)
-            return jnp.where(is_sparse, sparse, dense), appended
+        own = by_heads(attend_cached, mesh, layer, selector, lengths, ends)
 
         def attend_filled(*new):
-            out, appended = attend(*(heads[:batch] for heads in new))
+            out, appended = own(*(heads[:batch] for heads in new))
             return fill(out), appended
 
         return attend_filled
@@ -205,6 +214,7 @@ def decode_block(
     model_cfg: DecoderConfig,
     cfg: DecodeConfig,
     mode: Mode,
+    mesh: Mesh | None = None,
 ) -> tuple[DecodeState, Int32[Array, "batch block"], Int32[Array, ""]]:
     """Up to `limit` (at most cfg.block) steps, fewer where every sequence is done before.
 
@@ -220,7 +230,7 @@ def decode_block(
         step, state, out = carry
         # a sequence that is done writes to the same unfilled slot again and again, and stays as long as it was
         ends = state.cache.lengths + (~state.is_done).astype(jnp.int32)
-        args = params, selectors, state.cache, state.tokens, state.rope_len, model_cfg, cfg, mode, ends
+        args = params, selectors, state.cache, state.tokens, state.rope_len, model_cfg, cfg, mode, ends, mesh
         logits, cache = decode_step(*args)
         cache = cache.replace(lengths=ends)
         state = _choose(logits, state.replace(cache=cache))
