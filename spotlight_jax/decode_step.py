@@ -104,9 +104,7 @@ def prefill_layer(
     def attend(queries, keys, values, layer, selector, starts, ends):
         return attend_chunk(queries, keys, values, layer, starts, selector, implementation, ends)
 
-    return apply_layer(
-        layer_params, x, positions, by_heads(attend, mesh, layer, selector, starts, ends), cfg, rope_len
-    )
+    return apply_layer(layer_params, x, positions, by_heads(attend, mesh, layer, selector, starts, ends), cfg, rope_len)
 
 
 def rows_of_step(batch: int) -> int:

@@ -28,7 +28,7 @@ from spotlight_jax.decode_step import (
 )
 from spotlight_jax.errors import InputError
 from spotlight_jax.models.config import DecoderConfig
-from spotlight_jax.models.sharding import mesh_of, place, shardings_of
+from spotlight_jax.models.sharding import build, mesh_of, place, shardings_of
 from spotlight_jax.models.split_k import FEW_ROWS
 from spotlight_jax.sampling import batch_sampling, check_chosen
 from spotlight_jax.selector.base import HeadShape
@@ -142,16 +142,20 @@ class Engine:
 
     def empty_cache(self, batch: int, max_len: int) -> Cache:
         """An unfilled cache; layers that are always dense keep no codes."""
-        cfg = self.model_cfg
-        layers = []
+        lengths, code_sets = (jnp.zeros((batch,), jnp.int32) for _ in range(2))  # two buffers: both are given up
+        layers = build(lambda: self.empty_layers(batch, max_len), self.mesh)
+        return Cache(layers=layers, lengths=lengths, code_sets=code_sets)
+
+    def empty_layers(self, batch: int, max_len: int) -> tuple[LayerCache, ...]:
+        """All layers of `empty_cache`, on the default device."""
+        cfg, layers = self.model_cfg, []
         for selector in self._sets[0]:
             code_shape = None
             if selector is not None:
                 code_shape = selector.functions.cfg.code_shape(cfg.q_heads, cfg.kv_heads)
             has_moments = selector is not None and selector.functions.tail is not None
             layers.append(empty_layer(batch, max_len, cfg.kv_heads, cfg.head_dim, self.dtype, code_shape, has_moments))
-        lengths, code_sets = (jnp.zeros((batch,), jnp.int32) for _ in range(2))  # two buffers: both are given up
-        return Cache(layers=tuple(layers), lengths=lengths, code_sets=code_sets)
+        return tuple(layers)
 
     def selectors(self, sets: np.ndarray) -> LayerSelectors:
         """All layers' hash functions for sequences that use these sets of the selector, one for each sequence.

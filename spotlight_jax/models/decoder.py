@@ -16,10 +16,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32, PyTree
 
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.rope import Angles, apply_rope, rope_angles
+from spotlight_jax.models.sharding import weight_sharding
 from spotlight_jax.models.split_k import split_k_dot
 
 # (queries, keys, values) -> (outputs like queries, anything the caller wants back); queries and keys are after RoPE
@@ -134,29 +136,45 @@ def param_shapes(cfg: DecoderConfig, dtype: Any) -> PyTree:
     return jax.eval_shape(lambda key: init_params(key, cfg, dtype), jax.random.key(0))
 
 
-def init_params(key: Array, cfg: DecoderConfig, dtype: Any = jnp.float32) -> Params:
-    """Random weights of the decoder's shapes, for tests and benchmarks.
+def init_params(key: Array, cfg: DecoderConfig, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> Params:
+    """Random weights of the decoder's shapes, for tests and benchmarks; the same ones on any mesh.
 
     Call it outside `jit`: it compiles one layer and runs that for each, which takes seconds even for large models.
+
+    Args:
+        mesh: where they lie, each device drawing its own part; None: the default device.
     """
     embed_key, head_key, *layer_keys = jax.random.split(key, cfg.layers + 2)
     params: Params = {
-        "embed": {"table": _init_table(embed_key, (cfg.vocab, cfg.embed), dtype)},
-        "norm": {"scale": jnp.ones((cfg.embed,), dtype)},
+        "embed": {"table": _init_table(embed_key, (cfg.vocab, cfg.embed), dtype, mesh, ("embed", "table"))},
+        "norm": {"scale": _on_mesh(jnp.ones((cfg.embed,), dtype), ("norm", "scale"), mesh)},
     }
     for index, layer_key in enumerate(layer_keys):
-        params[f"layer_{index}"] = _init_layer(layer_key, cfg, dtype)
+        params[f"layer_{index}"] = _init_layer(layer_key, cfg, dtype, mesh)
     if not cfg.tied:
-        params["head"] = {"kernel": _init_table(head_key, (cfg.embed, cfg.vocab), dtype)}
+        table = _init_table(head_key, (cfg.embed, cfg.vocab), dtype, mesh, ("head", "kernel"))
+        params["head"] = {"kernel": table}
     return params
 
 
-@partial(jax.jit, static_argnames=("shape", "dtype"))
-def _init_table(key: Array, shape: tuple[int, int], dtype: Any) -> Array:
-    return jax.random.normal(key, shape, dtype) * jnp.asarray(0.02, dtype)
+def _on_mesh(leaf: Array, path: tuple[str, ...], mesh: Mesh | None) -> Array:
+    """A leaf of the tree where it lies."""
+    if mesh is None:
+        return leaf
+    sharding = weight_sharding(path, leaf.shape, mesh)
+    is_drawn = isinstance(leaf, jax.core.Tracer)
+    return jax.lax.with_sharding_constraint(leaf, sharding) if is_drawn else jax.device_put(leaf, sharding)
 
 
-@partial(jax.jit, static_argnames=("cfg", "dtype"))
-def _init_layer(key: Array, cfg: DecoderConfig, dtype: Any) -> Params:
+@partial(jax.jit, static_argnames=("shape", "dtype", "mesh", "path"))
+def _init_table(key: Array, shape: tuple[int, int], dtype: Any, mesh: Mesh | None, path: tuple[str, ...]) -> Array:
+    return _on_mesh(jax.random.normal(key, shape, dtype) * jnp.asarray(0.02, dtype), path, mesh)
+
+
+@partial(jax.jit, static_argnames=("cfg", "dtype", "mesh"))
+def _init_layer(key: Array, cfg: DecoderConfig, dtype: Any, mesh: Mesh | None) -> Params:
     x, positions = jnp.zeros((1, 1, cfg.embed), dtype), jnp.zeros((1, 1), jnp.int32)
-    return DecoderLayer(cfg, dtype).init(key, x, positions, lambda q, k, v: (q, None))["params"]
+    params = DecoderLayer(cfg, dtype).init(key, x, positions, lambda q, k, v: (q, None))["params"]
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: _on_mesh(leaf, ("", *(entry.key for entry in path)), mesh), params
+    )

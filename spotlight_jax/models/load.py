@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import transformers
+from jax.sharding import Mesh
 
 from spotlight_jax.errors import InputError
 from spotlight_jax.models import hf
@@ -31,27 +32,28 @@ class BaseModel:
     source: str
 
 
-def load_model(source: str, dtype: Any = None) -> BaseModel:
-    """Config, weights on the default device, and tokenizer.
+def load_model(source: str, dtype: Any = None, mesh: Mesh | None = None) -> BaseModel:
+    """Config, weights and tokenizer.
 
     Args:
         source: a folder in Hugging Face's layout (safetensors), a hub id `owner/name`, a `.gguf` file, or
             `smollm2-135m`, which is fetched once (`-32k` and `-128k` behind it: with a longer context).
         dtype: of weights and computation; None: bfloat16 on an accelerator, float32 on a CPU.
+        mesh: where the weights lie (`models.sharding.open_mesh`); None: on the default device.
 
     Raises:
         InputError: one line that names what is missing, broken or not supported.
     """
     path = _locate(source, weights=True)
-    return BaseModel(*_read_weights(source, path, dtype), _read_tokenizer(path), source)
+    return BaseModel(*_read_weights(source, path, dtype, mesh), _read_tokenizer(path), source)
 
 
-def load_weights(source: str, dtype: Any = None) -> tuple[DecoderConfig, Params]:
+def load_weights(source: str, dtype: Any = None, mesh: Mesh | None = None) -> tuple[DecoderConfig, Params]:
     """Config and weights without the tokenizer, for token ids. Args and errors as `load_model`."""
     if source.startswith(RANDOM):
         cfg = _preset(source)
-        return cfg, init_params(jax.random.key(0), cfg, default_dtype() if dtype is None else dtype)
-    return _read_weights(source, _locate(source, weights=True), dtype)
+        return cfg, init_params(jax.random.key(0), cfg, default_dtype() if dtype is None else dtype, mesh)
+    return _read_weights(source, _locate(source, weights=True), dtype, mesh)
 
 
 def _preset(source: str) -> DecoderConfig:
@@ -61,11 +63,11 @@ def _preset(source: str) -> DecoderConfig:
     return PRESETS[name]
 
 
-def _read_weights(source: str, path: pathlib.Path, dtype: Any) -> tuple[DecoderConfig, Params]:
+def _read_weights(source: str, path: pathlib.Path, dtype: Any, mesh: Mesh | None) -> tuple[DecoderConfig, Params]:
     cfg = _read_config(source, path)
     if path.is_dir():
-        return cfg, fill_params(hf.read_hf_weights(path), hf.hf_name, cfg, dtype, str(path))
-    return cfg, fill_params(read_gguf_weights(open_gguf(path), cfg), gguf_name, cfg, dtype, str(path))
+        return cfg, fill_params(hf.read_hf_weights(path), hf.hf_name, cfg, dtype, str(path), mesh)
+    return cfg, fill_params(read_gguf_weights(open_gguf(path), cfg), gguf_name, cfg, dtype, str(path), mesh)
 
 
 def _read_config(source: str, path: pathlib.Path) -> DecoderConfig:

@@ -6,6 +6,7 @@ runs under `by_heads`. An axis that the mesh does not divide is kept whole on ea
 for which that would be heads or the MLP's width.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -93,6 +94,24 @@ def check_mesh(sizes: Mapping[str, int], cfg: DecoderConfig, devices: int) -> No
         raise InputError(f"{told}: the engine does not split sequences over devices yet; give data or model")
 
 
+def smallest_fit(cfg: DecoderConfig, devices: int, fits: Callable[[dict[str, int]], bool]) -> dict[str, int]:
+    """Return the mesh of the fewest devices that fits, along `model`; none at all where a single device does, and where
+    no mesh does."""
+    for parts in range(1, devices + 1):
+        sizes = {"model": parts} if parts > 1 else {}
+        if cfg.kv_heads % parts == 0 and cfg.mlp % parts == 0 and fits(sizes):
+            return sizes
+    return {}
+
+
+def config_of_device(cfg: DecoderConfig, sizes: Mapping[str, int]) -> DecoderConfig:
+    """Return the decoder whose weights, caches and products are those of one device of a mesh."""
+    parts = sizes.get("model", 1)
+    vocab = cfg.vocab // parts if cfg.vocab % parts == 0 else cfg.vocab
+    own = {"q_heads": cfg.q_heads // parts, "kv_heads": cfg.kv_heads // parts, "mlp": cfg.mlp // parts, "vocab": vocab}
+    return dataclasses.replace(cfg, stop_tokens=(), **own)
+
+
 def weight_axes(path: Path) -> Axes:
     """Return the logical axes of a leaf of the parameter tree."""
     *_, part, leaf = path
@@ -144,6 +163,21 @@ def place(tree: PyTree, mesh: Mesh | None) -> PyTree:
     return jax.tree.unflatten(structure, jax.device_put(leaves, shardings_of(tree, mesh)))
 
 
+def build(make: Callable[[], PyTree], mesh: Mesh | None) -> PyTree:
+    """Return the tree that `make` gives, each device making its own part where there is a mesh."""
+    if mesh is None:
+        return make()
+    found: dict[str, Any] = {}
+
+    def make_flat() -> list[Any]:
+        tree = make()
+        found.update(structure=jax.tree.structure(tree), shardings=shardings_of(tree, mesh))
+        return jax.tree.leaves(tree)
+
+    jax.eval_shape(make_flat)
+    return jax.tree.unflatten(found["structure"], jax.jit(make_flat, out_shardings=found["shardings"])())
+
+
 def mesh_of(params: PyTree) -> Mesh | None:
     """Return the mesh that weights lie on; None for a single device, and for the host's arrays."""
     sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
@@ -178,7 +212,11 @@ def by_heads(attend: Callable, mesh: Mesh | None, layer: PyTree, selector: PyTre
 
         cached = [sharding.spec for sharding in shardings_of(layer, mesh)]
         out, *appended = jax.shard_map(
-            attend_own, mesh=mesh, in_specs=tuple(heads + states + others), out_specs=[heads[0], *cached], check_vma=False
+            attend_own,
+            mesh=mesh,
+            in_specs=tuple(heads + states + others),
+            out_specs=[heads[0], *cached],
+            check_vma=False,
         )(*leaves)
         return out, jax.tree.unflatten(jax.tree.structure(layer), appended)
 
@@ -187,5 +225,5 @@ def by_heads(attend: Callable, mesh: Mesh | None, layer: PyTree, selector: PyTre
 
 def bytes_per_device(tree: PyTree, mesh: Mesh) -> int:
     """Return the bytes of a tree of arrays or shapes that one device holds."""
-    sizes = [sharding.shard_shape(leaf.shape) for sharding, leaf in zip(shardings_of(tree, mesh), jax.tree.leaves(tree))]
-    return sum(math.prod(size) * np.dtype(leaf.dtype).itemsize for size, leaf in zip(sizes, jax.tree.leaves(tree)))
+    pairs = zip(shardings_of(tree, mesh), jax.tree.leaves(tree), strict=True)
+    return sum(math.prod(there.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize for there, leaf in pairs)
