@@ -56,8 +56,13 @@ class Display:
     Use it as a context: leaving it takes the live line off the terminal.
     """
 
-    def __init__(self) -> None:
-        self.console = rich.console.Console(stderr=True, highlight=False)
+    def __init__(self, is_shown: bool = True) -> None:
+        """Begin with nothing to show.
+
+        Args:
+            is_shown: False where another process of the same run shows it.
+        """
+        self.console = rich.console.Console(stderr=True, highlight=False, quiet=not is_shown)
         self._live: rich.progress.Progress | None = None
         if self.console.is_terminal and not self.console.is_dumb_terminal:
             self._live = _Progress(*columns_of(self.console), console=self.console)

@@ -22,6 +22,7 @@ from train.estimate import Plan
 from train.fit import fit
 from train.length import choose_windows, measure_far
 from train.measure import mean_over_sparse, measure
+from train.processes import fetch
 from train.states import StateStore
 from train.step import StepReport, TrainState, gamma_at, gather_state, init_state, is_finite, spread_state, train_step
 from train.tail import fit_tail
@@ -71,8 +72,8 @@ class Trainer:
         cfg = self.plan.cfg
         self.step, self.seconds = 0, 0.0
         self.is_far_whole = False  # whether "far" and "far_lsh" are of whole contexts
-        self._store = StateStore(folder.path / "checkpoints", cfg.keep_checkpoints)
-        self._track = open_tracker(cfg.track, folder.path, runs.to_plain(cfg))
+        self._store = StateStore(folder.path / "checkpoints", cfg.keep_checkpoints, folder.is_written)
+        self._track = open_tracker(cfg.track if folder.is_written else "none", folder.path, runs.to_plain(cfg))
         self._held_out: list[Captured] = _capture_held_out(inputs, display) if beside is None else beside._held_out
         # newest measurement of "trained" and "lsh"; at the far end of the covered positions "far" and "far_lsh"
         self.quality: dict[str, SelectionQuality] = {"lsh": self._measure_lsh(beside)}
@@ -272,6 +273,7 @@ def check_finite(
     Raises: InputError that names what is at fault: the model, the flags that differ from the preset, or the rate.
     """
     rows = plan.rows
+    report = fetch(report)
     loss, wrong, norm = (np.asarray(leaf)[:rows] for leaf in (report.loss, report.wrong, report.grad_norm))
     bad = np.flatnonzero(~(np.isfinite(loss) & np.isfinite(norm)))
     if len(bad):

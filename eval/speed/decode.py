@@ -27,10 +27,11 @@ from spotlight_jax.engine import Engine
 from spotlight_jax.generate import head_shape
 from spotlight_jax.memory import GIB, MemoryPlan, available_bytes, check_memory, plan_memory, step_reads
 from spotlight_jax.models.config import DecoderConfig
+from spotlight_jax.models.decoder import Params
 from spotlight_jax.models.load import load_config, load_weights
 from spotlight_jax.models.params import resolve_dtype
 from spotlight_jax.models.presets import RANDOM
-from spotlight_jax.models.sharding import check_mesh, config_of_device, open_mesh, shardings_of
+from spotlight_jax.models.sharding import check_mesh, config_of_device, open_mesh, shardings_of, weights_on
 from spotlight_jax.models.source import DEFAULT_MODEL
 from spotlight_jax.selector.checkpoint import Selector, choose_model, load_selector
 from spotlight_jax.selector.forms import init_functions
@@ -47,10 +48,11 @@ def name_model(cfg: DecodeSpeedConfig) -> DecodeSpeedConfig:
     return dataclasses.replace(cfg, preset=None, model=model)
 
 
-def load(cfg: DecodeSpeedConfig, dtype: jnp.dtype) -> tuple[DecoderConfig, dict, Selector]:
+def load(cfg: DecodeSpeedConfig, dtype: jnp.dtype) -> tuple[DecoderConfig, Params, Selector]:
     """Load or draw weights and hash functions."""
     assert cfg.model is not None
-    model_cfg, params = load_weights(cfg.model, dtype, open_mesh(parse_mesh(cfg.mesh), load_config(cfg.model)))
+    mesh = open_mesh(parse_mesh(cfg.mesh), load_config(cfg.model))
+    model_cfg, params = load_weights(cfg.model, dtype, weights_on(mesh))
     shape = head_shape(model_cfg)
     if cfg.selector is not None:
         return model_cfg, params, load_selector(cfg.selector, shape)
@@ -115,7 +117,7 @@ def _spread(times: list[float]) -> str:
     return f"{statistics.median(times) * 1e3:.3f} ({min(times) * 1e3:.3f} to {max(times) * 1e3:.3f})"
 
 
-def measure(cfg: DecodeSpeedConfig, model_cfg: DecoderConfig, params: dict, selector: Selector) -> dict[str, dict]:
+def measure(cfg: DecodeSpeedConfig, model_cfg: DecoderConfig, params: Params, selector: Selector) -> dict[str, dict]:
     """Time `cfg.methods` for one batch of prompts, in turn; with what each step reads."""
     decode = DecodeConfig(
         selection=cfg.selection, prefill_chunk=cfg.prefill_chunk, attention=cfg.attention, block=cfg.new_tokens

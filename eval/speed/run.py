@@ -36,6 +36,7 @@ from spotlight_jax.errors import InputError
 from spotlight_jax.kernels.table import OPS
 from spotlight_jax.memory import available_bytes
 from spotlight_jax.models.config import DecoderConfig, nearest
+from spotlight_jax.models.decoder import Params
 from spotlight_jax.models.presets import PRESETS
 from spotlight_jax.models.sharding import check_mesh
 
@@ -159,7 +160,7 @@ def time_decoding(
     return rows
 
 
-def _bytes_of_weights(cfg: DecoderConfig, params: dict) -> int:
+def _bytes_of_weights(cfg: DecoderConfig, params: Params) -> int:
     """Return the bytes of weights that a step reads on one device: all but an embedding table that is no head."""
     skipped = () if cfg.tied else ("embed",)
     read = {name: part for name, part in params.items() if name not in skipped}

@@ -21,7 +21,7 @@ from spotlight_jax.memory import GIB, MemoryPlan, available_bytes, check_memory,
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.load import BaseModel, load_config, load_model
 from spotlight_jax.models.params import resolve_dtype
-from spotlight_jax.models.sharding import check_mesh, config_of_device, open_mesh, smallest_fit
+from spotlight_jax.models.sharding import check_mesh, config_of_device, open_mesh, smallest_fit, weights_on
 from spotlight_jax.selector.checkpoint import Selector, check_shape, choose_model, describe_range, load_selector
 from spotlight_jax.stops import find_stops
 
@@ -81,7 +81,7 @@ def load_fitting(
     console.print(f"memory: {plan.describe()}{known}{where}", style="dim", soft_wrap=True)
     check_memory(plan, free, dtype)
     with waiting(console, f"loading {name}"):
-        model = load_model(name, dtype, open_mesh(sizes, model_cfg))
+        model = load_model(name, dtype, weights_on(open_mesh(sizes, model_cfg)))
     for line in find_stops(model.cfg, model.tokenizer, generation.stop).unmatched:
         console.print(line, markup=False, soft_wrap=True)
     return model, make_engine(model, generation, selector)

@@ -9,24 +9,23 @@ Kernels are `[in, out]`; heads lie next to each other in the columns of q, k and
 attends by itself: it hands queries, keys and values to the caller's `attend`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32, PyTree
 
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.rope import Angles, apply_rope, rope_angles
-from spotlight_jax.models.sharding import weight_sharding
+from spotlight_jax.models.sharding import Placement
 from spotlight_jax.models.split_k import split_k_dot
 
 # (queries, keys, values) -> (outputs like queries, anything the caller wants back); queries and keys are after RoPE
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
-Params = dict[str, Any]
+Params = Mapping[str, Any]
 
 
 class RmsNorm(nn.Module):
@@ -136,45 +135,47 @@ def param_shapes(cfg: DecoderConfig, dtype: Any) -> PyTree:
     return jax.eval_shape(lambda key: init_params(key, cfg, dtype), jax.random.key(0))
 
 
-def init_params(key: Array, cfg: DecoderConfig, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> Params:
+def init_params(key: Array, cfg: DecoderConfig, dtype: Any = jnp.float32, placement: Placement | None = None) -> Params:
     """Random weights of the decoder's shapes, for tests and benchmarks; the same ones on any mesh.
 
     Call it outside `jit`: it compiles one layer and runs that for each, which takes seconds even for large models.
 
     Args:
-        mesh: where they lie, each device drawing its own part; None: the default device.
+        placement: where they lie, each device drawing its own part; None: on the default device.
     """
     embed_key, head_key, *layer_keys = jax.random.split(key, cfg.layers + 2)
-    params: Params = {
-        "embed": {"table": _init_table(embed_key, (cfg.vocab, cfg.embed), dtype, mesh, ("embed", "table"))},
-        "norm": {"scale": _on_mesh(jnp.ones((cfg.embed,), dtype), ("norm", "scale"), mesh)},
+    params: dict[str, Any] = {
+        "embed": {"table": _init_table(embed_key, (cfg.vocab, cfg.embed), dtype, placement, ("embed", "table"))},
+        "norm": {"scale": _put_leaf(jnp.ones((cfg.embed,), dtype), ("norm", "scale"), placement)},
     }
     for index, layer_key in enumerate(layer_keys):
-        params[f"layer_{index}"] = _init_layer(layer_key, cfg, dtype, mesh)
+        params[f"layer_{index}"] = _init_layer(layer_key, cfg, dtype, placement)
     if not cfg.tied:
-        table = _init_table(head_key, (cfg.embed, cfg.vocab), dtype, mesh, ("head", "kernel"))
+        table = _init_table(head_key, (cfg.embed, cfg.vocab), dtype, placement, ("head", "kernel"))
         params["head"] = {"kernel": table}
     return params
 
 
-def _on_mesh(leaf: Array, path: tuple[str, ...], mesh: Mesh | None) -> Array:
+def _put_leaf(leaf: Array, path: tuple[str, ...], placement: Placement | None) -> Array:
     """A leaf of the tree where it lies."""
-    if mesh is None:
+    if placement is None:
         return leaf
-    sharding = weight_sharding(path, leaf.shape, mesh)
+    sharding = placement(path, leaf.shape)
     is_drawn = isinstance(leaf, jax.core.Tracer)
     return jax.lax.with_sharding_constraint(leaf, sharding) if is_drawn else jax.device_put(leaf, sharding)
 
 
-@partial(jax.jit, static_argnames=("shape", "dtype", "mesh", "path"))
-def _init_table(key: Array, shape: tuple[int, int], dtype: Any, mesh: Mesh | None, path: tuple[str, ...]) -> Array:
-    return _on_mesh(jax.random.normal(key, shape, dtype) * jnp.asarray(0.02, dtype), path, mesh)
+@partial(jax.jit, static_argnames=("shape", "dtype", "placement", "path"))
+def _init_table(
+    key: Array, shape: tuple[int, int], dtype: Any, placement: Placement | None, path: tuple[str, ...]
+) -> Array:
+    return _put_leaf(jax.random.normal(key, shape, dtype) * jnp.asarray(0.02, dtype), path, placement)
 
 
-@partial(jax.jit, static_argnames=("cfg", "dtype", "mesh"))
-def _init_layer(key: Array, cfg: DecoderConfig, dtype: Any, mesh: Mesh | None) -> Params:
+@partial(jax.jit, static_argnames=("cfg", "dtype", "placement"))
+def _init_layer(key: Array, cfg: DecoderConfig, dtype: Any, placement: Placement | None) -> Params:
     x, positions = jnp.zeros((1, 1, cfg.embed), dtype), jnp.zeros((1, 1), jnp.int32)
     params = DecoderLayer(cfg, dtype).init(key, x, positions, lambda q, k, v: (q, None))["params"]
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: _on_mesh(leaf, ("", *(entry.key for entry in path)), mesh), params
+        lambda path, leaf: _put_leaf(leaf, ("", *(entry.key for entry in path)), placement), params
     )

@@ -23,6 +23,7 @@ from spotlight_jax.models.config import DecoderConfig
 
 Axes = tuple[str | None, ...]  # logical axes of an array
 Path = tuple[str, ...]  # of a leaf in the parameter tree
+Placement = Callable[[Path, tuple[int, ...]], NamedSharding]  # where a leaf of some shape lies
 
 # logical axis: axis of the mesh. Heads next to each other in a weight's columns are whole heads on each device.
 RULES = {"batch": "data", "heads": "model", "mlp": "model", "vocab": "model", "kv_len": "context"}
@@ -86,30 +87,30 @@ def check_mesh(sizes: Mapping[str, int], cfg: DecoderConfig, devices: int) -> No
     parts = sizes.get("model", 1)
     for what, count in (("KV heads", cfg.kv_heads), ("columns of the MLP", cfg.mlp)):
         if count % parts:
-            fitting = [n for n in range(1, devices + 1) if cfg.kv_heads % n == 0 and cfg.mlp % n == 0]
-            raise InputError(
-                f"{told} does not divide the model's {count} {what}; give model={' or model='.join(map(str, fitting))}"
-            )
+            fitting = [describe_mesh(one) for one in meshes_of(cfg) if one["model"] <= devices]
+            raise InputError(f"{told} does not divide the model's {count} {what}; give {' or '.join(fitting)}")
     if sizes.get("context", 1) > 1:
         raise InputError(f"{told}: the engine does not split sequences over devices yet; give data or model")
 
 
+def meshes_of(cfg: DecoderConfig) -> list[dict[str, int]]:
+    """Return all ways to split the model's heads and its MLP over devices, the fewest first."""
+    return [{"model": n} for n in range(1, cfg.kv_heads + 1) if cfg.kv_heads % n == 0 and cfg.mlp % n == 0]
+
+
 def smallest_fit(cfg: DecoderConfig, devices: int, fits: Callable[[dict[str, int]], bool]) -> dict[str, int]:
-    """Return the mesh of the fewest devices that fits, along `model`; none at all where a single device does, and where
-    no mesh does."""
-    for parts in range(1, devices + 1):
-        sizes = {"model": parts} if parts > 1 else {}
-        if cfg.kv_heads % parts == 0 and cfg.mlp % parts == 0 and fits(sizes):
-            return sizes
-    return {}
+    """Return the mesh of the fewest devices that fits; none where a single device does, and where no mesh does."""
+    fitting = [sizes for sizes in meshes_of(cfg) if sizes["model"] <= devices and fits(sizes)]
+    return fitting[0] if fitting and fitting[0]["model"] > 1 else {}
 
 
 def config_of_device(cfg: DecoderConfig, sizes: Mapping[str, int]) -> DecoderConfig:
     """Return the decoder whose weights, caches and products are those of one device of a mesh."""
     parts = sizes.get("model", 1)
     vocab = cfg.vocab // parts if cfg.vocab % parts == 0 else cfg.vocab
-    own = {"q_heads": cfg.q_heads // parts, "kv_heads": cfg.kv_heads // parts, "mlp": cfg.mlp // parts, "vocab": vocab}
-    return dataclasses.replace(cfg, stop_tokens=(), **own)
+    heads = {"q_heads": cfg.q_heads // parts, "kv_heads": cfg.kv_heads // parts}
+    sizes_of: dict[str, Any] = {**heads, "mlp": cfg.mlp // parts, "vocab": vocab, "stop_tokens": ()}
+    return dataclasses.replace(cfg, **sizes_of)
 
 
 def weight_axes(path: Path) -> Axes:
@@ -137,6 +138,11 @@ def spec_of(axes: Axes, shape: tuple[int, ...], mesh: Mesh) -> P:
 def weight_sharding(path: Path, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     """Return where a leaf of the parameter tree lies."""
     return NamedSharding(mesh, spec_of(weight_axes(path), shape, mesh))
+
+
+def weights_on(mesh: Mesh | None) -> Placement | None:
+    """Return where weights lie on a mesh; None for a single device."""
+    return None if mesh is None else lambda path, shape: weight_sharding(path, shape, mesh)
 
 
 def shardings_of(tree: PyTree, mesh: Mesh) -> PyTree:
@@ -181,8 +187,9 @@ def build(make: Callable[[], PyTree], mesh: Mesh | None) -> PyTree:
 def mesh_of(params: PyTree) -> Mesh | None:
     """Return the mesh that weights lie on; None for a single device, and for the host's arrays."""
     sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
-    is_spread = isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) and sharding.mesh.size > 1
-    return sharding.mesh if is_spread and set(sharding.mesh.axis_names) == set(AXES) else None
+    if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, Mesh):
+        return None
+    return sharding.mesh if sharding.mesh.size > 1 and sharding.mesh.axis_names == AXES else None
 
 
 def by_heads(attend: Callable, mesh: Mesh | None, layer: PyTree, selector: PyTree, *rows: Any) -> Callable:

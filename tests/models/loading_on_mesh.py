@@ -14,7 +14,7 @@ import safetensors.numpy
 from spotlight_jax.models.decoder import init_params
 from spotlight_jax.models.hf import hf_name
 from spotlight_jax.models.load import load_weights
-from spotlight_jax.models.sharding import open_mesh, shardings_of
+from spotlight_jax.models.sharding import open_mesh, shardings_of, weights_on
 from tests.models import tiny
 from tests.models.tiny_gguf import write_gguf
 
@@ -49,7 +49,7 @@ def compare(source: pathlib.Path, sizes: dict[str, int]) -> None:
     """What each device holds of a model is what one device holds there, and lies where the table says."""
     cfg, whole = load_weights(str(source))
     mesh = open_mesh(sizes, cfg)
-    _, spread = load_weights(str(source), mesh=mesh)
+    _, spread = load_weights(str(source), placement=weights_on(mesh))
     assert jax.tree.structure(whole) == jax.tree.structure(spread)
     leaves = zip(jax.tree.leaves(spread), jax.tree.leaves(whole), shardings_of(whole, mesh), strict=True)
     for ours, theirs, place in leaves:
@@ -78,7 +78,7 @@ def load_measured(folder: pathlib.Path, layer_bytes: int, sizes: dict[str, int])
     thread = threading.Thread(target=watch)
     thread.start()
     tracemalloc.start()
-    _, params = load_weights(str(folder), mesh=mesh)
+    _, params = load_weights(str(folder), placement=weights_on(mesh))
     left, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     is_over.set()

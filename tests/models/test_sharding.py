@@ -89,3 +89,7 @@ def test_generation_on_a_mesh_gives_what_one_device_gives(case):
 
 def test_each_device_reads_its_own_slices_and_the_host_holds_less_than_two_layers():
     assert "equal" in run_on_virtual_devices("loading_on_mesh")
+
+
+def test_a_cache_split_by_tokens_gives_the_selection_and_the_output_of_one_device():
+    assert "equal" in run_on_virtual_devices("context_on_mesh")
