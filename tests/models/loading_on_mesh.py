@@ -64,7 +64,7 @@ def anonymous_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
-def load_measured(folder: pathlib.Path, layer_bytes: int, sizes: dict[str, int]) -> float:
+def load_measured(folder: pathlib.Path, layer_bytes: int, sizes: dict[str, int], dtype: str = "float32") -> float:
     """Load onto a mesh; returns the most memory of the host beyond what lies on devices, in layers."""
     cfg = tiny.config_from_hf(json.loads((folder / "config.json").read_text()))
     mesh = open_mesh(sizes, cfg)
@@ -78,7 +78,7 @@ def load_measured(folder: pathlib.Path, layer_bytes: int, sizes: dict[str, int])
     thread = threading.Thread(target=watch)
     thread.start()
     tracemalloc.start()
-    _, params = load_weights(str(folder), placement=weights_on(mesh))
+    _, params = load_weights(str(folder), np.dtype(dtype), weights_on(mesh))
     left, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     is_over.set()

@@ -1,6 +1,8 @@
 """Generation on meshes of virtual devices against one device; `test_sharding` runs this in a process of its own."""
 
 import dataclasses
+import math
+import re
 import sys
 
 import jax
@@ -85,9 +87,28 @@ def compare(sizes: dict[str, int], kv_heads: int, form: str | None, per: str, ha
             np.testing.assert_array_equal(layer.codes[..., :ends], other.codes[..., :ends])
         for ours, theirs in zip(jax.tree.leaves(layer.moments), jax.tree.leaves(other.moments), strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3)
+    check_traffic(several)
     if form is not None:
         compare_selections(several, caches[1])
     print("equal:", sizes, kv_heads, form, per, has_tail)
+
+
+def check_traffic(engine: Engine) -> None:
+    """Between devices pass the sums of the stream that a layer's two halves need, and nothing that is larger."""
+    cfg, mesh = engine.model_cfg, engine.mesh
+    for key, program in engine.programs.items():
+        found = re.findall(
+            r"= (\w+)\[([\d,]*)\]\S* (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)\(",
+            program.as_text(),
+        )
+        sizes = [(kind, [int(size) for size in shape.split(",") if size]) for _, shape, kind in found]
+        streams = [shape for kind, shape in sizes if kind == "all-reduce" and shape[-1:] == [cfg.embed]]
+        tables = cfg.vocab % mesh.shape["model"] == 0  # rows of the embedding lie apart: looking them up is a sum too
+        expected = {"prefill": 2, "decode": 2 * cfg.layers + tables}
+        if key[0] in expected:
+            assert len(streams) == expected[key[0]], (key[0], sizes)
+        if mesh.shape["data"] == 1 and cfg.vocab % mesh.shape["model"] == 0:
+            assert all(shape in streams or math.prod(shape) <= 16 * mesh.size for _, shape in sizes), (key[0], sizes)
 
 
 def compare_selections(engine: Engine, layer) -> None:
