@@ -113,6 +113,7 @@ def test_processes_that_cannot_be_are_refused(flags, told):
         DistributedConfig(**flags)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["sharded", "disk"])
 def test_weights_that_lie_elsewhere_train_the_same_selector(inputs, finished, tmp_path, where):
     path = tmp_path / "run"
