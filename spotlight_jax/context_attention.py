@@ -1,10 +1,10 @@
-"""A sparse decoding step over a cache whose tokens lie on several devices, with the selection of a single one.
+"""Attention over a cache whose tokens lie on several devices, with the selection of a single one.
 
 Runs under `shard_map` over an axis of the mesh (`models.sharding.by_heads` on a mesh with `context`): device i holds
-the slots from i * slots on of every sequence. Each scores its own codes. Counts of ranks by digits are added up over
-the devices, 1,024 numbers a row, so that all know the same exact cut; equal ranks go to the newest tokens, whoever has
-them. Each device reads what it holds of the chosen tokens, and the sums of softmax, and those that the tail takes off,
-are added up: what passes between devices does not grow with the length.
+the slots from i * slots on of every sequence. In a sparse step each scores its own codes. Counts of ranks by digits are
+added up over the devices, 1,024 numbers a row, so that all know the same exact cut; equal ranks go to the newest
+tokens, whoever has them. Each device reads what it holds of the chosen tokens, and the sums of softmax, and those that
+the tail takes off, are added up: what passes between devices does not grow with the length.
 """
 
 import dataclasses
@@ -15,8 +15,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from spotlight_jax.cache import LayerCache, append
-from spotlight_jax.cached_attention import MASKED, LayerSelector
+from spotlight_jax.cached_attention import BLOCK, MASKED, LayerSelector
 from spotlight_jax.config.selection import SelectionConfig
+from spotlight_jax.kernels.match_score import match_score
 from spotlight_jax.kernels.select_top.ranks import force_ranks
 from spotlight_jax.selector.scoring import hash_score_range, output_scores
 from spotlight_jax.selector.selection import budget_of, max_budget
@@ -32,7 +33,7 @@ def attend_split(
     layer: LayerCache,
     selector: LayerSelector,
     lengths: Int32[Array, "batch"],
-    ends: Int32[Array, "batch"],
+    ends: Int32[Array, "batch"] | None,
     selection: SelectionConfig,
     axis: str = "context",
 ) -> tuple[Float[Array, "batch one q_heads head_dim"], LayerCache]:
@@ -41,20 +42,24 @@ def attend_split(
     Args:
         queries: of the new token, the same on all devices of the axis; so are keys, values, lengths and ends.
         layer: this device's slots of keys, values and codes; moments, if any, are of all tokens.
-        selector: one hash function for all sequences.
+        selector: its hash functions.
         lengths: tokens each sequence has cached before this one.
-        ends: tokens with the new one; no more than before where a sequence is done.
+        ends: tokens with the new one; no more than before where a sequence is done. None: none is.
         selection: how many tokens are read.
         axis: of the mesh, over which slots are split.
     """
-    assert selector.sets is None, "sequences of one batch use one set of hash functions here"
     batch, _, q_heads, head_dim = queries.shape
     kv_heads, slots, functions = keys.shape[2], layer.keys.shape[1], selector.functions
     rows = (batch, kv_heads, q_heads // kv_heads)
     first = lax.axis_index(axis) * slots
-    layer = _append_own(layer, keys, values, selector.key_codes(keys), lengths - first)
-    per_kv_head = selection.per == "kv_head"
-    scores = output_scores(functions, selector.hash_queries(queries), layer.codes, per_kv_head)[:, 0]
+    layer = _append_own(layer, keys, values, lengths, selector, ends, axis)
+    assert layer.codes is not None, "a layer with a selector keeps codes"
+    per_kv_head, outputs = selection.per == "kv_head", selector.hash_queries(queries)
+    if functions.adds_scores(per_kv_head):
+        scores = output_scores(functions, outputs, layer.codes, per_kv_head)[:, 0]
+    else:
+        bits = functions.weight_bounds(rows[2], per_kv_head).bits
+        scores = match_score(layer.codes, selector.integer_weights(outputs, per_kv_head), bits)[:, 0]
     score_range = hash_score_range(functions, rows[2], per_kv_head)
     mask = select_split(scores, lengths + 1, first, selection, score_range, axis)
     width = min(slots, max_budget(slots * int(lax.psum(1, axis)), selection))
@@ -72,8 +77,6 @@ def attend_split(
     mixed, total = lax.psum((mixed, weights.sum(axis=-1)), axis)
     out = mixed / total[..., None]
     if layer.moments is not None:
-        new = keys.astype(layer.keys.dtype), values.astype(layer.values.dtype), counted(lengths[:, None], ends)
-        layer = dataclasses.replace(layer, moments=add_tokens(layer.moments, *new))
         whole = logit_moments(layer.moments, grouped)
         is_counted = is_real & (indices + first > 0)  # a sequence's first token belongs to no moment
         x = jnp.where(is_counted, logits - whole.mean[..., None], 0.0)
@@ -84,6 +87,61 @@ def attend_split(
         log_mass, value = jax.vmap(estimate)(unread, whole.count, highest, selector.tail(batch))
         out, _ = join(out, highest + jnp.log(total), value, log_mass)
     return out.reshape(batch, 1, q_heads, head_dim).astype(queries.dtype), layer
+
+
+def attend_all_split(
+    queries: Float[Array, "batch q_len q_heads head_dim"],
+    keys: Float[Array, "batch q_len kv_heads head_dim"],
+    values: Float[Array, "batch q_len kv_heads head_dim"],
+    layer: LayerCache,
+    selector: LayerSelector | None,
+    starts: Int32[Array, "batch"],
+    ends: Int32[Array, "batch"] | None,
+    axis: str = "context",
+) -> tuple[Float[Array, "batch q_len q_heads head_dim"], LayerCache]:
+    """Return what `cached_attention.attend_chunk` and `attend_densely` do, from this device's part of the cache.
+
+    Softmax is built up block by block over the filled slots that are this device's, and joined over the devices.
+
+    Args:
+        queries: of the new tokens, the same on all devices of the axis; so are keys, values, starts and ends.
+        layer: this device's slots of keys, values and codes; moments, if any, are of all tokens.
+        selector: writes codes and moments of the new tokens; None where the layer keeps none, or has them already.
+        starts: tokens each sequence has cached before.
+        ends: tokens with the new ones, padding apart; None: there is none.
+        axis: of the mesh, over which slots are split.
+    """
+    batch, q_len, q_heads, head_dim = queries.shape
+    slots, kv_heads = layer.keys.shape[1:3]
+    layer = _append_own(layer, keys, values, starts, selector, ends, axis)
+    first, block = lax.axis_index(axis) * slots, min(BLOCK, slots)
+    scaled = queries * jnp.asarray(head_dim**-0.5, queries.dtype)
+    grouped = scaled.reshape(batch, q_len, kv_heads, q_heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
+    rows = starts[:, None] + jnp.arange(q_len, dtype=jnp.int32)[None, :]
+
+    def add_block(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        m, total, acc = carry
+        at = jnp.minimum(index * block, slots - block)  # the last block may overlap the one before it
+        own_keys, own_values = (lax.dynamic_slice_in_dim(held, at, block, 1) for held in (layer.keys, layer.values))
+        places = at + jnp.arange(block, dtype=jnp.int32)[None, None, :]
+        visible = (first + places <= rows[:, :, None]) & (places >= index * block)
+        logits = jnp.einsum("bkgtd,bskd->bkgts", grouped, own_keys, preferred_element_type=jnp.float32)
+        logits = jnp.where(visible[:, None, None], logits, MASKED)
+        raised = jnp.maximum(m, logits.max(axis=-1))
+        p, alpha = jnp.exp(logits - raised[..., None]), jnp.exp(m - raised)
+        mixed = jnp.einsum(
+            "bkgts,bskd->bkgtd", p.astype(own_values.dtype), own_values, preferred_element_type=jnp.float32
+        )
+        return raised, total * alpha + p.sum(axis=-1), acc * alpha[..., None] + mixed
+
+    filled = jnp.clip(jnp.max(starts) + q_len - first, 0, slots)
+    shape = grouped.shape[:-1]
+    start = (jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros(grouped.shape))
+    m, total, acc = lax.fori_loop(0, (filled + block - 1) // block, add_block, start)
+    share = jnp.exp(m - lax.pmax(m, axis))  # 0 where a query sees nothing of what lies here
+    total, acc = lax.psum((total * share, acc * share[..., None]), axis)
+    out = (acc / total[..., None]).transpose(0, 3, 1, 2, 4)
+    return out.reshape(queries.shape).astype(queries.dtype), layer
 
 
 def select_split(
@@ -153,23 +211,42 @@ def _compact(
 
 def _append_own(
     layer: LayerCache,
-    keys: Float[Array, "batch one kv_heads head_dim"],
-    values: Float[Array, "batch one kv_heads head_dim"],
-    codes: UInt32[Array, "batch code_heads words one"],
+    keys: Float[Array, "batch q_len kv_heads head_dim"],
+    values: Float[Array, "batch q_len kv_heads head_dim"],
     starts: Int32[Array, "batch"],
+    selector: LayerSelector | None,
+    ends: Int32[Array, "batch"] | None,
+    axis: str,
 ) -> LayerCache:
-    """The layer with the new token where its slot is this device's; `starts` count from this device's first slot."""
-    assert layer.codes is not None, "a layer with a selector keeps codes"
-    slots, rows = layer.keys.shape[1], jnp.arange(len(starts))
-    is_own, at = (starts >= 0) & (starts < slots), jnp.clip(starts, 0, slots - 1)
+    """The layer with those of the new tokens whose slots are this device's, and with the moments of all of them.
 
-    def choose(new: Array, old: Array) -> Array:
-        return jnp.where(is_own.reshape(-1, *[1] * (new.ndim - 1)), new.astype(old.dtype), old)
+    Args:
+        starts: tokens each sequence has cached before, on all devices.
+        selector: None leaves codes and moments as they are.
+        ends: tokens from there on are not counted; None: all are.
+    """
+    slots, q_len = layer.keys.shape[1], keys.shape[1]
+    own = starts - lax.axis_index(axis) * slots  # where the first of them would lie
+    width = min(q_len, slots)
+    at = jnp.clip(own, 0, slots - width)
+    token = (at - own)[:, None] + jnp.arange(width, dtype=jnp.int32)[None, :]  # that belongs in each slot from `at` on
+    is_new = (token >= 0) & (token < q_len)
+    token = jnp.clip(token, 0, q_len - 1)
 
-    return append(
-        layer,
-        choose(keys, layer.keys[rows, at][:, None]),
-        choose(values, layer.values[rows, at][:, None]),
-        choose(codes, layer.codes[rows, :, :, at][..., None]),
-        at,
-    )
+    def choose(new: Array, held: Array, place: int) -> Array:
+        shape = [len(starts), *[1] * (new.ndim - 1)]
+        shape[place] = width
+        moved = jnp.take_along_axis(new, token.reshape(shape), axis=place)
+        old = jax.vmap(lambda row, first: lax.dynamic_slice_in_dim(row, first, width, place - 1))(held, at)
+        return jnp.where(is_new.reshape(shape), moved.astype(old.dtype), old)
+
+    codes = None
+    if selector is not None and layer.codes is not None:
+        codes = choose(selector.key_codes(keys), layer.codes, 3)
+    written = append(layer, choose(keys, layer.keys, 1), choose(values, layer.values, 1), codes, at)
+    if selector is None or layer.moments is None:
+        return written
+    positions = starts[:, None] + jnp.arange(q_len, dtype=jnp.int32)[None, :]
+    is_counted = counted(positions, starts + q_len if ends is None else ends)
+    new = keys.astype(layer.keys.dtype), values.astype(layer.values.dtype)
+    return dataclasses.replace(written, moments=add_tokens(layer.moments, *new, is_counted))

@@ -24,9 +24,10 @@ from spotlight_jax.cached_attention import (
 )
 from spotlight_jax.config.generation import AttentionImpl, DecodeConfig
 from spotlight_jax.config.selection import SelectionConfig, check_layers
+from spotlight_jax.context_attention import attend_all_split, attend_split
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import apply_layer, embed_tokens, unembed
-from spotlight_jax.models.sharding import by_heads
+from spotlight_jax.models.sharding import by_heads, splits_context
 from spotlight_jax.sampling import NOT_FINITE, Sampling, sample
 from spotlight_jax.selector.checkpoint import Selector
 from spotlight_jax.selector.selection import sparse_from
@@ -102,6 +103,8 @@ def prefill_layer(
     positions = starts[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None, :]
 
     def attend(queries, keys, values, layer, selector, starts, ends):
+        if splits_context(mesh):
+            return attend_all_split(queries, keys, values, layer, selector, starts, ends)
         return attend_chunk(queries, keys, values, layer, starts, selector, implementation, ends)
 
     return apply_layer(layer_params, x, positions, by_heads(attend, mesh, layer, selector, starts, ends), cfg, rope_len)
@@ -142,13 +145,23 @@ def decode_step(
 
     shortest = sparse_from(cfg.selection, batch, jax.default_backend())
 
+    def read_all(queries, keys, values, layer, selector, lengths, ends):
+        if splits_context(mesh):
+            return attend_all_split(queries, keys, values, layer, selector, lengths, ends)
+        return attend_densely(queries, keys, values, layer, lengths, selector, cfg.attention, ends)
+
+    def read_some(queries, keys, values, layer, selector, lengths, ends):
+        if splits_context(mesh):
+            return attend_split(queries, keys, values, layer, selector, lengths, ends, cfg.selection)
+        return attend_sparsely(queries, keys, values, layer, lengths, selector, cfg.selection, ends)
+
     def attend_cached(queries, keys, values, layer, selector, lengths, ends):
         if selector is None or mode == "dense":
-            return attend_densely(queries, keys, values, layer, lengths, selector, cfg.attention, ends)
-        sparse, appended = attend_sparsely(queries, keys, values, layer, lengths, selector, cfg.selection, ends)
+            return read_all(queries, keys, values, layer, selector, lengths, ends)
+        sparse, appended = read_some(queries, keys, values, layer, selector, lengths, ends)
         if mode == "sparse":
             return sparse, appended
-        dense, appended = attend_densely(queries, keys, values, appended, lengths, None, cfg.attention)
+        dense, appended = read_all(queries, keys, values, appended, None, lengths, None)
         is_sparse = (lengths + 1 >= shortest)[:, None, None, None]
         return jnp.where(is_sparse, sparse, dense), appended
 

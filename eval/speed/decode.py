@@ -16,7 +16,7 @@ from rich.table import Table
 
 from eval.decode import DecodeSpeedConfig
 from eval.speed.kernel_times import kernel_table, trace_kernels
-from spotlight_jax.cache import Cache, bucket_length
+from spotlight_jax.cache import LANES, Cache, bucket_length
 from spotlight_jax.compiled import check_device
 from spotlight_jax.config.generation import DecodeConfig
 from spotlight_jax.config.hashing import TransformConfig
@@ -63,7 +63,7 @@ def load(cfg: DecodeSpeedConfig, dtype: jnp.dtype) -> tuple[DecoderConfig, Param
 def random_cache(engine: Engine, lengths: Sequence[int], max_len: int) -> Cache:
     """Draw a cache of random numbers with these lengths, leaf by leaf, each device its own part."""
     batch = len(lengths)
-    short = engine.empty_cache(batch, 1).layers
+    short = engine.empty_cache(batch, LANES).layers
     shapes = jax.eval_shape(lambda: jax.tree.leaves(engine.empty_layers(batch, max_len)))
     places = [None] * len(shapes) if engine.mesh is None else shardings_of(short, engine.mesh)
 
@@ -156,7 +156,8 @@ def plan(cfg: DecodeSpeedConfig, model_cfg: DecoderConfig, code_bits: int) -> Me
     hash_cfg = TransformConfig(code_bits=code_bits) if "sparse" in cfg.methods else None
     chunk = 1 if cfg.skip_prefill else cfg.prefill_chunk or 2048
     own, dtype = config_of_device(model_cfg, sizes), resolve_dtype(cfg.dtype)
-    needed = plan_memory(own, dtype, batch, bucket_length(capacity), chunk, hash_cfg, cfg.selection)
+    slots = bucket_length(capacity) // sizes.get("context", 1)
+    needed = plan_memory(own, dtype, batch, slots, chunk, hash_cfg, cfg.selection)
     return dataclasses.replace(needed, cache=needed.cache * len(cfg.methods))
 
 

@@ -65,7 +65,7 @@ def load_fitting(
             config_of_device(model_cfg, sizes),
             dtype,
             -(-len(prompt_lengths) // sizes.get("data", 1)),
-            probe.capacity(0, longest, generation.max_new_tokens),
+            probe.capacity(0, longest, generation.max_new_tokens) // sizes.get("context", 1),
             probe.chunk_length(longest),
             None if selector is None else selector.cfg,
             generation.selection,

@@ -21,6 +21,8 @@ from spotlight_jax.config.mesh import AXES, describe_mesh
 from spotlight_jax.errors import InputError
 from spotlight_jax.models.config import DecoderConfig
 
+MOST_CONTEXT = 128  # what it is divided by divides every cache's slots
+
 Axes = tuple[str | None, ...]  # logical axes of an array
 Path = tuple[str, ...]  # of a leaf in the parameter tree
 Placement = Callable[[Path, tuple[int, ...]], NamedSharding]  # where a leaf of some shape lies
@@ -89,8 +91,8 @@ def check_mesh(sizes: Mapping[str, int], cfg: DecoderConfig, devices: int) -> No
         if count % parts:
             fitting = [describe_mesh(one) for one in meshes_of(cfg) if one["model"] <= devices]
             raise InputError(f"{told} does not divide the model's {count} {what}; give {' or '.join(fitting)}")
-    if sizes.get("context", 1) > 1:
-        raise InputError(f"{told}: the engine does not split sequences over devices yet; give data or model")
+    if MOST_CONTEXT % sizes.get("context", 1):
+        raise InputError(f"{told}: caches are split over a power of two of devices, at most {MOST_CONTEXT}")
 
 
 def meshes_of(cfg: DecoderConfig) -> list[dict[str, int]]:
@@ -182,6 +184,11 @@ def build(make: Callable[[], PyTree], mesh: Mesh | None) -> PyTree:
 
     jax.eval_shape(make_flat)
     return jax.tree.unflatten(found["structure"], jax.jit(make_flat, out_shardings=found["shardings"])())
+
+
+def splits_context(mesh: Mesh | None) -> bool:
+    """Whether the tokens of a sequence lie on several devices."""
+    return mesh is not None and mesh.shape["context"] > 1
 
 
 def mesh_of(params: PyTree) -> Mesh | None:
