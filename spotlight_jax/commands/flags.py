@@ -24,8 +24,8 @@ class SessionConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of weights and cache; auto: bfloat16 on an accelerator, float32 on a CPU."""
     mesh: tuple[str, ...] = ()
-    """Devices to spread over, by axis: model=2 (heads and widths), data=2 model=4 (sequences too), context=4 (the tokens
-    of each sequence); without it, as few devices as hold the model and the cache."""
+    """Devices to spread over, by axis: model=2 (heads and widths), data=2 model=4 (sequences too), context=4 (tokens of
+    each sequence); without it, as few devices as hold the model and the cache."""
     generation: OmitArgPrefixes[GenerateConfig] = dataclasses.field(default_factory=GenerateConfig)
 
     def __post_init__(self) -> None:
