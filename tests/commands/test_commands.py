@@ -43,7 +43,7 @@ def tiny_model(monkeypatch):
     monkeypatch.setattr(
         session,
         "load_model",
-        lambda source, dtype, placement: BaseModel(
+        lambda source, dtype, placement=None: BaseModel(
             MODEL, init_params(jax.random.key(0), MODEL, dtype, placement), byte_tokenizer(), source
         ),
     )
