@@ -54,8 +54,8 @@ class DecodeSpeedConfig:
     """Implementation of dense attention."""
     skip_prefill: bool = False
     """Fill the cache with random numbers instead: the same decoding times, sooner."""
-    methods: tuple[Literal["dense", "sparse"], ...] = ("dense", "sparse")
-    """What to time; one alone gives its peak memory."""
+    methods: tuple[Literal["dense", "sparse", "sparse+tail"], ...] = ("dense", "sparse")
+    """What to time; one alone gives its peak memory. With +tail, what is not read is estimated."""
     profile: bool = False
     """Trace one round more, and show what each kernel of a step took."""
     mesh: tuple[str, ...] = ()
@@ -79,7 +79,7 @@ class DecodeSpeedConfig:
         if self.preset is not None and self.preset not in PRESETS:
             raise InputError(f"there is no preset {self.preset!r}{nearest(self.preset, tuple(PRESETS))}")
         if not self.methods or len(set(self.methods)) < len(self.methods):
-            raise InputError("give --methods dense, sparse or both, each once")
+            raise InputError("give --methods some of dense, sparse and sparse+tail, each once")
         if not self.lengths or min(self.lengths) < 1 or self.new_tokens < 1 or self.rounds < 1:
             raise InputError("lengths, new_tokens and rounds must be at least 1")
         _ = self.selection  # refuses what selects nothing

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32, UInt32
 
-from spotlight_jax.tail import Moments, empty_moments
+from spotlight_jax.moments import Moments, empty_moments
 
 SMALLEST_BUCKET = 256
 STEPS_PER_DOUBLING = 4  # buckets grow by at most 25 %: fewer would waste memory, more would recompile
@@ -69,7 +69,7 @@ def empty_layer(
     """
     shape = (batch, max_len, kv_heads, head_dim)
     codes = None if code_shape is None else jnp.zeros((batch, *code_shape, max_len), jnp.uint32)
-    moments = empty_moments(batch, kv_heads, head_dim) if has_moments else None
+    moments = empty_moments(batch, kv_heads, head_dim, dtype) if has_moments else None
     return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), codes, moments)
 
 

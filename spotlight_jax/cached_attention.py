@@ -17,11 +17,12 @@ from spotlight_jax.attention import causal_attention
 from spotlight_jax.cache import LayerCache, append
 from spotlight_jax.config.generation import AttentionImpl
 from spotlight_jax.config.selection import SelectionConfig
-from spotlight_jax.kernels.sparse_attention import read_selected, sparse_attention
+from spotlight_jax.kernels.sparse_attention import estimated_attention, sparse_attention
+from spotlight_jax.moments import block_start, fold
 from spotlight_jax.selector.base import HashFunctions
 from spotlight_jax.selector.scoring import hash_score_range, output_scores
 from spotlight_jax.selector.selection import select_by_codes, select_tokens
-from spotlight_jax.tail import TailParams, add_tokens, counted, estimate, join, logit_moments, take_off
+from spotlight_jax.tail import TailParams
 
 BLOCK = 512  # cached tokens that a prefill chunk reads at once
 MASKED = -1e30  # not -inf: a row that has seen no key yet must stay finite
@@ -62,12 +63,11 @@ class LayerSelector:
         weigh = jax.vmap(lambda functions, own: functions.integer_weights(own[None], per_kv_head)[0])
         return weigh(self._by_row(), outputs)
 
-    def tail(self, batch: int) -> TailParams:
-        """Corrections of the estimate of what is not read, for each sequence."""
+    @property
+    def tail(self) -> TailParams:
+        """Corrections of the estimate of what is not read; leaves lead with the batch, or with 1 for all of it."""
         assert self.functions.tail is not None, "a layer with moments has a tail"
-        if self.sets is not None:
-            return jax.tree.map(lambda leaf: leaf[self.sets], self.functions.tail)
-        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (batch, *leaf.shape)), self.functions.tail)
+        return jax.tree.map(lambda leaf: leaf[None if self.sets is None else self.sets], self.functions.tail)
 
     def _by_row(self) -> HashFunctions:
         """Each sequence's own hash function: leaves lead with the batch."""
@@ -86,26 +86,6 @@ def _remember(
     if layer.codes is not None and selector is not None:
         codes = selector.key_codes(keys)
     return append(layer, keys, values, codes, starts)
-
-
-def _count(
-    layer: LayerCache,
-    keys: Float[Array, "batch q_len kv_heads head_dim"],
-    values: Float[Array, "batch q_len kv_heads head_dim"],
-    starts: Int32[Array, "batch"],
-    ends: Int32[Array, "batch"] | None,
-) -> LayerCache:
-    """The layer with moments of the new tokens too, as they are cached, where it keeps moments.
-
-    Args:
-        ends: tokens from there on are padding; None: there is none.
-    """
-    if layer.moments is None:
-        return layer
-    positions = starts[:, None] + jnp.arange(keys.shape[1], dtype=jnp.int32)[None, :]
-    ends = starts + keys.shape[1] if ends is None else ends
-    rows = keys.astype(layer.keys.dtype), values.astype(layer.values.dtype)
-    return dataclasses.replace(layer, moments=add_tokens(layer.moments, *rows, counted(positions, ends)))
 
 
 def attend_chunk(
@@ -128,8 +108,10 @@ def attend_chunk(
         ends: tokens of each sequence with the chunk, its padding apart; None: it has none.
     """
     layer = _remember(layer, keys, values, starts, selector)
-    if selector is not None:
-        layer = _count(layer, keys, values, starts, ends)
+    if selector is not None and layer.moments is not None:
+        ends = starts + keys.shape[1] if ends is None else jnp.clip(ends, starts, starts + keys.shape[1])
+        folded = fold(layer.moments, layer.keys, layer.values, starts, ends, keys.shape[1])
+        layer = dataclasses.replace(layer, moments=folded)
     if implementation == "auto":
         is_fused = jax.default_backend() == "gpu" and queries.dtype in (jnp.bfloat16, jnp.float16)
         implementation = "cudnn" if is_fused and queries.shape[-1] % 8 == 0 and queries.shape[-1] <= 128 else "xla"
@@ -200,18 +182,14 @@ def attend_densely(
     lengths: Int32[Array, "batch"],
     selector: LayerSelector | None = None,
     implementation: AttentionImpl = "auto",
-    ends: Int32[Array, "batch"] | None = None,
 ) -> tuple[Float[Array, "batch one q_heads head_dim"], LayerCache]:
     """One decoding step that reads the whole cache; codes are written all the same, for steps to come.
 
     Args:
         lengths: tokens each sequence has cached before this one.
         selector: None where the layer keeps no codes, or has the new token already.
-        ends: tokens with the new one; no more than before where a sequence is done. None: none is.
     """
     layer = _remember(layer, keys, values, lengths, selector)
-    if selector is not None:
-        layer = _count(layer, keys, values, lengths, ends)
     if implementation == "auto" and jax.default_backend() == "cpu" and layer.keys.shape[2] <= FEW_KV_HEADS:
         # XLA for CPUs would repeat the write above inside a reshaped read of the cache, and then had to copy the cache
         # in every step; a branch, whose outcome it cannot know, keeps the two apart.
@@ -257,15 +235,13 @@ def attend_sparsely(
     lengths: Int32[Array, "batch"],
     selector: LayerSelector,
     selection: SelectionConfig,
-    ends: Int32[Array, "batch"] | None = None,
 ) -> tuple[Float[Array, "batch one q_heads head_dim"], LayerCache]:
     """One decoding step that scores the codes of the cache, selects tokens, and reads the keys and values of those.
 
-    Where the layer keeps moments, attention to the other tokens is estimated from them (`tail`).
+    Where the layer keeps moments, the newest tokens are read, too, and attention to the others is estimated (`tail`).
 
     Args:
         lengths: tokens each sequence has cached before this one.
-        ends: tokens with the new one; no more than before where a sequence is done. None: none is.
     """
     dtype = queries.dtype
     queries, layer, indices, is_real = _append_and_select(queries, keys, values, layer, lengths, selector, selection)
@@ -273,34 +249,38 @@ def attend_sparsely(
     if layer.moments is None:
         out = sparse_attention(rows, layer.keys, layer.values, indices, is_real)
     else:
-        layer = _count(layer, keys, values, lengths, ends)
-        out = _attend_with_tail(rows, layer, indices, is_real, selector.tail(len(rows)))
+        args = rows, layer.keys, layer.values, indices, is_real, lengths + 1, layer.moments, selector.tail
+        out, _ = estimated_attention(*args)
     return out[:, None].astype(dtype), layer
 
 
-def _attend_with_tail(
-    queries: Float[Array, "batch q_heads head_dim"],
-    layer: LayerCache,
-    indices: Int32[Array, "batch heads budget"],
-    is_real: Bool[Array, "batch heads budget"],
-    params: TailParams,
-) -> Float[Array, "batch q_heads head_dim"]:
-    """Attention over what was selected and an estimate of it over the rest."""
-    assert layer.moments is not None, "a layer with a tail keeps moments"
-    batch, q_heads, head_dim = queries.shape
-    rows = (batch, layer.keys.shape[2], q_heads // layer.keys.shape[2])
-    whole = logit_moments(layer.moments, queries.reshape(*rows, head_dim))
-    mean_logits = whole.mean.reshape(batch, q_heads)
-    reads = read_selected(queries, layer.keys, layer.values, indices, is_real, mean_logits, layer.moments.value)
+def fold_layers(
+    layers: tuple[LayerCache, ...], lengths: Int32[Array, "batch"], ends: Int32[Array, "batch"]
+) -> tuple[LayerCache, ...]:
+    """The layers with moments of the blocks that a decoding step has filled, if it filled any.
 
-    def by_group(leaf: Array) -> Array:
-        return leaf.reshape(*rows, *leaf.shape[2:])
+    Args:
+        lengths: of the sequences before the step.
+        ends: after it; no more than before where a sequence is done.
+    """
+    kept = {index: layer.moments for index, layer in enumerate(layers) if layer.moments is not None}
+    if not kept:
+        return layers
 
-    sums = reads.count, reads.logits, reads.squares, reads.values, reads.products
-    unread = take_off(whole, *map(by_group, sums))
-    log_mass, value = jax.vmap(estimate)(unread, whole.count, by_group(reads.highest), params)
-    out, _ = join(by_group(reads.out), by_group(reads.log_sum), value, log_mass)
-    return out.reshape(queries.shape)
+    def add_block(carry):
+        folded = {
+            index: fold(moments, layers[index].keys, layers[index].values, lengths, ends, 1)
+            for index, moments in carry[0].items()
+        }
+        return folded, jnp.zeros((), bool)
+
+    # a loop of one round or none: unlike a branch's, its arrays stay where they are
+    is_due = jnp.any(block_start(ends) > block_start(lengths))
+    folded, _ = lax.while_loop(lambda carry: carry[1], add_block, (kept, is_due))
+    return tuple(
+        dataclasses.replace(layer, moments=folded[index]) if index in folded else layer
+        for index, layer in enumerate(layers)
+    )
 
 
 def _append_and_select(

@@ -3,11 +3,9 @@
 Runs under `shard_map` over an axis of the mesh (`models.sharding.by_heads` on a mesh with `context`): device i holds
 the slots from i * slots on of every sequence. In a sparse step each scores its own codes. Counts of ranks by digits are
 added up over the devices, 1,024 numbers a row, so that all know the same exact cut; equal ranks go to the newest
-tokens, whoever has them. Each device reads what it holds of the chosen tokens, and the sums of softmax, and those that
-the tail takes off, are added up: what passes between devices does not grow with the length.
+tokens, whoever has them. Each device reads what it holds of the chosen tokens, and the sums of softmax are added up:
+what passes between devices does not grow with the length. What is not read is not estimated here.
 """
-
-import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +19,6 @@ from spotlight_jax.kernels.match_score import match_score
 from spotlight_jax.kernels.select_top.ranks import force_ranks
 from spotlight_jax.selector.scoring import hash_score_range, output_scores
 from spotlight_jax.selector.selection import budget_of, max_budget
-from spotlight_jax.tail import add_tokens, counted, estimate, join, logit_moments, take_off
 
 DIGIT_BITS = 10  # of a rank that one round of counting settles: 1,024 bins
 
@@ -33,18 +30,16 @@ def attend_split(
     layer: LayerCache,
     selector: LayerSelector,
     lengths: Int32[Array, "batch"],
-    ends: Int32[Array, "batch"] | None,
     selection: SelectionConfig,
     axis: str = "context",
 ) -> tuple[Float[Array, "batch one q_heads head_dim"], LayerCache]:
     """Return what `cached_attention.attend_sparsely` does, from this device's part of the cache.
 
     Args:
-        queries: of the new token, the same on all devices of the axis; so are keys, values, lengths and ends.
-        layer: this device's slots of keys, values and codes; moments, if any, are of all tokens.
+        queries: of the new token, the same on all devices of the axis; so are keys, values and lengths.
+        layer: this device's slots, without moments.
         selector: its hash functions.
         lengths: tokens each sequence has cached before this one.
-        ends: tokens with the new one; no more than before where a sequence is done. None: none is.
         selection: how many tokens are read.
         axis: of the mesh, over which slots are split.
     """
@@ -52,7 +47,7 @@ def attend_split(
     kv_heads, slots, functions = keys.shape[2], layer.keys.shape[1], selector.functions
     rows = (batch, kv_heads, q_heads // kv_heads)
     first = lax.axis_index(axis) * slots
-    layer = _append_own(layer, keys, values, lengths, selector, ends, axis)
+    layer = _append_own(layer, keys, values, lengths, selector, axis)
     assert layer.codes is not None, "a layer with a selector keeps codes"
     per_kv_head, outputs = selection.per == "kv_head", selector.hash_queries(queries)
     if functions.adds_scores(per_kv_head):
@@ -76,16 +71,6 @@ def attend_split(
     mixed = jnp.einsum("bkgn,bkgnd->bkgd", weights, read_values, precision="highest")
     mixed, total = lax.psum((mixed, weights.sum(axis=-1)), axis)
     out = mixed / total[..., None]
-    if layer.moments is not None:
-        whole = logit_moments(layer.moments, grouped)
-        is_counted = is_real & (indices + first > 0)  # a sequence's first token belongs to no moment
-        x = jnp.where(is_counted, logits - whole.mean[..., None], 0.0)
-        y = jnp.where(is_counted[..., None], read_values - layer.moments.value[:, :, None, None], 0.0)
-        products = jnp.einsum("bkgn,bkgnd->bkgd", x, y, precision="highest")
-        sums = is_counted.sum(axis=-1).astype(jnp.float32), x.sum(axis=-1), (x * x).sum(axis=-1), y.sum(axis=-2)
-        unread = take_off(whole, *lax.psum((*sums, products), axis))
-        log_mass, value = jax.vmap(estimate)(unread, whole.count, highest, selector.tail(batch))
-        out, _ = join(out, highest + jnp.log(total), value, log_mass)
     return out.reshape(batch, 1, q_heads, head_dim).astype(queries.dtype), layer
 
 
@@ -96,7 +81,6 @@ def attend_all_split(
     layer: LayerCache,
     selector: LayerSelector | None,
     starts: Int32[Array, "batch"],
-    ends: Int32[Array, "batch"] | None,
     axis: str = "context",
 ) -> tuple[Float[Array, "batch q_len q_heads head_dim"], LayerCache]:
     """Return what `cached_attention.attend_chunk` and `attend_densely` do, from this device's part of the cache.
@@ -104,16 +88,15 @@ def attend_all_split(
     Softmax is built up block by block over the filled slots that are this device's, and joined over the devices.
 
     Args:
-        queries: of the new tokens, the same on all devices of the axis; so are keys, values, starts and ends.
-        layer: this device's slots of keys, values and codes; moments, if any, are of all tokens.
-        selector: writes codes and moments of the new tokens; None where the layer keeps none, or has them already.
+        queries: of the new tokens, the same on all devices of the axis; so are keys, values and starts.
+        layer: this device's slots, without moments.
+        selector: writes codes of the new tokens; None where the layer keeps none, or has them already.
         starts: tokens each sequence has cached before.
-        ends: tokens with the new ones, padding apart; None: there is none.
         axis: of the mesh, over which slots are split.
     """
     batch, q_len, q_heads, head_dim = queries.shape
     slots, kv_heads = layer.keys.shape[1:3]
-    layer = _append_own(layer, keys, values, starts, selector, ends, axis)
+    layer = _append_own(layer, keys, values, starts, selector, axis)
     first, block = lax.axis_index(axis) * slots, min(BLOCK, slots)
     scaled = queries * jnp.asarray(head_dim**-0.5, queries.dtype)
     grouped = scaled.reshape(batch, q_len, kv_heads, q_heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
@@ -215,15 +198,13 @@ def _append_own(
     values: Float[Array, "batch q_len kv_heads head_dim"],
     starts: Int32[Array, "batch"],
     selector: LayerSelector | None,
-    ends: Int32[Array, "batch"] | None,
     axis: str,
 ) -> LayerCache:
-    """The layer with those of the new tokens whose slots are this device's, and with the moments of all of them.
+    """The layer with those of the new tokens whose slots are this device's.
 
     Args:
         starts: tokens each sequence has cached before, on all devices.
-        selector: None leaves codes and moments as they are.
-        ends: tokens from there on are not counted; None: all are.
+        selector: None leaves codes as they are.
     """
     slots, q_len = layer.keys.shape[1], keys.shape[1]
     own = starts - lax.axis_index(axis) * slots  # where the first of them would lie
@@ -243,10 +224,4 @@ def _append_own(
     codes = None
     if selector is not None and layer.codes is not None:
         codes = choose(selector.key_codes(keys), layer.codes, 3)
-    written = append(layer, choose(keys, layer.keys, 1), choose(values, layer.values, 1), codes, at)
-    if selector is None or layer.moments is None:
-        return written
-    positions = starts[:, None] + jnp.arange(q_len, dtype=jnp.int32)[None, :]
-    is_counted = counted(positions, starts + q_len if ends is None else ends)
-    new = keys.astype(layer.keys.dtype), values.astype(layer.values.dtype)
-    return dataclasses.replace(written, moments=add_tokens(layer.moments, *new, is_counted))
+    return append(layer, choose(keys, layer.keys, 1), choose(values, layer.values, 1), codes, at)

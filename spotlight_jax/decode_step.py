@@ -21,6 +21,7 @@ from spotlight_jax.cached_attention import (
     attend_chunk,
     attend_densely,
     attend_sparsely,
+    fold_layers,
 )
 from spotlight_jax.config.generation import AttentionImpl, DecodeConfig
 from spotlight_jax.config.selection import SelectionConfig, check_layers
@@ -104,7 +105,7 @@ def prefill_layer(
 
     def attend(queries, keys, values, layer, selector, starts, ends):
         if splits_context(mesh):
-            return attend_all_split(queries, keys, values, layer, selector, starts, ends)
+            return attend_all_split(queries, keys, values, layer, selector, starts)
         return attend_chunk(queries, keys, values, layer, starts, selector, implementation, ends)
 
     return apply_layer(layer_params, x, positions, by_heads(attend, mesh, layer, selector, starts, ends), cfg, rope_len)
@@ -145,28 +146,28 @@ def decode_step(
 
     shortest = sparse_from(cfg.selection, batch, jax.default_backend())
 
-    def read_all(queries, keys, values, layer, selector, lengths, ends):
+    def read_all(queries, keys, values, layer, selector, lengths):
         if splits_context(mesh):
-            return attend_all_split(queries, keys, values, layer, selector, lengths, ends)
-        return attend_densely(queries, keys, values, layer, lengths, selector, cfg.attention, ends)
+            return attend_all_split(queries, keys, values, layer, selector, lengths)
+        return attend_densely(queries, keys, values, layer, lengths, selector, cfg.attention)
 
-    def read_some(queries, keys, values, layer, selector, lengths, ends):
+    def read_some(queries, keys, values, layer, selector, lengths):
         if splits_context(mesh):
-            return attend_split(queries, keys, values, layer, selector, lengths, ends, cfg.selection)
-        return attend_sparsely(queries, keys, values, layer, lengths, selector, cfg.selection, ends)
+            return attend_split(queries, keys, values, layer, selector, lengths, cfg.selection)
+        return attend_sparsely(queries, keys, values, layer, lengths, selector, cfg.selection)
 
-    def attend_cached(queries, keys, values, layer, selector, lengths, ends):
+    def attend_cached(queries, keys, values, layer, selector, lengths):
         if selector is None or mode == "dense":
-            return read_all(queries, keys, values, layer, selector, lengths, ends)
-        sparse, appended = read_some(queries, keys, values, layer, selector, lengths, ends)
+            return read_all(queries, keys, values, layer, selector, lengths)
+        sparse, appended = read_some(queries, keys, values, layer, selector, lengths)
         if mode == "sparse":
             return sparse, appended
-        dense, appended = read_all(queries, keys, values, appended, None, lengths, None)
+        dense, appended = read_all(queries, keys, values, appended, None, lengths)
         is_sparse = (lengths + 1 >= shortest)[:, None, None, None]
         return jnp.where(is_sparse, sparse, dense), appended
 
     def attend_with(layer: LayerCache, selector: LayerSelector | None) -> Callable:
-        own = by_heads(attend_cached, mesh, layer, selector, lengths, ends)
+        own = by_heads(attend_cached, mesh, layer, selector, lengths)
 
         def attend_filled(*new):
             out, appended = own(*(heads[:batch] for heads in new))
@@ -181,7 +182,8 @@ def decode_step(
         attend = attend_with(layer, selector)
         x, appended = apply_layer(params[f"layer_{index}"], x, positions, attend, model_cfg, rope_lens)
         layers.append(appended)
-    return unembed(params, x, model_cfg)[:batch, 0], dataclasses.replace(cache, layers=tuple(layers))
+    folded = fold_layers(tuple(layers), lengths, lengths + 1 if ends is None else ends)
+    return unembed(params, x, model_cfg)[:batch, 0], dataclasses.replace(cache, layers=folded)
 
 
 def _choose(logits: Float[Array, "batch vocab"], state: DecodeState) -> DecodeState:

@@ -13,8 +13,9 @@ from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.errors import InputError
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import param_shapes
+from spotlight_jax.moments import BLOCK as MOMENT_BLOCK
+from spotlight_jax.moments import kept_bytes, moment_bytes
 from spotlight_jax.selector.selection import budget_of, max_budget
-from spotlight_jax.tail import moment_bytes
 
 GIB = 2**30
 FLOAT_BYTES = 4
@@ -75,7 +76,7 @@ def plan_memory(
     codes = 0
     step = batch * cfg.vocab * FLOAT_BYTES * 2
     if hash_cfg is not None:
-        moments = moment_bytes(cfg.kv_heads, cfg.head_dim) if has_tail else 0
+        moments = kept_bytes(cfg.kv_heads, cfg.head_dim, dtype) if has_tail else 0
         codes = sparse_layers(cfg, selection) * batch * (max_len * code_bytes_per_token(cfg, hash_cfg) + moments)
         heads = cfg.kv_heads if selection.per == "kv_head" else cfg.q_heads
         rows = batch * heads * max_budget(max_len, selection) * cfg.head_dim
@@ -153,9 +154,10 @@ def step_reads(
     keys_values, codes = (cfg.layers - sparse_count) * dense, 0
     for length, budget in zip(lengths, budgets, strict=True):
         if hash_cfg is not None and length >= sparse_from:
-            keys_values += sparse_count * budget * heads * row
+            newest = (length - 1) % MOMENT_BLOCK + 1 if has_tail else 0  # some of them may be selected, too
+            keys_values += sparse_count * min(budget + newest, length) * heads * row
             codes += sparse_count * length * code_bytes_per_token(cfg, hash_cfg)
-            codes += sparse_count * moment_bytes(cfg.kv_heads, cfg.head_dim) * has_tail
+            codes += sparse_count * moment_bytes(cfg.kv_heads, cfg.head_dim, dtype) * has_tail
         else:
             keys_values += sparse_count * budget * cfg.kv_heads * row
     return StepReads(

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spotlight_jax import tail
+from spotlight_jax.moments import BLOCK, Moments, add_tokens, empty_moments, fold, with_newest
 
 BATCH, KV_HEADS, GROUP, DIM = 2, 3, 2, 8
 
@@ -21,12 +22,16 @@ def draw(seed: int, length: int, scale: float = 1.0) -> tuple[jax.Array, jax.Arr
     return queries, keys, jax.random.normal(c, (BATCH, length, KV_HEADS, DIM)) - 1.0
 
 
-def all_moments(keys: jax.Array, values: jax.Array, ends: np.ndarray) -> tail.Moments:
+def start(q_heads: int, kv_heads: int = KV_HEADS) -> tail.Corrections:
+    """Corrections that change nothing."""
+    return jax.tree.map(lambda leaf: leaf[0], tail.init_tail(1, q_heads)).grouped(kv_heads)
+
+
+def all_moments(keys: jax.Array, values: jax.Array, ends: np.ndarray) -> Moments:
     """Of whole sequences in one call."""
-    places = jnp.broadcast_to(jnp.arange(keys.shape[1], dtype=jnp.int32), keys.shape[:2])
-    return tail.add_tokens(
-        tail.empty_moments(BATCH, KV_HEADS, DIM), keys, values, tail.counted(places, jnp.asarray(ends, jnp.int32))
-    )
+    positions = jnp.arange(keys.shape[1])[None]
+    is_counted = (positions > 0) & (positions < jnp.asarray(ends)[:, None])
+    return add_tokens(empty_moments(BATCH, KV_HEADS, DIM, np.dtype("float32")), keys, values, is_counted)
 
 
 def test_moments_are_numpys():
@@ -39,84 +44,101 @@ def test_moments_are_numpys():
         np.testing.assert_allclose(found.value[row], v.mean(axis=0), rtol=1e-5)
         for head in range(KV_HEADS):
             off_k, off_v = k[:, head] - k[:, head].mean(axis=0), v[:, head] - v[:, head].mean(axis=0)
-            np.testing.assert_allclose(found.key_key[row, head], off_k.T @ off_k, atol=1e-3)
-            np.testing.assert_allclose(found.value_key[row, head], off_v.T @ off_k, atol=1e-3)
+            np.testing.assert_allclose(found.scatter[row, head, :DIM], off_k.T @ off_k, atol=1e-3)
+            np.testing.assert_allclose(found.scatter[row, head, DIM:], off_v.T @ off_k, atol=1e-3)
 
 
-@pytest.mark.parametrize("pieces", [(50,), (1,) * 50, (20, 30), (7, 1, 1, 41)])
-def test_moments_by_chunks_and_steps_are_those_of_the_whole(pieces):
-    _, keys, values = draw(1, 50)
-    ends, start = jnp.asarray([50, 31], jnp.int32), 0
-    moments = tail.empty_moments(BATCH, KV_HEADS, DIM)
+@pytest.mark.parametrize("pieces", [(300,), (1,) * 300, (20, 280), (63, 1, 1, 128, 107), (64, 64, 172)])
+def test_moments_by_chunks_and_steps_are_those_of_all_full_blocks(pieces):
+    """Sequences of 300 and 131 tokens, of which the second is padding after those."""
+    _, keys, values = draw(1, 300)
+    ends, start = jnp.asarray([300, 131], jnp.int32), 0
+    moments = empty_moments(BATCH, KV_HEADS, DIM, np.dtype("float32"))
+    fold_jitted = jax.jit(fold, static_argnames="tokens")
     for size in pieces:
-        places = jnp.broadcast_to(jnp.arange(start, start + size, dtype=jnp.int32), (BATCH, size))
-        piece = slice(start, start + size)
-        moments = tail.add_tokens(moments, keys[:, piece], values[:, piece], tail.counted(places, ends))
+        starts = jnp.minimum(start, ends)
+        moments = fold_jitted(moments, keys, values, starts, jnp.minimum(start + size, ends), tokens=size)
         start += size
-    for found, expected in zip(jax.tree.leaves(moments), jax.tree.leaves(all_moments(keys, values, ends)), strict=True):
-        np.testing.assert_allclose(found, expected, atol=2e-4, rtol=2e-4)
+    expected = all_moments(keys, values, np.asarray(ends) // BLOCK * BLOCK)
+    for one, other in zip(jax.tree.leaves(moments), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-4, rtol=2e-4)
 
 
-def unread_by_numpy(queries, keys, values, is_read):
-    """Logits of all tokens, and the moments of those unread, in float64."""
+@pytest.mark.parametrize("end", [1, BLOCK, BLOCK + 1, 3 * BLOCK - 1])
+def test_every_token_is_in_the_moments_or_newest_but_the_first(end):
+    """Whatever the length: no token is estimated that is read for being new, and none is forgotten."""
+    positions = jnp.full((1, 1), end - 1, jnp.int32)
+    newest = np.flatnonzero(with_newest(jnp.zeros((1, 1, 1, end + 5), bool), positions)[0, 0, 0])
+    moments = fold(
+        empty_moments(1, 1, 2, np.dtype("float32")),
+        *[jnp.ones((1, end + 5, 1, 2))] * 2,
+        *jnp.asarray([[0], [end - 1]], jnp.int32),
+        end,
+    )
+    assert newest.tolist() == list(range(max(int(moments.count[0]) + 1, 1) if moments.count[0] else 0, end))
+
+
+def moments_by_numpy(queries, keys, values, is_in):
+    """Mean and variance of the logits of some tokens, the mean of their values, and the covariance, in float64."""
     q, k, v = (np.asarray(x, np.float64) for x in (queries, keys, values))
     logits = np.einsum("bkgd,bskd->bkgs", q, k) / np.sqrt(DIM)
-    unread = ~is_read
-    unread[..., 0] = False
-    weights = unread[:, :, None] / unread[:, :, None].sum(axis=-1, keepdims=True)
+    counted = np.broadcast_to(is_in[:, :, None], logits.shape).copy()
+    counted[..., 0] = False
+    weights = counted / counted.sum(axis=-1, keepdims=True)
     mean = (weights * logits).sum(axis=-1)
     off = (logits - mean[..., None]) * weights
-    value = np.einsum("bkgs,bskd->bkgd", np.broadcast_to(weights, logits.shape), v)
-    return logits, mean, (off * (logits - mean[..., None])).sum(-1), value, np.einsum("bkgs,bskd->bkgd", off, v)
+    value = np.einsum("bkgs,bskd->bkgd", weights, v)
+    return mean, (off * (logits - mean[..., None])).sum(-1), value, np.einsum("bkgs,bskd->bkgd", off, v)
 
 
 def unread_by_moments(queries, keys, values, is_read):
-    """The same by what a decoding step knows: moments of all, and sums over what it read."""
+    """What a decoding step knows: moments of all, and of what is left when what it read is taken off."""
     length = keys.shape[1]
     queries, keys, values = map(jnp.asarray, (queries, keys, values))
-    whole = tail.logit_moments(all_moments(keys, values, np.full((BATCH,), length)), queries)
+    whole, of_values = tail.query_moments(all_moments(keys, values, np.full((BATCH,), length)), queries)
     logits = jnp.einsum("bkgd,bskd->bkgs", queries, keys) * DIM**-0.5
     off = logits - whole.mean[..., None]
     took = jnp.asarray(is_read).at[..., 0].set(False)[:, :, None].astype(jnp.float32)
-    values_off = values[:, :, :, None] - whole.value[:, None]  # [b, s, k, g, d]
-    sums = (
-        jnp.broadcast_to(took.sum(-1), whole.count.shape), (off * took).sum(-1), (off**2 * took).sum(-1),
-        jnp.einsum("bkgs,bskgd->bkgd", jnp.broadcast_to(took, off.shape), values_off),
-        jnp.einsum("bkgs,bskgd->bkgd", off * took, values_off),
-    )  # fmt: skip
-    return tail.take_off(whole, *sums)
+    sums = jnp.broadcast_to(took.sum(-1), whole.count.shape), (off * took).sum(-1), (off**2 * took).sum(-1)
+    return whole, tail.take_off(whole, *sums), of_values
 
 
-def test_what_is_left_when_tokens_are_taken_off_are_the_moments_of_the_rest():
+def test_moments_of_logits_and_what_is_left_of_them_are_numpys():
     queries, keys, values = draw(2, 64)
     is_read = np.random.default_rng(0).random((BATCH, KV_HEADS, 64)) < 0.2
-    _, mean, variance, value, covariance = unread_by_numpy(queries, keys, values, is_read)
-    found = unread_by_moments(queries, keys, values, is_read)
-    np.testing.assert_allclose(found.mean, mean, atol=1e-4)
-    np.testing.assert_allclose(found.variance, variance, atol=1e-4)
-    np.testing.assert_allclose(found.value, value, atol=1e-4)
-    np.testing.assert_allclose(found.covariance, covariance, atol=1e-4)
+    whole, unread, of_values = unread_by_moments(queries, keys, values, is_read)
+    mean, variance, value, covariance = moments_by_numpy(queries, keys, values, np.ones_like(is_read))
+    np.testing.assert_allclose(whole.mean, mean, atol=1e-4)
+    np.testing.assert_allclose(whole.variance, variance, atol=1e-4)
+    np.testing.assert_allclose(of_values.mean, value, atol=1e-4)
+    np.testing.assert_allclose(of_values.covariance, covariance, atol=1e-4)
+    mean, variance, *_ = moments_by_numpy(queries, keys, values, ~is_read)
+    np.testing.assert_allclose(unread.mean, mean, atol=1e-4)
+    np.testing.assert_allclose(unread.variance, variance, atol=1e-4)
 
 
 def test_the_estimate_is_the_modules_formula_in_numpy():
     rows = (BATCH, KV_HEADS, GROUP)
     rng = np.random.default_rng(1)
-    unread = tail.UnreadMoments(
-        jnp.full(rows, 90.0), jnp.asarray(rng.normal(size=rows), jnp.float32),
-        jnp.asarray(rng.uniform(0.1, 4, rows), jnp.float32),
-        *(jnp.asarray(rng.normal(size=(*rows, DIM)), jnp.float32) for _ in range(2)),
-    )  # fmt: skip
-    params = jax.tree.map(lambda leaf: leaf[0], tail.init_tail(1, 6))
-    log_mass, value = tail.estimate(unread, jnp.full(rows, 100.0), jnp.full(rows, 1e3), params)
+
+    def draw_moments(count):
+        mean, variance = jnp.asarray(rng.normal(size=rows)), jnp.asarray(rng.uniform(0.1, 4, rows))
+        return tail.LogitMoments(jnp.full(rows, count), mean.astype(jnp.float32), variance.astype(jnp.float32))
+
+    whole, unread = draw_moments(100.0), draw_moments(90.0)
+    values = tail.ValueMoments(*(jnp.asarray(rng.normal(size=(*rows, DIM)), jnp.float32) for _ in range(2)))
+    log_mass, value = tail.estimate(whole, unread, values, jnp.full(rows, 1e3), start(6))
     normal, m, v = scipy.stats.norm, np.asarray(unread.mean, np.float64), np.asarray(unread.variance, np.float64)
     a = normal.ppf(0.9)
     h = normal.pdf(a) / normal.cdf(a)
     s = np.sqrt(v / (1 - a * h - h * h))
     c = m + s * h
-    np.testing.assert_allclose(log_mass, np.log(90 * np.exp(c + s * s / 2) * normal.cdf(a - s) / normal.cdf(a)), 1e-4)
-    shift = c + s * s - s * normal.pdf(a - s) / normal.cdf(a - s) - m
-    expected = np.asarray(unread.value) + np.asarray(unread.covariance) * (shift / v)[..., None]
-    np.testing.assert_allclose(value, expected, rtol=1e-3, atol=1e-3)
+    expected = np.log(90 * np.exp(c + s * s / 2) * normal.cdf(a - s) / normal.cdf(a))
+    np.testing.assert_allclose(log_mass, expected, rtol=1e-3, atol=1e-3)
+    tilted = c + s * s - s * normal.pdf(a - s) / normal.cdf(a - s)
+    slope = (tilted - np.asarray(whole.mean)) / np.asarray(whole.variance)
+    expected = np.asarray(values.mean) + np.asarray(values.covariance) * slope[..., None]
+    np.testing.assert_allclose(value, expected, rtol=2e-3, atol=2e-3)
 
 
 def test_jointly_normal_keys_and_values_are_estimated_right():
@@ -129,16 +151,15 @@ def test_jointly_normal_keys_and_values_are_estimated_right():
     logits = np.einsum("d,sd->s", queries[0, 0, 0], keys[0, :, 0]) / np.sqrt(dim)
     is_read = logits >= np.quantile(logits[1:], 0.98)
     took, whole = is_read[1:], slice(1, None)
-    moments = tail.add_tokens(
-        tail.empty_moments(1, 1, dim), *(jnp.asarray(x, jnp.float32) for x in (keys, values)),
+    moments = add_tokens(
+        empty_moments(1, 1, dim, np.dtype("float32")), *(jnp.asarray(x, jnp.float32) for x in (keys, values)),
         jnp.asarray(np.arange(length) > 0)[None],
     )  # fmt: skip
-    known = tail.logit_moments(moments, jnp.asarray(queries, jnp.float32))
-    x, y = logits[whole] - float(known.mean[0, 0, 0]), values[0, whole, 0] - np.asarray(known.value[0, 0, 0])
-    sums = (took.sum(), x[took].sum(), (x[took] ** 2).sum(), y[took].sum(0), (x[took, None] * y[took]).sum(0))
-    unread = tail.take_off(known, *(jnp.asarray(s, jnp.float32)[None, None, None] for s in sums))
-    params = jax.tree.map(lambda leaf: leaf[0], tail.init_tail(1, 1))
-    log_mass, value = tail.estimate(unread, known.count, jnp.full((1, 1, 1), logits.max()), params)
+    known, of_values = tail.query_moments(moments, jnp.asarray(queries, jnp.float32))
+    x = logits[whole] - float(known.mean[0, 0, 0])
+    sums = (jnp.full((1, 1, 1), one, jnp.float32) for one in (took.sum(), x[took].sum(), (x[took] ** 2).sum()))
+    unread = tail.take_off(known, *sums)
+    log_mass, value = tail.estimate(known, unread, of_values, jnp.full((1, 1, 1), logits.max()), start(1, 1))
     weights = np.exp(logits[whole][~took])
     assert abs(float(log_mass[0, 0, 0]) - np.log(weights.sum())) < 0.02
     truth = (weights[:, None] * values[0, whole, 0][~took]).sum(axis=0) / weights.sum()
@@ -148,23 +169,33 @@ def test_jointly_normal_keys_and_values_are_estimated_right():
 
 def test_with_nothing_unread_or_a_closed_gate_the_output_is_what_was_read():
     rows = (BATCH, KV_HEADS, GROUP)
-    params = jax.tree.map(lambda leaf: leaf[0], tail.init_tail(1, 6))
+    params = start(6)
     read = jnp.asarray(np.random.default_rng(3).normal(size=(*rows, DIM)), jnp.float32)
     vector, one = jnp.full((*rows, DIM), 5.0), jnp.full(rows, 1.0)
-    for count, chosen in ((0.0, params), (40.0, params.replace(gate=params.gate * 0))):
-        unread = tail.UnreadMoments(jnp.full(rows, count), one, one, vector, vector)
-        log_mass, value = tail.estimate(unread, jnp.full(rows, 50.0), one, chosen)
+    for count, chosen in ((0.0, params), (40.0, params._replace(gate=params.gate * 0))):
+        whole, unread = (tail.LogitMoments(jnp.full(rows, each), one, one) for each in (50.0, count))
+        log_mass, value = tail.estimate(whole, unread, tail.ValueMoments(vector, vector), one, chosen)
         out, share = tail.join(read, one, value, log_mass)
         np.testing.assert_array_equal(out, read)
         assert not share.any()
 
 
+@pytest.mark.parametrize("x", [-30.0, -8.0, -3.0, -0.5, 0.0, 0.5, 3.0, 8.0])
+def test_the_normal_distributions_functions_are_scipys(x):
+    normal = scipy.stats.norm
+    log_cdf, hazard = tail._log_cdf_and_hazard(jnp.float32(x))
+    np.testing.assert_allclose(log_cdf, normal.logcdf(x), rtol=2e-6, atol=2e-7)
+    np.testing.assert_allclose(hazard, np.exp(normal.logpdf(x) - normal.logcdf(x)), rtol=1e-5)
+    share = min(normal.cdf(-abs(x)), 0.5)
+    if share > 1e-6:
+        assert abs(float(tail._upper_quantile(jnp.float32(share))) - abs(x)) < 5e-4
+
+
 @jax.jit
 def respond(queries, keys, is_read, highest):
     """Output, share and log mass for keys that are their own values; one program for all examples."""
-    unread = unread_by_moments(queries, keys, keys, is_read)
-    params = jax.tree.map(lambda leaf: leaf[0], tail.init_tail(1, KV_HEADS * GROUP))
-    log_mass, value = tail.estimate(unread, jnp.full(highest.shape, keys.shape[1] - 1.0), highest, params)
+    whole, unread, values = unread_by_moments(queries, keys, keys, is_read)
+    log_mass, value = tail.estimate(whole, unread, values, highest, start(KV_HEADS * GROUP))
     return *tail.join(jnp.ones(value.shape), highest, value, log_mass), log_mass
 
 

@@ -15,6 +15,7 @@ from spotlight_jax import tail
 from spotlight_jax.config.generation import DecodeConfig
 from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.engine import Engine
+from spotlight_jax.moments import BLOCK, add_tokens, empty_moments
 from tests.eval import tiny
 
 LAYERS, Q_HEADS = tiny.MODEL.layers, tiny.MODEL.q_heads
@@ -52,18 +53,17 @@ def draw(length, seed=0):
 
 
 def moments_of(layer, length, row=0):
-    """By one pass over what is cached."""
-    places = jnp.arange(layer.keys.shape[1], dtype=jnp.int32)[None]
-    return tail.add_tokens(
-        tail.empty_moments(1, *layer.keys.shape[2:]), layer.keys[row : row + 1], layer.values[row : row + 1],
-        tail.counted(places, jnp.asarray([length], jnp.int32)),
-    )  # fmt: skip
+    """By one pass over what is cached in full blocks."""
+    positions = jnp.arange(layer.keys.shape[1])
+    is_counted = (positions > 0) & (positions < length // BLOCK * BLOCK)
+    rows = layer.keys[row : row + 1], layer.values[row : row + 1], is_counted[None]
+    return add_tokens(empty_moments(1, *layer.keys.shape[2:], layer.keys.dtype), *rows)
 
 
 def test_moments_after_a_ragged_batch_and_a_second_turn_are_those_of_what_is_cached():
     """Sequences end at different steps, and the shorter one's steps that nobody reads leave no trace."""
     engine = make_engine()
-    state = engine.prefill([draw(61), draw(7, 1)], [9, 3])
+    state = engine.prefill([draw(61), draw(127, 1)], [9, 3])
     while not np.asarray(state.is_done).all():
         state, _ = engine.decode(state)
     state = engine.prefill([draw(5, 2), draw(40, 3)], 4, cache=state.cache)

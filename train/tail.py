@@ -20,10 +20,11 @@ from spotlight_jax.attention import causal_attention, grouped_logits, spread_hea
 from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.models.decoder import Attend, embed_tokens
 from spotlight_jax.models.runner import run_layers
+from spotlight_jax.moments import with_newest
 from spotlight_jax.selector.base import HashFunctions
 from spotlight_jax.selector.scoring import hash_score_range, hash_scores
 from spotlight_jax.selector.selection import select_mask
-from spotlight_jax.tail import TailParams, UnreadMoments, init_tail, mass_and_slope, split_by_logits
+from spotlight_jax.tail import LogitMoments, TailParams, init_tail, mass_and_slope, split_by_logits
 from train.config import TailConfig
 from train.data import Inputs
 from train.processes import fetch, localize
@@ -35,16 +36,14 @@ KEEPS = (0.0025, 0.005, 0.02, 0.1)  # shares of tokens read: one set of correcti
 class Rows:
     """What the error of a query head's output depends on, for some queries and budgets.
 
-    r, u and c are what was read less the dense output, the mean unread value less the dense output, and the covariance
-    of unread values with logits.
+    r, u and c are what was read less the dense output, the mean value less the dense output, and the covariance of
+    values with logits.
     """
 
     log_read: Float[Array, "rows kv_heads group"]
     highest: Float[Array, "rows kv_heads group"]
-    total: Float[Array, "rows kv_heads group"]
-    count: Float[Array, "rows kv_heads group"]
-    mean: Float[Array, "rows kv_heads group"]
-    variance: Float[Array, "rows kv_heads group"]
+    whole: LogitMoments
+    unread: LogitMoments
     products: Float[Array, "rows kv_heads group six"]  # rr, ru, rc, uu, uc, cc, over the dense output's square
 
 
@@ -68,24 +67,21 @@ class Examined:
         selection = SelectionConfig(per="kv_head" if self.per_kv_head else "query_head", dense_layers=())
 
         def examine(keep: float) -> Rows:
-            mask = select_mask(scores, at, dataclasses.replace(selection, keep=keep), bounds)
+            mask = with_newest(select_mask(scores, at, dataclasses.replace(selection, keep=keep), bounds), at)
             split = split_by_logits(logits, spread_heads(mask, q_heads, kv_heads), values, at)
-            vectors = split.read - dense, split.unread.value - dense, split.unread.covariance
+            vectors = split.read - dense, split.values.mean - dense, split.values.covariance
             pairs = [(0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2)]
             products = jnp.stack([jnp.sum(vectors[i] * vectors[j], axis=-1) for i, j in pairs], axis=-1)
             size = jnp.maximum(jnp.sum(dense * dense, axis=-1), 1e-9)
-            unread = split.unread
-            numbers = split.log_read, split.highest, split.total, unread.count, unread.mean, unread.variance
-            return Rows(*(number[0] for number in (*numbers, products / size[..., None])))
+            found = split.log_read, split.highest, split.whole, split.unread, products / size[..., None]
+            return Rows(*jax.tree.map(lambda leaf: leaf[0], found))
 
         return outputs, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *map(examine, KEEPS))
 
 
 def output_error(rows: Rows, params: TailParams) -> Float[Array, "rows kv_heads group"]:
     """Return the squared error of each output with the tail, relative to the dense output's square."""
-    empty = jnp.zeros((*rows.count.shape, 0))
-    unread = UnreadMoments(rows.count, rows.mean, rows.variance, empty, empty)
-    log_mass, slope = mass_and_slope(unread, rows.total, rows.highest, params)
+    log_mass, slope = mass_and_slope(rows.whole, rows.unread, rows.highest, params.grouped(rows.highest.shape[1]))
     share = jax.nn.sigmoid(log_mass - rows.log_read)
     rr, ru, rc, uu, uc, cc = jnp.moveaxis(rows.products, -1, 0)
     read = 1 - share
@@ -98,7 +94,7 @@ def fit_layer(rows: Rows, steps: int, rate: float) -> tuple[TailParams, Float[Ar
 
     The gate of a head that the tail does not help is closed.
     """
-    q_heads = rows.count.shape[1] * rows.count.shape[2]
+    q_heads = rows.highest.shape[1] * rows.highest.shape[2]
     start = jax.tree.map(lambda leaf: leaf[0], init_tail(1, q_heads))
     optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
 

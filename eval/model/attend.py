@@ -1,5 +1,6 @@
 """What a layer attends with in an evaluation, for many queries at once or for one, and what its queries read."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -12,8 +13,9 @@ from jaxtyping import Array, Float, Int32
 from eval.methods.base import Method, Selection
 from spotlight_jax.attention import causal_attention, selected_attention
 from spotlight_jax.config.selection import SelectionConfig
+from spotlight_jax.moments import moment_bytes, with_newest
 from spotlight_jax.selector.selection import budget_of
-from spotlight_jax.tail import attend_by_logits, moment_bytes
+from spotlight_jax.tail import attend_by_logits
 
 KeysValues = tuple[
     Float[Array, "batch capacity kv_heads head_dim"],
@@ -93,9 +95,12 @@ class Selected:
         """See `Attend`; slots of the keys and values from `lengths` on hold nothing."""
         index = self.method.index(keys, self.lengths)
         slots = jnp.arange(keys.shape[1], dtype=jnp.int32)
+        tail = self.method.tail_params(index)
 
         def select(rows: Array, at: Array) -> tuple[Array, Array | None, Traffic]:
             selection = self.method.select(rows, keys, index, at, jnp.take(self.budgets, at, mode="clip"))
+            if tail is not None:
+                selection = dataclasses.replace(selection, mask=with_newest(selection.mask, at))
             is_dense = at < self.dense_prefix
             dense = dense_traffic(at, keys.shape[2], row_bytes(keys.shape[3], keys.dtype))
             traffic = jax.tree.map(lambda *two: jnp.where(is_dense, *two), dense, selected_traffic(selection, keys))
@@ -106,15 +111,15 @@ class Selected:
                 log_weights = jnp.where(is_dense, 0.0, log_weights)
             return jnp.where(is_dense, visible, selection.mask), log_weights, traffic
 
-        tail, finish = self.method.tail_params(index), None
-        if tail is not None:
-            finish = functools.partial(attend_by_logits, params=tail)
+        finish = None if tail is None else functools.partial(attend_by_logits, params=tail)
         places, chunk = self.positions, self.chunk
         outputs, traffic = selected_attention(
             queries, keys, values, select, positions=places, chunk=chunk, finish=finish
         )
         if tail is not None:
-            moved = jnp.where(places < self.dense_prefix, 0.0, float(moment_bytes(*keys.shape[2:])))
+            moved = jnp.where(
+                places < self.dense_prefix, 0.0, float(moment_bytes(keys.shape[2], keys.shape[3], keys.dtype))
+            )
             traffic = traffic.replace(index_bytes=traffic.index_bytes + moved)
         return outputs, traffic
 

@@ -31,7 +31,7 @@ Kind = Literal["ops", "model", "kernels"]
 # flags that matter to one part alone
 FLAGS_OF = {
     "ops": ("lengths", "batches", "ops", "caches"),
-    "model": ("model_lengths", "model_batches", "dense_layers", "profile", "mesh"),
+    "model": ("model_lengths", "model_batches", "dense_layers", "tail", "profile", "mesh"),
 }
 
 
@@ -66,6 +66,8 @@ class SpeedConfig:
     """Most caches that a loop's step walks over, so that none stays in the device's caches; fewer compile sooner."""
     new_tokens: int = 16
     """Decoding steps of a whole model per round."""
+    tail: bool = False
+    """Time sparse decoding with an estimate of what is not read, too."""
     profile: bool = False
     """Trace one round more of whole models, and show what each kernel of a step took."""
     mesh: tuple[str, ...] = ()

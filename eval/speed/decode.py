@@ -35,6 +35,7 @@ from spotlight_jax.models.sharding import check_mesh, config_of_device, open_mes
 from spotlight_jax.models.source import DEFAULT_MODEL
 from spotlight_jax.selector.checkpoint import Selector, choose_model, load_selector
 from spotlight_jax.selector.forms import init_functions
+from spotlight_jax.tail import init_tail
 
 
 def name_model(cfg: DecodeSpeedConfig) -> DecodeSpeedConfig:
@@ -122,9 +123,15 @@ def measure(cfg: DecodeSpeedConfig, model_cfg: DecoderConfig, params: Params, se
     decode = DecodeConfig(
         selection=cfg.selection, prefill_chunk=cfg.prefill_chunk, attention=cfg.attention, block=cfg.new_tokens
     )
+    tailed = selector
+    if selector.params.tail is None:  # corrections that change nothing: as much work as trained ones
+        start = init_tail(model_cfg.layers, model_cfg.q_heads)
+        tailed = dataclasses.replace(selector, params=dataclasses.replace(selector.params, tail=start))
     runs = {}
     for name in cfg.methods:
-        engine = Engine(model_cfg, params, selector if name == "sparse" else None, decode)
+        has_tail = name == "sparse+tail"
+        own = None if name == "dense" else tailed if has_tail else selector
+        engine = Engine(model_cfg, params, own, dataclasses.replace(decode, tail=has_tail))
         runs[name] = Decoding(cfg, engine)
     rounds = [{name: run.take_round() for name, run in runs.items()} for _ in range(cfg.rounds + 1)]
     results: dict[str, dict] = {}
@@ -138,8 +145,8 @@ def measure(cfg: DecodeSpeedConfig, model_cfg: DecoderConfig, params: Params, se
             "compile_seconds": engine.compile_seconds,
             "peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
         }
-        read_by = selector.cfg if name == "sparse" else None
-        reads = step_reads(model_cfg, engine.dtype, list(cfg.lengths), read_by, cfg.selection, 0)
+        read_by = None if name == "dense" else selector.cfg
+        reads = step_reads(model_cfg, engine.dtype, list(cfg.lengths), read_by, cfg.selection, 0, name == "sparse+tail")
         results[name]["reads"] = dataclasses.asdict(reads)
         if cfg.profile:
             results[name]["kernels"] = trace_kernels(run.take_round, cfg.new_tokens)
@@ -153,11 +160,12 @@ def plan(cfg: DecodeSpeedConfig, model_cfg: DecoderConfig, code_bits: int) -> Me
         -(-len(cfg.lengths) // sizes.get("data", 1)),
         max(cfg.lengths) + decoded(cfg.new_tokens, cfg.rounds, cfg.profile),
     )
-    hash_cfg = TransformConfig(code_bits=code_bits) if "sparse" in cfg.methods else None
+    hash_cfg = None if cfg.methods == ("dense",) else TransformConfig(code_bits=code_bits)
     chunk = 1 if cfg.skip_prefill else cfg.prefill_chunk or 2048
     own, dtype = config_of_device(model_cfg, sizes), resolve_dtype(cfg.dtype)
     slots = bucket_length(capacity) // sizes.get("context", 1)
-    needed = plan_memory(own, dtype, batch, slots, chunk, hash_cfg, cfg.selection)
+    args = own, dtype, batch, slots, chunk, hash_cfg, cfg.selection
+    needed = plan_memory(*args, has_tail="sparse+tail" in cfg.methods)
     return dataclasses.replace(needed, cache=needed.cache * len(cfg.methods))
 
 
@@ -184,9 +192,9 @@ def main(cfg: DecodeSpeedConfig) -> dict:
         "python": platform.python_version(),
         "results": results,
     }
-    if len(results) == 2:
-        dense, sparse = (statistics.median(results[name]["step_seconds"]) for name in ("dense", "sparse"))
-        summary["step_ratio"] = dense / sparse
+    if "dense" in results and len(results) > 1:
+        steps = {name: statistics.median(result["step_seconds"]) for name, result in results.items()}
+        summary["step_ratio"] = steps["dense"] / steps.get("sparse", steps[cfg.methods[-1]])
     print_result(summary)
     return summary
 

@@ -125,7 +125,8 @@ def time_decoding(
     point = DecodeSpeedConfig(
         preset=cfg.preset or "", lengths=(prompt,) * batch, new_tokens=cfg.new_tokens, rounds=cfg.rounds,
         keep=cfg.keep, code_bits=cfg.code_bits, dense_layers=cfg.dense_layers, dtype=cfg.dtype, skip_prefill=True,
-        profile=cfg.profile, mesh=cfg.mesh,
+        profile=cfg.profile, methods=("dense", "sparse", "sparse+tail") if cfg.tail else ("dense", "sparse"),
+        mesh=cfg.mesh,
     )  # fmt: skip
     model_cfg, params, _ = loaded
     weights = _bytes_of_weights(model_cfg, params)
@@ -150,7 +151,7 @@ def time_decoding(
         parts = math.prod(parse_mesh(cfg.mesh).values())  # of the cache, each on its device
         moved = weights + (reads["bytes_keys_values"] + reads["bytes_codes"]) // parts
         rows.append(
-            {"task": "decode", "method": {"sparse": "spotlight"}.get(name, name)}
+            {"task": "decode", "method": name.replace("sparse", "spotlight")}
             | {"keep": 1.0 if name == "dense" else cfg.keep, "batch": batch, "length": length}
             | _spread(result["step_seconds"])
             | {"tokens_per_second": result["decode_tokens_per_second"], "timed": how}

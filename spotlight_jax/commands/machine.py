@@ -54,7 +54,7 @@ def implementations() -> list[tuple[str, str, str]]:
         ("hash_append", *kernel(hash_append.choose_impl())),
         ("score_select", *kernel(score_select.choose_impl(real_bounds(TransformConfig().code_bits)))),
         ("sparse_attention", *kernel(sparse_attention.choose_impl())),
-        ("read_selected", *kernel(sparse_attention.choose_reads_impl())),
+        ("estimated_attention", *kernel(sparse_attention.choose_estimated_impl())),
         ("select_top", f"XLA, {select_top.choose_impl()}", "the cut is found by counting"),
         ("match_score", f"XLA, {match_score.choose_impl(64)}", "many queries: codes are unpacked once"),
         ("pair_cost", *kernel(pair_cost.choose_impl())),

@@ -11,7 +11,7 @@ from spotlight_jax.kernels.pair_cost.cases import CASES as PAIR_COST
 from spotlight_jax.kernels.score_select.cases import CASES as SCORE_SELECT
 from spotlight_jax.kernels.select_top.cases import CASES as SELECT_TOP
 from spotlight_jax.kernels.sparse_attention.cases import CASES as SPARSE_ATTENTION
-from spotlight_jax.kernels.sparse_attention.cases import READ_CASES
+from spotlight_jax.kernels.sparse_attention.cases import ESTIMATED_CASES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +39,11 @@ OPS: dict[str, Op] = {
     "sparse_attention": Op(
         sparse_attention.sparse_attention, SPARSE_ATTENTION, ("gather",), lambda case: sparse_attention.choose_impl()
     ),
-    "read_selected": Op(
-        sparse_attention.read_selected, READ_CASES, ("gather",), lambda case: sparse_attention.choose_reads_impl()
+    "estimated_attention": Op(
+        sparse_attention.estimated_attention,
+        ESTIMATED_CASES,
+        ("gather",),
+        lambda case: sparse_attention.choose_estimated_impl(),
     ),
     "hash_append": Op(hash_append.hash_append, HASH_APPEND, (), lambda case: hash_append.choose_impl()),
     "pair_cost": Op(pair_cost.pair_sums, PAIR_COST, ("xla",), lambda case: pair_cost.choose_impl()),

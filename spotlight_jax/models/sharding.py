@@ -51,11 +51,10 @@ _LEAVES: dict[str, Axes] = {
     "keys": ("batch", "kv_len", "heads", None),
     "values": ("batch", "kv_len", "heads", None),
     "codes": ("batch", "heads", None, "kv_len"),
-    "count": ("batch",),
-    "key": ("batch", "heads", None),
-    "value": ("batch", "heads", None),
-    "key_key": ("batch", "heads", None, None),
-    "value_key": ("batch", "heads", None, None),
+    "moments.count": ("batch",),
+    "moments.mean": ("batch", "heads", None),
+    "moments.scatter": ("batch", "heads", None, None),
+    "moments.covariance": ("batch", "heads", None, None),
     "sets": ("batch",),
     **{name: ("heads", *[None] * (rank - 1)) for name, rank in _HEAD_LEAVES.items()},
 }
@@ -159,8 +158,9 @@ def shardings_of(tree: PyTree, mesh: Mesh) -> PyTree:
 
 
 def _name(path: tuple[Any, ...]) -> str:
-    """The name of a dataclass's leaf; nothing for what lies in tuples alone."""
-    return path[-1].name if path and isinstance(path[-1], jax.tree_util.GetAttrKey) else ""
+    """The name of a dataclass's leaf, with its owner's where that is moments; nothing for what lies in tuples alone."""
+    names = [entry.name for entry in path[-2:] if isinstance(entry, jax.tree_util.GetAttrKey)]
+    return ".".join(names[-2:] if names[:1] == ["moments"] else names[-1:])
 
 
 def place(tree: PyTree, mesh: Mesh | None) -> PyTree:

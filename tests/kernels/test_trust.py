@@ -11,7 +11,7 @@ from spotlight_jax.kernels.hash_append.pallas_triton import hash_append_pallas_t
 from spotlight_jax.kernels.pair_cost.pallas_triton import pair_sums_pallas_triton
 from spotlight_jax.kernels.score_select.pallas_triton import score_select_pallas_triton
 from spotlight_jax.kernels.sparse_attention.pallas_triton import (
-    read_selected_pallas_triton,
+    estimated_attention_pallas_triton,
     sparse_attention_pallas_triton,
 )
 from spotlight_jax.kernels.trust import is_trusted
@@ -56,7 +56,7 @@ def test_a_kernel_that_fails_is_not_used_and_said(gpu, check, words):
 KERNELS = [
     (score_select, score_select_pallas_triton, lambda: score_select.choose_impl(BOUNDS)),
     (sparse_attention, sparse_attention_pallas_triton, sparse_attention.choose_impl),
-    (sparse_attention, read_selected_pallas_triton, sparse_attention.choose_reads_impl),
+    (sparse_attention, estimated_attention_pallas_triton, sparse_attention.choose_estimated_impl),
     (hash_append, hash_append_pallas_triton, hash_append.choose_impl),
     (pair_cost, pair_sums_pallas_triton, pair_cost.choose_impl),
 ]

@@ -17,7 +17,6 @@ from spotlight_jax.context_attention import attend_split, select_split
 from spotlight_jax.models.sharding import by_heads, place
 from spotlight_jax.selector.base import HeadShape
 from spotlight_jax.selector.selection import select_tokens
-from spotlight_jax.tail import add_tokens, empty_moments, init_tail
 from tests.hash_params import draw_params
 
 SHAPE = HeadShape(1, 8, 4, 16)
@@ -26,8 +25,7 @@ FORMS = {
     "transform": TransformConfig(code_bits=64),
     "paper": NetworkConfig(form="symmetric", skip="none", code_bits=32, hidden=24, code_heads="query", centre=False),
 }
-# done: its new token is written and not counted; at a device's first slot; one token; nearly full
-LENGTHS, IS_DONE = np.array([150, 64, 1, 254], np.int32), np.array([False, False, False, True])
+LENGTHS = np.array([150, 64, 1, 254], np.int32)  # the second one's new token is at a device's first slot
 
 
 def make_mesh(data: int, model: int, context: int) -> jax.sharding.Mesh:
@@ -36,39 +34,31 @@ def make_mesh(data: int, model: int, context: int) -> jax.sharding.Mesh:
     return jax.make_mesh((data, model, context), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def make_layer(form: str, has_tail: bool) -> tuple[LayerCache, LayerSelector]:
+def make_layer(form: str) -> tuple[LayerCache, LayerSelector]:
     """A filled cache; what lies behind each sequence's end must not matter."""
     functions = draw_params(FORMS[form], SHAPE).layer(0)
-    if has_tail:
-        functions = dataclasses.replace(functions, tail=jax.tree.map(lambda leaf: leaf[0], init_tail(1, SHAPE.q_heads)))
     keys, values = (jax.random.normal(jax.random.key(n), (BATCH, SLOTS, SHAPE.kv_heads, 16)) for n in range(2))
-    moments = None
-    if has_tail:
-        positions = jnp.arange(SLOTS)[None]
-        is_counted = (positions > 0) & (positions < jnp.asarray(LENGTHS)[:, None])
-        moments = add_tokens(empty_moments(BATCH, SHAPE.kv_heads, 16), keys, values, is_counted)
     selector = LayerSelector(functions)
-    return LayerCache(keys, values, selector.key_codes(keys), moments), selector
+    return LayerCache(keys, values, selector.key_codes(keys)), selector
 
 
-def compare_steps(mesh: jax.sharding.Mesh, form: str, selection: SelectionConfig, has_tail: bool) -> None:
+def compare_steps(mesh: jax.sharding.Mesh, form: str, selection: SelectionConfig) -> None:
     """One step gives the outputs and the cache of one device."""
-    layer, selector = make_layer(form, has_tail)
+    layer, selector = make_layer(form)
     shapes = [(BATCH, 1, heads, 16) for heads in (SHAPE.q_heads, SHAPE.kv_heads, SHAPE.kv_heads)]
     new = [jax.random.normal(jax.random.key(10 + n), shape) for n, shape in enumerate(shapes)]
     lengths = jnp.asarray(LENGTHS)
-    ends = lengths + jnp.asarray(~IS_DONE, jnp.int32)
 
     def attend_alone(*args):
-        *state, lengths, ends = args
+        *state, lengths = args
         new_and_layer, selector = state[:4], state[4]
-        return attend_sparsely(*new_and_layer, lengths, selector, selection, ends)
+        return attend_sparsely(*new_and_layer, lengths, selector, selection)
 
-    expected, cached = jax.jit(attend_alone)(*new, layer, selector, lengths, ends)
+    expected, cached = jax.jit(attend_alone)(*new, layer, selector, lengths)
     attend = functools.partial(attend_split, selection=selection)
     spread = place((layer, selector), mesh)
     assert spread[0].keys.addressable_shards[0].data.nbytes == layer.keys.nbytes // mesh.size
-    found, split = jax.jit(lambda state, new: by_heads(attend, mesh, *state, lengths, ends)(*new))(spread, new)
+    found, split = jax.jit(lambda state, new: by_heads(attend, mesh, *state, lengths)(*new))(spread, new)
     np.testing.assert_allclose(found, expected, atol=2e-5)
     for ours, theirs in zip(jax.tree.leaves(split), jax.tree.leaves(cached), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
@@ -102,8 +92,8 @@ if __name__ == "__main__":
         for score_range in ((-2, 1), (-30, 40), (-(2**20), 2**20)):
             compare_selections(make_mesh(1, 1, context), kept, score_range)
     compare_selections(make_mesh(1, 1, 8), SelectionConfig(budget=40), (-2, 1))
-    compare_steps(make_mesh(1, 1, 8), "transform", kept, has_tail=True)
-    compare_steps(make_mesh(1, 2, 4), "transform", dataclasses.replace(kept, per="query_head"), has_tail=False)
-    compare_steps(make_mesh(2, 2, 2), "paper", dataclasses.replace(kept, per="query_head"), has_tail=True)
-    compare_steps(make_mesh(1, 1, 4), "paper", kept, has_tail=True)
+    compare_steps(make_mesh(1, 1, 8), "transform", kept)
+    compare_steps(make_mesh(1, 2, 4), "transform", dataclasses.replace(kept, per="query_head"))
+    compare_steps(make_mesh(2, 2, 2), "paper", dataclasses.replace(kept, per="query_head"))
+    compare_steps(make_mesh(1, 1, 4), "paper", kept)
     print("equal")

@@ -8,6 +8,7 @@ import numpy as np
 from spotlight_jax.attention import causal_attention
 from spotlight_jax.config.hashing import TransformConfig
 from spotlight_jax.config.selection import SelectionConfig
+from spotlight_jax.moments import with_newest
 from spotlight_jax.selector.base import HeadShape
 from spotlight_jax.selector.scoring import hash_score_range, hash_scores
 from spotlight_jax.selector.selection import select_mask
@@ -15,7 +16,7 @@ from spotlight_jax.tail import attend_by_logits, init_tail
 from tests.hash_params import draw_params
 from train.tail import KEEPS, Examined, fit_layer, output_error
 
-Q_HEADS, KV_HEADS, DIM, WINDOW, PICKS = 4, 2, 16, 96, 5
+Q_HEADS, KV_HEADS, DIM, WINDOW, PICKS = 4, 2, 16, 200, 5
 SHAPE = HeadShape(1, Q_HEADS, KV_HEADS, DIM)
 
 
@@ -26,7 +27,7 @@ def examine(seed=0):
         jax.random.normal(key, (1, WINDOW, heads, DIM)) * scale
         for key, heads, scale in zip(keys, (Q_HEADS, KV_HEADS, KV_HEADS), (2.0, 1.0, 1.0), strict=True)
     )
-    places = jnp.asarray([20, 41, 60, 80, 95], jnp.int32)
+    places = jnp.asarray([20, 110, 140, 170, 199], jnp.int32)
     functions = draw_params(TransformConfig(code_bits=32), SHAPE).layer(0)
     attend = Examined(functions, places)
     outputs, rows = jax.jit(lambda *args: attend(*args))(queries, cached, values)
@@ -52,7 +53,7 @@ def test_the_error_of_rows_is_that_of_attention_with_the_tail():
     picked = queries[:, places]
     scores = hash_scores(functions, picked, codes, True)
     bounds, selection = hash_score_range(functions, 2, True), SelectionConfig(keep=KEEPS[0], dense_layers=())
-    mask = select_mask(scores, places[None], selection, bounds)
+    mask = with_newest(select_mask(scores, places[None], selection, bounds), places[None])
     grouped = picked.reshape(1, PICKS, KV_HEADS, 2, DIM)
     logits = jnp.einsum("btkgd,bskd->bkgts", grouped, keys) * DIM**-0.5
     mask = jnp.repeat(mask, 2, axis=2).reshape(1, PICKS, KV_HEADS, 2, WINDOW).transpose(0, 2, 3, 1, 4)

@@ -1,4 +1,4 @@
-"""Attention of one new token over selected cache rows, and what an estimate of the others needs of those rows."""
+"""Attention of one new token over selected cache rows, alone or with an estimate of attention to the others."""
 
 import functools
 from collections.abc import Callable
@@ -10,16 +10,18 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from spotlight_jax.errors import InputError
 from spotlight_jax.kernels.backends import pick_backend
-from spotlight_jax.kernels.sparse_attention.gather import read_selected_gather, sparse_attention_gather
+from spotlight_jax.kernels.sparse_attention.cases import EstimatedAttentionCase
+from spotlight_jax.kernels.sparse_attention.gather import estimated_attention_gather, sparse_attention_gather
 from spotlight_jax.kernels.sparse_attention.pallas_triton import (
-    read_selected_pallas_triton,
+    estimated_attention_pallas_triton,
     sparse_attention_pallas_triton,
 )
-from spotlight_jax.kernels.sparse_attention.reads import Reads
-from spotlight_jax.kernels.sparse_attention.reference import read_selected_reference, sparse_attention_reference
+from spotlight_jax.kernels.sparse_attention.reference import estimated_attention_reference, sparse_attention_reference
 from spotlight_jax.kernels.trust import is_trusted
+from spotlight_jax.moments import Moments
+from spotlight_jax.tail import TailParams
 
-__all__ = ["Reads", "SparseAttentionImpl", "choose_impl", "choose_reads_impl", "read_selected", "sparse_attention"]
+__all__ = ["SparseAttentionImpl", "choose_estimated_impl", "choose_impl", "estimated_attention", "sparse_attention"]
 
 SparseAttentionImpl = Literal["auto", "reference", "gather", "pallas_triton"]
 
@@ -29,32 +31,30 @@ def choose_impl() -> SparseAttentionImpl:
     return "pallas_triton" if is_trusted("sparse_attention", _agree) else "gather"
 
 
-def choose_reads_impl() -> SparseAttentionImpl:
-    """What `auto` takes in `read_selected`: the same kernels, where they pass this op's check; else gathered rows."""
-    return "pallas_triton" if is_trusted("read_selected", _reads_agree) else "gather"
+def choose_estimated_impl() -> SparseAttentionImpl:
+    """What `auto` takes in `estimated_attention`: the same kernels, where they pass its check; else gathered rows."""
+    return "pallas_triton" if is_trusted("estimated_attention", _estimates_agree) else "gather"
 
 
 def _agree() -> bool:
-    return _agrees(sparse_attention)
-
-
-def _reads_agree() -> bool:
-    keys = jax.random.split(jax.random.key(1))
-    mean_values = jax.random.normal(keys[1], (2, 2, 64), jnp.float32)
-    return _agrees(read_selected, jax.random.normal(keys[0], (2, 6), jnp.float32), mean_values)
-
-
-def _agrees(op: Callable[..., Any], *means: Array) -> bool:
     """Kernels and reference on two sequences, a budget of several tiles, position 0, and slots that are not real."""
     keys = jax.random.split(jax.random.key(0), 4)
     queries = jax.random.normal(keys[0], (2, 6, 64), jnp.float32)
     cache = [jax.random.normal(key, (2, 500, 2, 64), jnp.float32) for key in keys[1:3]]
     indices = jnp.argsort(jax.random.uniform(keys[3], (2, 2, 500)), axis=-1)[..., :200].astype(jnp.int32)
     is_real = jnp.broadcast_to(jnp.arange(200)[None, None, :] < 150, indices.shape)
+    return _agrees(sparse_attention, queries, *cache, indices, is_real)
+
+
+def _estimates_agree() -> bool:
+    """Kernels and reference on two sequences of two lengths."""
+    return _agrees(estimated_attention, *EstimatedAttentionCase("check", 2, 6, 2, 64, 2, 500, 100, "float32").draw()[0])
+
+
+def _agrees(op: Callable[..., Any], *args: Any) -> bool:
     with jax.default_matmul_precision("highest"):  # of the reference: sums of many products
         found, expected = (
-            jax.tree.leaves(jax.jit(functools.partial(op, impl=impl))(queries, *cache, indices, is_real, *means))
-            for impl in ("pallas_triton", "reference")
+            jax.tree.leaves(jax.jit(functools.partial(op, impl=impl))(*args)) for impl in ("pallas_triton", "reference")
         )
     return all(bool(jnp.allclose(one, other, atol=1e-2)) for one, other in zip(found, expected, strict=True))
 
@@ -86,32 +86,37 @@ def sparse_attention(
     return run(queries, keys, values, indices, is_real)
 
 
-def read_selected(
+def estimated_attention(
     queries: Float[Array, "batch q_heads head_dim"],
     keys: Float[Array, "batch max_len kv_heads head_dim"],
     values: Float[Array, "batch max_len kv_heads head_dim"],
     indices: Int32[Array, "batch heads budget"],
     is_real: Bool[Array, "batch heads budget"],
-    mean_logits: Float[Array, "batch q_heads"],
-    mean_values: Float[Array, "batch kv_heads head_dim"],
+    ends: Int32[Array, "batch"],
+    moments: Moments,
+    params: TailParams,
     impl: SparseAttentionImpl = "auto",
-) -> Reads:
-    """Return what `sparse_attention` does in float32, with sums over the rows that were read; see `Reads`.
+) -> tuple[Float[Array, "batch q_heads head_dim"], Float[Array, "batch q_heads"]]:
+    """Return attention over selected rows and the newest, with an estimate of it over the others (`tail`).
 
     Args:
-        mean_logits: subtracted from the logits in those sums.
-        mean_values: subtracted from the values in those sums.
+        ends: cached tokens of each sequence; its query belongs to the last. The newest are those of the last one's
+            block of `tail.BLOCK`.
+        moments: of all tokens before the newest. The reference, which reads the whole cache, makes its own.
+        params: corrections; leaves lead with the batch, or with 1 where they are the same for all of it.
 
-    The other arguments are those of `sparse_attention`, and so are the errors.
+    The other arguments are those of `sparse_attention`, and so are the errors; positions from `ends` on are not real.
+
+    Returns: outputs, and the share of the attention mass that was estimated.
     """
     _check_heads(queries, keys, indices)
-    backends: dict[str, Callable[..., Reads]] = {
-        "reference": read_selected_reference,
-        "gather": read_selected_gather,
-        "pallas_triton": read_selected_pallas_triton,
+    backends: dict[str, Callable[..., tuple[Array, Array]]] = {
+        "reference": estimated_attention_reference,
+        "gather": estimated_attention_gather,
+        "pallas_triton": estimated_attention_pallas_triton,
     }
-    run = pick_backend("read_selected", backends, impl, choose_reads_impl)
-    return run(queries, keys, values, indices, is_real, mean_logits, mean_values)
+    run = pick_backend("estimated_attention", backends, impl, choose_estimated_impl)
+    return run(queries, keys, values, indices, is_real, ends, moments, params)
 
 
 def _check_heads(queries: Array, keys: Array, indices: Array) -> None:

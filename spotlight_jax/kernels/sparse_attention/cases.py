@@ -1,4 +1,4 @@
-"""Shapes that real models give `sparse_attention` and `read_selected`: what tests check and benchmarks time."""
+"""Shapes that real models give `sparse_attention` and `estimated_attention`: what tests check and benchmarks time."""
 
 import dataclasses
 from typing import Any
@@ -6,6 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
+
+from spotlight_jax.moments import empty_moments, fold
+from spotlight_jax.tail import init_tail
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,16 +37,21 @@ class SparseAttentionCase:
 
 
 @dataclasses.dataclass(frozen=True)
-class ReadSelectedCase(SparseAttentionCase):
-    """A call with the means that `read_selected` centres logits and values by."""
+class EstimatedAttentionCase(SparseAttentionCase):
+    """A call with the moments of what is cached: sequences of several lengths, up to the whole cache."""
 
-    def draw(self, seed: int = 0) -> tuple[tuple[Array, ...], dict[str, Any]]:
-        """Random arrays, with means as small as those of a whole cache, and what is static of the call: nothing."""
-        arrays, static = super().draw(seed)
-        keys = jax.random.split(jax.random.key(seed + 1))
-        mean_logits = 0.1 * jax.random.normal(keys[0], (self.batch, self.q_heads))
-        mean_values = 0.1 * jax.random.normal(keys[1], (self.batch, self.kv_heads, self.head_dim))
-        return (*arrays, mean_logits, mean_values), static
+    def draw(self, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Random arrays and corrections, and what is static of the call: nothing."""
+        (queries, keys, values, indices, is_real), static = super().draw(seed)
+        lengths = self.kv_len - 37 * jnp.arange(self.batch, dtype=jnp.int32)
+        empty = empty_moments(self.batch, self.kv_heads, self.head_dim, keys.dtype)
+        moments = fold(empty, keys, values, 0 * lengths, lengths - 1, self.kv_len)
+        drawn = iter(jax.random.split(jax.random.key(seed + 1), 5))
+        params = jax.tree.map(
+            lambda leaf: leaf + 0.1 * jax.random.normal(next(drawn), leaf.shape), init_tail(1, self.q_heads)
+        )
+        is_real = is_real & (indices < lengths[:, None, None])
+        return (queries, keys, values, indices, is_real, lengths, moments, params), static
 
 
 CASES = (
@@ -54,4 +62,4 @@ CASES = (
     SparseAttentionCase("llama3-8b per query head, 32K", 1, 32, 8, 128, 32, 32768, 656),
     SparseAttentionCase("llama2-7b (no groups), 4K", 2, 32, 32, 128, 32, 4096, 82),
 )
-READ_CASES = tuple(ReadSelectedCase(**dataclasses.asdict(case)) for case in CASES)
+ESTIMATED_CASES = tuple(EstimatedAttentionCase(**dataclasses.asdict(case)) for case in CASES)

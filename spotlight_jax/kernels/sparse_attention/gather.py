@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from spotlight_jax.kernels.sparse_attention.reads import Reads
+from spotlight_jax.moments import BLOCK, Moments, block_start
+from spotlight_jax.tail import TailParams, estimate, join, query_moments, take_off
 
 
 def _gather(
@@ -39,36 +40,39 @@ def sparse_attention_gather(
     return out.reshape(queries.shape).astype(queries.dtype)
 
 
-def read_selected_gather(
+def estimated_attention_gather(
     queries: Float[Array, "batch q_heads head_dim"],
     keys: Float[Array, "batch max_len kv_heads head_dim"],
     values: Float[Array, "batch max_len kv_heads head_dim"],
     indices: Int32[Array, "batch heads budget"],
     is_real: Bool[Array, "batch heads budget"],
-    mean_logits: Float[Array, "batch q_heads"],
-    mean_values: Float[Array, "batch kv_heads head_dim"],
-) -> Reads:
-    """`read_selected`; the products with values are one."""
-    batch, heads = indices.shape[:2]
+    ends: Int32[Array, "batch"],
+    moments: Moments,
+    params: TailParams,
+) -> tuple[Float[Array, "batch q_heads head_dim"], Float[Array, "batch q_heads"]]:
+    """`estimated_attention`; the newest rows are gathered with the others."""
+    batch, heads, _ = indices.shape
+    kv_heads = keys.shape[2]
+    starts = block_start(ends - 1)[:, None, None]
+    newest = starts + jnp.arange(BLOCK, dtype=jnp.int32)[None, None]
+    newest = jnp.broadcast_to(newest, (batch, heads, BLOCK))
+    is_real = jnp.concatenate([is_real & (indices < starts), newest < ends[:, None, None]], axis=-1)
+    indices = jnp.concatenate([indices, newest], axis=-1)
     logits, picked_values = _gather(queries, keys, values, indices, is_real)
-    log_sum = jax.nn.logsumexp(logits, axis=-1)
-    shares = jnp.exp(logits - log_sum[..., None])
-    is_counted = (is_real & (indices > 0))[:, :, None, :]
-    x = jnp.where(is_counted, logits - mean_logits.reshape(batch, heads, -1, 1), 0.0)
-    ones = jnp.broadcast_to(is_counted, x.shape).astype(jnp.float32)
-    means = jnp.repeat(mean_values, heads // mean_values.shape[1], axis=1)[:, :, None]
-    y = jnp.where(is_real[..., None], picked_values.astype(jnp.float32), 0.0) - means
-    rows = jnp.concatenate([shares, ones[:, :, :1], x], axis=2)
-    mixed = jnp.einsum("bhgn,bhnd->bhgd", rows, y)
-    group = logits.shape[2]
-    flat, vector = (batch, queries.shape[1]), queries.shape
-    return Reads(
-        out=(mixed[:, :, :group] + means).reshape(vector),
-        log_sum=log_sum.reshape(flat),
-        highest=logits.max(axis=-1).reshape(flat),
-        count=ones.sum(axis=-1).reshape(flat),
-        logits=x.sum(axis=-1).reshape(flat),
-        squares=jnp.square(x).sum(axis=-1).reshape(flat),
-        values=jnp.broadcast_to(mixed[:, :, group : group + 1], (batch, heads, group, vector[2])).reshape(vector),
-        products=mixed[:, :, group + 1 :].reshape(vector),
-    )
+    # read rows may hold anything where they are not real
+    picked_values = jnp.where(is_real[..., None], picked_values, 0)
+    shares = jax.nn.softmax(logits, axis=-1).astype(values.dtype)
+    read = jnp.einsum("bhgn,bhnd->bhgd", shares, picked_values, preferred_element_type=jnp.float32)
+
+    def by_group(rows: Array) -> Array:
+        """From the query heads of a selection to those of a KV head."""
+        return rows.reshape(batch, kv_heads, -1, *rows.shape[3:])
+
+    whole, of_values = query_moments(moments, by_group(queries[:, :, None]))
+    is_counted = jnp.broadcast_to((is_real & (indices > 0) & (indices < starts))[:, :, None], logits.shape)
+    x = jnp.where(is_counted, logits - whole.mean.reshape(*logits.shape[:3], 1), 0.0)
+    unread = take_off(whole, *(by_group(rows.sum(axis=-1)) for rows in (is_counted.astype(x.dtype), x, x * x)))
+    highest, log_read = by_group(logits.max(axis=-1)), by_group(jax.nn.logsumexp(logits, axis=-1))
+    log_mass, value = estimate(whole, unread, of_values, highest, params.grouped(kv_heads))
+    out, share = join(by_group(read), log_read, value, log_mass)
+    return out.reshape(queries.shape).astype(queries.dtype), share.reshape(queries.shape[:2])

@@ -1,7 +1,8 @@
 """Sparse attention in two kernels: every program gathers and reads some of a row's tokens, then rows are put together.
 
 A row is one selection: of a KV head, whose query heads then share its keys and values, or of a query head.
-`read_selected` is the same two kernels, which then also make moments.
+`estimated_attention` is the same two kernels: programs of the first also sum the logits for `tail.take_off`, a few more
+of them multiply the moments with the queries, and the second makes the estimate of all that.
 """
 
 import dataclasses
@@ -17,8 +18,8 @@ from jaxtyping import Array, Bool, Float, Int32
 from spotlight_jax.kernels import triton as plgpu
 from spotlight_jax.kernels.configs import config_here
 from spotlight_jax.kernels.sparse_attention.config import CONFIGS, Config
-from spotlight_jax.kernels.sparse_attention.moments import make_moments, sum_tile
-from spotlight_jax.kernels.sparse_attention.reads import Reads
+from spotlight_jax.moments import BLOCK, Moments, block_start
+from spotlight_jax.tail import Corrections, LogitMoments, TailParams, ValueMoments, estimate, join, take_off
 
 MASKED = -1e30
 
@@ -31,12 +32,26 @@ class Plan:
     kv_heads: int
     group: int  # query heads of a selection
     head_dim: int
-    width: int  # head_dim, up to a power of two
     budget: int
+    has_tail: bool  # whether the newest tokens are read, too, and the others estimated
     tiles: int  # of one program
     splits: int
-    moments: bool  # whether they are made
     cfg: Config
+
+    @property
+    def width(self) -> int:
+        """Width of a vector over head_dim: a power of two."""
+        return max(_power_of_two(self.head_dim), self.cfg.rows)
+
+    @property
+    def listed(self) -> int:
+        """Slots of a selection, up to whole tiles; the newest tokens follow."""
+        return -(-self.budget // self.cfg.tile) * self.cfg.tile
+
+    @property
+    def products(self) -> int:
+        """Programs of a row that multiply moments with queries."""
+        return -(-2 * self.head_dim // self.cfg.product_rows) if self.has_tail else 0
 
     @property
     def lanes(self) -> int:
@@ -64,95 +79,157 @@ def _zeros(*shape):
 
 
 def _read_kernel(
-    queries_ref, keys_ref, values_ref, indices_ref, is_real_ref, mean_refs,
-    sums_ref, most_ref, totals_ref, moment_refs, *, plan,
+    queries_ref, keys_ref, values_ref, indices_ref, is_real_ref, tail_refs,
+    out_ref, m_ref, totals_ref, sum_refs, products_refs, *, plan,
 ):  # fmt: skip
     row, split = pl.program_id(0), pl.program_id(1)
     sequence, head = row // plan.heads, row % plan.heads
     kv_head = head // (plan.heads // plan.kv_heads)
     of_group, lanes = jnp.arange(plan.rows), jnp.arange(plan.width)
-    is_dim = lanes < plan.head_dim
-    is_query = (of_group < plan.group)[:, None] & is_dim[None, :]
+    is_dim, is_head = lanes < plan.head_dim, of_group < plan.group
+    is_query = is_head[:, None] & is_dim[None, :]
     queries = plgpu.load(queries_ref.at[of_group[:, None], lanes[None, :]], mask=is_query, other=0.0)
     precision = lax.Precision.HIGHEST if queries.dtype == jnp.float32 else None
-    moments = ()
-    if plan.moments:
-        mean_logits = plgpu.load(mean_refs[0].at[of_group], mask=of_group < plan.group, other=0.0)
-        mean_values = plgpu.load(mean_refs[1].at[sequence, kv_head, lanes], mask=is_dim, other=0.0)
-        moments = make_moments(_zeros, functools.partial(_zeros, plan.rows), plan.width)
 
-    def read_tile(tile, carry):
-        most, total, sums, moments = carry
-        slots = (split * plan.tiles + tile) * plan.cfg.tile + jnp.arange(plan.cfg.tile)
-        is_slot = slots < plan.budget
-        is_real = plgpu.load(is_real_ref.at[slots], mask=is_slot, other=0) != 0
-        places = plgpu.load(indices_ref.at[slots], mask=is_slot, other=0)
-        at = (sequence, places[:, None], kv_head, lanes[None, :])
-        is_there = is_real[:, None] & is_dim[None, :]
-        keys = plgpu.load(keys_ref.at[at], mask=is_there, other=0.0)
-        values = plgpu.load(values_ref.at[at], mask=is_there, other=0.0)  # asked for before the keys are there
-        scores = plgpu.dot(queries, keys, trans_b=True, precision=precision) * plan.head_dim**-0.5
-        scores = jnp.where(is_real[None, :], scores, MASKED)
-        raised = jnp.maximum(most, jnp.max(scores, axis=1))
-        shares = jnp.where(is_real[None, :], jnp.exp(scores - raised[:, None]), 0.0)
-        fade = jnp.exp(most - raised)
-        read = plgpu.dot(shares.astype(values.dtype), values, precision=precision)
-        if plan.moments:
-            is_counted = is_real & (places > 0)
-            x = jnp.where(is_counted[None, :], scores - mean_logits[:, None], 0.0)
-            y = jnp.where(is_counted[:, None], values.astype(jnp.float32) - mean_values[None, :], 0.0)
-            moments = jax.tree.map(jnp.add, moments, sum_tile(x, y, is_counted, values.dtype, precision))
-        return raised, total * fade + jnp.sum(shares, axis=1), sums * fade[:, None] + read, moments
+    def read():
+        if plan.has_tail:
+            end = plgpu.load(tail_refs[0].at[sequence])
+            start = block_start(end - 1)
 
-    start = jnp.full((plan.rows,), MASKED, jnp.float32), _zeros(plan.rows), _zeros(plan.rows, plan.width), moments
-    most, total, sums, moments = lax.fori_loop(0, plan.tiles, read_tile, start)
-    is_head = of_group < plan.group
-    plgpu.store(sums_ref.at[of_group[:, None], lanes[None, :]], sums, mask=is_query)
-    plgpu.store(most_ref.at[of_group], most, mask=is_head)
-    plgpu.store(totals_ref.at[of_group], total, mask=is_head)
-    if plan.moments:
-        plgpu.store(moment_refs.count, moments.count)
-        plgpu.store(moment_refs.logits.at[of_group], moments.logits, mask=is_head)
-        plgpu.store(moment_refs.squares.at[of_group], moments.squares, mask=is_head)
-        plgpu.store(moment_refs.values.at[lanes], moments.values, mask=is_dim)
-        plgpu.store(moment_refs.products.at[of_group[:, None], lanes[None, :]], moments.products, mask=is_query)
+        def read_tile(tile, carry):
+            m, total, out, *sums = carry
+            slots = (split * plan.tiles + tile) * plan.cfg.tile + jnp.arange(plan.cfg.tile)
+            is_slot = slots < plan.budget
+            is_real = plgpu.load(is_real_ref.at[slots], mask=is_slot, other=0) != 0
+            positions = plgpu.load(indices_ref.at[slots], mask=is_slot, other=0)
+            if plan.has_tail:
+                newest = start + slots - plan.listed
+                is_listed = slots < plan.listed
+                is_real = jnp.where(is_listed, is_real & (positions < start), (newest < end) & (newest < start + BLOCK))
+                positions = jnp.where(is_real, jnp.where(is_listed, positions, newest), 0)
+            at = (sequence, positions[:, None], kv_head, lanes[None, :])
+            is_there = is_real[:, None] & is_dim[None, :]
+            keys = plgpu.load(keys_ref.at[at], mask=is_there, other=0.0)
+            values = plgpu.load(values_ref.at[at], mask=is_there, other=0.0)  # asked for before the keys are there
+            scores = plgpu.dot(queries, keys, trans_b=True, precision=precision) * plan.head_dim**-0.5
+            scores = jnp.where(is_real[None, :], scores, MASKED)
+            raised = jnp.maximum(m, jnp.max(scores, axis=1))
+            p = jnp.where(is_real[None, :], jnp.exp(scores - raised[:, None]), 0.0)
+            alpha = jnp.exp(m - raised)
+            acc = plgpu.dot(p.astype(values.dtype), values, precision=precision)
+            if plan.has_tail:
+                is_counted = is_real & (positions > 0) & (positions < start)
+                x = jnp.where(is_counted[None, :], scores, 0.0)
+                counted = jnp.where(is_counted, 1.0, 0.0)
+                sums = [old + new for old, new in zip(sums, (counted, x, x * x), strict=True)]
+            return raised, total * alpha + jnp.sum(p, axis=1), out * alpha[:, None] + acc, *sums
+
+        # by place in a tile: added up once, at the end
+        sums = [_zeros(plan.cfg.tile), *[_zeros(plan.rows, plan.cfg.tile)] * 2] if plan.has_tail else []
+        first = jnp.full((plan.rows,), MASKED, jnp.float32), _zeros(plan.rows), _zeros(plan.rows, plan.width), *sums
+        m, total, out, *sums = lax.fori_loop(0, plan.tiles, read_tile, first)
+        plgpu.store(out_ref.at[of_group[:, None], lanes[None, :]], out, mask=is_query)
+        plgpu.store(m_ref.at[of_group], m, mask=is_head)
+        plgpu.store(totals_ref.at[of_group], total, mask=is_head)
+        if plan.has_tail:
+            count_ref, logits_ref, squares_ref = sum_refs
+            plgpu.store(count_ref, jnp.sum(sums[0], axis=0))
+            plgpu.store(logits_ref.at[of_group], jnp.sum(sums[1], axis=1), mask=is_head)
+            plgpu.store(squares_ref.at[of_group], jnp.sum(sums[2], axis=1), mask=is_head)
+
+    def multiply():
+        numbers = (split - plan.splits) * plan.cfg.product_rows + jnp.arange(plan.cfg.product_rows)
+        is_row = numbers < 2 * plan.head_dim
+        at = (sequence, kv_head, numbers[:, None], lanes[None, :])
+        covariance = plgpu.load(tail_refs[1].at[at], mask=is_row[:, None] & is_dim[None, :], other=0.0)
+        products = plgpu.dot(queries, covariance, trans_b=True, precision=precision)
+        is_product = is_head[:, None] & is_row[None, :]
+        plgpu.store(products_refs[0].at[of_group[:, None], numbers[None, :]], products, mask=is_product)
+
+    if plan.has_tail:
+        pl.when(split < plan.splits)(read)
+        pl.when(split >= plan.splits)(multiply)
+    else:
+        read()
 
 
-def _join_kernel(sums_ref, most_ref, totals_ref, moment_refs, out_ref, *more_refs, plan):
+def _join_kernel(parts_ref, m_ref, totals_ref, sum_refs, tail_refs, out_ref, *share_ref, plan):
     splits, lanes = jnp.arange(plan.lanes), jnp.arange(plan.width)
     is_split, is_dim = splits < plan.splits, lanes < plan.head_dim
-    is_there = is_split[:, None] & is_dim[None, :]
-    sums = plgpu.load(sums_ref.at[splits[:, None], lanes[None, :]], mask=is_there, other=0.0)
-    most = plgpu.load(most_ref.at[splits], mask=is_split, other=MASKED)
-    totals = plgpu.load(totals_ref.at[splits], mask=is_split, other=0.0)
-    highest = jnp.max(most, axis=0)
-    shares = jnp.exp(most - highest)
-    read = jnp.sum(sums * shares[:, None], axis=0)
-    total = jnp.sum(totals * shares, axis=0)
-    plgpu.store(out_ref.at[lanes], (read / total).astype(out_ref.dtype), mask=is_dim)
-    if plan.moments:
-        log_sum_ref, highest_ref, joined_refs = more_refs
-        plgpu.store(log_sum_ref, highest + jnp.log(total))
-        plgpu.store(highest_ref, highest)
-        for of_splits, joined in zip(moment_refs, joined_refs, strict=True):
-            if joined.shape:
-                found = plgpu.load(of_splits.at[splits[:, None], lanes[None, :]], mask=is_there, other=0.0)
-                plgpu.store(joined.at[lanes], jnp.sum(found, axis=0), mask=is_dim)
-            else:
-                found = plgpu.load(of_splits.at[splits], mask=is_split, other=0.0)
-                plgpu.store(joined, jnp.sum(found, axis=0))
+
+    def load(ref):
+        """Numbers or vectors of all splits."""
+        if len(ref.shape) == 1:
+            return plgpu.load(ref.at[splits], mask=is_split, other=0.0)
+        is_there = is_split[:, None] & is_dim[None, :]
+        return plgpu.load(ref.at[splits[:, None], lanes[None, :]], mask=is_there, other=0.0)
+
+    # everything is asked for before anything is computed
+    m, totals, parts = load(m_ref), load(totals_ref), load(parts_ref)
+    sums = [load(ref) for ref in sum_refs]
+    tail = _load_tail(*tail_refs, plan) if plan.has_tail else None
+    m = jnp.where(is_split, m, MASKED)
+    highest = jnp.max(m, axis=0)
+    alpha = jnp.exp(m - highest)
+    total = jnp.sum(totals * alpha, axis=0)
+    out = jnp.sum(parts * alpha[:, None], axis=0) / total
+    if tail is not None:
+        whole, values, corrections = tail
+        count, logits, squares = (jnp.sum(by_split, axis=0) for by_split in sums)
+        # sums of logits, to those of their differences from the mean
+        off = logits - count * whole.mean
+        squares = squares - whole.mean * (logits + off)
+        unread = take_off(whole, count, off, jnp.maximum(squares, 0.0))
+        log_mass, value = estimate(whole, unread, values, highest, corrections)
+        out, share = join(out, highest + jnp.log(total), value, log_mass)
+        plgpu.store(share_ref[0], share)
+    plgpu.store(out_ref.at[lanes], out.astype(out_ref.dtype), mask=is_dim)
 
 
-def make_plan(queries: Array, keys: Array, indices: Array, moments: bool) -> Plan:
+def _load_tail(queries_ref, products_ref, count_ref, mean_ref, params_refs, plan):
+    """Moments of all tokens for one query head, and its corrections."""
+    row, query = pl.program_id(0), pl.program_id(1)
+    sequence, head = row // plan.heads, row % plan.heads
+    kv_head, q_head = head // (plan.heads // plan.kv_heads), head * plan.group + query
+    lanes = jnp.arange(plan.width)
+    is_dim = lanes < plan.head_dim
+
+    def load(ref, *at):
+        return plgpu.load(ref.at[(*at, lanes)], mask=is_dim, other=0.0).astype(jnp.float32)
+
+    def load_second(ref, *at):
+        return plgpu.load(ref.at[(*at, plan.head_dim + lanes)], mask=is_dim, other=0.0)
+
+    def correction(ref, *column):
+        own = sequence if ref.shape[0] > 1 else jnp.zeros_like(sequence)
+        return plgpu.load(ref.at[(own, q_head, *(jnp.full_like(own, one) for one in column))])
+
+    scale = plan.head_dim**-0.5
+    scaled = load(queries_ref) * scale
+    count = plgpu.load(count_ref.at[sequence])
+    whole = LogitMoments(
+        count=count,
+        mean=jnp.sum(load(mean_ref, sequence, kv_head) * scaled, axis=0),
+        variance=jnp.sum(load(products_ref) * scaled, axis=0) * scale,
+    )
+    values = ValueMoments(load_second(mean_ref, sequence, kv_head), load_second(products_ref) * scale)
+    cut_ref, log_mass_ref, spread_ref, slope_ref, gate_ref = params_refs  # the leaves of `TailParams`
+    corrections = Corrections(
+        correction(cut_ref, 0), correction(cut_ref, 1), correction(log_mass_ref, 0), correction(log_mass_ref, 1),
+        correction(spread_ref), correction(slope_ref, 0), correction(slope_ref, 1), correction(gate_ref),
+    )  # fmt: skip
+    return whole, values, corrections
+
+
+def make_plan(queries: Array, keys: Array, indices: Array, has_tail: bool) -> Plan:
     """How a call is cut: as many programs as keep a GPU busy, each with whole tiles."""
     batch, q_heads, head_dim = queries.shape
     heads, budget = indices.shape[1:]
     cfg = config_here(CONFIGS)
-    tiles = -(-budget // cfg.tile)
+    tiles = -(-budget // cfg.tile) + (-(-BLOCK // cfg.tile) if has_tail else 0)
     tiles_of_split = -(-tiles // min(tiles, cfg.most_splits, -(-cfg.programs // (batch * heads))))
-    width, splits = max(_power_of_two(head_dim), cfg.rows), -(-tiles // tiles_of_split)
-    group = q_heads // heads
-    return Plan(heads, keys.shape[2], group, head_dim, width, budget, tiles_of_split, splits, moments, cfg)
+    splits = -(-tiles // tiles_of_split)
+    return Plan(heads, keys.shape[2], q_heads // heads, head_dim, budget, has_tail, tiles_of_split, splits, cfg)
 
 
 def sparse_attention_pallas_triton(
@@ -164,28 +241,34 @@ def sparse_attention_pallas_triton(
     interpret: bool = False,
 ) -> Float[Array, "batch q_heads head_dim"]:
     """`sparse_attention`; programs of a row are joined by their softmax sums."""
-    plan = make_plan(queries, keys, indices, moments=False)
-    partial = _read(queries, keys, values, indices, is_real, (), plan, interpret)
-    return _join(*partial, queries.dtype, plan, interpret)[0].reshape(queries.shape)
+    plan = make_plan(queries, keys, indices, has_tail=False)
+    parts, m, totals, *_ = _read(queries, keys, values, indices, is_real, (), plan, interpret)
+    return _join(parts, m, totals, [], (), queries.dtype, plan, interpret)[0].reshape(queries.shape)
 
 
-def read_selected_pallas_triton(
+def estimated_attention_pallas_triton(
     queries: Float[Array, "batch q_heads head_dim"],
     keys: Float[Array, "batch max_len kv_heads head_dim"],
     values: Float[Array, "batch max_len kv_heads head_dim"],
     indices: Int32[Array, "batch heads budget"],
     is_real: Bool[Array, "batch heads budget"],
-    mean_logits: Float[Array, "batch q_heads"],
-    mean_values: Float[Array, "batch kv_heads head_dim"],
+    ends: Int32[Array, "batch"],
+    moments: Moments,
+    params: TailParams,
     interpret: bool = False,
-) -> Reads:
-    """`read_selected`; x and y are rounded to the values' type before they are multiplied."""
-    plan = make_plan(queries, keys, indices, moments=True)
-    means = (mean_logits.reshape(-1, plan.group).astype(jnp.float32), mean_values.astype(jnp.float32))
-    partial = _read(queries, keys, values, indices, is_real, means, plan, interpret)
-    out, log_sum, highest, moments = _join(*partial, jnp.dtype(jnp.float32), plan, interpret)
-    by_row = (out, log_sum, highest, *moments)
-    return Reads(*(each.reshape(queries.shape[:2] + each.shape[2:]) for each in by_row))
+) -> tuple[Float[Array, "batch q_heads head_dim"], Float[Array, "batch q_heads"]]:
+    """`estimated_attention`; the programs of a row that multiply moments with queries follow those that read."""
+    plan = make_plan(queries, keys, indices, has_tail=True)
+    tail = (ends, moments.covariance)
+    parts, m, totals, sums, products = _read(queries, keys, values, indices, is_real, tail, plan, interpret)
+    grouped = queries.reshape(-1, plan.group, plan.head_dim)
+    known = (grouped, *products, moments.count, moments.mean, tuple(jax.tree.leaves(params)))
+    out, share = _join(parts, m, totals, sums, known, queries.dtype, plan, interpret)
+    return out.reshape(queries.shape), share.reshape(queries.shape[:2])
+
+
+def _whole(array):
+    return pl.BlockSpec(array.shape, lambda row, program: (0,) * array.ndim)
 
 
 def _read(
@@ -194,65 +277,64 @@ def _read(
     values: Array,
     indices: Array,
     is_real: Array,
-    means: tuple[Array, ...],
+    tail: tuple[Array, ...],
     plan: Plan,
     interpret: bool,
-) -> tuple[Array, Array, Array, tuple[Array, ...]]:
-    """Return what each program found: sums of values, the highest logit, sums of shares; and moments, if the plan has.
+) -> tuple[Array, Array, Array, list[Array], tuple[Array, ...]]:
+    """Return what each split found: sums of values, maximum, sum of exponentials; sums and products for the tail.
 
     Args:
-        means: of logits `[rows, group]` and of values `[batch, kv_heads, head_dim]`, if the plan has moments.
+        tail: ends, and covariance of the moments, if the plan has a tail.
     """
     rows, group, head_dim = len(queries) * plan.heads, plan.group, plan.head_dim
 
     def of_row(*shape):
-        return pl.BlockSpec((None, *shape), lambda row, split: (row,) + (0,) * len(shape))
+        return pl.BlockSpec((None, *shape), lambda row, program: (row,) + (0,) * len(shape))
 
     def of_split(*shape):
-        return pl.BlockSpec((None, None, *shape), lambda row, split: (row, split) + (0,) * len(shape))
+        def place(row, program):
+            return (row, jnp.minimum(program, plan.splits - 1)) + (0,) * len(shape)
 
-    def whole(array):
-        return pl.BlockSpec(array.shape, lambda row, split: (0,) * array.ndim)
+        return pl.BlockSpec((None, None, *shape), place)
 
     def shape_of(*shape):
         return jax.ShapeDtypeStruct((rows, plan.splits, *shape), jnp.float32)
 
-    def results(make):
+    def results(make, products):
         of_head = functools.partial(make, group)
-        return of_head(head_dim), of_head(), of_head(), make_moments(make, of_head, head_dim) if plan.moments else ()
+        sums = [make(), of_head(), of_head()] if plan.has_tail else []  # of what was read: count, logits, squares
+        return of_head(head_dim), of_head(), of_head(), sums, (products,) if plan.has_tail else ()
 
     return pl.pallas_call(
         functools.partial(_read_kernel, plan=plan),
-        grid=(rows, plan.splits),
+        grid=(rows, plan.splits + plan.products),
         in_specs=[
-            of_row(group, head_dim), whole(keys), whole(values), of_row(plan.budget), of_row(plan.budget),
-            (of_row(group), whole(means[1])) if plan.moments else (),
+            of_row(group, head_dim), _whole(keys), _whole(values), of_row(plan.budget), of_row(plan.budget),
+            tuple(map(_whole, tail)),
         ],
-        out_specs=results(of_split),
-        out_shape=results(shape_of),
+        out_specs=results(of_split, of_row(group, 2 * head_dim)),
+        out_shape=results(shape_of, jax.ShapeDtypeStruct((rows, group, 2 * head_dim), jnp.float32)),
         compiler_params=plgpu.CompilerParams(num_warps=plan.cfg.read_warps, num_stages=plan.cfg.read_stages),
         interpret=interpret,
         name="read_chosen",
     )(
         queries.reshape(rows, group, head_dim), keys, values,
-        indices.reshape(rows, plan.budget), is_real.reshape(rows, plan.budget).astype(jnp.int8), means,
+        indices.reshape(rows, plan.budget), is_real.reshape(rows, plan.budget).astype(jnp.int8), tail,
     )  # fmt: skip
 
 
 def _join(
-    sums: Array,
-    most: Array,
+    parts: Array,
+    m: Array,
     totals: Array,
-    moments: tuple[Array, ...],
+    sums: list[Array],
+    tail: tuple[Any, ...],
     out_dtype: jnp.dtype,
     plan: Plan,
     interpret: bool,
-) -> tuple[Any, ...]:
-    """Return attention by row and query head; and the logits' logsumexp and maximum and moments, if the plan has."""
-    rows, splits, head_dim = len(sums), plan.splits, plan.head_dim
-
-    def of_splits(*shape):
-        return pl.BlockSpec((None, splits, *shape), lambda row, query: (row, 0) + (0,) * len(shape))
+) -> tuple[Array, ...]:
+    """Return attention by row and query head; and the share that was estimated, if the plan has a tail."""
+    rows, splits, head_dim = len(parts), plan.splits, plan.head_dim
 
     def of_query(*shape):
         return pl.BlockSpec((None, splits, None, *shape), lambda row, query: (row, 0, query) + (0,) * len(shape))
@@ -263,19 +345,19 @@ def _join(
     def shape_of(*shape, dtype=jnp.float32):
         return jax.ShapeDtypeStruct((rows, plan.group, *shape), dtype)
 
-    def more(make):
-        return (make(), make(), make_moments(make, make, head_dim)) if plan.moments else ()
-
+    of_splits = pl.BlockSpec((None, splits), lambda row, query: (row, 0))
+    sum_specs, tail_specs, shares = [], (), []
+    if plan.has_tail:
+        sum_specs = [of_splits, of_query(), of_query()]
+        tail_specs = (joined(head_dim), joined(2 * head_dim), *jax.tree.map(_whole, tail[2:]))
+        shares = [joined()]
     return pl.pallas_call(
         functools.partial(_join_kernel, plan=plan),
         grid=(rows, plan.group),
-        in_specs=[
-            of_query(head_dim), of_query(), of_query(),
-            make_moments(of_splits, of_query, head_dim) if plan.moments else (),
-        ],
-        out_specs=(joined(head_dim), *more(joined)),
-        out_shape=(shape_of(head_dim, dtype=out_dtype), *more(shape_of)),
+        in_specs=[of_query(head_dim), of_query(), of_query(), sum_specs, tail_specs],
+        out_specs=[joined(head_dim), *shares],
+        out_shape=[shape_of(head_dim, dtype=out_dtype), *([shape_of()] if shares else [])],
         compiler_params=plgpu.CompilerParams(num_warps=plan.join_warps, num_stages=plan.cfg.join_stages),
         interpret=interpret,
         name="join_reads",
-    )(sums, most, totals, moments)  # fmt: skip
+    )(parts, m, totals, sums, tail)  # fmt: skip

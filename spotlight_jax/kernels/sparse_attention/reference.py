@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from spotlight_jax.kernels.sparse_attention.reads import Reads
+from spotlight_jax.moments import Moments, with_newest
+from spotlight_jax.tail import TailParams, estimate, join, split_by_logits
 
 
 def sparse_attention_reference(
@@ -20,32 +21,31 @@ def sparse_attention_reference(
     return jnp.einsum("bhs,bhsd->bhd", shares, wide_values).astype(queries.dtype)
 
 
-def read_selected_reference(
+def estimated_attention_reference(
     queries: Float[Array, "batch q_heads head_dim"],
     keys: Float[Array, "batch max_len kv_heads head_dim"],
     values: Float[Array, "batch max_len kv_heads head_dim"],
     indices: Int32[Array, "batch heads budget"],
     is_real: Bool[Array, "batch heads budget"],
-    mean_logits: Float[Array, "batch q_heads"],
-    mean_values: Float[Array, "batch kv_heads head_dim"],
-) -> Reads:
-    """`read_selected` through a mask over the whole cache."""
-    logits, mask, wide_values = _whole(queries, keys, values, indices, is_real)
-    shares = jax.nn.softmax(jnp.where(mask, logits, -jnp.inf), axis=-1)
-    counted = mask.at[..., 0].set(False)
-    x = jnp.where(counted, logits - mean_logits[..., None], 0.0)
-    y = wide_values - jnp.repeat(mean_values, queries.shape[1] // keys.shape[2], axis=1)[:, :, None]
-    y = jnp.where(counted[..., None], y, 0.0)
-    return Reads(
-        out=jnp.einsum("bhs,bhsd->bhd", shares, wide_values),
-        log_sum=jax.nn.logsumexp(jnp.where(mask, logits, -jnp.inf), axis=-1),
-        highest=jnp.max(jnp.where(mask, logits, -jnp.inf), axis=-1),
-        count=counted.sum(axis=-1).astype(jnp.float32),
-        logits=x.sum(axis=-1),
-        squares=jnp.square(x).sum(axis=-1),
-        values=y.sum(axis=2),
-        products=jnp.einsum("bhs,bhsd->bhd", x, y),
+    ends: Int32[Array, "batch"],
+    moments: Moments,
+    params: TailParams,
+) -> tuple[Float[Array, "batch q_heads head_dim"], Float[Array, "batch q_heads"]]:
+    """`estimated_attention` from all logits; the moments that were given are not looked at."""
+    del moments
+    batch, q_heads, _ = queries.shape
+    rows = (batch, keys.shape[2], q_heads // keys.shape[2], 1, -1)
+    logits, mask, _ = _whole(queries, keys, values, indices, is_real)
+    positions = ends[:, None] - 1
+    mask = with_newest(mask[:, None], positions)[:, 0]
+    is_cached = (jnp.arange(keys.shape[1], dtype=jnp.int32)[None] < ends[:, None])[:, :, None, None]
+    split = split_by_logits(
+        logits.reshape(rows), mask.reshape(rows), jnp.where(is_cached, values.astype(jnp.float32), 0), positions
     )
+    corrections = jax.tree.map(lambda leaf: leaf[:, None], params.grouped(keys.shape[2]))
+    log_mass, value = estimate(split.whole, split.unread, split.values, split.highest, corrections)
+    out, share = join(split.read, split.log_read, value, log_mass)
+    return out.reshape(queries.shape).astype(queries.dtype), share.reshape(batch, q_heads)
 
 
 def _whole(
