@@ -17,6 +17,7 @@ from typing import Literal
 
 from spotlight_jax import cli
 from spotlight_jax.config.generation import AttentionImpl
+from spotlight_jax.config.mesh import parse_mesh
 from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.errors import InputError, check_numbers
 from spotlight_jax.models.config import nearest
@@ -57,6 +58,8 @@ class DecodeSpeedConfig:
     """What to time; one alone gives its peak memory. With +tail, what is not read is estimated."""
     profile: bool = False
     """Trace one round more, and show what each kernel of a step took."""
+    mesh: tuple[str, ...] = ()
+    """Devices to spread the model over, such as model=2; without it, one."""
 
     @property
     def selection(self) -> SelectionConfig:
@@ -66,6 +69,7 @@ class DecodeSpeedConfig:
     def __post_init__(self) -> None:
         """Refuse what cannot be timed."""
         check_numbers(self)
+        parse_mesh(self.mesh)  # refuses what is none
         if self.preset is not None and self.model is not None:
             raise InputError("--preset and --model both name what is timed; give one of them")
         if self.selector is not None and self.code_bits != DecodeSpeedConfig.code_bits:

@@ -12,6 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int32, PyTree
 
 from spotlight_jax.cache import Cache, LayerCache
@@ -24,8 +25,10 @@ from spotlight_jax.cached_attention import (
 )
 from spotlight_jax.config.generation import AttentionImpl, DecodeConfig
 from spotlight_jax.config.selection import SelectionConfig, check_layers
+from spotlight_jax.context_attention import attend_all_split, attend_split
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import apply_layer, embed_tokens, unembed
+from spotlight_jax.models.sharding import by_heads, splits_context
 from spotlight_jax.sampling import NOT_FINITE, Sampling, sample
 from spotlight_jax.selector.checkpoint import Selector
 from spotlight_jax.selector.selection import sparse_from
@@ -96,14 +99,17 @@ def prefill_layer(
     ends: Int32[Array, "batch"],
     cfg: DecoderConfig,
     implementation: AttentionImpl,
+    mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "batch q_len embed"], LayerCache]:
     """One layer over one chunk of the prompt; tokens from `ends` on are padding."""
     positions = starts[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None, :]
 
-    def attend(queries, keys, values):
+    def attend(queries, keys, values, layer, selector, starts, ends):
+        if splits_context(mesh):
+            return attend_all_split(queries, keys, values, layer, selector, starts)
         return attend_chunk(queries, keys, values, layer, starts, selector, implementation, ends)
 
-    return apply_layer(layer_params, x, positions, attend, cfg, rope_len)
+    return apply_layer(layer_params, x, positions, by_heads(attend, mesh, layer, selector, starts, ends), cfg, rope_len)
 
 
 def rows_of_step(batch: int) -> int:
@@ -126,12 +132,14 @@ def decode_step(
     mode: Mode,
     ends: Int32[Array, "batch"] | None = None,
     is_dense: Bool[Array, "batch"] | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "batch vocab"], Cache]:
     """Logits after one more token of each sequence, and the cache with it; lengths are left to the caller.
 
     Args:
         ends: the lengths that follow, which are those before where a sequence is done; None: none is.
         is_dense: sequences that read everything in mode "mixed", whatever their length; None: there are none.
+        mesh: that weights and cache lie on; None: one device.
     """
     lengths, batch = cache.lengths, tokens.shape[0]
     rows = rows_of_step(batch)
@@ -140,21 +148,33 @@ def decode_step(
         return jnp.broadcast_to(array, (rows, *array.shape[1:]))
 
     shortest = sparse_from(cfg.selection, batch, jax.default_backend())
-    is_long = lengths + 1 >= shortest
-    is_sparse = (is_long if is_dense is None else is_long & ~is_dense)[:, None, None, None]
+
+    def read_all(queries, keys, values, layer, selector, lengths):
+        if splits_context(mesh):
+            return attend_all_split(queries, keys, values, layer, selector, lengths)
+        return attend_densely(queries, keys, values, layer, lengths, selector, cfg.attention)
+
+    def read_some(queries, keys, values, layer, selector, lengths):
+        if splits_context(mesh):
+            return attend_split(queries, keys, values, layer, selector, lengths, cfg.selection)
+        return attend_sparsely(queries, keys, values, layer, lengths, selector, cfg.selection)
+
+    def attend_cached(queries, keys, values, layer, selector, lengths, is_dense):
+        if selector is None or mode == "dense":
+            return read_all(queries, keys, values, layer, selector, lengths)
+        sparse, appended = read_some(queries, keys, values, layer, selector, lengths)
+        if mode == "sparse":
+            return sparse, appended
+        dense, appended = read_all(queries, keys, values, appended, None, lengths)
+        is_long = lengths + 1 >= shortest
+        is_sparse = is_long if is_dense is None else is_long & ~is_dense
+        return jnp.where(is_sparse[:, None, None, None], sparse, dense), appended
 
     def attend_with(layer: LayerCache, selector: LayerSelector | None) -> Callable:
-        def attend(queries, keys, values):
-            if selector is None or mode == "dense":
-                return attend_densely(queries, keys, values, layer, lengths, selector, cfg.attention)
-            sparse, appended = attend_sparsely(queries, keys, values, layer, lengths, selector, cfg.selection)
-            if mode == "sparse":
-                return sparse, appended
-            dense, appended = attend_densely(queries, keys, values, appended, lengths, None, cfg.attention)
-            return jnp.where(is_sparse, sparse, dense), appended
+        own = by_heads(attend_cached, mesh, layer, selector, lengths, is_dense)
 
         def attend_filled(*new):
-            out, appended = attend(*(heads[:batch] for heads in new))
+            out, appended = own(*(heads[:batch] for heads in new))
             return fill(out), appended
 
         return attend_filled
@@ -211,6 +231,7 @@ def decode_block(
     model_cfg: DecoderConfig,
     cfg: DecodeConfig,
     mode: Mode,
+    mesh: Mesh | None = None,
 ) -> tuple[DecodeState, Int32[Array, "batch block"], Int32[Array, ""]]:
     """Up to `limit` (at most cfg.block) steps, fewer where every sequence is done before.
 
@@ -226,7 +247,19 @@ def decode_block(
         step, state, out = carry
         # a sequence that is done writes to the same unfilled slot again and again, and stays as long as it was
         ends = state.cache.lengths + (~state.is_done).astype(jnp.int32)
-        args = params, selectors, state.cache, state.tokens, state.rope_len, model_cfg, cfg, mode, ends, state.is_dense
+        args = (
+            params,
+            selectors,
+            state.cache,
+            state.tokens,
+            state.rope_len,
+            model_cfg,
+            cfg,
+            mode,
+            ends,
+            state.is_dense,
+            mesh,
+        )
         logits, cache = decode_step(*args)
         cache = cache.replace(lengths=ends)
         state = _choose(logits, state.replace(cache=cache))

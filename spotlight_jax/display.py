@@ -56,10 +56,16 @@ class Display:
     Use it as a context: leaving it takes the live line off the terminal.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, is_shown: bool = True) -> None:
+        """Begin with nothing to show.
+
+        Args:
+            is_shown: False where another process of the same run shows it.
+        """
         self.console = rich.console.Console(stderr=True, highlight=False)
+        self._is_shown = is_shown
         self._live: rich.progress.Progress | None = None
-        if self.console.is_terminal and not self.console.is_dumb_terminal:
+        if is_shown and self.console.is_terminal and not self.console.is_dumb_terminal:
             self._live = _Progress(*columns_of(self.console), console=self.console)
         self._task = rich.progress.TaskID(0)  # of the live line
         self._what = ""
@@ -119,7 +125,7 @@ class Display:
         with _may_be_closed():
             if self._live is not None:
                 self._live.console.print(text, markup=False, soft_wrap=is_copied)
-            else:
+            elif self._is_shown:
                 print(text, file=sys.stderr, flush=True)
 
 

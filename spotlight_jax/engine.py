@@ -28,6 +28,7 @@ from spotlight_jax.decode_step import (
 )
 from spotlight_jax.errors import InputError
 from spotlight_jax.models.config import DecoderConfig
+from spotlight_jax.models.sharding import build, mesh_of, place, shardings_of, splits_context
 from spotlight_jax.models.split_k import FEW_ROWS
 from spotlight_jax.sampling import batch_sampling, check_chosen
 from spotlight_jax.selector.base import HeadShape
@@ -42,6 +43,10 @@ GPU_CHUNK = 2048
 MERGED_PRODUCTS = {"xla_gpu_dot_merger_threshold_mb": 1 << 14}
 
 
+def _lies_at(leaf: Any, sharding: jax.sharding.Sharding) -> bool:
+    return getattr(leaf, "sharding", None) == sharding
+
+
 def _padded_stops(row: RowConfig) -> list[int]:
     """A sequence's stop tokens, filled up."""
     return [*row.stop_tokens, *[NO_TOKEN] * (MOST_STOPS - len(row.stop_tokens))]
@@ -50,6 +55,7 @@ def _padded_stops(row: RowConfig) -> list[int]:
 class Engine:
     """A model and its selector on the device, with the programs compiled for them so far.
 
+    Where the weights lie on a mesh (`models.sharding`), so do selector and caches, and every program runs there.
     Compiling is timed apart from running, so that tokens per second are of running alone.
     """
 
@@ -60,7 +66,9 @@ class Engine:
             check_shape(selector.shape, shape, f"the selector (trained for {selector.base_model})")
         self.model_cfg, self.params, self.cfg = model_cfg, params, cfg
         self.selector = selector
-        self._sets = layer_selectors(selector, model_cfg.layers, cfg.selection, cfg.tail)
+        self.mesh = mesh_of(params)
+        has_tail = cfg.tail and not splits_context(self.mesh)  # moments of a cache that is split are not kept
+        self._sets = place(layer_selectors(selector, model_cfg.layers, cfg.selection, has_tail), self.mesh)
         self._stacked: LayerSelectors | None = None  # all sets behind each other, once a batch uses several
         self.dtype = params["embed"]["table"].dtype
         self.compile_seconds = 0.0
@@ -87,21 +95,36 @@ class Engine:
         if key not in self._programs:
             start = time.perf_counter()
 
+            found: dict[str, Any] = {}
+
             # compiled over flat arguments: JAX describes a tree's leaves by objects that are no arrays
             def flat(*leaves):
-                return function(*jax.tree.unflatten(structure, leaves), **static)
+                results = function(*jax.tree.unflatten(structure, leaves), **static)
+                if self.mesh is not None:
+                    found["out_shardings"] = shardings_of(results, self.mesh)
+                found["structure"] = jax.tree.structure(results)
+                return jax.tree.leaves(results)
 
             ends = np.cumsum([0] + [len(jax.tree.leaves(arg)) for arg in args])
             donated = [leaf for arg in donate for leaf in range(ends[arg], ends[arg + 1])]
-            lowered = jax.jit(flat, donate_argnums=donated).lower(*leaves)
-            self._programs[key] = compile_with(lowered, options)
+            placed: dict[str, Any] = {}
+            if self.mesh is not None:
+                jax.eval_shape(flat, *leaves)
+                placed = {"in_shardings": tuple(shardings_of(args, self.mesh)), "out_shardings": found["out_shardings"]}
+            lowered = jax.jit(flat, donate_argnums=donated, **placed).lower(*leaves)
+            program = compile_with(lowered, options)
+            self._programs[key] = program, found["structure"], placed.get("in_shardings")
             self.compile_seconds += time.perf_counter() - start
-        return self._programs[key](*leaves)
+        program, results, shardings = self._programs[key]
+        if shardings is not None:
+            pairs = zip(leaves, shardings, strict=True)
+            leaves = [leaf if _lies_at(leaf, there) else jax.device_put(leaf, there) for leaf, there in pairs]
+        return jax.tree.unflatten(results, program(*leaves))
 
     @property
     def programs(self) -> dict[tuple, Any]:
         """Compiled programs by name and shapes, for what they say about memory."""
-        return dict(self._programs)
+        return {key: program for key, (program, *_) in self._programs.items()}
 
     @property
     def has_tail(self) -> bool:
@@ -120,16 +143,20 @@ class Engine:
 
     def empty_cache(self, batch: int, max_len: int) -> Cache:
         """An unfilled cache; layers that are always dense keep no codes."""
-        cfg = self.model_cfg
-        layers = []
+        lengths, code_sets = (jnp.zeros((batch,), jnp.int32) for _ in range(2))  # two buffers: both are given up
+        layers = build(lambda: self.empty_layers(batch, max_len), self.mesh)
+        return Cache(layers=layers, lengths=lengths, code_sets=code_sets)
+
+    def empty_layers(self, batch: int, max_len: int) -> tuple[LayerCache, ...]:
+        """All layers of `empty_cache`, on the default device."""
+        cfg, layers = self.model_cfg, []
         for selector in self._sets[0]:
             code_shape = None
             if selector is not None:
                 code_shape = selector.functions.cfg.code_shape(cfg.q_heads, cfg.kv_heads)
             has_moments = selector is not None and selector.functions.tail is not None
             layers.append(empty_layer(batch, max_len, cfg.kv_heads, cfg.head_dim, self.dtype, code_shape, has_moments))
-        lengths, code_sets = (jnp.zeros((batch,), jnp.int32) for _ in range(2))  # two buffers: both are given up
-        return Cache(layers=tuple(layers), lengths=lengths, code_sets=code_sets)
+        return tuple(layers)
 
     def selectors(self, sets: np.ndarray) -> LayerSelectors:
         """All layers' hash functions for sequences that use these sets of the selector, one for each sequence.
@@ -140,7 +167,7 @@ class Engine:
         if len(set(used)) == 1:
             return self._sets[used[0]]
         if self._stacked is None:
-            self._stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *self._sets)
+            self._stacked = place(jax.tree.map(lambda *leaves: jnp.stack(leaves), *self._sets), self.mesh)
         rows = jnp.asarray(used, jnp.int32)
         return tuple(one and dataclasses.replace(one, sets=rows) for one in self._stacked)
 
@@ -237,7 +264,7 @@ class Engine:
         filled = []
         for index, (layer, selector) in enumerate(zip(layers, selectors, strict=True)):
             args = (self.params[f"layer_{index}"], x, layer, selector, starts, rope_len, ends)
-            static: dict[str, Any] = {"cfg": self.model_cfg, "implementation": self.cfg.attention}
+            static: dict[str, Any] = {"cfg": self.model_cfg, "implementation": self.cfg.attention, "mesh": self.mesh}
             x, layer = self.run("prefill", prefill_layer, args, (1, 2), **static)
             filled.append(layer)
         return x, filled
@@ -312,7 +339,7 @@ class Engine:
         """
         selectors = self.selectors(np.asarray(state.cache.code_sets))
         args = (self.params, selectors, state, np.int32(steps))
-        static = {"model_cfg": self.model_cfg, "cfg": self.cfg, "mode": mode}
+        static = {"model_cfg": self.model_cfg, "cfg": self.cfg, "mode": mode, "mesh": self.mesh}
         is_merged = jax.default_backend() == "gpu" and state.tokens.shape[0] <= FEW_ROWS
         options = MERGED_PRODUCTS if is_merged else None
         state, tokens, taken = self.run("decode", decode_block, args, (2,), options, **static)

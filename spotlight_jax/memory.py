@@ -128,7 +128,7 @@ def plan_serving(
 
 def available_bytes(device: jax.Device | None = None) -> int | None:
     """Free memory of the device (a CPU's: of the machine); None where nobody knows."""
-    device = device or jax.devices()[0]
+    device = device or jax.local_devices()[0]
     if device.platform != "cpu":
         stats = device.memory_stats() or {}
         limit = stats.get("bytes_limit")

@@ -31,8 +31,13 @@ _PACKAGES = ("spotlight-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoin
 class RunFolder:
     """One run's folder. Nothing in it is ever overwritten but the summary and the pictures of the run itself."""
 
-    def __init__(self, path: pathlib.Path) -> None:
-        self.path = path
+    def __init__(self, path: pathlib.Path, is_written: bool = True) -> None:
+        """Open a folder that there is.
+
+        Args:
+            is_written: False where another process of the same run writes it: this one then only reads.
+        """
+        self.path, self.is_written = path, is_written
 
     @staticmethod
     def check_free(path: pathlib.Path) -> None:
@@ -82,7 +87,8 @@ class RunFolder:
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Add one line to `metrics.jsonl`."""
-        files.append_lines(self.path / "metrics.jsonl", json.dumps(row) + "\n")
+        if self.is_written:
+            files.append_lines(self.path / "metrics.jsonl", json.dumps(row) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
         """All rows so far; a line that a crash cut short is dropped."""
@@ -106,7 +112,8 @@ class RunFolder:
         """Drop rows from `step` on, which a resumed run will write again."""
         rows = [row for row in self.metrics() if row.get("step", 0) < step]
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        files.write_text(self.path / "metrics.jsonl", text)
+        if self.is_written:
+            files.write_text(self.path / "metrics.jsonl", text)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write `summary.json`."""

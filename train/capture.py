@@ -15,6 +15,7 @@ from jaxtyping import Array, Int32, PRNGKeyArray, Shaped
 from spotlight_jax.attention import causal_attention
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import Params, apply_layer, embed_tokens
+from train.processes import put
 
 AXIS = "layers"  # the only mesh axis: windows are spread over it in the forward pass, layers in the loss
 
@@ -110,13 +111,10 @@ def capture_layers(
 ) -> Iterator[Captured]:
     """What one layer after the other sees of some windows: leaves `[windows, ...]`. Args as `capture`."""
     spread = NamedSharding(mesh, P(AXIS))
-    positions, picks = jax.device_put((positions, picks), spread)
+    positions, picks = put((positions, picks), spread)
     table = params["embed"]["table"]
     is_on_host = isinstance(table, np.ndarray)
-    if is_on_host:
-        x = jax.device_put(table[np.asarray(tokens)], spread)
-    else:
-        x = embed_tokens(params, jax.device_put(tokens, spread), cfg)
+    x = put(table[np.asarray(tokens)], spread) if is_on_host else embed_tokens(params, put(tokens, spread), cfg)
     for layer in range(cfg.layers):
         x, seen = capture_layer(params[f"layer_{layer}"], x, positions, picks, cfg, mesh)
         yield seen

@@ -17,6 +17,7 @@ import safetensors.numpy
 from spotlight_jax import files, manifest
 from spotlight_jax.errors import InputError
 from spotlight_jax.selector.checkpoint import stored_name
+from train.processes import fetch
 from train.step import TrainState
 
 _ARRAYS, _POSITION = "state.safetensors", "position.json"
@@ -25,7 +26,14 @@ _ARRAYS, _POSITION = "state.safetensors", "position.json"
 class CheckpointStore:
     """Checkpoints of one run: training state, step, position in the text, PRNG key."""
 
-    def __init__(self, folder: pathlib.Path, keep: int) -> None:
+    def __init__(self, folder: pathlib.Path, keep: int, is_written: bool = True) -> None:
+        """Open the folder, which need not be there yet.
+
+        Args:
+            keep: how many checkpoints.
+            is_written: False where another process writes: `save` then only takes part in gathering the state.
+        """
+        self._is_written = is_written
         self._folder, self._keep = folder, keep
         self._background = concurrent.futures.ThreadPoolExecutor(1)
         self._writing: concurrent.futures.Future[None] | None = None
@@ -43,8 +51,13 @@ class CheckpointStore:
         self.wait()
         if step == self._newest:
             return
-        arrays = {name: np.array(leaf) for name, leaf in _named(state).items()}  # copies: a step donates its state
+        named = _named(state)
+        arrays = dict(
+            zip(named, map(np.array, fetch([*named.values()])), strict=True)
+        )  # copies: a step donates its state
         self._newest = step
+        if not self._is_written:
+            return
         self._writing = self._background.submit(self._write, step, arrays, position)
 
     def _write(self, step: int, arrays: dict[str, np.ndarray], position: dict[str, Any]) -> None:

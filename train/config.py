@@ -127,6 +127,35 @@ class TailConfig:
             raise InputError("tail needs at least 1 query and 1 step, a learning rate above 0, and 0 windows or more")
 
 
+@dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    """How the processes of a run on several hosts find each other. Under Slurm or Open MPI they need no flags."""
+
+    coordinator: str | None = None
+    """HOST:PORT of the first process, the same for all."""
+    num_processes: int | None = None
+    """Processes of the run, as a rule one on each host."""
+    process_id: int | None = None
+    """Number of this process, from 0."""
+    timeout: int = 300
+    """Seconds to wait for the others."""
+
+    def __post_init__(self) -> None:
+        """Refuse what names no process."""
+        check_numbers(self)
+        given = [self.coordinator, self.num_processes, self.process_id]
+        if any(value is not None for value in given) and None in given:
+            raise InputError("--distributed needs all of coordinator, num-processes and process-id, or none of them")
+        if self.num_processes is not None and not 0 <= (self.process_id or 0) < self.num_processes:
+            raise InputError(
+                f"--distributed.process-id is {self.process_id} of {self.num_processes} processes; count from 0"
+            )
+        if self.coordinator is not None and not self.coordinator.rpartition(":")[2].isdecimal():
+            raise InputError(f"--distributed.coordinator is {self.coordinator}; give HOST:PORT")
+        if self.timeout < 1:
+            raise InputError(f"--distributed.timeout is {self.timeout}; give at least 1 second")
+
+
 _AT_LEAST_ONE = (
     "length_step",
     "steps",
@@ -177,9 +206,11 @@ class LayerwiseConfig:
     """Layers whose loss each device works on together: higher is faster on a GPU and uses more memory."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the frozen model; auto: bfloat16 on an accelerator, float32 on a CPU."""
-    weights: Literal["device", "host"] = "device"
-    """Where the frozen model lies: on the device, or in the host's memory with one layer at a time on the device, for
-    models that do not fit: slower, which more --steps-per-window make up for."""
+    weights: Literal["device", "sharded", "host", "disk"] = "device"
+    """Where the frozen model lies: whole on each device; spread over all devices, which gather a layer at a time; in
+    the host's memory, or in its files, one layer at a time on the device. The last two are for models that do not fit
+    otherwise: slower, which more --steps-per-window make up for."""
+    distributed: DistributedConfig = DistributedConfig()
     cache_dir: str | None = None
     """Write the hidden states of all layers here once and train from them, as the paper does; without it, no disk."""
     cache_gib: float = 100.0

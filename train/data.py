@@ -17,8 +17,8 @@ from spotlight_jax import text_files
 from spotlight_jax.data import Windows, open_windows
 from spotlight_jax.display import Display
 from spotlight_jax.models.decoder import Params
-from spotlight_jax.models.load import load_weights, open_tokenizer
-from train.capture import Captured, capture, draw_picks, take_step
+from spotlight_jax.models.load import load_weights, open_tokenizer, open_weights
+from train.capture import AXIS, Captured, capture, draw_picks, take_step
 from train.estimate import Plan
 from train.hidden_cache import HiddenCache, capture_cached, identify
 from train.positions import draw_positions
@@ -167,10 +167,23 @@ def _text_of(plan: Plan) -> tuple[Any, ...]:
 
 
 def _load_params(plan: Plan) -> Params:
-    if plan.cfg.weights == "device":
-        return jax.device_put(load_weights(plan.cfg.model, plan.dtype)[1], NamedSharding(plan.mesh, P()))
-    with jax.default_device(jax.devices("cpu")[0]):
-        return jax.tree.map(np.asarray, load_weights(plan.cfg.model, plan.dtype)[1])
+    """The frozen model where `--weights` says."""
+    where, source = plan.cfg.weights, plan.cfg.model
+    if where == "disk":
+        return open_weights(source, plan.dtype)[1]
+    if where == "host":
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            return jax.tree.map(np.asarray, load_weights(source, plan.dtype)[1])
+    return load_weights(source, plan.dtype, functools.partial(_place_weights, plan))[1]
+
+
+def _place_weights(plan: Plan, path: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
+    """A weight whole on every device, or (`sharded`) its longest axis that the mesh divides spread over them: a layer's
+    program then gathers it."""
+    sizes = [size if size % plan.mesh.size == 0 else 0 for size in shape]
+    longest = sizes.index(max(sizes))
+    is_split = plan.cfg.weights == "sharded" and sizes[longest] > 0
+    return NamedSharding(plan.mesh, P(*[None] * longest, AXIS) if is_split else P())
 
 
 def _capture_streaming(

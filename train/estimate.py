@@ -119,9 +119,14 @@ def estimate_memory(plan: Plan) -> dict[str, int]:
     layers = -(-plan.rows // devices)  # of hash functions: each length has its own
     window, ranking, size = cfg.data.window, cfg.ranking, plan.dtype.itemsize
     shapes = param_shapes(model, plan.dtype)
-    is_whole = cfg.weights == "device" or jax.default_backend() == "cpu"
-    kept = shapes if is_whole else shapes["layer_0"]
-    weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(kept)) * size
+    whole, layer = (
+        sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(kept)) for kept in (shapes, shapes["layer_0"])
+    )
+    name, weights = "one layer of the frozen model", layer * size
+    if cfg.weights == "device" or (cfg.weights == "host" and jax.default_backend() == "cpu"):  # whose host it is
+        name, weights = "frozen model", whole * size
+    elif cfg.weights == "sharded":
+        name, weights = "frozen model's share and one layer", (-(-whole // devices) + layer) * size
     keys = window * model.kv_heads * model.head_dim * size
     queries = ranking.queries * model.q_heads * model.head_dim * size
     code_heads, _ = cfg.hash.code_shape(model.q_heads, model.kv_heads)
@@ -142,7 +147,7 @@ def estimate_memory(plan: Plan) -> dict[str, int]:
     hashes = sum(math.prod(leaf.shape) for leaf in trained)
     held_out = cfg.data.held_out_windows * (keys + cfg.measure.queries * model.q_heads * model.head_dim * size)
     return {
-        "frozen model" if is_whole else "one layer of the frozen model": weights,
+        name: weights,
         "queries and keys of a window (--data.window)": layers * devices * (keys + cfg.steps_per_window * queries),
         "held-out windows (--data.held-out-windows)": -(-model.layers // devices) * held_out,
         "loss (--layers-at-once, --ranking.queries-at-once)": loss,
@@ -151,10 +156,18 @@ def estimate_memory(plan: Plan) -> dict[str, int]:
 
 
 def check_memory(plan: Plan) -> None:
-    """Raise InputError where a run cannot fit a CPU's memory; a GPU refuses by itself what does not fit."""
-    device = jax.devices()[0]
-    free = available_bytes(device) if device.platform == "cpu" else None
-    need = sum(estimate_memory(plan).values())
+    """Raise InputError where a run does not fit a CPU's memory, or the model a GPU's, which refuses the rest itself."""
+    device = jax.local_devices()[0]
+    free, parts = available_bytes(device), estimate_memory(plan)
+    need, weights = sum(parts.values()), next(iter(parts.values()))
+    if device.platform != "cpu":
+        if free is not None and weights > free:
+            others = [where for where in ("sharded", "host", "disk") if where != plan.cfg.weights]
+            raise InputError(
+                f"the weights take {weights / GIB:.1f} GiB of each device and {free / GIB:.1f} GiB are free; give "
+                f"--weights {' or '.join(others)}, or a smaller model"
+            )
+        return
     if free is not None and need > free:
         narrower = "--dtype bfloat16, " if plan.dtype.itemsize > 2 else ""
         raise InputError(

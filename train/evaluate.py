@@ -13,6 +13,7 @@ from spotlight_jax.selector.scoring import exact_scores, hash_score_range, hash_
 from spotlight_jax.selector.selection import select_mask
 from train.capture import Captured
 from train.config import EvaluationConfig, Oracle
+from train.processes import fetch
 
 
 @functools.partial(jax.jit, static_argnames=("selection_cfg", "layers_at_once", "oracle"))
@@ -49,7 +50,7 @@ def evaluate(
 ) -> metrics.SelectionQuality:
     """Mean quality over held-out windows: host arrays `[layers, heads]`."""
     rows = [evaluate_layers(params, seen, cfg.selection, layers_at_once, cfg.oracle) for seen in held_out]
-    return jax.tree.map(lambda *leaves: np.mean([np.asarray(leaf) for leaf in leaves], axis=0), *rows)
+    return jax.tree.map(lambda *leaves: np.mean(fetch([*leaves]), axis=0), *rows)
 
 
 def mean_over_sparse(values: Float[np.ndarray, "layers heads"], dense_layers: tuple[int, ...]) -> float:

@@ -11,6 +11,7 @@ from spotlight_jax.selector.base import HashFunctions, Sample
 from spotlight_jax.selector.fitting import Moments, measure_moments, merge
 from train.capture import Captured
 from train.config import LayerwiseConfig
+from train.processes import fetch, localize
 
 _SPLIT_QUERIES = 64  # of a window, that ways of splitting groups are compared on
 
@@ -21,7 +22,7 @@ def fit(
     """Params of step 0 from what was captured of some windows, leaves `[layers, ...]`."""
     moments, kept = [], []
     for number, seen in enumerate(windows, start=1):
-        moments.append(_measure(seen, cfg.layers_at_once))
+        moments.append(localize(_measure(seen, cfg.layers_at_once)))
         if hashes.fitted_to == "windows":
             kept.append(_thin(seen))
         progress(number, cfg.fit_windows)
@@ -40,4 +41,4 @@ def _thin(seen: Captured) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Keys, a few queries and their positions, on the host."""
     count = seen.picks.shape[1]
     few = np.linspace(0, count - 1, min(count, _SPLIT_QUERIES)).astype(int)
-    return jax.device_get((seen.keys, seen.queries[:, few], seen.picks[:, few]))
+    return fetch((seen.keys, seen.queries[:, few], seen.picks[:, few]))

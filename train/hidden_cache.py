@@ -174,9 +174,10 @@ def identify(
 ) -> dict[str, object]:
     """What a cache's contents depend on, beside the tokens, which each window's file has a hash of."""
     weights = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        weights.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
-        weights.update(np.ascontiguousarray(jax.device_get(leaf)).view(np.uint8).data)
+    for name in sorted(params):  # a part at a time: they may lie in files
+        for path, leaf in jax.tree_util.tree_leaves_with_path({name: params[name]}):
+            weights.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
+            weights.update(np.ascontiguousarray(jax.device_get(leaf)).view(np.uint8).data)
     digest = hashlib.sha256(repr((cfg, data, lengths)).encode()).hexdigest()
     return {"weights": weights.hexdigest(), "dtype": str(dtype), "config": digest}
 

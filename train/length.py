@@ -17,6 +17,7 @@ from train.capture import capture_layers
 from train.config import EvaluationConfig
 from train.evaluate import evaluate_layers
 from train.positions import far_positions
+from train.processes import any_of, fetch
 
 MOST_QUERIES = 64  # of a window: their probabilities over a long context are large
 
@@ -51,7 +52,8 @@ def choose_windows(
     free = None if jax.default_backend() == "cpu" else available_bytes()
     layer = length * (4 * model.embed + 3 * model.mlp + 4 * model.q_heads * model.head_dim) * itemsize
     probabilities = 6 * 4 * MOST_QUERIES * model.q_heads * length
-    if len(whole) and free is not None and layer + probabilities < 0.8 * free:
+    is_short = free is None or layer + probabilities >= 0.8 * free
+    if len(whole) and not any_of(is_short):
         return FarWindows(whole, np.arange(length, dtype=np.int32), is_whole=True)
     few = short[: max(1, min(2, len(short)))]
     return FarWindows(few, far_positions(few.shape[1], length), is_whole=False)
@@ -84,7 +86,7 @@ def evaluate_far(
                 for place in range(min(rows, windows - first)):
                     window = jax.tree.map(lambda leaf: leaf[place][None], seen)  # noqa: B023
                     quality = evaluate_layers(one, window, cfg.selection, 1, cfg.oracle)
-                    per_window.append(jax.tree.map(np.asarray, quality))
+                    per_window.append(fetch(quality))
                 own[name].append(per_window)
         for name, layers in own.items():
             for place in range(len(layers[0])):

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import pathlib
 import shlex
+import signal
 import statistics
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from spotlight_jax.display import Display, print_result
 from spotlight_jax.errors import InputError
 from spotlight_jax.memory import GIB
 from spotlight_jax.models.source import lasting_name
-from train import estimate
+from train import estimate, processes
 from train.checkpointing import newest_step
 from train.config import LayerwiseConfig
 from train.data import open_inputs
@@ -31,17 +32,21 @@ _TIMED_STEPS = 3  # of a dry run
 def main(cfg: LayerwiseConfig) -> dict[str, Any]:
     """Train as `cfg` says; the last line on stdout is the summary as JSON."""
     summary = train(cfg)
-    print_result(summary)
+    if processes.is_first():
+        print_result(summary)
     return summary
 
 
 def train(cfg: LayerwiseConfig) -> dict[str, Any]:
     """Train as `cfg` says; returns the summary that is also written to the run folder."""
+    cfg = processes.join(cfg)  # before JAX looks for devices
     use_compile_cache()
     cfg, path, is_there = _find_run(cfg)
     with _hold_cache(cfg):
         pass  # refused now, not when the model is loaded
-    with Display() as display, contextlib.nullcontext() if cfg.dry_run else runs.hold(path):
+    processes.wait("the run's folder is found")  # before anybody writes there
+    is_held = processes.is_first() and not cfg.dry_run
+    with Display(processes.is_first()) as display, runs.hold(path) if is_held else contextlib.nullcontext():
         with cli.insistent_interrupt():
             plan = announce(cfg, display)
             estimate.check_memory(plan)
@@ -49,7 +54,10 @@ def train(cfg: LayerwiseConfig) -> dict[str, Any]:
                 return _dry_run(plan, display)
             inputs = open_inputs(plan, display)
             state = first_state(inputs, display)
-        folder = runs.RunFolder(path) if is_there else runs.RunFolder.create(path, cfg)
+        folder = runs.RunFolder(path, processes.is_first())
+        if not is_there and processes.is_first():
+            folder = runs.RunFolder.create(path, cfg)
+        processes.wait("the run's folder is made")
         if is_there and not cfg.resume:
             folder.keep_metrics_before(0)
         with _hold_cache(cfg), _resumable(path):
@@ -59,7 +67,8 @@ def train(cfg: LayerwiseConfig) -> dict[str, Any]:
                 with _explained_memory(), cli.noted_signals(*cli.STOPPING) as stop:  # each ends the run after its step
                     _train(trainer, stop, display)
                 summary = write_results(trainer)
-    print_results(rich.console.Console(), trainer, summary)
+    if processes.is_first():
+        print_results(rich.console.Console(), trainer, summary)
     return summary
 
 
@@ -73,6 +82,8 @@ def announce(cfg: LayerwiseConfig, display: Display) -> estimate.Plan:
 
 def _hold_cache(cfg: LayerwiseConfig) -> contextlib.AbstractContextManager[None]:
     """Keep the folder of hidden states, if there is one, for this process."""
+    if cfg.cache_dir is not None and jax.process_count() > 1:
+        raise InputError("--cache-dir is filled by one process; train from the text on several hosts, or on one alone")
     return contextlib.nullcontext() if cfg.cache_dir is None else runs.hold(pathlib.Path(cfg.cache_dir))
 
 
@@ -104,7 +115,7 @@ def _find_run(cfg: LayerwiseConfig) -> tuple[LayerwiseConfig, pathlib.Path, bool
     assert cfg.out is not None
     path = pathlib.Path(cfg.out)
     folder = runs.RunFolder(path)
-    folder.check_resumed(cfg, ("out", "resume", "dry_run"))
+    folder.check_resumed(cfg, ("out", "resume", "dry_run", "distributed"))
     return dataclasses.replace(cfg, resume=_has_checkpoint(folder)), path, True
 
 
@@ -114,6 +125,7 @@ def _has_checkpoint(folder: runs.RunFolder) -> bool:
     A run that was killed before its first checkpoint was whole has not been trained: it begins again.
     """
     step, damaged = newest_step(folder.path / "checkpoints")
+    processes.check_same(-1 if step is None else step, "checkpoints")
     if step is None and any(row.get("step", 0) > 0 for row in folder.metrics()):
         told = "; ".join(f"checkpoint {number} is damaged ({why})" for number, why in damaged.items())
         raise InputError(f"{told or 'the run has no checkpoint to resume from'}; start it anew in another folder")
@@ -126,13 +138,15 @@ def _train(trainer: Trainer, stop: list[int], display: Display) -> None:
     if trainer.step == 0:
         trainer.save(is_awaited=True)  # a run that has rows of steps has a checkpoint to resume from
     pending = None  # the step before this one: its report is read while this one runs
-    while trainer.step < cfg.steps and not stop:
+    is_stopped = processes.any_of(bool(stop))
+    while trainer.step < cfg.steps and not is_stopped:
         report = trainer.take_step()
+        is_stopped = processes.any_of(bool(stop))
         if pending is not None:
             trainer.log(*pending)
         pending = (trainer.step, report)
         is_last = trainer.step == cfg.steps
-        if is_last or trainer.step % cfg.measure.every == 0 or trainer.step % cfg.save_every == 0 or stop:
+        if is_last or trainer.step % cfg.measure.every == 0 or trainer.step % cfg.save_every == 0 or is_stopped:
             trainer.log(*pending)
             pending = None
         if is_last or trainer.step % cfg.measure.every == 0:
@@ -141,13 +155,13 @@ def _train(trainer: Trainer, stop: list[int], display: Display) -> None:
             trainer.save()
     if pending is not None:
         trainer.log(*pending)
-    if stop:
+    if is_stopped:
         trainer.save()
         trainer.close()
         with contextlib.suppress(OSError):  # the terminal may be what was closed
             command = resume_command(trainer.folder.path)
             display.say(f"stopped at step {trainer.step}; continue with: {command}", is_copied=True)
-        raise SystemExit(128 + stop[0])
+        raise SystemExit(128 + (stop[0] if stop else signal.SIGTERM))  # another process's
     trainer.close()  # before the results: what could not be saved is not reported
 
 
@@ -188,7 +202,7 @@ def _dry_run(plan: estimate.Plan, display: Display) -> dict[str, Any]:
     # a forward pass takes a window for each device at once
     forward_seconds, loss_seconds = statistics.median(forward) / plan.mesh.size, statistics.median(loss)
     seconds = forward_seconds / cfg.steps_per_window + loss_seconds
-    stats = jax.devices()[0].memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats() or {}
     result = {
         "dry_run": True,
         "step_temporary_bytes": temporary,
@@ -199,6 +213,8 @@ def _dry_run(plan: estimate.Plan, display: Display) -> dict[str, Any]:
         "eta_seconds": round(seconds * cfg.steps, 1),
     }
     peak = f", peak of everything so far {result['peak_bytes'] / GIB:.2f} GiB" if result["peak_bytes"] else ""
+    if not processes.is_first():
+        return result
     print(f"memory    {temporary / GIB:.2f} GiB for a step beside its inputs{peak};")
     print("          lower --layers-at-once or --ranking.queries-at-once if that does not fit")
     print(f"time      {forward_seconds:.3f} s for a window's forward pass, {loss_seconds:.3f} s for a step's losses")

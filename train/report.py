@@ -17,6 +17,7 @@ from spotlight_jax.selector.checkpoint import Selector, save_selector
 from spotlight_jax.selector.selection import share_read
 from train.config import ORACLES
 from train.plots import plot_curves, plot_layers
+from train.processes import fetch
 from train.trainer import Trainer
 
 
@@ -54,7 +55,7 @@ def summarise(trainer: Trainer, selector: str) -> dict[str, Any]:
             "mass_lsh_at_length": trainer.mean("mass", "far_lsh"),
             "mass_oracle_at_length": trainer.mean("oracle_mass", "far"),
         }
-    stats = jax.devices()[0].memory_stats()
+    stats = jax.local_devices()[0].memory_stats()
     if stats:  # a CPU keeps none
         summary["peak_gib"] = stats["peak_bytes_in_use"] / GIB
     return {name: round(value, 5) if isinstance(value, float) else value for name, value in summary.items()}
@@ -78,6 +79,8 @@ def write_results(trainer: Trainer) -> dict[str, Any]:
         positions=trainer.plan.length,
         shorter=tuple(zip(trainer.plan.lengths[:-1], sets[:-1], strict=True)),
     )
+    if not folder.is_written:
+        return summary
     save_selector(path, selector, _card(trainer, summary))
     plot_curves(folder.path / "curves.png", folder.metrics(), summary, trainer.plan.cfg.ranking.loss)
     head = "KV head" if trainer.plan.cfg.measure.per == "kv_head" else "query head"
@@ -90,7 +93,7 @@ def write_results(trainer: Trainer) -> dict[str, Any]:
 
 def _on_host(trainer: Trainer, length: int) -> HashFunctions:
     """The hash functions for sequences of `length` tokens, apart from the training state."""
-    return jax.tree.map(jnp.asarray, jax.device_get(trainer.hash_functions(length)))
+    return jax.tree.map(jnp.asarray, fetch(trainer.hash_functions(length)))
 
 
 def print_results(console: rich.console.Console, trainer: Trainer, summary: dict[str, Any]) -> None:

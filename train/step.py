@@ -18,6 +18,7 @@ from spotlight_jax.selector.base import HashFunctions
 from spotlight_jax.selector.losses.ranking import ranking_loss
 from train.capture import AXIS, Captured, padded_layers
 from train.config import AnnealedOptimizerConfig, OptimizerConfig
+from train.processes import put
 
 
 @flax.struct.dataclass
@@ -132,7 +133,7 @@ def spread_state(state: TrainState, layers: int, mesh: Mesh) -> TrainState:
     """The state of `layers` layers on the mesh, the last layer repeated where the mesh does not divide them."""
     missing = padded_layers(layers, mesh) - layers
     padded = jax.tree.map(lambda leaf: jnp.concatenate([leaf, *[leaf[-1:]] * missing]) if missing else leaf, state)
-    return jax.device_put(padded, NamedSharding(mesh, P(AXIS)))
+    return put(padded, NamedSharding(mesh, P(AXIS)))
 
 
 @jax.jit

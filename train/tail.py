@@ -27,6 +27,7 @@ from spotlight_jax.selector.selection import select_mask
 from spotlight_jax.tail import LogitMoments, TailParams, init_tail, mass_and_slope, split_by_logits
 from train.config import TailConfig
 from train.data import Inputs
+from train.processes import fetch, localize
 
 KEEPS = (0.0025, 0.005, 0.02, 0.1)  # shares of tokens read: one set of corrections serves all budgets
 
@@ -148,4 +149,4 @@ def fit_tail(
     for passed in zip(*map(pass_window, range(len(tokens))), strict=True):
         rows = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *(rows for _, rows in passed))
         params, errors = fit_layer(rows, cfg.steps, cfg.learning_rate)
-        yield params, np.asarray(errors)
+        yield localize(params), fetch(errors)

@@ -23,6 +23,7 @@ from train.estimate import Plan
 from train.evaluate import evaluate, mean_over_sparse
 from train.fit import fit
 from train.length import choose_windows, evaluate_far
+from train.processes import fetch
 from train.step import StepReport, TrainState, gamma_at, gather_state, init_state, is_finite, spread_state, train_step
 from train.tail import fit_tail
 from train.track import open_tracker
@@ -71,8 +72,8 @@ class Trainer:
         cfg = self.plan.cfg
         self.step, self.seconds = 0, 0.0
         self.is_far_whole = False  # whether "far" and "far_lsh" are of whole contexts
-        self._store = CheckpointStore(folder.path / "checkpoints", cfg.keep_checkpoints)
-        self._track = open_tracker(cfg.track, folder.path, runs.to_plain(cfg))
+        self._store = CheckpointStore(folder.path / "checkpoints", cfg.keep_checkpoints, folder.is_written)
+        self._track = open_tracker(cfg.track if folder.is_written else "none", folder.path, runs.to_plain(cfg))
         self._held_out: list[Captured] = _capture_held_out(inputs, display) if beside is None else beside._held_out
         # newest evaluation of "trained" and "lsh"; at the far end of the covered positions "far" and "far_lsh"
         self.quality: dict[str, SelectionQuality] = {"lsh": self._evaluate_lsh(beside)}
@@ -270,6 +271,7 @@ def check_finite(
     Raises: InputError that names what is at fault: the model, the flags that differ from the preset, or the rate.
     """
     rows = plan.rows
+    report = fetch(report)
     loss, wrong, norm = (np.asarray(leaf)[:rows] for leaf in (report.loss, report.wrong, report.grad_norm))
     bad = np.flatnonzero(~(np.isfinite(loss) & np.isfinite(norm)))
     if len(bad):

@@ -4,11 +4,12 @@ import dataclasses
 from typing import Literal
 
 from eval.methods import check_names
+from spotlight_jax.config.mesh import parse_mesh
 from spotlight_jax.config.selection import DENSE_LAYERS, LONGEST, MIN_TOKENS, SelectionConfig
 from spotlight_jax.errors import InputError, check_numbers
 
-# what a resumed run may add to or leave out, because each of its parts names it
-FREE_FIELDS = ("out", "resume", "methods", "keep", "settings")
+# what a resumed run may change, because each of its parts names it, or none depends on it
+FREE_FIELDS = ("out", "resume", "methods", "keep", "settings", "mesh")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +68,14 @@ class EvalConfig:
     """Random seed of the methods that draw."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Floats of the model; auto: bfloat16 on an accelerator, float32 on a CPU."""
+    mesh: tuple[str, ...] = ()
+    """Devices to spread the model over, such as model=2 (heads and widths); without it, one."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be evaluated."""
         check_numbers(self)
         check_names(self.methods)
+        parse_mesh(self.mesh)  # refuses what is none
         if not self.keep or len(set(self.keep)) < len(self.keep):
             raise InputError("give --keep at least one share, each once")
         if self.settings and (self.selection.sink_tokens, self.selection.recent_tokens) != (0, 0):

@@ -13,6 +13,7 @@ from eval.methods import base_name
 from eval.methods.base import Method
 from eval.methods.opening import open_method, selector_of
 from spotlight_jax import runs
+from spotlight_jax.config.mesh import parse_mesh
 from spotlight_jax.config.selection import SelectionConfig, check_layers
 from spotlight_jax.errors import InputError
 from spotlight_jax.generate import head_shape
@@ -21,6 +22,7 @@ from spotlight_jax.models.decoder import Params
 from spotlight_jax.models.load import load_config, load_weights, open_tokenizer
 from spotlight_jax.models.params import resolve_dtype
 from spotlight_jax.models.presets import RANDOM
+from spotlight_jax.models.sharding import open_mesh, weights_on
 from spotlight_jax.selector.checkpoint import Selector, check_shape, choose_model, describe_range, load_selector
 
 Evaluation = TypeVar("Evaluation", bound=EvalConfig)
@@ -94,6 +96,7 @@ def load_eval_model(cfg: EvalConfig) -> EvalModel:
     for folder, selector in selectors.items():
         what = f"selector '{folder}' (trained for {selector.base_model})"
         check_shape(selector.shape, head_shape(model_cfg), what)
-    model_cfg, params = load_weights(model, resolve_dtype(cfg.dtype))
+    placement = weights_on(open_mesh(parse_mesh(cfg.mesh), model_cfg))
+    model_cfg, params = load_weights(model, resolve_dtype(cfg.dtype), placement)
     tokenizer = None if model.startswith(RANDOM) else open_tokenizer(model)
     return EvalModel(model_cfg, params, tokenizer, selectors.get(cfg.selector or ""), model, selectors)

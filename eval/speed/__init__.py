@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from spotlight_jax import cli
+from spotlight_jax.config.mesh import parse_mesh
 from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.errors import InputError, check_numbers
 from spotlight_jax.models.config import nearest
@@ -30,7 +31,7 @@ Kind = Literal["ops", "model", "kernels"]
 # flags that matter to one part alone
 FLAGS_OF = {
     "ops": ("lengths", "batches", "ops", "caches"),
-    "model": ("model_lengths", "model_batches", "dense_layers", "tail", "profile"),
+    "model": ("model_lengths", "model_batches", "dense_layers", "tail", "profile", "mesh"),
 }
 
 
@@ -69,6 +70,8 @@ class SpeedConfig:
     """Time sparse decoding with an estimate of what is not read, too."""
     profile: bool = False
     """Trace one round more of whole models, and show what each kernel of a step took."""
+    mesh: tuple[str, ...] = ()
+    """Devices to spread whole models over, such as model=2; without it, one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Floats of weights, keys and values; auto: bfloat16 on an accelerator, float32 on a CPU."""
     out: str | None = None
@@ -79,6 +82,7 @@ class SpeedConfig:
     def __post_init__(self) -> None:
         """Refuse what cannot be timed."""
         check_numbers(self)
+        parse_mesh(self.mesh)  # refuses what is none
         if self.preset is not None and self.preset not in PRESETS:
             raise InputError(f"there is no preset {self.preset!r}{nearest(self.preset, tuple(PRESETS))}")
         if not self.parts or len(set(self.parts)) < len(self.parts):

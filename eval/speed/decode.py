@@ -17,10 +17,11 @@ from rich.table import Table
 
 from eval.decode import DecodeSpeedConfig
 from eval.speed.kernel_times import kernel_table, trace_kernels
-from spotlight_jax.cache import Cache, bucket_length
+from spotlight_jax.cache import LANES, Cache, bucket_length
 from spotlight_jax.compiled import check_device
 from spotlight_jax.config.generation import DecodeConfig
 from spotlight_jax.config.hashing import TransformConfig
+from spotlight_jax.config.mesh import parse_mesh
 from spotlight_jax.config.selection import check_layers
 from spotlight_jax.display import open_console, print_result, print_table
 from spotlight_jax.engine import Engine
@@ -31,6 +32,7 @@ from spotlight_jax.models.decoder import Params
 from spotlight_jax.models.load import load_config, load_weights
 from spotlight_jax.models.params import resolve_dtype
 from spotlight_jax.models.presets import RANDOM
+from spotlight_jax.models.sharding import check_mesh, config_of_device, open_mesh, shardings_of, weights_on
 from spotlight_jax.models.source import DEFAULT_MODEL
 from spotlight_jax.selector.checkpoint import Selector, choose_model, load_selector
 from spotlight_jax.selector.forms import init_functions
@@ -54,7 +56,8 @@ def name_model(cfg: DecodeSpeedConfig) -> DecodeSpeedConfig:
 def load(cfg: DecodeSpeedConfig, dtype: jnp.dtype) -> Loaded:
     """Load or draw weights and hash functions."""
     assert cfg.model is not None
-    model_cfg, params = load_weights(cfg.model, dtype)
+    mesh = open_mesh(parse_mesh(cfg.mesh), load_config(cfg.model))
+    model_cfg, params = load_weights(cfg.model, dtype, weights_on(mesh))
     shape = head_shape(model_cfg)
     if cfg.selector is not None:
         return model_cfg, params, load_selector(cfg.selector, shape)
@@ -63,17 +66,22 @@ def load(cfg: DecodeSpeedConfig, dtype: jnp.dtype) -> Loaded:
 
 
 def random_cache(engine: Engine, lengths: Sequence[int], max_len: int) -> Cache:
-    """Draw a cache of random numbers with these lengths, leaf by leaf."""
+    """Draw a cache of random numbers with these lengths, leaf by leaf, each device its own part."""
     batch = len(lengths)
-    structure = jax.tree.structure(engine.empty_cache(batch, 1).layers)
-    leaves = jax.eval_shape(lambda: jax.tree.leaves(engine.empty_cache(batch, max_len).layers))
+    short = engine.empty_cache(batch, LANES).layers
+    shapes = jax.eval_shape(lambda: jax.tree.leaves(engine.empty_layers(batch, max_len)))
+    places = [None] * len(shapes) if engine.mesh is None else shardings_of(short, engine.mesh)
 
-    def draw(place: int, leaf: jax.ShapeDtypeStruct) -> Array:
-        key = jax.random.key(place)
-        is_code = leaf.dtype == jnp.uint32
-        return jax.random.bits(key, leaf.shape) if is_code else jax.random.normal(key, leaf.shape, leaf.dtype)
+    def draw(number: int, leaf: jax.ShapeDtypeStruct, place: jax.sharding.Sharding | None) -> Array:
+        def make(key: Array) -> Array:
+            is_code = leaf.dtype == jnp.uint32
+            return jax.random.bits(key, leaf.shape) if is_code else jax.random.normal(key, leaf.shape, leaf.dtype)
 
-    layers = jax.tree.unflatten(structure, [draw(place, leaf) for place, leaf in enumerate(leaves)])
+        key = jax.random.key(number)
+        return make(key) if place is None else jax.jit(make, out_shardings=place)(key)
+
+    drawn = [draw(number, *leaf) for number, leaf in enumerate(zip(shapes, places, strict=True))]
+    layers = jax.tree.unflatten(jax.tree.structure(short), drawn)
     return Cache(layers=layers, lengths=jnp.asarray(lengths, jnp.int32), code_sets=jnp.zeros((batch,), jnp.int32))
 
 
@@ -150,11 +158,17 @@ def measure(cfg: DecodeSpeedConfig, model_cfg: DecoderConfig, params: Params, se
 
 
 def plan(cfg: DecodeSpeedConfig, model_cfg: DecoderConfig, code_bits: int) -> MemoryPlan:
-    """Return the memory that `measure` needs: both methods' caches where both are timed."""
-    batch, capacity = len(cfg.lengths), max(cfg.lengths) + decoded(cfg.new_tokens, cfg.rounds, cfg.profile)
+    """Return the memory of a device that `measure` needs: both methods' caches where both are timed."""
+    sizes = parse_mesh(cfg.mesh)
+    batch, capacity = (
+        -(-len(cfg.lengths) // sizes.get("data", 1)),
+        max(cfg.lengths) + decoded(cfg.new_tokens, cfg.rounds, cfg.profile),
+    )
     hash_cfg = None if cfg.methods == ("dense",) else TransformConfig(code_bits=code_bits)
     chunk = 1 if cfg.skip_prefill else cfg.prefill_chunk or 2048
-    args = model_cfg, resolve_dtype(cfg.dtype), batch, bucket_length(capacity), chunk, hash_cfg, cfg.selection
+    own, dtype = config_of_device(model_cfg, sizes), resolve_dtype(cfg.dtype)
+    slots = bucket_length(capacity) // sizes.get("context", 1)
+    args = own, dtype, batch, slots, chunk, hash_cfg, cfg.selection
     needed = plan_memory(*args, has_tail="sparse+tail" in cfg.methods)
     return dataclasses.replace(needed, cache=needed.cache * len(cfg.methods))
 
@@ -167,6 +181,7 @@ def main(cfg: DecodeSpeedConfig) -> Row:
     assert cfg.model is not None
     model_cfg = load_config(cfg.model)
     check_layers(cfg.dense_layers, model_cfg.layers)
+    check_mesh(parse_mesh(cfg.mesh), model_cfg, len(jax.devices()))
     if cfg.model.startswith(RANDOM):
         needed = plan(cfg, model_cfg, cfg.code_bits)
         console.print(f"memory: {needed.describe()}")

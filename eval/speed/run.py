@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -28,6 +29,7 @@ from eval.speed.ops import (
 )
 from eval.speed.timing import Op, copy_bandwidth, time_ops
 from spotlight_jax.compiled import use_compile_cache
+from spotlight_jax.config.mesh import parse_mesh
 from spotlight_jax.config.selection import check_layers
 from spotlight_jax.display import make_table
 from spotlight_jax.errors import InputError
@@ -37,6 +39,7 @@ from spotlight_jax.models.config import DecoderConfig, nearest
 from spotlight_jax.models.decoder import Params
 from spotlight_jax.models.params import resolve_dtype
 from spotlight_jax.models.presets import PRESETS
+from spotlight_jax.models.sharding import check_mesh
 
 # what fits, by platform: preset, lengths of operations, lengths and batches of whole models
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -61,6 +64,7 @@ def resolve(cfg: SpeedConfig) -> SpeedConfig:
     elsewhere = {name for part, names in FLAGS_OF.items() if part not in cfg.parts for name in names}
     given = {name: getattr(cfg, name) or value for name, value in defaults.items() if name not in elsewhere}
     check_layers(cfg.dense_layers, PRESETS[str(given["preset"])].layers)
+    check_mesh(parse_mesh(cfg.mesh), PRESETS[str(given["preset"])], len(jax.devices()))
     given["dtype"] = resolve_dtype(cfg.dtype).name
     return dataclasses.replace(cfg, **given)
 
@@ -123,6 +127,7 @@ def time_decoding(
         preset=cfg.preset or "", lengths=(prompt,) * batch, new_tokens=cfg.new_tokens, rounds=cfg.rounds,
         keep=cfg.keep, code_bits=cfg.code_bits, dense_layers=cfg.dense_layers, dtype=cfg.dtype, skip_prefill=True,
         profile=cfg.profile, methods=("dense", "sparse", "sparse+tail") if cfg.tail else ("dense", "sparse"),
+        mesh=cfg.mesh,
     )  # fmt: skip
     model_cfg, params, _ = loaded
     weights = _bytes_of_weights(model_cfg, params)
@@ -144,7 +149,8 @@ def time_decoding(
     rows = []
     for name, result in results.items():
         reads = result["reads"]
-        moved = weights + reads["bytes_keys_values"] + reads["bytes_codes"]
+        parts = math.prod(parse_mesh(cfg.mesh).values())  # of the cache, each on its device
+        moved = weights + (reads["bytes_keys_values"] + reads["bytes_codes"]) // parts
         rows.append(
             {"task": "decode", "method": name.replace("sparse", "spotlight")}
             | {"keep": 1.0 if name == "dense" else cfg.keep, "batch": batch, "length": length}
@@ -157,10 +163,11 @@ def time_decoding(
 
 
 def _bytes_of_weights(cfg: DecoderConfig, params: Params) -> int:
-    """Return the bytes of weights that a step reads: all but an embedding table that is no head."""
+    """Return the bytes of weights that a step reads on one device: all but an embedding table that is no head."""
     skipped = () if cfg.tied else ("embed",)
     read = {name: part for name, part in params.items() if name not in skipped}
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(read))
+    parts = [leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(read)]
+    return sum(math.prod(part) * leaf.dtype.itemsize for part, leaf in zip(parts, jax.tree.leaves(read), strict=True))
 
 
 def time_kernels(cfg: SpeedConfig, op: str, case: str, record: Record) -> list[Row]:
@@ -196,7 +203,7 @@ def time_parts(cfg: SpeedConfig, record: Record) -> list[Row]:
             rows = time_length(cfg, batch, length, bandwidth, record)
         else:
             if loaded is None:
-                point = DecodeSpeedConfig(preset=cfg.preset or "", code_bits=cfg.code_bits)
+                point = DecodeSpeedConfig(preset=cfg.preset or "", code_bits=cfg.code_bits, mesh=cfg.mesh)
                 loaded = decode.load(decode.name_model(point), jnp.dtype(cfg.dtype))
             rows = time_decoding(cfg, batch, length, loaded, bandwidth, record)
         record.add(part, {"copy_bandwidth": bandwidth, "rows": rows})

@@ -2,16 +2,25 @@
 
 import importlib.metadata
 import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 from rich.console import Console
 
+from spotlight_jax.cache import bucket_length
 from spotlight_jax.commands.doctor import DoctorConfig
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.config.hashing import TransformConfig
+from spotlight_jax.config.selection import SelectionConfig
+from spotlight_jax.engine import GPU_CHUNK
 from spotlight_jax.kernels import hash_append, match_score, pair_cost, score_select, select_top, sparse_attention
-from spotlight_jax.memory import GIB, available_bytes
+from spotlight_jax.memory import GIB, available_bytes, plan_memory
+from spotlight_jax.models.config import DecoderConfig
+from spotlight_jax.models.load import load_config
+from spotlight_jax.models.sharding import config_of_device, meshes_of
 from spotlight_jax.selector.selection import CROSSOVER
 from spotlight_jax.weights import real_bounds
 
@@ -52,9 +61,35 @@ def implementations() -> list[tuple[str, str, str]]:
     ]
 
 
+def describe_links() -> list[str]:
+    """Return how the GPUs of this machine are linked, as NVIDIA's tool says; nothing where there is none to ask."""
+    if len(jax.devices()) < 2 or jax.default_backend() != "gpu" or shutil.which("nvidia-smi") is None:
+        return []
+    done = subprocess.run(["nvidia-smi", "topo", "-m"], capture_output=True, text=True, check=False, timeout=30)
+    rows = [line for line in done.stdout.splitlines() if line.lstrip().startswith("GPU")]
+    return [line.rstrip().expandtabs(6) for line in rows] if done.returncode == 0 else []
+
+
+def describe_needs(cfg: DoctorConfig, model_cfg: DecoderConfig) -> Iterator[str]:
+    """Yield what a device of each mesh holds that the model's heads can be split over, in GiB."""
+    for sizes in meshes_of(model_cfg):
+        plan = plan_memory(
+            config_of_device(model_cfg, sizes),
+            jnp.dtype(cfg.dtype),
+            cfg.sequences,
+            bucket_length(cfg.tokens),
+            GPU_CHUNK,
+            TransformConfig(),
+            SelectionConfig(),
+            has_tail=True,
+        )
+        yield f"--mesh model={sizes['model']}: {plan.describe()}"
+
+
 def main(cfg: DoctorConfig) -> None:
-    """Print what was found; raises InputError where there is no device."""
+    """Print what was found; raises InputError where there is no device, or no such model."""
     console = Console(highlight=False)
+    model_cfg = None if cfg.model is None else load_config(cfg.model)
     console.rule("versions")
     for name, version in versions().items():
         console.print(f"{name:20} {version}", markup=False)
@@ -64,6 +99,12 @@ def main(cfg: DoctorConfig) -> None:
         free = available_bytes(device)
         memory = "memory unknown" if free is None else f"{free / GIB:.1f} GiB free"
         console.print(f"{device.platform} {device.id}: {device.device_kind}, {memory}", markup=False)
+    for line in describe_links():
+        console.print(line, markup=False)
+    if model_cfg is not None:
+        console.rule(f"{cfg.model}: {cfg.sequences} x {cfg.tokens:,} tokens, {cfg.dtype}, on each device")
+        for line in describe_needs(cfg, model_cfg):
+            console.print(line, markup=False, soft_wrap=True)
     if cfg.run:
         product = jnp.ones((64, 64)) @ jnp.ones((64, 64))
         works = "works" if float(product[0, 0]) == 64 else "gives WRONG results"

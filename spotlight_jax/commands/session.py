@@ -4,6 +4,7 @@ import contextlib
 import signal
 from collections.abc import Callable, Iterator
 
+import jax
 import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
@@ -12,13 +13,15 @@ from spotlight_jax import cli
 from spotlight_jax.commands.flags import SessionConfig
 from spotlight_jax.commands.serve import ServeConfig
 from spotlight_jax.config.generation import GenerateConfig, make_decode_config
+from spotlight_jax.config.mesh import describe_mesh, parse_mesh
 from spotlight_jax.decode_step import DecodeState
 from spotlight_jax.engine import Engine
 from spotlight_jax.generate import STREAM_BLOCK, Report, Run, head_shape, make_engine
-from spotlight_jax.memory import GIB, available_bytes, check_memory, plan_memory
+from spotlight_jax.memory import GIB, MemoryPlan, available_bytes, check_memory, plan_memory
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.load import BaseModel, load_config, load_model
 from spotlight_jax.models.params import resolve_dtype
+from spotlight_jax.models.sharding import check_mesh, config_of_device, open_mesh, smallest_fit, weights_on
 from spotlight_jax.selector.checkpoint import Selector, check_shape, choose_model, describe_range, load_selector
 from spotlight_jax.stops import find_stops
 
@@ -52,24 +55,33 @@ def load_fitting(
 ) -> tuple[BaseModel, Engine]:
     """Plan the memory, say so, and only then load the weights; raises InputError where they cannot fit."""
     generation, dtype = cfg.generation, resolve_dtype(cfg.dtype)
+    sizes = parse_mesh(cfg.mesh)
+    check_mesh(sizes, model_cfg, len(jax.devices()))
     probe = Engine(model_cfg, {"embed": {"table": jnp.zeros((), dtype)}}, None, make_decode_config(generation))
     longest = max(prompt_lengths)
-    plan = plan_memory(
-        model_cfg,
-        dtype,
-        len(prompt_lengths),
-        probe.capacity(0, longest, generation.max_new_tokens),
-        probe.chunk_length(longest),
-        None if selector is None else selector.cfg,
-        generation.selection,
-        generation.tail and selector is not None and selector.params.tail is not None,
-    )
+
+    def plan_device(sizes: dict[str, int]) -> MemoryPlan:
+        return plan_memory(
+            config_of_device(model_cfg, sizes),
+            dtype,
+            -(-len(prompt_lengths) // sizes.get("data", 1)),
+            probe.capacity(0, longest, generation.max_new_tokens) // sizes.get("context", 1),
+            probe.chunk_length(longest),
+            None if selector is None else selector.cfg,
+            generation.selection,
+            generation.tail and selector is not None and selector.params.tail is not None,
+        )
+
     free = available_bytes()
+    if not sizes and free is not None and jax.default_backend() != "cpu":
+        sizes = smallest_fit(model_cfg, len(jax.devices()), lambda sizes: plan_device(sizes).total <= free)
+    plan = plan_device(sizes)
     known = "" if free is None else f" of {free / GIB:.2f} free"
-    console.print(f"memory: {plan.describe()}{known}", style="dim", soft_wrap=True)
+    where = f" on each device of mesh {describe_mesh(sizes)}" if sizes else ""
+    console.print(f"memory: {plan.describe()}{known}{where}", style="dim", soft_wrap=True)
     check_memory(plan, free, dtype)
     with waiting(console, f"loading {name}"):
-        model = load_model(name, dtype)
+        model = load_model(name, dtype, weights_on(open_mesh(sizes, model_cfg)))
     for line in find_stops(model.cfg, model.tokenizer, generation.stop).unmatched:
         console.print(line, markup=False, soft_wrap=True)
     return model, make_engine(model, generation, selector)

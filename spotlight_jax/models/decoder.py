@@ -9,7 +9,7 @@ Kernels are `[in, out]`; heads lie next to each other in the columns of q, k and
 attends by itself: it hands queries, keys and values to the caller's `attend`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -20,11 +20,12 @@ from jaxtyping import Array, Float, Int32, PyTree
 
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.rope import Angles, apply_rope, rope_angles
+from spotlight_jax.models.sharding import Placement
 from spotlight_jax.models.split_k import split_k_dot
 
 # (queries, keys, values) -> (outputs like queries, anything the caller wants back); queries and keys are after RoPE
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
-Params = dict[str, Any]
+Params = Mapping[str, Any]
 
 
 class RmsNorm(nn.Module):
@@ -134,29 +135,47 @@ def param_shapes(cfg: DecoderConfig, dtype: Any) -> PyTree:
     return jax.eval_shape(lambda key: init_params(key, cfg, dtype), jax.random.key(0))
 
 
-def init_params(key: Array, cfg: DecoderConfig, dtype: Any = jnp.float32) -> Params:
-    """Random weights of the decoder's shapes, for tests and benchmarks.
+def init_params(key: Array, cfg: DecoderConfig, dtype: Any = jnp.float32, placement: Placement | None = None) -> Params:
+    """Random weights of the decoder's shapes, for tests and benchmarks; the same ones on any mesh.
 
     Call it outside `jit`: it compiles one layer and runs that for each, which takes seconds even for large models.
+
+    Args:
+        placement: where they lie, each device drawing its own part; None: on the default device.
     """
     embed_key, head_key, *layer_keys = jax.random.split(key, cfg.layers + 2)
-    params: Params = {
-        "embed": {"table": _init_table(embed_key, (cfg.vocab, cfg.embed), dtype)},
-        "norm": {"scale": jnp.ones((cfg.embed,), dtype)},
+    params: dict[str, Any] = {
+        "embed": {"table": _init_table(embed_key, (cfg.vocab, cfg.embed), dtype, placement, ("embed", "table"))},
+        "norm": {"scale": _put_leaf(jnp.ones((cfg.embed,), dtype), ("norm", "scale"), placement)},
     }
     for index, layer_key in enumerate(layer_keys):
-        params[f"layer_{index}"] = _init_layer(layer_key, cfg, dtype)
+        params[f"layer_{index}"] = _init_layer(layer_key, cfg, dtype, placement)
     if not cfg.tied:
-        params["head"] = {"kernel": _init_table(head_key, (cfg.embed, cfg.vocab), dtype)}
+        table = _init_table(head_key, (cfg.embed, cfg.vocab), dtype, placement, ("head", "kernel"))
+        params["head"] = {"kernel": table}
     return params
 
 
-@partial(jax.jit, static_argnames=("shape", "dtype"))
-def _init_table(key: Array, shape: tuple[int, int], dtype: Any) -> Array:
-    return jax.random.normal(key, shape, dtype) * jnp.asarray(0.02, dtype)
+def _put_leaf(leaf: Array, path: tuple[str, ...], placement: Placement | None) -> Array:
+    """A leaf of the tree where it lies."""
+    if placement is None:
+        return leaf
+    sharding = placement(path, leaf.shape)
+    is_drawn = isinstance(leaf, jax.core.Tracer)
+    return jax.lax.with_sharding_constraint(leaf, sharding) if is_drawn else jax.device_put(leaf, sharding)
 
 
-@partial(jax.jit, static_argnames=("cfg", "dtype"))
-def _init_layer(key: Array, cfg: DecoderConfig, dtype: Any) -> Params:
+@partial(jax.jit, static_argnames=("shape", "dtype", "placement", "path"))
+def _init_table(
+    key: Array, shape: tuple[int, int], dtype: Any, placement: Placement | None, path: tuple[str, ...]
+) -> Array:
+    return _put_leaf(jax.random.normal(key, shape, dtype) * jnp.asarray(0.02, dtype), path, placement)
+
+
+@partial(jax.jit, static_argnames=("cfg", "dtype", "placement"))
+def _init_layer(key: Array, cfg: DecoderConfig, dtype: Any, placement: Placement | None) -> Params:
     x, positions = jnp.zeros((1, 1, cfg.embed), dtype), jnp.zeros((1, 1), jnp.int32)
-    return DecoderLayer(cfg, dtype).init(key, x, positions, lambda q, k, v: (q, None))["params"]
+    params = DecoderLayer(cfg, dtype).init(key, x, positions, lambda q, k, v: (q, None))["params"]
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: _put_leaf(leaf, ("", *(entry.key for entry in path)), placement), params
+    )

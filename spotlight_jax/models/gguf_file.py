@@ -57,8 +57,8 @@ class GgufFile:
     metadata: dict[str, Any]
     tensors: dict[str, TensorInfo]
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor as float32, dequantised by the `gguf` package.
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """One tensor as float32, or some rows (its first axis) of one, dequantised by the `gguf` package.
 
         Raises InputError naming the quantisation when it is not one of `QUANTISATIONS`.
         """
@@ -68,13 +68,16 @@ class GgufFile:
                 f"{self.path}: tensor {name} is quantised as {info.kind.name}, which is not supported; "
                 f"supported: {', '.join(QUANTISATIONS)}"
             )
-        rows = (*info.shape[:-1], info.nbytes // math.prod(info.shape[:-1]))
-        data = np.fromfile(self.path, np.uint8, info.nbytes, offset=info.start).reshape(rows)
+        first, end, _ = rows.indices(info.shape[0]) if len(info.shape) > 1 else (0, 1, 1)
+        shape = (end - first, *info.shape[1:]) if len(info.shape) > 1 else info.shape
+        row_bytes = info.nbytes // math.prod(info.shape[:-1])
+        skipped, size = (count * math.prod(info.shape[1:-1]) * row_bytes for count in (first, end - first))
+        data = np.fromfile(self.path, np.uint8, size, offset=info.start + skipped).reshape(*shape[:-1], row_bytes)
         if info.kind == gguf.GGMLQuantizationType.F32:
             return data.view(np.float32)
         if info.kind == gguf.GGMLQuantizationType.F16:
             return data.view(np.float16).astype(np.float32)
-        return gguf.quants.dequantize(data, info.kind).reshape(info.shape)
+        return gguf.quants.dequantize(data, info.kind).reshape(shape)
 
 
 class _BrokenError(Exception):

@@ -9,7 +9,7 @@ import numpy as np
 from spotlight_jax.errors import InputError, naming
 from spotlight_jax.models.config import DecoderConfig, RopeConfig, RopeKind, nearest, stop_tokens
 from spotlight_jax.models.gguf_file import GgufFile
-from spotlight_jax.models.params import Path
+from spotlight_jax.models.sharding import Path
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 # metadata fields (after the architecture's name) that change the computation, and are not implemented
@@ -140,18 +140,36 @@ def _rope(file: GgufFile) -> RopeConfig:
     )
 
 
-def read_gguf_weights(file: GgufFile, cfg: DecoderConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """Name and float32 value of every tensor, dequantised one at a time; rows of q and k in Hugging Face's order."""
+class GgufTensor:
+    """A tensor of a GGUF file, of which the rows asked for are read and dequantised to float32."""
+
+    def __init__(self, file: GgufFile, name: str, heads: int | None) -> None:
+        """Nothing is read yet.
+
+        Args:
+            heads: whose rows llama.cpp interleaves: they come in Hugging Face's order. None: none.
+        """
+        self.shape = file.tensors[name].shape
+        self._file, self._name, self._heads = file, name, heads
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        """Read one slice of each axis; raises as `GgufFile.read`."""
+        if self._heads is not None:
+            return _unpermute(self._file.read(self._name), self._heads)[index]
+        rows, *others = index
+        if not others:
+            return self._file.read(self._name)[index]
+        return self._file.read(self._name, rows)[(slice(None), *others)]
+
+
+def read_gguf_weights(file: GgufFile, cfg: DecoderConfig) -> Iterator[tuple[str, GgufTensor]]:
+    """Name and tensor of all that the file holds; rows of q and k in Hugging Face's order."""
     permuted = file.metadata["general.architecture"] == "llama"
     for name in file.tensors:
         if name == "rope_freqs.weight":
             continue  # part of the config
-        value = file.read(name)
-        if permuted and ".attn_q." in name:
-            value = _unpermute(value, cfg.q_heads)
-        if permuted and ".attn_k." in name:
-            value = _unpermute(value, cfg.kv_heads)
-        yield name, value
+        heads = {".attn_q.": cfg.q_heads, ".attn_k.": cfg.kv_heads} if permuted else {}
+        yield name, GgufTensor(file, name, next((count for part, count in heads.items() if part in name), None))
 
 
 def gguf_name(path: Path) -> str:

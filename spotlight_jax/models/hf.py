@@ -6,17 +6,19 @@ from collections.abc import Iterator
 from typing import Any
 
 import huggingface_hub
+import ml_dtypes
 import numpy as np
 import safetensors
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from spotlight_jax.errors import InputError, naming
 from spotlight_jax.models.config import DecoderConfig, config_from_hf
-from spotlight_jax.models.params import Path
+from spotlight_jax.models.sharding import Path
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_DTYPES = ("F64", "F32", "F16", "BF16")  # of weights; what is quantised has numbers beside it that say what they mean
+# of weights; what is quantised has numbers beside it that say what they mean
+_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _PARTS = {
     "attention_norm": "input_layernorm",
     "q": "self_attn.q_proj",
@@ -81,8 +83,28 @@ def load_hf_config(folder: pathlib.Path) -> DecoderConfig:
         return config_from_hf(fields, more)
 
 
-def read_hf_weights(folder: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Name and value of every tensor, one shard open at a time; values keep the file's dtype, bfloat16 too.
+class HfTensor:
+    """A tensor of a safetensors file, read slice by slice in the file's dtype, bfloat16 too."""
+
+    def __init__(self, path: pathlib.Path, slices: Any, dtype: Any) -> None:
+        """Take what `safe_open` gives of it; nothing is read yet."""
+        self.shape, self.dtype = tuple(slices.get_shape()), np.dtype(dtype)
+        self._path, self._slices = path, slices
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        """Read one slice of each axis; raises InputError where the file cannot be read."""
+        try:
+            return self._slices[index]
+        except (safetensors.SafetensorError, OSError) as error:
+            raise InputError(_damaged(self._path, error)) from None
+
+
+def _damaged(path: pathlib.Path, error: Exception) -> str:
+    return f"{path}: truncated or corrupt safetensors file ({error}); fetch it again"
+
+
+def read_hf_weights(folder: pathlib.Path) -> Iterator[tuple[str, HfTensor]]:
+    """Name and tensor of all that the folder holds, one shard open at a time.
 
     Raises InputError naming the file that is missing, truncated or corrupt.
     """
@@ -92,17 +114,18 @@ def read_hf_weights(folder: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
                 for name in shard.keys():  # noqa: SIM118 (not a dict)
                     if name.endswith(".rotary_emb.inv_freq"):  # a buffer that old checkpoints hold
                         continue
-                    kind = shard.get_slice(name).get_dtype()
+                    slices = shard.get_slice(name)
+                    kind = slices.get_dtype()
                     if kind not in _DTYPES:
                         raise InputError(
                             f"{path}: tensor {name} is stored as {kind}, which is not read without its scales; use a "
                             f"model in one of {', '.join(_DTYPES)}"
                         )
-                    yield name, shard.get_tensor(name)
+                    yield name, HfTensor(path, slices, _DTYPES[kind])
         except FileNotFoundError:
             raise InputError(f"{path}: no such file; the model's shards are incomplete") from None
         except (safetensors.SafetensorError, OSError) as error:
-            raise InputError(f"{path}: truncated or corrupt safetensors file ({error}); fetch it again") from None
+            raise InputError(_damaged(path, error)) from None
 
 
 def _shards(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -16,8 +16,10 @@ from spotlight_jax.models.decoder import Params, init_params
 from spotlight_jax.models.embedded import EMBEDDED, fetch_embedded
 from spotlight_jax.models.gguf_file import open_gguf
 from spotlight_jax.models.gguf_model import config_from_gguf, gguf_name, read_gguf_weights
+from spotlight_jax.models.on_disk import DiskParams, open_params
 from spotlight_jax.models.params import default_dtype, fill_params
 from spotlight_jax.models.presets import PRESETS, RANDOM
+from spotlight_jax.models.sharding import Placement
 from spotlight_jax.models.tokenizer import load_tokenizer, tokenizer_from_gguf
 
 
@@ -31,27 +33,42 @@ class BaseModel:
     source: str
 
 
-def load_model(source: str, dtype: Any = None) -> BaseModel:
-    """Config, weights on the default device, and tokenizer.
+def load_model(source: str, dtype: Any = None, placement: Placement | None = None) -> BaseModel:
+    """Config, weights and tokenizer.
 
     Args:
         source: a folder in Hugging Face's layout (safetensors), a hub id `owner/name`, a `.gguf` file, or
             `smollm2-135m`, which is fetched once (`-32k` and `-128k` behind it: with a longer context).
         dtype: of weights and computation; None: bfloat16 on an accelerator, float32 on a CPU.
+        placement: where weights lie, such as `models.sharding.weights_on` gives it; None: on the default device.
 
     Raises:
         InputError: one line that names what is missing, broken or not supported.
     """
     path = _locate(source, weights=True)
-    return BaseModel(*_read_weights(source, path, dtype), _read_tokenizer(path), source)
+    return BaseModel(*_read_weights(source, path, dtype, placement), _read_tokenizer(path), source)
 
 
-def load_weights(source: str, dtype: Any = None) -> tuple[DecoderConfig, Params]:
+def load_weights(source: str, dtype: Any = None, placement: Placement | None = None) -> tuple[DecoderConfig, Params]:
     """Config and weights without the tokenizer, for token ids. Args and errors as `load_model`."""
     if source.startswith(RANDOM):
         cfg = _preset(source)
-        return cfg, init_params(jax.random.key(0), cfg, default_dtype() if dtype is None else dtype)
-    return _read_weights(source, _locate(source, weights=True), dtype)
+        return cfg, init_params(jax.random.key(0), cfg, default_dtype() if dtype is None else dtype, placement)
+    return _read_weights(source, _locate(source, weights=True), dtype, placement)
+
+
+def open_weights(source: str, dtype: Any = None) -> tuple[DecoderConfig, DiskParams]:
+    """Config, and weights that stay in their files (`models.on_disk`).
+
+    Raises: InputError as `load_model`, and for weights that are in no file.
+    """
+    if source.startswith(RANDOM):
+        raise InputError(f"{source}: random weights are in no file; give a folder or a .gguf file")
+    path = _locate(source, weights=True)
+    cfg, dtype = _read_config(source, path), default_dtype() if dtype is None else dtype
+    if path.is_dir():
+        return cfg, open_params(hf.read_hf_weights(path), hf.hf_name, cfg, dtype, str(path))
+    return cfg, open_params(read_gguf_weights(open_gguf(path), cfg), gguf_name, cfg, dtype, str(path))
 
 
 def _preset(source: str) -> DecoderConfig:
@@ -61,11 +78,13 @@ def _preset(source: str) -> DecoderConfig:
     return PRESETS[name]
 
 
-def _read_weights(source: str, path: pathlib.Path, dtype: Any) -> tuple[DecoderConfig, Params]:
+def _read_weights(
+    source: str, path: pathlib.Path, dtype: Any, placement: Placement | None
+) -> tuple[DecoderConfig, Params]:
     cfg = _read_config(source, path)
     if path.is_dir():
-        return cfg, fill_params(hf.read_hf_weights(path), hf.hf_name, cfg, dtype, str(path))
-    return cfg, fill_params(read_gguf_weights(open_gguf(path), cfg), gguf_name, cfg, dtype, str(path))
+        return cfg, fill_params(hf.read_hf_weights(path), hf.hf_name, cfg, dtype, str(path), placement)
+    return cfg, fill_params(read_gguf_weights(open_gguf(path), cfg), gguf_name, cfg, dtype, str(path), placement)
 
 
 def _read_config(source: str, path: pathlib.Path) -> DecoderConfig:

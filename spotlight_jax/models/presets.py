@@ -24,4 +24,20 @@ PRESETS: dict[str, DecoderConfig] = {
         vocab=152064, embed=3584, layers=28, q_heads=28, kv_heads=4, head_dim=128, mlp=18944, max_len=32768,
         rope=RopeConfig("yarn", 1000000.0, factor=4.0, trained_len=32768), norm_eps=1e-6, qkv_bias=True,
     ),
+    "qwen2.5-14b": DecoderConfig(
+        vocab=152064, embed=5120, layers=48, q_heads=40, kv_heads=8, head_dim=128, mlp=13824, max_len=32768,
+        rope=RopeConfig(theta=1000000.0), norm_eps=1e-6, qkv_bias=True,
+    ),
+    "qwen2.5-32b": DecoderConfig(
+        vocab=152064, embed=5120, layers=64, q_heads=40, kv_heads=8, head_dim=128, mlp=27648, max_len=32768,
+        rope=RopeConfig(theta=1000000.0), norm_eps=1e-6, qkv_bias=True,
+    ),
+    "qwen2.5-72b": DecoderConfig(
+        vocab=152064, embed=8192, layers=80, q_heads=64, kv_heads=8, head_dim=128, mlp=29568, max_len=32768,
+        rope=RopeConfig(theta=1000000.0), norm_eps=1e-6, qkv_bias=True,
+    ),
+    "llama3-70b": DecoderConfig(
+        vocab=128256, embed=8192, layers=80, q_heads=64, kv_heads=8, head_dim=128, mlp=28672, max_len=8192,
+        rope=RopeConfig(theta=500000.0), norm_eps=1e-5,
+    ),
 }  # fmt: skip

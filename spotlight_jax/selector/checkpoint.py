@@ -107,7 +107,10 @@ def _write_orbax(folder: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
     """Write arrays through Orbax, by way of a temporary folder: a full disk is then met in one line."""
     with tempfile.TemporaryDirectory() as scratch:
         source = pathlib.Path(scratch) / "orbax"
-        with ocp.StandardCheckpointer() as checkpointer:
+        # this process writes alone: without a set of its own it would wait for the others of a run on several hosts
+        own = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(own, {own}, "selector") if jax.process_count() > 1 else None
+        with ocp.StandardCheckpointer(**({} if alone is None else {"multiprocessing_options": alone})) as checkpointer:
             checkpointer.save(source, arrays)
         shutil.rmtree(folder, ignore_errors=True)
         for file in (path for path in source.rglob("*") if path.is_file()):

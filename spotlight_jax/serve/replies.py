@@ -72,7 +72,7 @@ class Reply(Response):
 
         Raises: ApiError where the queue is full, or the server is stopping.
         """
-        self.scheduler, self.requests, self.body, self.is_chat = scheduler, requests, body, is_chat
+        self.scheduler, self.requests, self.asked, self.is_chat = scheduler, requests, body, is_chat
         self.created, self.background = int(time.time()), None
         self._loop, self._inbox = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
         try:
@@ -97,7 +97,7 @@ class Reply(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, until the client goes away."""
         work = asyncio.create_task(
-            self._stream(scope, receive, send) if self.body.stream else self._whole(scope, receive, send)
+            self._stream(scope, receive, send) if self.asked.stream else self._whole(scope, receive, send)
         )
         gone = asyncio.create_task(_disconnected(receive))
         try:
@@ -114,7 +114,7 @@ class Reply(Response):
 
     def _log(self, request_id: str) -> None:
         """One line about the request, without what was asked or answered."""
-        took = usage_of([ticket.usage for ticket in self.tickets], self.body.n)
+        took = usage_of([ticket.usage for ticket in self.tickets], self.asked.n)
         first = [ticket.first_token - ticket.submitted for ticket in self.tickets if ticket.first_token is not None]
         log.info(
             "%s %s: %d prompt tokens (%d known), %d new, first after %s, %.2f s",
@@ -145,7 +145,7 @@ class Reply(Response):
         if self.is_chat:
             kind = "chat.completion.chunk" if is_chunk else "chat.completion"
         name = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{request_id}"
-        return {"id": name, "object": kind, "created": self.created, "model": self.body.model}
+        return {"id": name, "object": kind, "created": self.created, "model": self.asked.model}
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         texts, reasons = [""] * len(self.requests), ["stop"] * len(self.requests)
@@ -167,7 +167,7 @@ class Reply(Response):
                 {"message": {"role": "assistant", "content": text, "refusal": None}} if self.is_chat else {"text": text}
             )
             choices.append({"index": index, **content, "logprobs": None, "finish_reason": reason})
-        usage = usage_of([ticket.usage for ticket in self.tickets], self.body.n)
+        usage = usage_of([ticket.usage for ticket in self.tickets], self.asked.n)
         body = {**self._head(False), "choices": choices, "usage": usage}
         await json_response(body)(scope, receive, send)
 
@@ -178,7 +178,7 @@ class Reply(Response):
         async def write(text: str) -> None:
             await send({"type": "http.response.body", "body": text.encode("ascii"), "more_body": True})
 
-        with_usage = self.body.stream_options is not None and self.body.stream_options.include_usage
+        with_usage = self.asked.stream_options is not None and self.asked.stream_options.include_usage
         if self.is_chat:
             for index in range(len(self.requests)):
                 await write(self._chunk(index, {"role": "assistant", "content": ""}, None, with_usage))
@@ -197,7 +197,7 @@ class Reply(Response):
                 await write(self._chunk(index, delta, None, with_usage))
         else:
             if with_usage:
-                usage = usage_of([ticket.usage for ticket in self.tickets], self.body.n)
+                usage = usage_of([ticket.usage for ticket in self.tickets], self.asked.n)
                 await write(_event({**self._head(True), "choices": [], "usage": usage}))
             await write("data: [DONE]\n\n")
         await send({"type": "http.response.body", "body": b"", "more_body": False})

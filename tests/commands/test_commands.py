@@ -43,7 +43,9 @@ def tiny_model(monkeypatch):
     monkeypatch.setattr(
         session,
         "load_model",
-        lambda source, dtype: BaseModel(MODEL, init_params(jax.random.key(0), MODEL, dtype), byte_tokenizer(), source),
+        lambda source, dtype, placement=None: BaseModel(
+            MODEL, init_params(jax.random.key(0), MODEL, dtype, placement), byte_tokenizer(), source
+        ),
     )
     monkeypatch.setattr(session, "load_config", lambda source: MODEL)
     for module in (completion, talk):

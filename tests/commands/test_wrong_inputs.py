@@ -189,6 +189,18 @@ WRONG = [
     ("chat --selector nowhere", "is no selector"),
     ("chat --systen x", "did you mean '--system'?"),
     ("doctor --runn", "did you mean '--run'?"),
+    ("doctor --model random:tiny --tokens 0", "must be at least 1"),
+    # meshes and processes that cannot be
+    ("generate --prompt x --mesh modle=2", "--mesh has no axis 'modle'; give some of data, model, context"),
+    ("chat --mesh model", "names no number of devices"),
+    ("perplexity --methods oracle-scores --mesh model=2,model=2", "names axis 'model' twice"),
+    ("perplexity --methods oracle-scores --model MODEL --mesh model=4096", "is 4096 devices, and there are"),
+    ("speed --parts model --preset tiny --mesh data=4096", "is 4096 devices, and there are"),
+    ("speed --parts ops --mesh model=2", "--mesh is about part 'model'"),
+    ("decode --preset tiny --mesh model=4096", "is 4096 devices, and there are"),
+    ("train SMALL --model MODEL --distributed.process-id 1", "needs all of coordinator, num-processes and process-id"),
+    ("train SMALL --distributed.coordinator a --distributed.num-processes 2 --distributed.process-id 0", "HOST:PORT"),
+    ("train SMALL --distributed.coordinator a:1 --distributed.num-processes 2 --distributed.process-id 1", "add --out"),
     ("doctor x", "follows no flag"),
 ]
 

@@ -112,5 +112,6 @@ def test_presets_have_the_sizes_of_their_names(name: str) -> None:
     shapes = jax.eval_shape(lambda key: init_params(key, PRESETS[name], jnp.bfloat16), jax.random.key(0))
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     published = {"tiny": 87120, "smollm2-135m": 134.5e6, "llama3-8b": 8.03e9, "qwen2.5-7b": 7.62e9}
+    published |= {"qwen2.5-14b": 14.8e9, "qwen2.5-32b": 32.8e9, "qwen2.5-72b": 72.7e9, "llama3-70b": 70.6e9}
     published["qwen2.5-7b-128k"] = published["qwen2.5-7b"]  # its RoPE alone differs
     assert count == pytest.approx(published[name], rel=0.02)

@@ -302,8 +302,8 @@ def test_a_state_that_is_no_number_is_neither_saved_nor_exported(inputs, tmp_pat
 def test_a_model_that_gives_no_numbers_is_blamed_for_it(inputs, tmp_path, capsys, monkeypatch):
     real = data.load_weights
 
-    def load_weights(source, dtype):
-        cfg, params = real(source, dtype)
+    def load_weights(source, dtype, placement=None):
+        cfg, params = real(source, dtype, placement)
         return cfg, params | {"layer_1": jax.tree.map(lambda leaf: leaf * jnp.inf, params["layer_1"])}
 
     monkeypatch.setattr(data, "load_weights", load_weights)
