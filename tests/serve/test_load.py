@@ -60,6 +60,8 @@ def test_sixty_four_requests_of_all_lengths_get_what_each_gets_alone(is_sparse):
         assert alone.tokens == tokens, (request.id, len(request.prompt))
 
 
+# what the client leaves of a stream that is cut off complains when it is freed
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_five_hundred_requests_of_which_two_hundred_are_cut_off_leave_nothing_behind():
     rng = np.random.default_rng(1)
     plans = [(int(rng.integers(1, 200)), int(rng.integers(1, 90)), index % 5 < 2) for index in range(500)]
