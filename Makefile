@@ -5,7 +5,7 @@ QUICK = JAX_DISABLE_MOST_OPTIMIZATIONS=1 PYTHONDONTWRITEBYTECODE=
 # Every command runs in .venv, which `make setup` creates and brings up to date when pyproject.toml changes.
 PYTHON ?= python3
 
-.PHONY: setup demo test slow lint format parity sdist clean
+.PHONY: setup demo test slow soak lint format parity sdist clean
 setup: .venv/.installed
 
 demo: setup
@@ -16,6 +16,10 @@ test: setup
 
 slow: setup
 	$(QUICK) .venv/bin/python -m pytest -n 2 --dist loadfile -m 'slow and not parity and not gpu'
+
+# What takes too long for every change.
+soak: setup
+	$(QUICK) .venv/bin/python -m pytest -m soak
 
 lint: setup
 	.venv/bin/ruff check .

@@ -292,13 +292,13 @@ PRESETS = {
     "demo": LayerwiseConfig(
         preset="demo",
         length_step=1,
-        steps=32,
+        steps=16,
         steps_per_window=4,
         fit_windows=4,
         data=DataConfig(window=2048, held_out_windows=4),
-        measure=EvaluationConfig(every=16, queries=128),
+        measure=EvaluationConfig(every=8, queries=128),
         tail=TailConfig(windows=4, queries=64, steps=100, learning_rate=0.1),
-        save_every=16,
+        save_every=8,
     ),
     "paper": LayerwiseConfig(
         preset="paper",

@@ -67,15 +67,19 @@ def test_every_implementation_equals_the_reference_on_a_gpu(name, case, impl):
 )
 def test_every_case_lowers_for_cuda(name, case, impl):
     """To the op's kernels alone, or to plain XLA without a sort."""
-    static = {}
+    static, structures = {}, []
 
     def draw():
         arrays, more = case.draw()
         static.update(more)
-        return arrays
+        leaves, structure = jax.tree.flatten(arrays)
+        structures.append(structure)
+        return leaves
 
-    arrays = jax.eval_shape(draw)
-    text = lower_for_cuda(functools.partial(OPS[name].run, impl=impl, **static), *arrays)
+    def run(*leaves):
+        return OPS[name].run(*jax.tree.unflatten(structures[0], leaves), impl=impl, **static)
+
+    text = lower_for_cuda(run, *jax.eval_shape(draw))
     assert all(f'name = "{kernel}"' in text for kernel in TESTED[name].kernels)
     assert "stablehlo.sort" not in text and "top_k" not in text
     assert name not in KERNELS or "stablehlo.dot" not in text

@@ -1,4 +1,4 @@
-"""Many requests of all lengths, exact; many that are cut off, and nothing left over. Minutes: `make slow`."""
+"""Many requests of all lengths, exact; many that are cut off, and nothing left over. Many minutes: `make soak`."""
 
 import asyncio
 import dataclasses
@@ -17,7 +17,7 @@ from tests.byte_tokenizer import byte_tokenizer
 from tests.serve.running import serving
 from tests.serve.world import MODEL, SPARSE, draw_request, make_engine, run_all
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.soak
 LONG = dataclasses.replace(MODEL, max_len=8192)
 
 
