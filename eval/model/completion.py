@@ -96,7 +96,7 @@ class Completer:
             tokens += chosen[0].tolist()
         tokens = _cut(tokens[:max_new_tokens], self.stop_tokens)
         reads = engine_traffic(self._engine, range(len(prompt) + 1, len(prompt) + len(tokens)), self.selection)
-        return tokens, [(step.tokens, step.bytes_keys_values + step.bytes_codes) for step in reads]
+        return tokens, [(float(step.tokens), float(step.bytes_keys_values + step.bytes_codes)) for step in reads]
 
     def _complete_by_method(self, prompt: Sequence[int], max_new_tokens: int) -> tuple[list[int], list[Read]]:
         """Return the tokens, and for each step the tokens and bytes that it read."""
@@ -105,7 +105,7 @@ class Completer:
         while len(tokens) < max_new_tokens and tokens[-1] not in self.stop_tokens:
             step = score_tokens(self.model, tokens[-1:], self.method, self.selection, context, extends=True)
             tokens.append(int(step.best[0]))
-            reads.append((step.tokens_read[0], step.bytes_read[0]))
+            reads.append((float(step.tokens_read[0]), float(step.bytes_read[0])))
         return tokens, reads
 
 
