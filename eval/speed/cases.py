@@ -60,4 +60,4 @@ def time_case(op: str, name: str, rounds: int, note: Callable[[str], None]) -> d
 def bytes_of_case(op: str, name: str) -> int:
     """Return the bytes of the arrays that a case is given."""
     case = next(case for case in OPS[op].cases if case.name == name)
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(lambda: case.draw()[0])))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.eval_shape(lambda: jax.tree.leaves(case.draw()[0])))
