@@ -23,7 +23,7 @@ from spotlight_jax.cached_attention import (
     attend_sparsely,
     fold_layers,
 )
-from spotlight_jax.config.generation import AttentionImpl, DecodeConfig
+from spotlight_jax.config.generation import MOST_STOPS, AttentionImpl, DecodeConfig, RowConfig
 from spotlight_jax.config.selection import SelectionConfig, check_layers
 from spotlight_jax.context_attention import attend_all_split, attend_split
 from spotlight_jax.models.config import DecoderConfig
@@ -52,6 +52,11 @@ class DecodeState:
     sampling: Sampling
     stop_tokens: Int32[Array, "batch stops"]  # that end each sequence, and NO_TOKEN
     is_dense: Bool[Array, "batch"] | None = None  # sequences that read everything at any length; None: there are none
+
+
+def padded_stops(row: RowConfig) -> list[int]:
+    """A sequence's stop tokens, filled up."""
+    return [*row.stop_tokens, *[NO_TOKEN] * (MOST_STOPS - len(row.stop_tokens))]
 
 
 LayerSelectors = tuple[LayerSelector | None, ...]  # of all layers; None for those that are always read densely

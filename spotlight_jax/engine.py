@@ -12,9 +12,8 @@ from jaxtyping import Array, PyTree
 
 from spotlight_jax.cache import Cache, LayerCache, bucket_length, empty_layer, grow
 from spotlight_jax.compiled import compile_with
-from spotlight_jax.config.generation import MOST_STOPS, DecodeConfig, RowConfig
+from spotlight_jax.config.generation import DecodeConfig, RowConfig
 from spotlight_jax.decode_step import (
-    NO_TOKEN,
     DecodeState,
     LayerSelectors,
     Mode,
@@ -24,6 +23,7 @@ from spotlight_jax.decode_step import (
     free_rows,
     insert_row,
     layer_selectors,
+    padded_stops,
     prefill_layer,
 )
 from spotlight_jax.errors import InputError
@@ -45,11 +45,6 @@ MERGED_PRODUCTS = {"xla_gpu_dot_merger_threshold_mb": 1 << 14}
 
 def _lies_at(leaf: Any, sharding: jax.sharding.Sharding) -> bool:
     return getattr(leaf, "sharding", None) == sharding
-
-
-def _padded_stops(row: RowConfig) -> list[int]:
-    """A sequence's stop tokens, filled up."""
-    return [*row.stop_tokens, *[NO_TOKEN] * (MOST_STOPS - len(row.stop_tokens))]
 
 
 class Engine:
@@ -226,7 +221,7 @@ class Engine:
             chosen=jnp.zeros((len(prompts),), jnp.int32),
             rope_len=rope_len,
             sampling=batch_sampling([row.sampling for row in rows], [row.number for row in rows]),
-            stop_tokens=jnp.asarray([_padded_stops(row) for row in rows], jnp.int32),
+            stop_tokens=jnp.asarray([padded_stops(row) for row in rows], jnp.int32),
         )
         args = (self.params, last, state)
         state = self.run("first_token", first_token, args, (2,), model_cfg=self.model_cfg)
@@ -277,7 +272,7 @@ class Engine:
             **{name: jnp.zeros((slots,), jnp.int32) for name in ("tokens", "left", "chosen", "rope_len")},
             is_done=jnp.ones((slots,), bool),
             sampling=batch_sampling([row.sampling for row in none], [0] * slots),
-            stop_tokens=jnp.asarray([_padded_stops(row) for row in none], jnp.int32),
+            stop_tokens=jnp.asarray([padded_stops(row) for row in none], jnp.int32),
         )
 
     def insert(self, state: DecodeState, slot: int, other: DecodeState, row: int = 0) -> DecodeState:

@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import Array, Int32
 
 from spotlight_jax.cache import LANES, Cache, LayerCache, copy_tokens, cut, resize
-from spotlight_jax.config.generation import MOST_STOPS, RowConfig
-from spotlight_jax.decode_step import NO_TOKEN, DecodeState, LayerSelectors, Mode, first_token, insert_row
+from spotlight_jax.config.generation import RowConfig
+from spotlight_jax.decode_step import DecodeState, LayerSelectors, Mode, first_token, insert_row, padded_stops
 from spotlight_jax.engine import Engine
 from spotlight_jax.sampling import NOT_FINITE, batch_sampling
 from spotlight_jax.selector.selection import sparse_from
@@ -193,7 +193,6 @@ class Slots:
         """
         length = len(prefill.prompt)
         row = prefill.row
-        stops = [*row.stop_tokens, *[NO_TOKEN] * (MOST_STOPS - len(row.stop_tokens))]
         one = DecodeState(
             cache=Cache((), jnp.asarray([length], jnp.int32), jnp.asarray([prefill.code_set], jnp.int32)),
             tokens=jnp.zeros((1,), jnp.int32),
@@ -202,7 +201,7 @@ class Slots:
             chosen=jnp.zeros((1,), jnp.int32),
             rope_len=jnp.asarray([prefill.end], jnp.int32),
             sampling=batch_sampling([row.sampling], [row.number]),
-            stop_tokens=jnp.asarray([stops], jnp.int32),
+            stop_tokens=jnp.asarray([padded_stops(row)], jnp.int32),
             is_dense=jnp.asarray([prefill.is_dense]),
         )
         engine = self.engine
