@@ -170,6 +170,19 @@ class StepReads:
     bytes_dense: int  # keys and values that the same step reads densely
 
 
+def tokens_read(lengths: np.ndarray, selection: SelectionConfig, has_tail: bool) -> np.ndarray:
+    """Return the tokens that a head of a sparse layer reads at most, with so many cached, the new one included.
+
+    Args:
+        lengths: `int32[any]`.
+        selection: of the step.
+        has_tail: the newest tokens, which no moment has yet, are read, too; some of them may be selected.
+    """
+    budgets = np.asarray(budget_of(jnp.asarray(lengths), selection))
+    newest = np.where(lengths > 0, (lengths - 1) % MOMENT_BLOCK + 1, 0) if has_tail else 0
+    return np.minimum(budgets + newest, lengths)
+
+
 def step_reads(
     cfg: DecoderConfig,
     dtype: jnp.dtype,
@@ -182,17 +195,15 @@ def step_reads(
     """Account one step whose sequences have `lengths` tokens, each new token's included."""
     row = 2 * cfg.head_dim * jnp.dtype(dtype).itemsize
     dense = sum(lengths) * cfg.kv_heads * row
-    budgets = [
-        int(budget_of(length, selection)) if hash_cfg is not None and length >= sparse_from else length
-        for length in lengths
-    ]
+    there = np.asarray(lengths, np.int32)
+    is_sparse = (there >= sparse_from) & (hash_cfg is not None)
+    budgets = np.where(is_sparse, tokens_read(there, selection, has_tail), there).tolist()
     heads = cfg.kv_heads if selection.per == "kv_head" else cfg.q_heads
     sparse_count = sparse_layers(cfg, selection) if hash_cfg is not None else 0
     keys_values, codes = (cfg.layers - sparse_count) * dense, 0
     for length, budget in zip(lengths, budgets, strict=True):
         if hash_cfg is not None and length >= sparse_from:
-            newest = (length - 1) % MOMENT_BLOCK + 1 if has_tail else 0  # some of them may be selected, too
-            keys_values += sparse_count * min(budget + newest, length) * heads * row
+            keys_values += sparse_count * budget * heads * row
             codes += sparse_count * length * code_bytes_per_token(cfg, hash_cfg)
             codes += sparse_count * moment_bytes(cfg.kv_heads, cfg.head_dim, dtype) * has_tail
         else:

@@ -15,6 +15,7 @@ from spotlight_jax import tail
 from spotlight_jax.config.generation import DecodeConfig
 from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.engine import Engine
+from spotlight_jax.memory import tokens_read
 from spotlight_jax.moments import BLOCK, add_tokens, empty_moments
 from tests.eval import tiny
 
@@ -147,3 +148,12 @@ def test_bytes_count_the_moments():
     heads, dim = tiny.MODEL.kv_heads, tiny.MODEL.head_dim
     moved = LAYERS * 4 * (1 + heads * (2 * dim + 2 * dim * dim))
     np.testing.assert_allclose(tailed.index_bytes - plain.index_bytes, moved)
+
+
+def test_reports_count_the_newest_tokens():
+    """At most: some of them may be selected, too. A budget of a fifth, at least five."""
+    lengths = np.asarray([1, 4, 30, 64, 65, 300], np.int32)
+    plain, tailed = (tokens_read(lengths, SPARSE, has_tail).tolist() for has_tail in (False, True))
+    assert plain == [1, 4, 6, 13, 13, 60]
+    newest = [sum(place // BLOCK == (length - 1) // BLOCK for place in range(length)) for length in lengths]
+    assert tailed == [min(one + more, length) for one, more, length in zip(plain, newest, lengths, strict=True)]

@@ -10,11 +10,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-import jax.numpy as jnp
 import numpy as np
 
+from spotlight_jax.memory import tokens_read
 from spotlight_jax.sampling import NOT_FINITE
-from spotlight_jax.selector.selection import budget_of
 from spotlight_jax.serve.prefixes import PrefixStore
 from spotlight_jax.serve.requests import (
     Done,
@@ -130,7 +129,7 @@ class Scheduler:
         self._thread = threading.Thread(target=self._work, name="scheduler", daemon=True)
         lengths = np.arange(slots.max_len + 1, dtype=np.int32)
         self._sums_dense = np.cumsum(lengths, dtype=np.int64)
-        reads = np.asarray(budget_of(jnp.asarray(lengths), slots.engine.cfg.selection))
+        reads = tokens_read(lengths, slots.engine.cfg.selection, slots.engine.has_tail)
         is_long = slots.has_selector & (lengths >= slots.sparse_from)
         self._sums_sparse = np.cumsum(np.where(is_long, reads, lengths), dtype=np.int64)
 

@@ -339,14 +339,14 @@ def test_after_the_drain_time_running_requests_get_a_clear_error():
 
 
 def test_usage_counts_the_tokens_that_steps_read():
-    """By the budget's rule: keep .2, at least 5, from 40 tokens on."""
+    """By the budget's rule: keep .2, at least 5, from 40 tokens on; and the newest, in no full block of 64 yet."""
     scheduler = make_scheduler(is_sparse=True)
     row = dataclasses.replace(REQUESTS[1].row, stop_tokens=())
     stops = dataclasses.replace(REQUESTS[1].stops, tokens=())
-    request = dataclasses.replace(REQUESTS[1], prompt=tuple(range(30)), max_new_tokens=21, row=row, stops=stops)
+    request = dataclasses.replace(REQUESTS[1], prompt=tuple(range(100)), max_new_tokens=21, row=row, stops=stops)
     sparse, dense = run_all(scheduler, [request, dataclasses.replace(request, is_dense=True)])
-    lengths = list(range(31, 51))
-    wanted = sum(length if length < 40 else max(length - int(0.8 * length), 5) for length in lengths)
+    lengths = list(range(101, 121))
+    wanted = sum(max(length - int(0.8 * length), 5) + length - 64 for length in lengths)
     assert (sparse.end.usage.steps, sparse.end.usage.tokens_read) == (20, wanted)
     assert sparse.end.usage.tokens_cached == dense.end.usage.tokens_read == sum(lengths)
 
