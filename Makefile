@@ -2,6 +2,9 @@
 # Bytecode is kept, whatever the shell says: every worker and every command that a test starts would compile all modules anew.
 QUICK = JAX_DISABLE_MOST_OPTIMIZATIONS=1 PYTHONDONTWRITEBYTECODE=
 
+# One file's tests on one worker; a worker that crashes ends the run, which would otherwise wait for it for ever.
+TWO = -n 2 --dist loadfile --max-worker-restart 0
+
 # Every command runs in .venv, which `make setup` creates and brings up to date when pyproject.toml changes.
 PYTHON ?= python3
 
@@ -12,10 +15,10 @@ demo: setup
 	.venv/bin/python -m train.demo
 
 test: setup
-	$(QUICK) .venv/bin/python -m pytest -n 2 --dist loadfile --durations 15
+	$(QUICK) .venv/bin/python -m pytest $(TWO) --durations 15
 
 slow: setup
-	$(QUICK) .venv/bin/python -m pytest -n 2 --dist loadfile -m 'slow and not parity and not gpu'
+	$(QUICK) .venv/bin/python -m pytest $(TWO) -m 'slow and not parity and not gpu'
 
 # What takes too long for every change.
 soak: setup
@@ -32,7 +35,7 @@ format: setup
 
 # Against Hugging Face's models and the evaluation harness; in an environment of its own, so that no other test has torch.
 parity: .venv-parity/.installed
-	.venv-parity/bin/python -m pytest -n 2 --dist loadfile tests/parity tests/eval -m parity
+	.venv-parity/bin/python -m pytest $(TWO) tests/parity tests/eval -m parity
 
 # A source archive carries what its tests need: they are collected in it, unpacked.
 sdist: setup

@@ -6,6 +6,7 @@ from jaxtyping import install_import_hook
 install_import_hook(["spotlight_jax", "train", "eval"], "beartype.beartype")
 
 import signal
+from pathlib import Path
 
 import hypothesis
 import jax
@@ -24,6 +25,18 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Two busy cores make any deadline flaky; the same examples every time make a failure everybody's.
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=30)
 hypothesis.settings.load_profile("default")
+
+
+# Each compiled program of XLA's CPU client maps memory, and Linux allows 65,530 maps a process: the next one after that crashes it.
+MAPS, MOST_MAPS = Path("/proc/self/maps"), 25_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_memory_maps():
+    """After a module, forgets the compiled programs when they have become many."""
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
 
 
 @pytest.fixture
