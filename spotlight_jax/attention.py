@@ -15,8 +15,9 @@ from jaxtyping import Array, Bool, Float, Int32, PyTree, Shaped
 Implementation = Literal["auto", "xla", "cudnn"]
 # (queries, their positions) -> (mask of what each reads, logarithms of weights or None, anything the caller wants back)
 Select = Callable[[Array, Array], tuple[Array, Array | None, PyTree]]
-# (logits, mask [batch, kv_heads, group, q_len, kv_len], values, positions) -> outputs, head_dim in kv_len's place
-Finish = Callable[[Array, Array, Array, Array], Array]
+# (logits, mask [batch, kv_heads, group, q_len, kv_len], values, positions) -> outputs, head_dim in kv_len's place, and
+# the share of each one's attention that is an estimate
+Finish = Callable[[Array, Array, Array, Array], tuple[Array, Array]]
 
 _SEGMENTS = 16  # unrolled pieces with a key prefix of their own; more would only cost compile time
 _ROWS_AT_ONCE = 16  # up to this many queries all heads are scored in one product (decoding)
@@ -231,6 +232,9 @@ def selected_attention(
         positions: None: the queries are the last `q_len` keys.
         chunk: queries at once; the largest buffers are `[batch, chunk, q_heads, kv_len]` float32.
         finish: makes outputs of logits, mask, values and positions; None: a softmax over the mask.
+
+    Returns: outputs, and what `select` handed back; with `finish`, a pair of that and the mean share over the query
+    heads `[batch, q_len]` that was estimated.
     """
     _check_shapes(queries, keys, values)
     batch, q_len, q_heads = queries.shape[:3]
@@ -258,7 +262,8 @@ def selected_attention(
         if finish is None:
             outputs = _softmax_values(logits, spread(mask), values, "bkgts,bskd->bkgtd")
         else:
-            outputs = finish(logits, spread(mask), values, places)
+            outputs, share = finish(logits, spread(mask), values, places)
+            aux = aux, share.mean(axis=(1, 2))
         return outputs.transpose(0, 3, 1, 2, 4).reshape(rows.shape).astype(queries.dtype), aux
 
     outputs, aux = jax.lax.map(attend_chunk, (split(queries), split(positions)))

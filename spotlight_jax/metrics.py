@@ -74,3 +74,15 @@ def quality_of_queries(
         mass=_mass(chosen, probabilities),
         oracle_mass=_mass(oracle, probabilities),
     )
+
+
+def output_error(
+    outputs: Shaped[Array, "batch q_len q_heads head_dim"],
+    dense: Shaped[Array, "batch q_len q_heads head_dim"],
+    heads: int,
+) -> Float[Array, "batch q_len heads"]:
+    """Squared error of outputs, relative to the square of dense ones; means over the heads that select together."""
+    wide = dense.astype(jnp.float32)
+    off = jnp.sum(jnp.square(outputs.astype(jnp.float32) - wide), axis=-1)
+    errors = off / jnp.maximum(jnp.sum(jnp.square(wide), axis=-1), 1e-9)
+    return jnp.mean(errors.reshape(*errors.shape[:2], heads, -1), axis=-1)

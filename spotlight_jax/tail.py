@@ -272,12 +272,16 @@ def attend_by_logits(
     values: Shaped[Array, "batch kv_len kv_heads head_dim"],
     positions: Int32[Array, "batch q_len"],
     params: TailParams,
-) -> Float[Array, "batch kv_heads group q_len head_dim"]:
-    """Return attention over the mask and an estimate of it over the rest; args as `split_by_logits`."""
+) -> tuple[Float[Array, "batch kv_heads group q_len head_dim"], Float[Array, "batch kv_heads group q_len"]]:
+    """Return attention over the mask and an estimate of it over the rest, and the share that is estimated.
+
+    Args as `split_by_logits`.
+    """
     split = split_by_logits(logits, mask, values, positions)
     corrections = params.grouped(values.shape[2])
     log_mass, value = estimate(split.whole, split.unread, split.values, split.highest, corrections)
-    return jnp.moveaxis(join(split.read, split.log_read, value, log_mass)[0], 1, 3)
+    outputs, share = join(split.read, split.log_read, value, log_mass)
+    return jnp.moveaxis(outputs, 1, 3), jnp.moveaxis(share, 1, 3)
 
 
 def join(

@@ -5,6 +5,8 @@ from jaxtyping import install_import_hook
 # Before anything of ours is imported: jaxtyping's annotations are then checked with beartype at each call.
 install_import_hook(["spotlight_jax", "train", "eval"], "beartype.beartype")
 
+import functools
+import gc
 import signal
 from pathlib import Path
 
@@ -27,16 +29,20 @@ hypothesis.settings.register_profile("default", deadline=None, derandomize=True,
 hypothesis.settings.load_profile("default")
 
 
-# Each compiled program of XLA's CPU client maps memory, and Linux allows 65,530 maps a process: the next one after that crashes it.
+# Each compiled program of XLA's CPU client maps memory, and Linux allows 65,530 maps a process: one more crashes it.
 MAPS, MOST_MAPS = Path("/proc/self/maps"), 25_000
 
 
 @pytest.fixture(autouse=True, scope="module")
-def few_memory_maps():
-    """After a module, forgets the compiled programs when they have become many."""
+def few_memory_maps(request):
+    """After a module, forgets the compiled programs when they have become many, and the engines that hold some."""
     yield
     if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+        for value in vars(request.module).values():
+            if isinstance(value, functools._lru_cache_wrapper):
+                value.cache_clear()
         jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

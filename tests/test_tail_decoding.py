@@ -140,7 +140,7 @@ def test_the_tail_brings_the_tiny_model_nearer_to_dense():
 
 def test_bytes_count_the_moments():
     selection = dataclasses.replace(SPARSE, dense_layers=())
-    model, sequence = dataclasses.replace(tiny.model(), selector=selector()), Sequence(tiny.draw_tokens(60))
+    model, sequence = dataclasses.replace(tiny.model(), selector=selector()), Sequence(tiny.draw_tokens(90))
     plain, tailed = (
         score_sequence(model, sequence, open_method(name, selector(), selection, selector().shape), selection)
         for name in ("spotlight", "spotlight+tail")
@@ -148,6 +148,8 @@ def test_bytes_count_the_moments():
     heads, dim = tiny.MODEL.kv_heads, tiny.MODEL.head_dim
     moved = LAYERS * 4 * (1 + heads * (2 * dim + 2 * dim * dim))
     np.testing.assert_allclose(tailed.index_bytes - plain.index_bytes, moved)
+    assert not plain.estimated.any() and (tailed.estimated[:BLOCK] == 0).all()
+    assert ((tailed.estimated[BLOCK + 8 :] > 0) & (tailed.estimated[BLOCK + 8 :] < 1)).all()
 
 
 def test_reports_count_the_newest_tokens():

@@ -172,11 +172,19 @@ def _name_dense(row: dict[str, Any]) -> str:
 
 
 def plot_heads(
-    path: Path, panels: Sequence[tuple[str, Float[np.ndarray, "layers heads"]]], label: str, head: str, title: str
+    path: Path,
+    panels: Sequence[tuple[str, Float[np.ndarray, "layers heads"]]],
+    label: str,
+    head: str,
+    title: str,
+    end: float = math.inf,
 ) -> None:
-    """Draw the quality of layers and heads, a panel a method, one colour scale; grey (NaN): a layer read densely."""
+    """Draw the quality of layers and heads, a panel a method, one colour scale; grey (NaN): a layer read densely.
+
+    The scale goes to the highest of all, or to `end`.
+    """
     layers, heads = panels[0][1].shape
-    highest = max(max(float(np.nanmax(values)) for _, values in panels), 1e-3)
+    highest = min(max(max(float(np.nanmax(values)) for _, values in panels), 1e-3), end)
     rows = -(-len(panels) // _PANELS)
     columns = -(-len(panels) // rows)
     width, height = min(0.32 * heads, 5.0) + 1.2, max(2.6, 0.14 * layers) + 0.7

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import io
 import itertools
+import math
 from collections.abc import Sequence as Several
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,20 @@ from eval.inspect import InspectConfig
 from eval.methods import base_name
 from eval.methods.base import Method, rule_of
 from eval.methods.oracle import Oracle
-from eval.model.attend import Traffic, causal_budgets, default_chunk, dense_traffic, row_bytes, selected_traffic
+from eval.model.attend import (
+    Traffic,
+    causal_budgets,
+    default_chunk,
+    dense_traffic,
+    finish_of,
+    read_with_tail,
+    row_bytes,
+    selected_traffic,
+)
 from eval.model.load import EvalModel, load_eval_model, warn_of_ranges
 from eval.model.scores import check_length, positions_of
 from spotlight_jax import files, metrics
-from spotlight_jax.attention import causal_attention
+from spotlight_jax.attention import causal_attention, selected_attention
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.config.data import DataConfig
 from spotlight_jax.data import read_windows
@@ -37,41 +47,50 @@ from spotlight_jax.errors import InputError
 from spotlight_jax.models.decoder import embed_tokens
 from spotlight_jax.models.runner import run_layers
 
-MEASURES = ("iou", "recall", "mass", "oracle_mass")
+QUALITY = ("iou", "recall", "mass", "oracle_mass")
+MEASURES = (*QUALITY, "error")  # of each selecting head
+_COLUMNS = ("IoU", "recall", "mass read", "mass of oracle-scores", "output error")  # of `MEASURES`
 WORST = 10
 
 
 @flax.struct.dataclass
 class AttentionInputs:
-    """Dense attention that gives back the queries at some positions and all keys."""
+    """Dense attention that gives back the queries at some positions with their outputs, and all keys and values."""
 
     query_positions: Int32[Array, "one n"]
 
-    def __call__(self, queries: Array, keys: Array, values: Array) -> tuple[Array, tuple[Array, Array]]:
+    def __call__(self, queries: Array, keys: Array, values: Array) -> tuple[Array, tuple[Array, ...]]:
         """See `Attend`."""
-        some = jnp.take_along_axis(queries, self.query_positions[:, :, None, None], axis=1, mode="clip")
-        return causal_attention(queries, keys, values), (some, keys)
+        outputs, at = causal_attention(queries, keys, values), self.query_positions[:, :, None, None]
+        some = (jnp.take_along_axis(each, at, axis=1, mode="clip") for each in (queries, outputs))
+        return outputs, (*some, keys, values)
 
 
 @functools.partial(jax.jit, static_argnames="chunk")
 def inspect_layer(
     method: Method,
     queries: Float[Array, "one n q_heads head_dim"],
+    dense: Float[Array, "one n q_heads head_dim"],
     keys: Float[Array, "one length kv_heads head_dim"],
+    values: Float[Array, "one length kv_heads head_dim"],
     positions: Int32[Array, "one n"],
     budgets: Int32[Array, " length"],
     chunk: int,
 ) -> tuple[dict[str, Float[Array, "n heads"]], Traffic]:
     """Return `MEASURES` of a method's selections per query and selecting head, and the mean traffic of a query.
 
+    IoU and recall are of what is selected, everything else of what is read: with a tail, the newest tokens as well.
+
     Args:
+        dense: outputs of dense attention.
         positions: of the queries among the keys.
         chunk: queries at once; it divides their number.
     """
     index = method.index(keys, jnp.full((1,), keys.shape[1], jnp.int32))
+    tail = method.tail_params(index)
 
-    def compare(piece: tuple[Array, Array]) -> tuple[dict[str, Array], Traffic]:
-        rows, at = piece[0][None], piece[1][None]
+    def compare(piece: tuple[Array, Array, Array]) -> tuple[dict[str, Array], Traffic]:
+        rows, wanted, at = (each[None] for each in piece)
         allowed = jnp.take(budgets, at, mode="clip")
         selection = method.select(rows, keys, index, at, allowed)
         heads = selection.mask.shape[2]
@@ -79,9 +98,23 @@ def inspect_layer(
         oracle = Oracle("oracle-scores", rule_of(method.selection, per=per), ()).select(rows, keys, None, at, allowed)
         probabilities = metrics.attention_probabilities(rows, keys, at, heads)
         quality = metrics.quality_of_queries(selection.mask, oracle.mask, probabilities)
-        return {name: getattr(quality, name)[0] for name in MEASURES}, selected_traffic(selection, keys)
+        read = read_with_tail(selection, tail, at, keys)
+        traffic = selected_traffic(read, keys)
 
-    pieces = queries.reshape(-1, chunk, *queries.shape[2:]), positions.reshape(-1, chunk)
+        def choose(*_: Array) -> tuple[Array, Array | None, Traffic]:
+            return read.mask, read.log_weights, traffic
+
+        outputs, found = selected_attention(
+            rows, keys, values, choose, positions=at, chunk=chunk, finish=finish_of(tail)
+        )
+        measures = {name: getattr(quality, name)[0] for name in QUALITY}
+        measures["error"] = metrics.output_error(outputs, wanted, heads)[0]
+        if tail is None:
+            return measures, traffic
+        measures["mass"] = metrics.quality_of_queries(read.mask, oracle.mask, probabilities).mass[0]
+        return measures, traffic.replace(estimated=found[1])
+
+    pieces = tuple(each.reshape(-1, chunk, *each.shape[2:]) for each in (queries, dense, positions))
     quality, traffic = jax.lax.map(compare, pieces)
     quality = {name: values.reshape(-1, values.shape[-1]) for name, values in quality.items()}
     return quality, jax.tree.map(jnp.mean, traffic)
@@ -101,9 +134,10 @@ def inspect_window(
     x = embed_tokens(params, jnp.asarray(tokens)[None], cfg)
     attend = AttentionInputs(positions)
     passed = run_layers(params, x, positions_of(x), lambda layer: attend, cfg)
-    for layer, (_, (queries, keys)) in enumerate(passed):
+    for layer, (_, (queries, outputs, keys, values)) in enumerate(passed):
         for part, method, allowed in zip(found, methods, budgets, strict=True):
-            part.append(inspect_layer(method.layer(layer), queries, keys, positions, allowed, chunk))
+            own = method.layer(layer)
+            part.append(inspect_layer(own, queries, outputs, keys, values, positions, allowed, chunk))
         if not bool(jnp.isfinite(queries).all() & jnp.isfinite(keys).all()):
             raise InputError(
                 f"layer {layer}'s queries or keys are not finite (NaN or Inf): the model's weights cannot be used, or "
@@ -130,6 +164,7 @@ def _summarise(layers: list[Any], method: Method, dense_bytes: float) -> Row:
         "tokens_read": float(np.mean([layer.tokens for layer in traffic])),
         "bytes_read": dense + float(sum(layer.bytes + layer.index_bytes for layer in traffic)),
         "index_bytes": float(sum(layer.index_bytes for layer in traffic)),
+        "estimated": float(np.mean([layer.estimated for layer in traffic])),
     }
 
 
@@ -138,7 +173,8 @@ def _average(rows: Several[Row]) -> Row:
     sparse = rows[0]["sparse_layers"]
     by_head = {name: np.mean([np.asarray(row["by_head"][name]) for row in rows], axis=0) for name in MEASURES}
     traffic = {
-        name: float(np.mean([row[name] for row in rows])) for name in ("tokens_read", "bytes_read", "index_bytes")
+        name: float(np.mean([row[name] for row in rows]))
+        for name in ("tokens_read", "bytes_read", "index_bytes", "estimated")
     }
     buckets = combine_buckets([buckets_of(row) for row in rows], MEASURES, weights=[1.0] * len(rows))
     return {
@@ -146,6 +182,7 @@ def _average(rows: Several[Row]) -> Row:
         "tokens_read": round(traffic["tokens_read"], 2),
         "bytes_read": round(traffic["bytes_read"]),
         "index_bytes": round(traffic["index_bytes"]),
+        "estimated": round(traffic["estimated"], 5),
         "by_position": [bucket | {name: round(bucket[name], 5) for name in MEASURES} for bucket in buckets],
         "sparse_layers": sparse,
         "by_head": {name: np.round(values, 5).tolist() for name, values in by_head.items()},
@@ -181,7 +218,11 @@ def main(cfg: InspectConfig) -> dict[str, Any]:
         _draw(record.folder.path, overall)
         shown = ", ".join(text.removeprefix("text:") for text in texts)
         title = f"{model.source}, {cfg.window:,} tokens, {cfg.queries} queries a window, {shown}"
-        labels = {"mass": "attention probability read", "iou": "IoU with oracle-scores"}
+        labels = {
+            "mass": "attention probability read",
+            "iou": "IoU with oracle-scores",
+            "error": "relative output error",
+        }
         plot_positions(record.folder.path / "by_position.png", overall, labels, title)
         results = [record.row_of(_part(case, name)) or {} for name in texts for case in cases]
         results += overall if len(texts) > 1 else []
@@ -195,6 +236,8 @@ def _part(case: EvalCase, text: str) -> Part:
 
 def _overall(record: Record, case: EvalCase, texts: Several[str]) -> Row:
     rows = [row for name in texts if (row := record.row_of(_part(case, name)))]
+    if any("error" not in row for row in rows):
+        raise InputError("an older version began this run and measured no output error; give another --out")
     return _part(case, ALL_TEXTS if len(texts) > 1 else texts[0]) | _average(rows)
 
 
@@ -217,7 +260,7 @@ def _draw(folder: Path, rows: Several[Row]) -> None:
     first = {row["method"]: row for row in reversed(rows)}
     names = name_methods(row["method"] for row in rows)
     shown = [first[method] for method in names]
-    labels = {"iou": "IoU with oracle-scores", "mass": "attention probability read"}
+    labels = {"iou": "IoU with oracle-scores", "mass": "attention probability read", "error": "relative output error"}
     for measure, label in labels.items():
         panels: dict[int, list[tuple[str, np.ndarray]]] = {}
         is_drawn = [measure != "iou" or not row["method"].startswith("oracle-") for row in shown]  # the oracle's is 1
@@ -228,16 +271,20 @@ def _draw(folder: Path, rows: Several[Row]) -> None:
         for number, (heads, drawn) in enumerate(panels.items()):
             file = f"{measure}.png" if number == 0 else f"{measure}-{heads}-heads.png"
             title = f"{rows[0]['text']}; grey: read densely"
-            plot_heads(folder / file, drawn, label, f"selecting head (of {heads})", title)
+            # an output of zeros has error 1: what is worse looks the same
+            end = 1.0 if measure == "error" else math.inf
+            plot_heads(folder / file, drawn, label, f"selecting head (of {heads})", title, end)
 
 
 def _table(title: str, rows: Several[Row]) -> Any:
     lines, names = [], name_methods(row["method"] for row in rows)
     for row in rows:
         figures = [f"{row[name]:.3f}" for name in MEASURES]
-        lines.append([*describe_part(row, names), *figures, f"{row['tokens_read']:,.0f}"])
-    columns = ["method", "keep", "always read", "IoU", "recall", "mass read", "mass of oracle-scores", "tokens"]
-    return make_table(f"selections, {title}\nmeans over heads and sparse layers", columns, lines, names=3)
+        estimated = f"{100 * row['estimated']:.1f} %" if row["estimated"] else ""
+        lines.append([*describe_part(row, names), *figures, estimated, f"{row['tokens_read']:,.0f}"])
+    columns = ["method", "keep", "always read", *_COLUMNS, "estimated", "tokens"]
+    note = "means over heads and sparse layers; output error: squared, relative to dense attention's output"
+    return make_table(f"selections, {title}\n{note}", columns, lines, names=3)
 
 
 def _worst_table(rows: Several[Row]) -> Any:
@@ -257,6 +304,6 @@ def _worst_table(rows: Several[Row]) -> Any:
         ]
         for layer, head in heads[:WORST]
     ]
-    columns = ["", "mass lost", "IoU", "recall", "mass read", "mass of oracle-scores"]
+    columns = ["", "mass lost", *_COLUMNS]
     method = name_methods(row["method"] for row in rows)[row["method"]]
     return make_table(f"{method}: the {len(lines)} worst heads, by mass lost against oracle-scores", columns, lines)

@@ -11,11 +11,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from eval.methods.base import Method, Selection
-from spotlight_jax.attention import causal_attention, selected_attention
+from spotlight_jax.attention import Finish, causal_attention, selected_attention
 from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.moments import moment_bytes, with_newest
 from spotlight_jax.selector.selection import budget_of
-from spotlight_jax.tail import attend_by_logits
+from spotlight_jax.tail import TailParams, attend_by_logits
 
 KeysValues = tuple[
     Float[Array, "batch capacity kv_heads head_dim"],
@@ -44,6 +44,7 @@ class Traffic:
     tokens: PerQuery  # of each selecting head, their mean
     bytes: PerQuery  # of keys and values, all heads; each selecting head fetches its own
     index_bytes: PerQuery  # of what a method remembers of the keys, all heads
+    estimated: PerQuery  # share of the attention that was estimated, not read, mean over query heads
 
 
 def row_bytes(head_dim: int, dtype: jnp.dtype) -> int:
@@ -54,29 +55,49 @@ def row_bytes(head_dim: int, dtype: jnp.dtype) -> int:
 def dense_traffic(positions: Int32[Array, "batch q_len"], kv_heads: int, bytes_of_row: int) -> Traffic:
     """Return the traffic of queries that read everything."""
     tokens = (positions + 1).astype(jnp.float32)
-    return Traffic(tokens, tokens * (kv_heads * bytes_of_row), jnp.zeros_like(tokens))
+    return Traffic(tokens, tokens * (kv_heads * bytes_of_row), jnp.zeros_like(tokens), jnp.zeros_like(tokens))
+
+
+def read_with_tail(
+    selection: Selection,
+    tail: TailParams | None,
+    positions: Int32[Array, "batch q_len"],
+    keys: Float[Array, "batch kv_len kv_heads head_dim"],
+) -> Selection:
+    """Return what queries read that select this: with a tail, the newest tokens and the moments as well."""
+    if tail is None:
+        return selection
+    moved = moment_bytes(keys.shape[2], keys.shape[3], keys.dtype)
+    mask = with_newest(selection.mask, positions)
+    return dataclasses.replace(selection, mask=mask, index_bytes=selection.index_bytes + float(moved))
+
+
+def finish_of(tail: TailParams | None) -> Finish | None:
+    """Return what makes the outputs, for `selected_attention`."""
+    return None if tail is None else functools.partial(attend_by_logits, params=tail)
 
 
 def selected_traffic(selection: Selection, keys: Float[Array, "batch kv_len kv_heads head_dim"]) -> Traffic:
-    """Return the traffic of queries that read a selection."""
+    """Return the traffic of queries that read a selection and estimate nothing."""
     counts = jnp.sum(selection.mask, axis=-1, dtype=jnp.int32).astype(jnp.float32)
     moved = jnp.sum(counts, axis=-1) * row_bytes(keys.shape[3], keys.dtype)
-    return Traffic(jnp.mean(counts, axis=-1), moved, selection.index_bytes)
+    return Traffic(jnp.mean(counts, axis=-1), moved, selection.index_bytes, jnp.zeros_like(moved))
 
 
 def sum_traffic(layers: Sequence[Traffic | None], dense: Traffic) -> Traffic:
-    """Return the traffic of a whole model: bytes of all layers, tokens as a mean over the sparse ones.
+    """Return the traffic of a whole model: bytes of all layers; tokens and estimates as means over the sparse ones.
 
     Args:
         layers: the traffic of each layer, None for one that reads everything.
         dense: the traffic of such a layer.
     """
     sparse = [layer for layer in layers if layer is not None]
-    tokens = sum((layer.tokens for layer in sparse), jnp.zeros_like(dense.tokens))
+    none = jnp.zeros_like(dense.tokens)
     return Traffic(
-        tokens=tokens / len(sparse) if sparse else dense.tokens,
+        tokens=sum((layer.tokens for layer in sparse), none) / len(sparse) if sparse else dense.tokens,
         bytes=sum(((layer or dense).bytes for layer in layers), jnp.zeros_like(dense.bytes)),
         index_bytes=sum((layer.index_bytes for layer in sparse), dense.index_bytes),
+        estimated=sum((layer.estimated for layer in sparse), none) / max(len(sparse), 1),
     )
 
 
@@ -99,8 +120,7 @@ class Selected:
 
         def select(rows: Array, at: Array) -> tuple[Array, Array | None, Traffic]:
             selection = self.method.select(rows, keys, index, at, jnp.take(self.budgets, at, mode="clip"))
-            if tail is not None:
-                selection = dataclasses.replace(selection, mask=with_newest(selection.mask, at))
+            selection = read_with_tail(selection, tail, at, keys)
             is_dense = at < self.dense_prefix
             dense = dense_traffic(at, keys.shape[2], row_bytes(keys.shape[3], keys.dtype))
             traffic = jax.tree.map(lambda *two: jnp.where(is_dense, *two), dense, selected_traffic(selection, keys))
@@ -111,17 +131,13 @@ class Selected:
                 log_weights = jnp.where(is_dense, 0.0, log_weights)
             return jnp.where(is_dense, visible, selection.mask), log_weights, traffic
 
-        finish = None if tail is None else functools.partial(attend_by_logits, params=tail)
-        places, chunk = self.positions, self.chunk
-        outputs, traffic = selected_attention(
-            queries, keys, values, select, positions=places, chunk=chunk, finish=finish
+        outputs, found = selected_attention(
+            queries, keys, values, select, positions=self.positions, chunk=self.chunk, finish=finish_of(tail)
         )
-        if tail is not None:
-            moved = jnp.where(
-                places < self.dense_prefix, 0.0, float(moment_bytes(keys.shape[2], keys.shape[3], keys.dtype))
-            )
-            traffic = traffic.replace(index_bytes=traffic.index_bytes + moved)
-        return outputs, traffic
+        if tail is None:
+            return outputs, found
+        traffic, share = found
+        return outputs, traffic.replace(estimated=share)
 
 
 @flax.struct.dataclass

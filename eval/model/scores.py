@@ -74,6 +74,7 @@ class SequenceScores:
     tokens_read: Float[np.ndarray, "length"]  # mean over selecting heads and sparse layers
     bytes_read: Float[np.ndarray, "length"]  # keys, values and index, of all layers, the dense ones included
     index_bytes: Float[np.ndarray, "length"]  # of these, the index
+    estimated: Float[np.ndarray, "length"]  # share of the attention, mean over query heads and sparse layers
 
 
 def positions_of(x: Float[Array, "batch length embed"]) -> Int32[Array, "batch length"]:
@@ -267,7 +268,8 @@ def _score(
     cfg = model.cfg
     whole = sum_traffic(layers, dense_traffic(positions, cfg.kv_heads, row_bytes(cfg.head_dim, x.dtype)))
     best, log_probs = score_next(unembed_params(model.params), x, tokens, cfg)
-    found = best, tokens[0], log_probs, whole.tokens[0], (whole.bytes + whole.index_bytes)[0], whole.index_bytes[0]
+    moved = (whole.bytes + whole.index_bytes)[0], whole.index_bytes[0]
+    found = best, tokens[0], log_probs, whole.tokens[0], *moved, whole.estimated[0]
     chosen, given, scored, *read = (np.asarray(array)[:count] for array in jax.device_get(found))
     check_scores(scored[: count - 1])
     check_chosen(chosen)

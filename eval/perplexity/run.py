@@ -56,6 +56,7 @@ def measure(passes: Several[SequenceScores], first_scored: int) -> Row:
         "tokens_read": round(mean("tokens_read"), 2),
         "bytes_read": round(mean("bytes_read")),
         "index_bytes": round(mean("index_bytes")),
+        "estimated": round(mean("estimated"), 5),
         "by_position": _combine_positions(buckets),
     }
 
@@ -71,15 +72,19 @@ def combine(rows: Several[Row]) -> Row:
     documents = [row["documents"] for row in rows]
     scored = [row["tokens_scored"] for row in rows]
     loss = np.average([math.log(row["ppl_pooled"]) for row in rows], weights=scored)
-    means = {name: np.average([row[name] for row in rows], weights=scored) for name in ("tokens_read",)}
-    sizes = {name: np.average([row[name] for row in rows], weights=scored) for name in ("bytes_read", "index_bytes")}
+
+    def mean(name: str) -> float:
+        return float(np.average([row[name] for row in rows], weights=scored))
+
     return {
         "ppl": float(np.average([row["ppl"] for row in rows], weights=documents)),
         "ppl_pooled": perplexity_of(loss),
         "documents": sum(documents),
         "tokens_scored": sum(scored),
-        **{name: round(float(value), 2) for name, value in means.items()},
-        **{name: round(float(value)) for name, value in sizes.items()},
+        "tokens_read": round(mean("tokens_read"), 2),
+        "bytes_read": round(mean("bytes_read")),
+        "index_bytes": round(mean("index_bytes")),
+        **({"estimated": round(mean("estimated"), 5)} if all("estimated" in row for row in rows) else {}),
         "by_position": _combine_positions([buckets_of(row) for row in rows]),
     }
 
@@ -157,7 +162,7 @@ def _tables(cfg: PerplexityConfig, results: Several[Row], texts: Several[str], t
         rule += f", the first {cfg.dense_prefix} positions dense"
     names = [text.removeprefix("text:") for text in texts]
     columns = ["method", "keep", "always read", *names, *([ALL_TEXTS, "pooled"] if len(texts) > 1 else ["pooled"])]
-    columns += ["tokens", "MiB", "of it index"]
+    columns += ["tokens", "MiB", "of it index", "estimated"]
     lines: dict[tuple[Any, ...], list[str]] = {}
     shown = name_methods(row["method"] for row in results)
     for row in results:
@@ -167,6 +172,8 @@ def _tables(cfg: PerplexityConfig, results: Several[Row], texts: Several[str], t
         if row["text"] == ALL_TEXTS or len(texts) == 1:
             line += [f"{row['ppl_pooled']:.4g}", f"{row['tokens_read']:,.0f}"]
             line += [f"{row['bytes_read'] / _MIB:.2f}", f"{row['index_bytes'] / _MIB:.2f}"]
+            line.append(f"{100 * row['estimated']:.1f} %" if row.get("estimated") else "")
     note = "columns of texts: mean perplexity of documents; pooled: of all their tokens together; "
-    note += "tokens: read per query, mean over heads of sparse layers; MiB: read per token, all layers"
+    note += "tokens: read per query, mean over heads of sparse layers; MiB: read per token, all layers; "
+    note += "estimated: share of the attention that was not read (+tail), mean over heads of sparse layers"
     return [make_table(f"perplexity, {title}; {rule}\n{note}", columns, list(lines.values()), names=3)]

@@ -65,12 +65,13 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
     "perplexity": (
         *_WHO, *_ALWAYS, Column("text", "text"), Column("ppl", "perplexity, mean of documents", _significant),
         Column("ppl_pooled", "perplexity of all tokens", _significant), *_READS,
-        Column("index_bytes", "of it index, MiB", _mib),
+        Column("index_bytes", "of it index, MiB", _mib), Column("estimated", "share estimated", _number(3)),
     ),
     "inspect": (
         *_WHO, *_ALWAYS, Column("text", "text"), Column("iou", "IoU with oracle-scores", _number(3)),
         Column("recall", "recall", _number(3)), Column("mass", "mass read", _number(3)),
-        Column("oracle_mass", "mass of oracle-scores", _number(3)), *_READS,
+        Column("oracle_mass", "mass of oracle-scores", _number(3)), Column("error", "output error", _number(3)),
+        Column("estimated", "share estimated", _number(3)), *_READS,
     ),
     "needle": (
         *_WHO, *_ALWAYS, Column("questions", "questions", _number(0)), Column("exact", "exact answers", _percent),

@@ -57,7 +57,8 @@ def test_the_error_of_rows_is_that_of_attention_with_the_tail():
     grouped = picked.reshape(1, PICKS, KV_HEADS, 2, DIM)
     logits = jnp.einsum("btkgd,bskd->bkgts", grouped, keys) * DIM**-0.5
     mask = jnp.repeat(mask, 2, axis=2).reshape(1, PICKS, KV_HEADS, 2, WINDOW).transpose(0, 2, 3, 1, 4)
-    found = np.moveaxis(np.asarray(jax.jit(attend_by_logits)(logits, mask, values, places[None], params)), 3, 1)[0]
+    outputs, _ = jax.jit(attend_by_logits)(logits, mask, values, places[None], params)
+    found = np.moveaxis(np.asarray(outputs), 3, 1)[0]
     expected = np.square(found.reshape(dense.shape) - dense).sum(-1) / np.square(dense).sum(-1)
     np.testing.assert_allclose(error[:PICKS].reshape(PICKS, Q_HEADS), expected, rtol=1e-3, atol=1e-5)
 

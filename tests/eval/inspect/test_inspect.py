@@ -29,13 +29,13 @@ def own_compile_cache(monkeypatch):
 
 
 def seen_by_layers(tokens):
-    """Queries and keys after RoPE of every layer of a dense pass, float64."""
+    """Queries and keys after RoPE, and values, of every layer of a dense pass, float64."""
     found = []
     x = embed_tokens(model().params, jnp.asarray(tokens)[None], MODEL)
     positions = jnp.arange(len(tokens), dtype=jnp.int32)[None]
 
     def attend(queries, keys, values):
-        return causal_attention(queries, keys, values), (queries, keys)
+        return causal_attention(queries, keys, values), (queries, keys, values)
 
     apply = jax.jit(lambda params, x: apply_layer(params, x, positions, attend, MODEL))
     for layer in range(MODEL.layers):
@@ -44,8 +44,8 @@ def seen_by_layers(tokens):
     return found
 
 
-def quality_by_hand(queries, keys, places, choose, budget):
-    """IoU, recall, mass and the oracle's mass of each KV head and query, by sets of positions: [heads, queries, 4]."""
+def quality_by_hand(queries, keys, token_values, places, choose, budget):
+    """`MEASURES` of each KV head and query, by sets of positions: [heads, queries, 5]."""
     rows = []
     for head in range(HEADS):
         own = queries[:, head * GROUP : (head + 1) * GROUP]
@@ -53,16 +53,23 @@ def quality_by_hand(queries, keys, places, choose, budget):
         for place in places:
             logits = keys[: place + 1, head] @ own[place].T / np.sqrt(MODEL.head_dim)  # [seen, group]
             shares = np.exp(logits - logits.max(0))
+            chosen = sorted(choose(place, budget(place)))
+            dense, own_output = (
+                (shares[tokens] / shares[tokens].sum(0)).T @ token_values[tokens, head]
+                for tokens in (range(place + 1), chosen)
+            )
+            error = (np.square(own_output - dense).sum(1) / np.square(dense).sum(1)).mean()
             shares = (shares / shares.sum(0)).mean(1)
             order = sorted(range(place), key=lambda token: -logits[token].sum())
             wanted = {place, *order[: budget(place) - 1]}
-            chosen = choose(place, budget(place))
+            chosen = set(chosen)
             values.append(
                 [
                     len(chosen & wanted) / len(chosen | wanted),
                     len(chosen & wanted) / len(wanted),
                     shares[list(chosen)].sum(),
                     shares[list(wanted)].sum(),
+                    error,
                 ]
             )
         rows.append(values)
@@ -84,8 +91,8 @@ def test_quality_is_that_of_sets_of_positions():
             return set(range(place + 1))
         return {0, 1, 2, 3} | set(range(place - count + 5, place + 1))
 
-    for layer, (queries, keys) in enumerate(seen_by_layers(tokens)):
-        each = quality_by_hand(queries, keys, places, newest, budget)
+    for layer, (queries, keys, values) in enumerate(seen_by_layers(tokens)):
+        each = quality_by_hand(queries, keys, values, places, newest, budget)
         expected = each.mean(axis=1)
         found = np.stack([window["by_head"][name][layer] for name in inspect.MEASURES], axis=-1)
         np.testing.assert_allclose(found, expected, atol=1e-4)
@@ -101,6 +108,23 @@ def test_quality_is_that_of_sets_of_positions():
     row = 2 * MODEL.head_dim * 4 * HEADS
     seen = np.mean(places) + 1
     assert window["bytes_read"] == pytest.approx((2 * seen + window["tokens_read"]) * row)
+
+
+@pytest.mark.parametrize("name", ["window", "oracle-mass"])
+def test_a_tail_reads_the_newest_as_well_and_has_less_error(name):
+    cfg = EvalConfig(methods=(name, f"{name}+tail"), keep=(0.1, 1.0))
+    plain, plain_all, tailed, tailed_all = inspect.inspect_window(
+        model(), draw_tokens(200, seed=7), list_cases(cfg), count=20, seed=0
+    )
+    assert plain["estimated"] == 0 < tailed["estimated"] < 1 - tailed["by_head"]["mass"][2].mean() + 0.3
+    for layer in range(MODEL.layers):
+        for row in (plain_all, tailed_all):
+            np.testing.assert_allclose(row["by_head"]["error"][layer], 0, atol=1e-8)
+        assert (tailed["by_head"]["mass"][layer] > plain["by_head"]["mass"][layer]).all()
+        np.testing.assert_array_equal(tailed["by_head"]["iou"][layer], plain["by_head"]["iou"][layer])
+    assert np.mean(tailed["by_head"]["error"][2]) < 0.9 * np.mean(plain["by_head"]["error"][2])
+    assert tailed["tokens_read"] > plain["tokens_read"] and tailed["index_bytes"] > plain["index_bytes"]
+    assert tailed_all["estimated"] == 0
 
 
 def test_a_run_writes_rows_heads_and_pictures_and_resumes(tmp_path, capsys, monkeypatch):
@@ -127,7 +151,7 @@ def test_a_run_writes_rows_heads_and_pictures_and_resumes(tmp_path, capsys, monk
     sparse = [float(line["iou"]) for line in own if line["read_densely"] == "0"]
     total = next(row for row in rows if (row["method"], row["keep"], row["text"]) == ("spotlight", 0.2, "all texts"))
     assert np.mean(sparse) == pytest.approx(total["iou"], abs=1e-4)
-    for name in ("iou.png", "mass.png", "mass-6-heads.png", "by_position.png"):
+    for name in ("iou.png", "mass.png", "mass-6-heads.png", "error.png", "by_position.png"):
         assert (tmp_path / "run" / name).stat().st_size > 5_000
 
     def refuse(*args, **kwargs):

@@ -35,7 +35,7 @@ def passed(log_probs, tokens):
     size = len(log_probs)
     reads = np.arange(size + 1, dtype=np.float32)
     best, is_greedy = np.zeros(size + 1, np.int32), np.zeros(size, bool)
-    return SequenceScores(best, np.asarray(log_probs), is_greedy, reads + tokens, reads * 100, reads * 10)
+    return SequenceScores(best, np.asarray(log_probs), is_greedy, reads + tokens, reads * 100, reads * 10, reads / 4)
 
 
 def test_perplexities_are_means_over_documents_and_over_tokens():
@@ -43,7 +43,7 @@ def test_perplexities_are_means_over_documents_and_over_tokens():
     row = perplexity.measure(passes, first_scored=1)
     assert row["ppl"] == pytest.approx((math.exp(2) + math.exp(2)) / 2)
     assert row["tokens_read"] == pytest.approx(((0 + 1 + 2) / 3 + 5 + (0 + 1 + 2) / 3 + 7) / 2)
-    assert (row["bytes_read"], row["index_bytes"]) == (100, 10)
+    assert (row["bytes_read"], row["index_bytes"], row["estimated"]) == (100, 10, 0.25)
     # tokens 2 and 3 alone: losses 2, 3 and 1, 4, read by the queries at 1 and 2
     row = perplexity.measure(passes, first_scored=2)
     assert row["ppl"] == pytest.approx(math.exp(2.5))
@@ -200,6 +200,6 @@ def test_a_loss_whose_perplexity_is_past_any_number_is_refused():
     assert scores.perplexity_of(709.0) < np.inf
     with pytest.raises(InputError, match="mean loss is 710 nats a token"):
         scores.perplexity_of(710.0)
-    passed = SequenceScores(np.ones(5, np.int32), np.full(4, -800.0), np.ones(4, bool), *[np.ones(5)] * 3)
+    passed = SequenceScores(np.ones(5, np.int32), np.full(4, -800.0), np.ones(4, bool), *[np.ones(5)] * 4)
     with pytest.raises(InputError, match="mean loss is 800"):
         perplexity.measure([passed], 1)
