@@ -155,6 +155,6 @@ def build(cfg: ServeConfig, name: str, slots: Slots, tokenizer: object) -> tuple
     metrics.watch(scheduler)
     selector = None if cfg.selector is None else Path(cfg.selector).name
     shown = cfg.name or name.rstrip("/").rpartition("/")[2]
-    translator = Translator(tokenizer, slots.engine.model_cfg, shown, slots.context, cfg.seconds, selector)
+    translator = Translator(tokenizer, slots, shown, cfg.seconds, selector)
     service = Service(scheduler, translator, metrics, Limits(cfg.max_body, cfg.body_seconds), cfg.log_prompts)
     return scheduler, make_app(service, cfg.api_key or os.environ.get(KEY_VARIABLE) or None)
