@@ -34,10 +34,10 @@ def browser():
 def page(browser, server):
     page = browser.new_page(viewport={"width": 1280, "height": 800})
     complaints = []
-    page.on("pageerror", complaints.append)
+    page.on("pageerror", lambda error: complaints.append(error))  # playwright marks what it calls
     page.set_default_timeout(20_000)
     page.goto(server.url)
-    page.wait_for_function("document.getElementById('model').textContent.includes('tiny')")
+    page.wait_for_function("() => document.getElementById('model').textContent.includes('tiny')")
     page.fill("#most", "20")
     yield page
     page.close()
@@ -50,10 +50,9 @@ def say(page, text, answers=1):
     page.fill("#input", text)
     before = page.locator(".answer").count()
     page.press("#input", "Enter")
-    done = (
-        "(count) => document.getElementById('send').textContent === 'Send' && [...document.querySelectorAll('.answer')]"
-    )
-    page.wait_for_function(f"{done}.length === count", arg=before + answers)
+    done = "(count) => document.getElementById('send').textContent === 'Send'"
+    done += " && document.querySelectorAll('.answer').length === count"
+    page.wait_for_function(done, arg=before + answers)
 
 
 def slow_down(server, monkeypatch, seconds=0.1):
@@ -82,12 +81,12 @@ def test_an_answer_streams_and_escape_stops_it(page, server, monkeypatch):
     page.fill("#most", "150")
     page.fill("#input", "A long answer")
     page.press("#input", "Enter")
-    page.wait_for_function("document.querySelector('.answer .text')?.textContent.length > 2")
+    page.wait_for_function("() => document.querySelector('.answer .text')?.textContent.length > 2")
     seen = page.locator(".answer .text").inner_text()
     page.wait_for_function("(size) => document.querySelector('.answer .text').textContent.length > size", arg=len(seen))
     assert page.locator("#send").inner_text() == "Stop"
     page.keyboard.press("Escape")
-    page.wait_for_function("document.querySelector('.answer .figures').textContent.includes('stopped')")
+    page.wait_for_function("() => document.querySelector('.answer .figures').textContent.includes('stopped')")
     assert page.locator("#send").inner_text() == "Send"
     server.wait_until_idle(5)
 
