@@ -135,6 +135,9 @@ def test_nothing_is_cut_off_at_any_width(page, width, scheme):
     say(page, "x" * 400)
     page.screenshot(path=SHOTS / f"talk-{width}-{scheme}.png")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    error, footer = page.locator(".error").bounding_box(), page.locator("footer").bounding_box()
+    assert error["y"] >= 0 and error["y"] + error["height"] <= footer["y"], "the error is in sight"
+    assert footer["height"] < 180
     for name in ("input", "send", "anew", "mode"):
         box = page.locator(f"#{name}").bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= width and box["y"] + box["height"] <= 800, name
