@@ -280,11 +280,11 @@ class Slots:
             name, args = f"resize to {rungs[place]}", (self.state,)
             self.state = self.engine.run(name, resize_state, args, (), max_len=rungs[place])
 
-    def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
+    def warm_up(self, progress: Callable[[int, int, str], None] | None = None) -> None:
         """Compile every program that requests will need, by running each on nothing.
 
         Args:
-            progress: gets the parts done so far, and all of them.
+            progress: gets the parts done so far, all of them, and what the last one is for.
         """
         row, selection, done = RowConfig(), self.engine.cfg.selection, 0
         modes: tuple[Mode, ...] = ("dense", "sparse", "mixed") if self.has_selector else ("dense",)
@@ -293,11 +293,11 @@ class Slots:
             ways.append(np.arange(self.count, dtype=np.int32) % self.sets)
         parts = len(self.sizes) + len(self.lengths_compiled) * len(modes) * len(ways)
 
-        def count() -> None:
+        def count(what: str) -> None:
             nonlocal done
             done += 1
             if progress is not None:
-                progress(done, parts)
+                progress(done, parts, what)
 
         for size in self.sizes:
             prefill = self.begin([0] * size, 1, row, selection)
@@ -306,7 +306,7 @@ class Slots:
                 self.keep(prefill, 0)
                 self.begin([0] * size, 1, row, selection, pages=[0])
             self.finish(prefill, 0)
-            count()
+            count(f"prefill of {size} tokens")
         for length in self.lengths_compiled:
             self._fit(length)
             prefill = self.begin([0], 2, row, selection)
@@ -315,6 +315,6 @@ class Slots:
             for sets, mode in itertools.product(ways, modes):
                 self._use_sets(sets)
                 self.state, *_ = self.engine.decode_block(self.state, mode, 1)
-                count()
+                count(f"{mode} steps, caches of {length} tokens")
             self.free([0])  # and back to the shortest
         self.reset()

@@ -142,8 +142,13 @@ def load_slots(
     if cfg.warm_up:
         start = time.perf_counter()
         with waiting(console, "compiling") as show:
-            slots.warm_up(show)
-        console.print(f"compiled in {time.perf_counter() - start:.0f} s", style="dim")
+
+            def tell(done: int, parts: int, what: str) -> None:
+                show(done, parts)
+                seconds = time.perf_counter() - start
+                console.print(f"compiled {done} of {parts}: {what} ({seconds:.0f} s)", style="dim")
+
+            slots.warm_up(tell)
     return slots, model.tokenizer
 
 
