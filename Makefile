@@ -8,7 +8,7 @@ TWO = -n 2 --dist loadfile --max-worker-restart 0
 # Every command runs in .venv, which `make setup` creates and brings up to date when pyproject.toml changes.
 PYTHON ?= python3
 
-.PHONY: setup demo test slow soak lint format parity sdist clean
+.PHONY: setup demo test slow soak browser lint format parity sdist clean
 setup: .venv/.installed
 
 demo: setup
@@ -23,6 +23,12 @@ slow: setup
 # What takes too long for every change.
 soak: setup
 	$(QUICK) .venv/bin/python -m pytest -m soak
+
+# The server's page in headless Chromium: the machine's own, or playwright's, or Debian's. Screenshots lie in build/page.
+browser: setup
+	.venv/bin/python -m pip install --quiet --editable '.[browser]'
+	command -v chromium || .venv/bin/python -m playwright install chromium || apt-get install --yes chromium
+	$(QUICK) .venv/bin/python -m pytest tests/serve/test_page.py -m browser
 
 lint: setup
 	.venv/bin/ruff check .

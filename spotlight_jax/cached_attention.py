@@ -235,6 +235,7 @@ def attend_sparsely(
     lengths: Int32[Array, "batch"],
     selector: LayerSelector,
     selection: SelectionConfig,
+    budgets: Int32[Array, "batch"] | None = None,
 ) -> tuple[Float[Array, "batch one q_heads head_dim"], LayerCache]:
     """One decoding step that scores the codes of the cache, selects tokens, and reads the keys and values of those.
 
@@ -242,15 +243,17 @@ def attend_sparsely(
 
     Args:
         lengths: tokens each sequence has cached before this one.
+        budgets: tokens each sequence reads; None: what `selection` says for its length.
     """
     dtype = queries.dtype
-    queries, layer, indices, is_real = _append_and_select(queries, keys, values, layer, lengths, selector, selection)
+    args = queries, keys, values, layer, lengths, selector, selection, budgets
+    queries, layer, indices, is_real = _append_and_select(*args)
     rows = queries[:, 0].astype(layer.keys.dtype)
     if layer.moments is None:
         out = sparse_attention(rows, layer.keys, layer.values, indices, is_real)
     else:
-        args = rows, layer.keys, layer.values, indices, is_real, lengths + 1, layer.moments, selector.tail
-        out, _ = estimated_attention(*args)
+        read = rows, layer.keys, layer.values, indices, is_real, lengths + 1, layer.moments, selector.tail
+        out, _ = estimated_attention(*read)
     return out[:, None].astype(dtype), layer
 
 
@@ -291,6 +294,7 @@ def _append_and_select(
     lengths: Int32[Array, "batch"],
     selector: LayerSelector,
     selection: SelectionConfig,
+    budgets: Int32[Array, "batch"] | None,
 ) -> tuple[Array, LayerCache, Int32[Array, "batch heads budget"], Bool[Array, "batch heads budget"]]:
     """The queries to read with, the layer with the new token, and what a step reads of it."""
     assert layer.codes is not None, "a layer with a selector keeps codes"
@@ -300,12 +304,13 @@ def _append_and_select(
     if per_kv_head and not adds_scores and selector.sets is None:
         queries, weights, layer = functions.append(queries, keys, values, layer, lengths)
         assert layer.codes is not None
-        return queries, layer, *select_by_codes(layer.codes, weights, bounds, ends, selection)
+        return queries, layer, *select_by_codes(layer.codes, weights, bounds, ends, selection, budgets)
     layer = _remember(layer, keys, values, lengths, selector)
     assert layer.codes is not None
     outputs = selector.hash_queries(queries)
     if adds_scores:
         scores = output_scores(functions, outputs, layer.codes, per_kv_head)[:, 0]
-        return queries, layer, *select_tokens(scores, ends, selection, hash_score_range(functions, group, per_kv_head))
+        score_range = hash_score_range(functions, group, per_kv_head)
+        return queries, layer, *select_tokens(scores, ends, selection, score_range, budgets)
     weights = selector.integer_weights(outputs, per_kv_head)[:, 0]
-    return queries, layer, *select_by_codes(layer.codes, weights, bounds, ends, selection)
+    return queries, layer, *select_by_codes(layer.codes, weights, bounds, ends, selection, budgets)

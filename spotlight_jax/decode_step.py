@@ -29,9 +29,9 @@ from spotlight_jax.context_attention import attend_all_split, attend_split
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import apply_layer, embed_tokens, unembed
 from spotlight_jax.models.sharding import by_heads, splits_context
-from spotlight_jax.sampling import NOT_FINITE, Sampling, sample
+from spotlight_jax.sampling import NOT_FINITE, Sampling, TokenLogprobs, empty_logprobs, sample, token_logprobs
 from spotlight_jax.selector.checkpoint import Selector
-from spotlight_jax.selector.selection import sparse_from
+from spotlight_jax.selector.selection import RowBudgets, sparse_from
 
 Mode = Literal["dense", "sparse", "mixed"]  # what the sparse layers do in a block: by length, sequences may differ
 
@@ -51,7 +51,8 @@ class DecodeState:
     rope_len: Int32[Array, "batch"]  # length that `dynamic` RoPE adapts to; the same for prompt and steps
     sampling: Sampling
     stop_tokens: Int32[Array, "batch stops"]  # that end each sequence, and NO_TOKEN
-    is_dense: Bool[Array, "batch"] | None = None  # sequences that read everything at any length; None: there are none
+    reads: RowBudgets | None = None  # how much each sequence reads; None: all what the compiled step's selection says
+    has_logprobs: Bool[Array, "batch"] | None = None  # whose tokens' log-probabilities are asked for; None: nobody's
 
 
 def padded_stops(row: RowConfig) -> list[int]:
@@ -136,14 +137,14 @@ def decode_step(
     cfg: DecodeConfig,
     mode: Mode,
     ends: Int32[Array, "batch"] | None = None,
-    is_dense: Bool[Array, "batch"] | None = None,
+    reads: RowBudgets | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "batch vocab"], Cache]:
     """Logits after one more token of each sequence, and the cache with it; lengths are left to the caller.
 
     Args:
         ends: the lengths that follow, which are those before where a sequence is done; None: none is.
-        is_dense: sequences that read everything in mode "mixed", whatever their length; None: there are none.
+        reads: how much each sequence reads; None: what `cfg.selection` says.
         mesh: that weights and cache lie on; None: one device.
     """
     lengths, batch = cache.lengths, tokens.shape[0]
@@ -159,24 +160,25 @@ def decode_step(
             return attend_all_split(queries, keys, values, layer, selector, lengths)
         return attend_densely(queries, keys, values, layer, lengths, selector, cfg.attention)
 
-    def read_some(queries, keys, values, layer, selector, lengths):
+    def read_some(queries, keys, values, layer, selector, lengths, reads):
         if splits_context(mesh):
+            assert reads is None, "a cache that is split serves one budget"
             return attend_split(queries, keys, values, layer, selector, lengths, cfg.selection)
-        return attend_sparsely(queries, keys, values, layer, lengths, selector, cfg.selection)
+        budgets = None if reads is None else reads.at(lengths + 1)
+        return attend_sparsely(queries, keys, values, layer, lengths, selector, cfg.selection, budgets)
 
-    def attend_cached(queries, keys, values, layer, selector, lengths, is_dense):
+    def attend_cached(queries, keys, values, layer, selector, lengths, reads):
         if selector is None or mode == "dense":
             return read_all(queries, keys, values, layer, selector, lengths)
-        sparse, appended = read_some(queries, keys, values, layer, selector, lengths)
+        sparse, appended = read_some(queries, keys, values, layer, selector, lengths, reads)
         if mode == "sparse":
             return sparse, appended
         dense, appended = read_all(queries, keys, values, appended, None, lengths)
-        is_long = lengths + 1 >= shortest
-        is_sparse = is_long if is_dense is None else is_long & ~is_dense
+        is_sparse = lengths + 1 >= (shortest if reads is None else reads.sparse_from)
         return jnp.where(is_sparse[:, None, None, None], sparse, dense), appended
 
     def attend_with(layer: LayerCache, selector: LayerSelector | None) -> Callable:
-        own = by_heads(attend_cached, mesh, layer, selector, lengths, is_dense)
+        own = by_heads(attend_cached, mesh, layer, selector, lengths, reads)
 
         def attend_filled(*new):
             out, appended = own(*(heads[:batch] for heads in new))
@@ -195,20 +197,28 @@ def decode_step(
     return unembed(params, x, model_cfg)[:batch, 0], dataclasses.replace(cache, layers=folded)
 
 
-def _choose(logits: Float[Array, "batch vocab"], state: DecodeState) -> DecodeState:
-    """Draw each sequence's next token, and see who is done."""
+def _choose(logits: Float[Array, "batch vocab"], state: DecodeState) -> tuple[DecodeState, TokenLogprobs | None]:
+    """Draw each sequence's next token, and see who is done; log-probabilities are zeros where nobody asks for them."""
     tokens = jnp.where(state.is_done, state.tokens, sample(logits, state.sampling, state.chosen))
+    logprobs = None
+    if state.has_logprobs is not None:
+        logprobs = lax.cond(
+            jnp.any(state.has_logprobs & ~state.is_done),
+            lambda: token_logprobs(logits, tokens),
+            lambda: empty_logprobs(tokens.shape, logits.shape[-1]),
+        )
     running = (~state.is_done).astype(jnp.int32)
     left = state.left - running
     is_stop = jnp.any(tokens[:, None] == state.stop_tokens, axis=1)
     is_done = state.is_done | is_stop | (left <= 0) | (tokens == NOT_FINITE)
-    return dataclasses.replace(state, tokens=tokens, left=left, chosen=state.chosen + running, is_done=is_done)
+    state = dataclasses.replace(state, tokens=tokens, left=left, chosen=state.chosen + running, is_done=is_done)
+    return state, logprobs
 
 
 def first_token(
     params: PyTree, x: Float[Array, "batch embed"], state: DecodeState, model_cfg: DecoderConfig
-) -> DecodeState:
-    """The first token after the prompt, from the stream of the prompt's last one."""
+) -> tuple[DecodeState, TokenLogprobs | None]:
+    """The first token after the prompt, from the stream of the prompt's last one; its log-probabilities if any asks."""
     return _choose(unembed(params, x[:, None], model_cfg)[:, 0], state)
 
 
@@ -237,12 +247,12 @@ def decode_block(
     cfg: DecodeConfig,
     mode: Mode,
     mesh: Mesh | None = None,
-) -> tuple[DecodeState, Int32[Array, "batch block"], Int32[Array, ""]]:
+) -> tuple[DecodeState, tuple[Int32[Array, "batch block"], TokenLogprobs | None], Int32[Array, ""]]:
     """Up to `limit` (at most cfg.block) steps, fewer where every sequence is done before.
 
-    Returns: the state, the tokens chosen (a sequence that is done repeats its last), and how many steps were taken.
+    Returns: the state, the tokens chosen (a sequence that is done repeats its last) and their log-probabilities, and
+        how many steps were taken.
     """
-    batch = state.tokens.shape[0]
 
     def is_running(carry):
         step, state, _ = carry
@@ -262,14 +272,20 @@ def decode_block(
             cfg,
             mode,
             ends,
-            state.is_dense,
+            state.reads,
             mesh,
         )
         logits, cache = decode_step(*args)
         cache = cache.replace(lengths=ends)
-        state = _choose(logits, state.replace(cache=cache))
-        return step + 1, state, lax.dynamic_update_slice_in_dim(out, state.tokens[:, None], step, axis=1)
+        state, logprobs = _choose(logits, state.replace(cache=cache))
 
-    out = jnp.zeros((batch, cfg.block), jnp.int32)
+        def write(held: Array, new: Array) -> Array:
+            return lax.dynamic_update_slice_in_dim(held, new[:, None], step, axis=1)
+
+        return step + 1, state, jax.tree.map(write, out, (state.tokens, logprobs))
+
+    shape = state.tokens.shape[0], cfg.block
+    logprobs = None if state.has_logprobs is None else empty_logprobs(shape, model_cfg.vocab)
+    out = jnp.zeros(shape, jnp.int32), logprobs
     steps, state, out = lax.while_loop(is_running, take_step, (jnp.int32(0), state, out))
     return state, out, steps

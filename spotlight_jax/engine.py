@@ -30,7 +30,7 @@ from spotlight_jax.errors import InputError
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.sharding import build, mesh_of, place, shardings_of, splits_context
 from spotlight_jax.models.split_k import FEW_ROWS
-from spotlight_jax.sampling import batch_sampling, check_chosen
+from spotlight_jax.sampling import TokenLogprobs, batch_sampling, check_chosen
 from spotlight_jax.selector.base import HeadShape
 from spotlight_jax.selector.checkpoint import Selector, check_shape
 from spotlight_jax.selector.selection import sparse_from
@@ -224,7 +224,7 @@ class Engine:
             stop_tokens=jnp.asarray([padded_stops(row) for row in rows], jnp.int32),
         )
         args = (self.params, last, state)
-        state = self.run("first_token", first_token, args, (2,), model_cfg=self.model_cfg)
+        state, _ = self.run("first_token", first_token, args, (2,), model_cfg=self.model_cfg)
         check_chosen(np.asarray(state.tokens))
         return state
 
@@ -267,9 +267,12 @@ class Engine:
     def empty_state(self, slots: int, max_len: int) -> DecodeState:
         """A batch of free slots, each for sequences of up to `max_len` tokens: prefill, `insert`, `decode`, `free`."""
         none = [RowConfig()] * slots
+        zeros: dict[str, Any] = {
+            name: jnp.zeros((slots,), jnp.int32) for name in ("tokens", "left", "chosen", "rope_len")
+        }
         return DecodeState(
             cache=self.empty_cache(slots, bucket_length(max_len)),
-            **{name: jnp.zeros((slots,), jnp.int32) for name in ("tokens", "left", "chosen", "rope_len")},
+            **zeros,
             is_done=jnp.ones((slots,), bool),
             sampling=batch_sampling([row.sampling for row in none], [0] * slots),
             stop_tokens=jnp.asarray([padded_stops(row) for row in none], jnp.int32),
@@ -298,19 +301,18 @@ class Engine:
         is_free = np.isin(np.arange(len(state.tokens)), slots)
         return self.run("free", free_rows, (state, jnp.asarray(is_free)), (0,))
 
-    def mode_of(self, lengths: np.ndarray, is_done: np.ndarray, is_dense: np.ndarray | None = None) -> tuple[Mode, int]:
+    def mode_of(self, lengths: np.ndarray, is_done: np.ndarray, starts: np.ndarray | None = None) -> tuple[Mode, int]:
         """How the next block reads, and for how many steps that stays right.
 
         Args:
             lengths: tokens each sequence has cached; the next step's own token comes on top.
-            is_dense: sequences that read everything at any length; None: there are none.
+            starts: the length from which each sequence is read sparsely; None: what the selection says.
         """
         if all(selector is None for selector in self._sets[0]) or is_done.all():
             return "dense", self.cfg.block
-        shortest = sparse_from(self.cfg.selection, len(lengths), jax.default_backend())
-        below = shortest - (lengths[~is_done] + 1)  # steps until each running sequence is long enough
-        if is_dense is not None:
-            below = np.where(is_dense[~is_done], np.iinfo(np.int32).max, below)
+        if starts is None:
+            starts = np.full(len(lengths), sparse_from(self.cfg.selection, len(lengths), jax.default_backend()))
+        below = (starts - (lengths + 1))[~is_done]  # steps until each running sequence is long enough
         if (below <= 0).all():
             return "sparse", self.cfg.block
         steps = min(int(below[below > 0].min()), self.cfg.block)
@@ -321,24 +323,29 @@ class Engine:
 
         Returns: the new state and the tokens chosen, [batch, steps]; fewer steps where the way of reading changes.
         """
-        is_dense = None if state.is_dense is None else np.asarray(state.is_dense)
-        mode, steps = self.mode_of(np.asarray(state.cache.lengths), np.asarray(state.is_done), is_dense)
-        state, tokens = self.decode_block(state, mode, min(steps, limit or steps))
+        starts = None if state.reads is None else np.asarray(state.reads.sparse_from)
+        mode, steps = self.mode_of(np.asarray(state.cache.lengths), np.asarray(state.is_done), starts)
+        state, tokens, _ = self.decode_block(state, mode, min(steps, limit or steps))
         check_chosen(tokens)
         return state, tokens
 
-    def decode_block(self, state: DecodeState, mode: Mode, steps: int) -> tuple[DecodeState, np.ndarray]:
+    def decode_block(
+        self, state: DecodeState, mode: Mode, steps: int
+    ) -> tuple[DecodeState, np.ndarray, TokenLogprobs | None]:
         """Decode one block of at most `steps` steps in a given mode; see `decode`, and `mode_of` for what is right.
 
         A sequence whose logits are not finite is done with the token `NOT_FINITE`; the others go on.
+
+        Returns: the new state, the tokens chosen, [batch, steps], and their log-probabilities where the state asks for
+            some, [batch, block], still on the device.
         """
         selectors = self.selectors(np.asarray(state.cache.code_sets))
         args = (self.params, selectors, state, np.int32(steps))
         static = {"model_cfg": self.model_cfg, "cfg": self.cfg, "mode": mode, "mesh": self.mesh}
         is_merged = jax.default_backend() == "gpu" and state.tokens.shape[0] <= FEW_ROWS
         options = MERGED_PRODUCTS if is_merged else None
-        state, tokens, taken = self.run("decode", decode_block, args, (2,), options, **static)
+        state, (tokens, logprobs), taken = self.run("decode", decode_block, args, (2,), options, **static)
         # fetched at once, with what the next call looks at: an array keeps what was fetched of it
         cache = state.cache
         tokens, taken, *_ = jax.device_get((tokens, taken, cache.lengths, cache.code_sets, state.is_done))
-        return state, tokens[:, :taken]
+        return state, tokens[:, :taken], logprobs

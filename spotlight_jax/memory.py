@@ -15,7 +15,7 @@ from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import param_shapes
 from spotlight_jax.moments import BLOCK as MOMENT_BLOCK
 from spotlight_jax.moments import kept_bytes, moment_bytes
-from spotlight_jax.selector.selection import budget_of, max_budget
+from spotlight_jax.selector.selection import apply_rule, budget_rule, max_budget
 
 GIB = 2**30
 FLOAT_BYTES = 4
@@ -178,7 +178,7 @@ def tokens_read(lengths: np.ndarray, selection: SelectionConfig, has_tail: bool)
         selection: of the step.
         has_tail: the newest tokens, which no moment has yet, are read, too; some of them may be selected.
     """
-    budgets = np.asarray(budget_of(jnp.asarray(lengths), selection))
+    budgets = apply_rule(lengths, *budget_rule(selection))
     newest = np.where(lengths > 0, (lengths - 1) % MOMENT_BLOCK + 1, 0) if has_tail else 0
     return np.minimum(budgets + newest, lengths)
 

@@ -13,6 +13,7 @@ from spotlight_jax.config.sampling import SamplingConfig
 from spotlight_jax.errors import InputError
 
 NOT_FINITE = -1  # stands for a token where the logits have none to choose
+MOST_LOGPROBS = 20  # most probable tokens whose log-probabilities can be asked for
 
 
 @flax.struct.dataclass
@@ -24,6 +25,33 @@ class Sampling:
     top_p: Float[Array, "batch"]
     seed: Int32[Array, "batch"]
     number: Int32[Array, "batch"]  # of each sequence among those of its seed, which draw apart
+
+
+@flax.struct.dataclass
+class TokenLogprobs:
+    """Natural logarithms of probabilities, by the softmax of the logits as the model gives them.
+
+    Neither temperature nor top-k nor top-p is in them, so that they say what the model holds, not how it is drawn from.
+    """
+
+    chosen: Float[Array | np.ndarray, "batch *steps"]
+    top: Float[Array | np.ndarray, "batch *steps most"]  # of the most probable tokens, the highest first
+    top_tokens: Int32[Array | np.ndarray, "batch *steps most"]
+
+
+def empty_logprobs(shape: tuple[int, ...], vocab: int) -> TokenLogprobs:
+    """Zeros for so many sequences, or sequences and steps."""
+    wide = (*shape, min(MOST_LOGPROBS, vocab))
+    return TokenLogprobs(jnp.zeros(shape), jnp.zeros(wide), jnp.zeros(wide, jnp.int32))
+
+
+def token_logprobs(logits: Float[Array, "batch vocab"], tokens: Int32[Array, "batch"]) -> TokenLogprobs:
+    """Log-probabilities of the chosen tokens and of the `MOST_LOGPROBS` most probable ones."""
+    logits = logits.astype(jnp.float32)
+    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    top, top_tokens = lax.top_k(logits, min(MOST_LOGPROBS, logits.shape[-1]))
+    chosen = jnp.take_along_axis(logits, jnp.maximum(tokens, 0)[:, None], axis=-1)
+    return TokenLogprobs((chosen - total)[:, 0], top - total, top_tokens.astype(jnp.int32))
 
 
 def batch_sampling(configs: Sequence[SamplingConfig], numbers: Sequence[int]) -> Sampling:

@@ -16,10 +16,11 @@ from jaxtyping import Array, Int32
 
 from spotlight_jax.cache import LANES, Cache, LayerCache, copy_tokens, cut, resize
 from spotlight_jax.config.generation import RowConfig
+from spotlight_jax.config.selection import LONGEST, SelectionConfig
 from spotlight_jax.decode_step import DecodeState, LayerSelectors, Mode, first_token, insert_row, padded_stops
 from spotlight_jax.engine import Engine
-from spotlight_jax.sampling import NOT_FINITE, batch_sampling
-from spotlight_jax.selector.selection import sparse_from
+from spotlight_jax.sampling import NOT_FINITE, TokenLogprobs, batch_sampling
+from spotlight_jax.selector.selection import row_budgets, sparse_from
 
 SMALLEST_PIECE = 16  # tokens of the smallest program that ends a prompt
 STEP = 4  # from one length of the cache to the next: each is compiled
@@ -33,7 +34,8 @@ class Prefill:
     prompt: np.ndarray
     end: int  # tokens of the sequence at its end, which the selector's set and dynamic RoPE go by
     row: RowConfig
-    is_dense: bool
+    selection: SelectionConfig
+    has_logprobs: bool
     code_set: int
     selectors: LayerSelectors
     done: int = 0  # tokens cached
@@ -95,7 +97,6 @@ class Slots:
         self.max_len = cache_length(context, chunk)
         self.lengths_compiled = ladder(self.max_len, jax.default_backend() == "cpu")
         self.sizes = (*(size for size in (chunk // 16, chunk // 4) if size >= SMALLEST_PIECE), chunk)
-        self.sparse_from = sparse_from(engine.cfg.selection, slots, jax.default_backend())
         self.sets = 1 if engine.selector is None else len(engine.selector.sets)
         self.has_selector = any(selector is not None for selector in engine.selectors(np.zeros(1, np.int32)))
         self.reset()
@@ -106,9 +107,12 @@ class Slots:
         self.reset_prefill()
         state = engine.empty_state(self.count, 1)
         cache = engine.empty_cache(self.count, self.lengths_compiled[0])
-        self.state = dataclasses.replace(state, cache=cache, is_dense=jnp.zeros((self.count,), bool))
+        reads = row_budgets([engine.cfg.selection] * self.count, self.count, jax.default_backend())
+        has_logprobs = jnp.zeros((self.count,), bool)
+        self.state = dataclasses.replace(state, cache=cache, reads=reads, has_logprobs=has_logprobs)
         self.lengths, self.is_done = np.zeros(self.count, np.int64), np.ones(self.count, bool)
-        self.is_dense = np.zeros(self.count, bool)
+        self.starts, self.has_logprobs = np.array(reads.sparse_from), np.zeros(self.count, bool)
+        self.logprobs: TokenLogprobs | None = None  # of what `finish` or `decode` chose last, where any sequence asks
 
     def reset_prefill(self) -> None:
         """Allocate the row to prefill in and the pages anew; slots keep what they hold."""
@@ -121,8 +125,18 @@ class Slots:
         """Which of the selector's sets of hash functions serves a sequence of this length at its end."""
         return 0 if self.engine.selector is None else self.engine.selector.set_of(end)
 
+    def sparse_from(self, selection: SelectionConfig) -> int:
+        """Length from which a sequence with this selection is read sparsely."""
+        return sparse_from(selection, self.count, jax.default_backend()) if self.has_selector else LONGEST + 1
+
     def begin(
-        self, prompt: Sequence[int], max_new_tokens: int, row: RowConfig, is_dense: bool, pages: Sequence[int] = ()
+        self,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        row: RowConfig,
+        selection: SelectionConfig,
+        has_logprobs: bool = False,
+        pages: Sequence[int] = (),
     ) -> Prefill:
         """Start with a prompt, in place of any that was not finished.
 
@@ -130,7 +144,9 @@ class Slots:
             prompt: token ids.
             max_new_tokens: at most.
             row: how the sequence goes on.
-            is_dense: whether its steps read everything at any length.
+            selection: how much its steps read, at no length more than the engine's own; of it alone `keep`, `budget`,
+                `min_tokens` and `min_context` are the sequence's own.
+            has_logprobs: whether `logprobs` is wanted of its tokens.
             pages: of its first chunks, which leave at least one token to prefill.
         """
         end = len(prompt) + max_new_tokens
@@ -144,7 +160,7 @@ class Slots:
             self._copy("load", page, index * self.chunk)
         selectors = self.engine.selectors(np.asarray([code_set], np.int32))
         done = len(pages) * self.chunk
-        return Prefill(np.asarray(prompt, np.int32), end, row, is_dense, code_set, selectors, done)
+        return Prefill(np.asarray(prompt, np.int32), end, row, selection, has_logprobs, code_set, selectors, done)
 
     def kind_of(self, end: int) -> int:
         """What a page depends on beside its tokens, by a sequence's length at its end."""
@@ -202,17 +218,20 @@ class Slots:
             rope_len=jnp.asarray([prefill.end], jnp.int32),
             sampling=batch_sampling([row.sampling], [row.number]),
             stop_tokens=jnp.asarray([padded_stops(row)], jnp.int32),
-            is_dense=jnp.asarray([prefill.is_dense]),
+            reads=row_budgets([prefill.selection], self.count, jax.default_backend()),
+            has_logprobs=jnp.asarray([prefill.has_logprobs]),
         )
         engine = self.engine
         args = (engine.params, prefill.last, one)
-        one = engine.run("first_token", first_token, args, (2,), model_cfg=engine.model_cfg)
+        one, logprobs = engine.run("first_token", first_token, args, (2,), model_cfg=engine.model_cfg)
+        self.logprobs = jax.device_get(logprobs) if prefill.has_logprobs else None
         token, is_done = int(one.tokens[0]), bool(one.is_done[0])
         if token == NOT_FINITE or is_done:
             return token
         self._fit(length + 1)
         self.state = engine.run("join", join_row, (self.state, self.staging, one, np.int32(slot)), (0,))
-        self.lengths[slot], self.is_done[slot], self.is_dense[slot] = length, False, prefill.is_dense
+        self.lengths[slot], self.is_done[slot] = length, False
+        self.starts[slot], self.has_logprobs[slot] = self.sparse_from(prefill.selection), prefill.has_logprobs
         return token
 
     def decode(self, limit: int) -> np.ndarray:
@@ -227,8 +246,10 @@ class Slots:
         if self.sets > 1:  # free slots take anybody's set: where all have the same, a step is simpler
             held = np.array(self.state.cache.code_sets)
             self._use_sets(np.where(self.is_done, held[~self.is_done][0], held))
-        mode, steps = self.engine.mode_of(self.lengths, self.is_done, self.is_dense)
-        self.state, tokens = self.engine.decode_block(self.state, mode, min(steps, limit))
+        mode, steps = self.engine.mode_of(self.lengths, self.is_done, self.starts)
+        is_asked = (self.has_logprobs & ~self.is_done).any()
+        self.state, tokens, logprobs = self.engine.decode_block(self.state, mode, min(steps, limit))
+        self.logprobs = jax.device_get(logprobs) if is_asked else None
         self._look()
         return tokens
 
@@ -259,41 +280,41 @@ class Slots:
             name, args = f"resize to {rungs[place]}", (self.state,)
             self.state = self.engine.run(name, resize_state, args, (), max_len=rungs[place])
 
-    def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
+    def warm_up(self, progress: Callable[[int, int, str], None] | None = None) -> None:
         """Compile every program that requests will need, by running each on nothing.
 
         Args:
-            progress: gets the parts done so far, and all of them.
+            progress: gets the parts done so far, all of them, and what the last one is for.
         """
-        row, done = RowConfig(), 0
+        row, selection, done = RowConfig(), self.engine.cfg.selection, 0
         modes: tuple[Mode, ...] = ("dense", "sparse", "mixed") if self.has_selector else ("dense",)
         ways = [np.zeros(self.count, np.int32)]  # all slots use one set of hash functions, or several
         if self.sets > 1 and self.count > 1:
             ways.append(np.arange(self.count, dtype=np.int32) % self.sets)
         parts = len(self.sizes) + len(self.lengths_compiled) * len(modes) * len(ways)
 
-        def count() -> None:
+        def count(what: str) -> None:
             nonlocal done
             done += 1
             if progress is not None:
-                progress(done, parts)
+                progress(done, parts, what)
 
         for size in self.sizes:
-            prefill = self.begin([0] * size, 1, row, False)
+            prefill = self.begin([0] * size, 1, row, selection)
             is_page = self.advance(prefill)
             if is_page and self.pages:
                 self.keep(prefill, 0)
-                self.begin([0] * size, 1, row, False, [0])
+                self.begin([0] * size, 1, row, selection, pages=[0])
             self.finish(prefill, 0)
-            count()
+            count(f"prefill of {size} tokens")
         for length in self.lengths_compiled:
             self._fit(length)
-            prefill = self.begin([0], 2, row, False)
+            prefill = self.begin([0], 2, row, selection)
             self.advance(prefill)
             self.finish(prefill, 0)
             for sets, mode in itertools.product(ways, modes):
                 self._use_sets(sets)
-                self.state, _ = self.engine.decode_block(self.state, mode, 1)
-                count()
+                self.state, *_ = self.engine.decode_block(self.state, mode, 1)
+                count(f"{mode} steps, caches of {length} tokens")
             self.free([0])  # and back to the shortest
         self.reset()

@@ -4,6 +4,10 @@ One rule for decoding and for teacher-forced evaluation: both rank the tokens he
 (`kernels/select_top`), so that they select the same tokens.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,20 +25,54 @@ THOUSAND = 1_000
 CROSSOVER = {"cpu": 2_048, "gpu": 32_768}
 
 
-def budget_of(lengths: Int[Array, "*rows"] | int, cfg: SelectionConfig) -> Int32[Array, "*rows"]:
-    """Tokens read out of `lengths`: a share or a fixed number, never less than is always read, never more than exist.
+@flax.struct.dataclass
+class RowBudgets:
+    """How much each sequence of a batch reads: the rule of its own budget, within that of the compiled step."""
 
-    The share is n - floor((1 - keep) n) in whole millionths: exact for every n up to 2,000,000, on any device.
+    dropped: Int32[Array, "batch"]  # see `budget_rule`
+    least: Int32[Array, "batch"]
+    sparse_from: Int32[Array, "batch"]  # shortest sequence that is read sparsely
+
+    def at(self, lengths: Int32[Array, "batch"]) -> Int32[Array, "batch"]:
+        """Tokens read out of `lengths`, of each sequence."""
+        return apply_rule(lengths, self.dropped, self.least)
+
+
+def row_budgets(configs: Sequence[SelectionConfig], batch: int, platform: str) -> RowBudgets:
+    """The budgets of some sequences as arrays.
+
+    Args:
+        configs: one for each sequence.
+        batch: sequences of a step, which `sparse_from` goes by.
+        platform: of the device.
     """
-    lengths = jnp.asarray(lengths, jnp.int32)
+    dropped, least = zip(*map(budget_rule, configs), strict=True)
+    starts = [sparse_from(cfg, batch, platform) for cfg in configs]
+    return RowBudgets(*(jnp.asarray(numbers, jnp.int32) for numbers in (dropped, least, starts)))
+
+
+def budget_rule(cfg: SelectionConfig) -> tuple[int, int]:
+    """Millionths of a sequence's tokens that are left out, and the least that is read: all of a fixed number."""
     if cfg.budget is not None:
-        wanted = jnp.full(lengths.shape, cfg.budget, jnp.int32)
-    else:
-        dropped_share = SHARE_STEPS - round(cfg.share * SHARE_STEPS)
-        whole, rest = divmod(dropped_share, THOUSAND)  # in two steps, because n * dropped_share passes 32 bits
-        dropped = (lengths * whole + lengths * rest // THOUSAND) // THOUSAND
-        wanted = jnp.maximum(lengths - dropped, max(cfg.min_tokens, cfg.always_read))
-    return jnp.minimum(wanted, lengths)
+        return SHARE_STEPS, cfg.budget
+    return SHARE_STEPS - round(cfg.share * SHARE_STEPS), max(cfg.min_tokens, cfg.always_read)
+
+
+def apply_rule(lengths: Any, dropped: Int32[Array, "*rows"] | int, least: Int32[Array, "*rows"] | int) -> Any:
+    """Tokens read out of `lengths`, `int32[*rows]`: n - floor(dropped n), or the least; never more than exist.
+
+    The share is counted in whole millionths: exact for every n up to 2,000,000, on any device, and on the host for
+    lengths of NumPy's.
+    """
+    xp = np if isinstance(lengths, np.ndarray) else jnp
+    whole, rest = dropped // THOUSAND, dropped % THOUSAND  # in two steps, because n * dropped passes 32 bits
+    left_out = (lengths * whole + lengths * rest // THOUSAND) // THOUSAND
+    return xp.minimum(xp.maximum(lengths - left_out, least), lengths)
+
+
+def budget_of(lengths: Int[Array, "*rows"] | int, cfg: SelectionConfig) -> Int32[Array, "*rows"]:
+    """Tokens read out of `lengths`: a share or a fixed number, no less than is always read, no more than exist."""
+    return apply_rule(jnp.asarray(lengths, jnp.int32), *budget_rule(cfg))
 
 
 def share_read(lengths: Int[np.ndarray, " queries"], cfg: SelectionConfig) -> float:
@@ -102,19 +140,23 @@ def select_tokens(
     lengths: Int32[Array, "batch"],
     cfg: SelectionConfig,
     score_range: tuple[int, int] | None = None,
+    budgets: Int32[Array, "batch"] | None = None,
 ) -> tuple[Int32[Array, "batch heads budget"], Bool[Array, "batch heads budget"]]:
     """Positions the newest token of each sequence reads: highest scores, newest first among equals, itself always.
 
     Args:
         lengths: filled slots, the newest token's included; each sequence's budget comes from its own.
         score_range: least and greatest score, where scores are integers.
+        budgets: of each sequence, at most the cache's largest; None: what `cfg` says for its length.
 
     Returns: positions in ascending order, and whether each is real (False where a sequence's budget is smaller than
         the cache's largest); positions that are not real are 0.
     """
     rows = jnp.broadcast_to(lengths[:, None], scores.shape[:2])
     ranks, rank_bits = rank_tokens(scores, rows, cfg, score_range)
-    return select_top(ranks, budget_of(rows, cfg), max_budget(scores.shape[-1], cfg), rank_bits)
+    most = max_budget(scores.shape[-1], cfg)
+    counts = budget_of(rows, cfg) if budgets is None else jnp.broadcast_to(budgets[:, None], rows.shape)
+    return select_top(ranks, jnp.minimum(counts, most), most, rank_bits)
 
 
 def select_by_codes(
@@ -123,6 +165,7 @@ def select_by_codes(
     bounds: WeightBounds,
     lengths: Int32[Array, "batch"],
     cfg: SelectionConfig,
+    budgets: Int32[Array, "batch"] | None = None,
 ) -> tuple[Int32[Array, "batch heads budget"], Bool[Array, "batch heads budget"]]:
     """What `select_tokens` gives for the scores of weights (see `weights`), from codes to positions in one op.
 
@@ -130,9 +173,11 @@ def select_by_codes(
         weights: of the newest token's query, some sums for each selecting head.
         bounds: of the weights.
         lengths: filled slots, the newest token's included.
+        budgets: of each sequence, at most the cache's largest; None: what `cfg` says for its length.
     """
-    budgets, most, recent = budget_of(lengths, cfg), max_budget(codes.shape[-1], cfg), max(cfg.recent_tokens, 1)
-    return score_select(codes, weights, lengths, budgets, most, bounds, cfg.sink_tokens, recent)
+    most, recent = max_budget(codes.shape[-1], cfg), max(cfg.recent_tokens, 1)
+    counts = budget_of(lengths, cfg) if budgets is None else jnp.minimum(budgets, most)
+    return score_select(codes, weights, lengths, counts, most, bounds, cfg.sink_tokens, recent)
 
 
 def select_mask(

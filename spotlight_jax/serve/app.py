@@ -77,7 +77,7 @@ class Service:
         if self.logs_prompts:
             log.info("%s prompts: %s", request.scope["request_id"], prompts)
         sequences = self.translator.requests(body, prompts, request.scope["request_id"], self.scheduler.clock())
-        return Reply(self.scheduler, sequences, body, is_chat)
+        return Reply(self.scheduler, sequences, body, is_chat, self.translator.texts)
 
     async def _read(self, request: Request) -> bytes:
         """The body, within its limits."""

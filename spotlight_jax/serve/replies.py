@@ -12,7 +12,18 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from spotlight_jax.serve.errors import ApiError
-from spotlight_jax.serve.requests import Done, Event, Failed, Piece, QueueFullError, Request, StoppingError, Usage
+from spotlight_jax.serve.logprobs import CompletionLogprobs, TokenTexts, chat_logprobs
+from spotlight_jax.serve.requests import (
+    Done,
+    Event,
+    Failed,
+    Piece,
+    QueueFullError,
+    Request,
+    StoppingError,
+    Usage,
+    join_pieces,
+)
 from spotlight_jax.serve.requests import Send as SendEvent
 from spotlight_jax.serve.scheduler import Scheduler
 from spotlight_jax.serve.schema import Body
@@ -61,7 +72,9 @@ def error_of(failed: Failed) -> ApiError:
 class Reply(Response):
     """The answer to one request; a client that goes away cancels its sequences."""
 
-    def __init__(self, scheduler: Scheduler, requests: Sequence[Request], body: Body, is_chat: bool) -> None:
+    def __init__(
+        self, scheduler: Scheduler, requests: Sequence[Request], body: Body, is_chat: bool, texts: TokenTexts
+    ) -> None:
         """Hand the sequences to the scheduler.
 
         Args:
@@ -69,11 +82,13 @@ class Reply(Response):
             requests: the sequences, in the order of choices.
             body: what the client sent.
             is_chat: of which endpoint.
+            texts: of the model's tokens.
 
         Raises: ApiError where the queue is full, or the server is stopping.
         """
         self.scheduler, self.requests, self.asked, self.is_chat = scheduler, requests, body, is_chat
         self.created, self.background = int(time.time()), None
+        self.texts, self._logprobs = texts, [CompletionLogprobs(texts) for _ in requests]
         self._loop, self._inbox = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
         try:
             self.tickets = scheduler.submit(requests, [self._mail(index) for index in range(len(requests))])
@@ -147,14 +162,21 @@ class Reply(Response):
         name = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{request_id}"
         return {"id": name, "object": kind, "created": self.created, "model": self.asked.model}
 
+    def _logprobs_of(self, index: int, piece: Piece) -> dict[str, Any] | None:
+        """A piece's log-probabilities, where they are asked for."""
+        if self.requests[index].logprobs is None:
+            return None
+        return chat_logprobs(piece, self.texts) if self.is_chat else self._logprobs[index].add(piece)
+
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
-        texts, reasons = [""] * len(self.requests), ["stop"] * len(self.requests)
+        pieces: list[list[Piece]] = [[] for _ in self.requests]
+        reasons = ["stop"] * len(self.requests)
         async for item in self._events():
             if item is None:
                 continue
             index, event = item
             if isinstance(event, Piece):
-                texts[index] += event.text
+                pieces[index].append(event)
             elif isinstance(event, Done):
                 reasons[index] = event.reason
             else:
@@ -162,11 +184,12 @@ class Reply(Response):
                 await json_response(error.body, error.status, error.headers)(scope, receive, send)
                 return
         choices = []
-        for index, (text, reason) in enumerate(zip(texts, reasons, strict=True)):
-            content = (
-                {"message": {"role": "assistant", "content": text, "refusal": None}} if self.is_chat else {"text": text}
-            )
-            choices.append({"index": index, **content, "logprobs": None, "finish_reason": reason})
+        for index, reason in enumerate(reasons):
+            whole = join_pieces(pieces[index])
+            message = {"role": "assistant", "content": whole.text, "refusal": None}
+            content = {"message": message} if self.is_chat else {"text": whole.text}
+            logprobs = self._logprobs_of(index, whole)
+            choices.append({"index": index, **content, "logprobs": logprobs, "finish_reason": reason})
         usage = usage_of([ticket.usage for ticket in self.tickets], self.asked.n)
         body = {**self._head(False), "choices": choices, "usage": usage}
         await json_response(body)(scope, receive, send)
@@ -192,9 +215,9 @@ class Reply(Response):
                 break
             if isinstance(event, Done):
                 await write(self._chunk(index, {} if self.is_chat else "", event.reason, with_usage))
-            elif event.text:
+            elif event.text or event.logprobs:
                 delta = {"content": event.text} if self.is_chat else event.text
-                await write(self._chunk(index, delta, None, with_usage))
+                await write(self._chunk(index, delta, None, with_usage, self._logprobs_of(index, event)))
         else:
             if with_usage:
                 usage = usage_of([ticket.usage for ticket in self.tickets], self.asked.n)
@@ -202,9 +225,16 @@ class Reply(Response):
             await write("data: [DONE]\n\n")
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    def _chunk(self, index: int, delta: dict[str, str] | str, reason: str | None, with_usage: bool) -> str:
+    def _chunk(
+        self,
+        index: int,
+        delta: dict[str, str] | str,
+        reason: str | None,
+        with_usage: bool,
+        logprobs: dict[str, Any] | None = None,
+    ) -> str:
         content = {"delta" if self.is_chat else "text": delta}
-        choice = {"index": index, **content, "logprobs": None, "finish_reason": reason}
+        choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": reason}
         return _event({**self._head(True), "choices": [choice], **({"usage": None} if with_usage else {})})
 
 

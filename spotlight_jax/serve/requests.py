@@ -1,10 +1,11 @@
 """What the scheduler is asked for, and what it tells while it works."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from spotlight_jax.config.generation import RowConfig
+from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.stops import Stops
 
 Reason = Literal["stop", "length"]
@@ -20,7 +21,8 @@ class Request:
     max_new_tokens: int
     row: RowConfig
     stops: Stops
-    is_dense: bool = False  # every step reads everything
+    selection: SelectionConfig | None = None  # how much its steps read; None: what the server's flags say
+    logprobs: int | None = None  # of so many most probable tokens at each place; None: of none, and not of the chosen
     deadline: float | None = None  # on the scheduler's clock
 
 
@@ -37,11 +39,29 @@ class Usage:
 
 
 @dataclasses.dataclass(frozen=True)
+class Logprob:
+    """Log-probability of a chosen token, and the most probable tokens in its place with theirs."""
+
+    chosen: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Piece:
     """Tokens that were chosen, and the text that is certain now."""
 
     text: str
     tokens: tuple[int, ...]
+    logprobs: tuple[Logprob, ...] = ()  # one for each token, where they are asked for
+
+
+def join_pieces(pieces: Sequence[Piece]) -> Piece:
+    """All pieces of a text as one."""
+    return Piece(
+        "".join(piece.text for piece in pieces),
+        tuple(token for piece in pieces for token in piece.tokens),
+        tuple(logprob for piece in pieces for logprob in piece.logprobs),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -142,8 +142,13 @@ def load_slots(
     if cfg.warm_up:
         start = time.perf_counter()
         with waiting(console, "compiling") as show:
-            slots.warm_up(show)
-        console.print(f"compiled in {time.perf_counter() - start:.0f} s", style="dim")
+
+            def tell(done: int, parts: int, what: str) -> None:
+                show(done, parts)
+                seconds = time.perf_counter() - start
+                console.print(f"compiled {done} of {parts}: {what} ({seconds:.0f} s)", style="dim")
+
+            slots.warm_up(tell)
     return slots, model.tokenizer
 
 
@@ -155,6 +160,6 @@ def build(cfg: ServeConfig, name: str, slots: Slots, tokenizer: object) -> tuple
     metrics.watch(scheduler)
     selector = None if cfg.selector is None else Path(cfg.selector).name
     shown = cfg.name or name.rstrip("/").rpartition("/")[2]
-    translator = Translator(tokenizer, slots.engine.model_cfg, shown, slots.context, cfg.seconds, selector)
+    translator = Translator(tokenizer, slots, shown, cfg.seconds, selector)
     service = Service(scheduler, translator, metrics, Limits(cfg.max_body, cfg.body_seconds), cfg.log_prompts)
     return scheduler, make_app(service, cfg.api_key or os.environ.get(KEY_VARIABLE) or None)

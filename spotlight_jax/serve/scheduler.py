@@ -4,6 +4,7 @@ A round of the thread prefills one chunk of newcomers' prompts and then decodes 
 whoever runs waits for at most a chunk and a block, and whoever goes away is gone after a block.
 """
 
+import functools
 import logging
 import threading
 import time
@@ -12,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.memory import tokens_read
 from spotlight_jax.sampling import NOT_FINITE
 from spotlight_jax.serve.prefixes import PrefixStore
@@ -20,6 +22,7 @@ from spotlight_jax.serve.requests import (
     Event,
     Failed,
     Failure,
+    Logprob,
     Piece,
     QueueFullError,
     Reason,
@@ -60,7 +63,7 @@ class Ticket:
         self.is_cancelled = self.is_over = False
         self.how = "running"  # or how it ended
 
-    def push(self, tokens: Sequence[int]) -> Reason | None:
+    def push(self, tokens: Sequence[int], logprobs: Sequence[Logprob] = ()) -> Reason | None:
         """Add chosen tokens and send their text; returns why the text ends, where it does."""
         text, reason, used = "", None, []
         for token in tokens:
@@ -73,7 +76,7 @@ class Ticket:
         if reason is not None:
             text += self.stream.finish()
         if used:
-            self.send(Piece(text, tuple(used)))
+            self.send(Piece(text, tuple(used), tuple(logprobs[: len(used)])))
         return reason
 
     def _reason(self, token: int) -> Reason | None:
@@ -127,11 +130,10 @@ class Scheduler:
         self._drain_until, self._seconds = float("inf"), 1.0
         self._lock = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="scheduler", daemon=True)
-        lengths = np.arange(slots.max_len + 1, dtype=np.int32)
-        self._sums_dense = np.cumsum(lengths, dtype=np.int64)
-        reads = tokens_read(lengths, slots.engine.cfg.selection, slots.engine.has_tail)
-        is_long = slots.has_selector & (lengths >= slots.sparse_from)
-        self._sums_sparse = np.cumsum(np.where(is_long, reads, lengths), dtype=np.int64)
+        self._lengths = np.arange(slots.max_len + 1, dtype=np.int32)
+        self._sums_dense = np.cumsum(self._lengths, dtype=np.int64)
+        self._sums_read = functools.lru_cache(64)(self._sum_reads)
+        self._sums_read(slots.engine.cfg.selection)
 
     # Called from any thread
 
@@ -290,7 +292,7 @@ class Scheduler:
             slot = next(slot for slot in range(self.slots.count) if slot not in self.running)
             token = self.slots.finish(prefill, slot)
             self.joining = None
-            self._give(ticket, slot, [token], 0)
+            self._give(ticket, slot, [token], 0, self._logprobs_of(ticket, 0, 1))
 
     def _welcome(self) -> bool:
         """Begin with the next newcomer, where there is one and a slot for it."""
@@ -303,7 +305,9 @@ class Scheduler:
             kind = self.slots.kind_of(len(request.prompt) + request.max_new_tokens)
             hashes = self.prefixes.hashes(request.prompt, kind) if self.slots.pages else []
             pages = self.prefixes.find(hashes, len(request.prompt))
-            prefill = self.slots.begin(request.prompt, request.max_new_tokens, request.row, request.is_dense, pages)
+            selection, has_logprobs = self._selection_of(request), request.logprobs is not None
+            args = request.prompt, request.max_new_tokens, request.row, selection, has_logprobs, pages
+            prefill = self.slots.begin(*args)
         except Exception:
             self._fail(ticket, "internal")
             raise
@@ -316,16 +320,41 @@ class Scheduler:
         tokens = self.slots.decode(self.block)
         taken = self.slots.lengths - before
         for slot, ticket in list(self.running.items()):
-            self._give(ticket, slot, tokens[slot, : taken[slot]].tolist(), int(before[slot]))
+            logprobs = self._logprobs_of(ticket, slot, int(taken[slot]))
+            self._give(ticket, slot, tokens[slot, : taken[slot]].tolist(), int(before[slot]), logprobs)
         ended = [slot for slot in np.flatnonzero(self.slots.lengths).tolist() if slot not in self.running]
         if ended:
             self.slots.free(ended)
 
-    def _give(self, ticket: Ticket, slot: int, tokens: list[int], before: int) -> None:
+    def _selection_of(self, request: Request) -> SelectionConfig:
+        return self.slots.engine.cfg.selection if request.selection is None else request.selection
+
+    def _sum_reads(self, selection: SelectionConfig) -> np.ndarray:
+        """Tokens that the steps up to each length read together."""
+        reads = tokens_read(self._lengths, selection, self.slots.engine.has_tail)
+        is_sparse = self._lengths >= self.slots.sparse_from(selection)
+        return np.cumsum(np.where(is_sparse, reads, self._lengths), dtype=np.int64)
+
+    def _logprobs_of(self, ticket: Ticket, row: int, count: int) -> list[Logprob]:
+        """Of a request's newest tokens, `count` of them, where it asks for them."""
+        found, most = self.slots.logprobs, ticket.request.logprobs
+        if found is None or most is None:
+            return []
+        chosen, top, ids = (
+            np.reshape(part[row], (-1, *part.shape[part.ndim - tail :]))[:count].tolist()
+            for part, tail in ((found.chosen, 0), (found.top, 1), (found.top_tokens, 1))
+        )
+        return [
+            Logprob(one, tuple(zip(ids[place][:most], top[place][:most], strict=True)))
+            for place, one in enumerate(chosen)
+        ]
+
+    def _give(self, ticket: Ticket, slot: int, tokens: list[int], before: int, logprobs: list[Logprob]) -> None:
         """Hand a request its new tokens, and end it where they end it.
 
         Args:
             before: tokens cached before these; 0: the tokens are the first one, which a prompt gives.
+            logprobs: of the tokens, where they are asked for.
         """
         self.running[slot] = ticket
         is_finite = NOT_FINITE not in tokens
@@ -338,12 +367,12 @@ class Scheduler:
             self.observer.tokens(len(tokens), now - ticket.last_token)
         ticket.last_token = now
         if before:
-            sums, end = self._sums_dense if ticket.request.is_dense else self._sums_sparse, before + len(tokens)
+            sums, end = self._sums_read(self._selection_of(ticket.request)), before + len(tokens)
             usage.steps += len(tokens)
             usage.tokens_read += int(sums[end] - sums[before])
             usage.tokens_cached += int(self._sums_dense[end] - self._sums_dense[before])
         try:
-            reason = ticket.push(tokens)
+            reason = ticket.push(tokens, logprobs)
         except Exception:  # of the tokenizer: it is about this text alone
             log.exception("request %s: its tokens are no text", ticket.request.id)
             del self.running[slot]

@@ -6,12 +6,14 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 import pydantic
 from pydantic import Field
 
+from spotlight_jax.config.selection import LONGEST
 from spotlight_jax.errors import InputError
 from spotlight_jax.serve.errors import ApiError
 from spotlight_jax.token_ids import check_text
 
 MOST_CHOICES = 16
 MOST_STOP_STRINGS = 16
+MOST_CHAT_LOGPROBS, MOST_COMPLETION_LOGPROBS = 20, 5  # OpenAI's
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 
 # Fields of OpenAI's API that do nothing at these values, and are refused at any other; null is always the same as none.
@@ -19,7 +21,6 @@ _OFF: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "logit_bias": ({},),
-    "logprobs": (False,),
     "top_logprobs": (0,),
     "tools": ([],),
     "tool_choice": ("none",),
@@ -41,11 +42,7 @@ _OFF: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
     "prompt_cache_key": (),
     "prompt_cache_retention": (),
-    "keep": (),
-    "budget": (),
 }
-_FIXED = "; how many tokens are read is chosen when the server starts, and a request can ask for dense=true alone"
-_WHY = {"keep": _FIXED, "budget": _FIXED}
 
 
 class Strict(pydantic.BaseModel):
@@ -94,6 +91,8 @@ class Body(Strict):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] = 1
     dense: bool = False
+    keep: Annotated[float, Field(gt=0, le=1)] | None = None
+    budget: Annotated[int, Field(ge=1, le=LONGEST)] | None = None
     user: str | None = None
     safety_identifier: str | None = None
 
@@ -108,6 +107,13 @@ class ChatBody(Body):
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_CHAT_LOGPROBS)] | None = None
+
+    @property
+    def most_logprobs(self) -> int | None:
+        """Most probable tokens to tell at each place; None: not even the chosen one's probability."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def limit(self) -> int | None:
@@ -127,6 +133,13 @@ class CompletionBody(Body):
         | Annotated[list[str], Field(min_length=1, max_length=MOST_CHOICES)]
         | Annotated[list[Ids], Field(min_length=1, max_length=MOST_CHOICES)]
     )
+
+    logprobs: Annotated[int, Field(ge=0, le=MOST_COMPLETION_LOGPROBS)] | None = None
+
+    @property
+    def most_logprobs(self) -> int | None:
+        """Most probable tokens to tell at each place; None: not even the chosen one's probability."""
+        return self.logprobs
 
     @property
     def limit(self) -> int:
@@ -185,8 +198,7 @@ def _check_off(name: str, value: Any) -> None:
         raise ApiError(400, f"there is no field '{shown}'", "unknown_parameter", shown)
     is_off = any(type(value) is type(off) or not isinstance(value, bool) for off in _OFF[name]) and value in _OFF[name]
     if not is_off:
-        why = _WHY.get(name, "")
-        raise ApiError(400, f"'{shown}' is not supported by this server{why}", "unsupported_parameter", shown)
+        raise ApiError(400, f"'{shown}' is not supported by this server", "unsupported_parameter", shown)
 
 
 def _check_together(body: Body) -> None:
@@ -199,6 +211,11 @@ def _check_together(body: Body) -> None:
         raise ApiError(
             400, "give 'max_tokens' or 'max_completion_tokens', not both", "invalid_value", "max_completion_tokens"
         )
+    if isinstance(body, ChatBody) and body.top_logprobs is not None and not body.logprobs:
+        raise ApiError(400, "'top_logprobs' needs logprobs=true", "invalid_value", "top_logprobs")
+    given = [name for name in ("keep", "budget", "dense") if getattr(body, name)]
+    if len(given) > 1:
+        raise ApiError(400, f"give '{given[0]}' or '{given[1]}', not both", "invalid_value", given[1])
     try:
         for text in body.stops:
             check_text(text, "a stop string")

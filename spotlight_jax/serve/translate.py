@@ -10,10 +10,13 @@ from typing import Any, TypeVar
 
 from spotlight_jax.config.generation import RowConfig
 from spotlight_jax.config.sampling import SamplingConfig
-from spotlight_jax.models.config import DecoderConfig
+from spotlight_jax.config.selection import SelectionConfig
+from spotlight_jax.serve.budgets import check_budget, selection_of
 from spotlight_jax.serve.errors import ApiError
+from spotlight_jax.serve.logprobs import TokenTexts
 from spotlight_jax.serve.requests import Request
 from spotlight_jax.serve.schema import ChatBody, CompletionBody
+from spotlight_jax.slots import Slots
 from spotlight_jax.stops import find_stops
 from spotlight_jax.token_ids import check_ids, encode_chat, encode_text
 
@@ -23,21 +26,19 @@ Result = TypeVar("Result")
 class Translator:
     """What bodies mean for one model."""
 
-    def __init__(
-        self, tokenizer: Any, model_cfg: DecoderConfig, name: str, context: int, seconds: float, selector: str | None
-    ) -> None:
+    def __init__(self, tokenizer: Any, slots: Slots, name: str, seconds: float, selector: str | None) -> None:
         """Take a tokenizer of its own, which one thread uses.
 
         Args:
             tokenizer: of the model.
-            model_cfg: of the model.
-            name: what clients call it.
-            context: most tokens of a sequence.
+            slots: where sequences are decoded.
+            name: what clients call the model.
             seconds: that a request may take.
             selector: what is read by; None: every token is.
         """
-        self.tokenizer, self.model_cfg = copy.deepcopy(tokenizer), model_cfg
-        self.name, self.context, self.seconds, self.selector = name, context, seconds, selector
+        self.tokenizer, self.slots, self.model_cfg = copy.deepcopy(tokenizer), slots, slots.engine.model_cfg
+        self.name, self.context, self.seconds, self.selector = name, slots.context, seconds, selector
+        self.texts = TokenTexts(tokenizer, self.model_cfg.vocab)
         self.started = int(time.time())
         self._thread = ThreadPoolExecutor(1, "tokenizer")
 
@@ -91,10 +92,13 @@ class Translator:
         stops = find_stops(self.model_cfg, self.tokenizer, body.stops)
         if stops.unmatched:
             raise ApiError(400, stops.unmatched[0], "invalid_value", "stop")
-        sampling = _sampling(body)
+        sampling, selection = _sampling(body), self._selection(body)
         requests: list[Request] = []
         for prompt in prompts:
             limit = self._limit(body, len(prompt))
+            if selection is not None:
+                ends = len(prompt), len(prompt) + limit
+                check_budget(selection, self.slots.engine.cfg.selection, *ends, self.slots.sparse_from)
             for number in range(body.n):
                 row = RowConfig(sampling, stops.tokens, number)
                 requests.append(
@@ -104,11 +108,22 @@ class Translator:
                         max_new_tokens=limit,
                         row=row,
                         stops=stops,
-                        is_dense=body.dense,
+                        selection=selection,
+                        logprobs=body.most_logprobs,
                         deadline=now + self.seconds,
                     )
                 )
         return requests
+
+    def _selection(self, body: ChatBody | CompletionBody) -> SelectionConfig | None:
+        """How much a request's steps read, where it says so."""
+        if self.slots.has_selector:
+            return selection_of(body, self.slots.engine.cfg.selection)
+        for name in ("keep", "budget"):
+            if getattr(body, name) is not None:
+                message = f"'{name}' needs a selector, and this server has none: every token is read"
+                raise ApiError(400, message, "unsupported_parameter", name)
+        return None
 
     def _limit(self, body: ChatBody | CompletionBody, tokens: int) -> int:
         """Most tokens that follow a prompt of so many."""

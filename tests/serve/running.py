@@ -12,7 +12,7 @@ from spotlight_jax.serve.run import Server, listen
 from spotlight_jax.serve.scheduler import Scheduler
 from spotlight_jax.serve.translate import Translator
 from tests.byte_tokenizer import byte_tokenizer
-from tests.serve.world import MODEL, make_scheduler
+from tests.serve.world import make_scheduler
 
 
 class Running:
@@ -48,7 +48,7 @@ def serving(is_sparse=True, api_key=None, body_bytes=100_000, body_seconds=5.0, 
     metrics = Metrics()
     scheduler = make_scheduler(is_sparse, observer=metrics, **options)
     metrics.watch(scheduler)
-    translator = Translator(byte_tokenizer(), MODEL, "tiny", scheduler.slots.context, seconds, "demo")
+    translator = Translator(byte_tokenizer(), scheduler.slots, "tiny", seconds, "demo")
     service = Service(scheduler, translator, metrics, Limits(body_bytes, body_seconds))
     listener = listen("127.0.0.1", 0)
     server = Server(make_app(service, api_key), scheduler, drain)

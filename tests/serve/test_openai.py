@@ -177,7 +177,9 @@ def test_usage_says_what_was_read_and_dense_reads_all(client):
     options = {"model": "tiny", "prompt": "x" * 100, "temperature": 0, "max_tokens": 8}
     sparse = client.completions.create(**options).usage.model_extra["spotlight"]
     dense = client.completions.create(extra_body={"dense": True}, **options).usage.model_extra["spotlight"]
-    assert 0.15 < sparse["share_read"] < 0.25 and dense["share_read"] == 1
+    lengths = range(101, 101 + 7)  # a fifth, and the newest, in no full block of 64 yet
+    wanted_share = sum(length - int(0.8 * length) + length - 64 for length in lengths) / sum(lengths)
+    assert abs(sparse["share_read"] - wanted_share) < 0.01 and dense["share_read"] == 1
     assert sparse["tokens_cached_per_step"] == dense["tokens_read_per_step"]
 
 
@@ -195,11 +197,19 @@ def test_dense_is_what_a_model_without_a_selector_gives(client):
     [
         ({"frequency_penalty": 0.5}, "frequency_penalty"),
         ({"logit_bias": {"5": 10}}, "logit_bias"),
-        ({"logprobs": True}, "logprobs"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"extra_body": {"logprobs": 5}}, "logprobs"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"extra_body": {"keep": 0.1}}, "keep"),
-        ({"extra_body": {"budget": 7}}, "budget"),
+        ({"extra_body": {"keep": 0}}, "keep"),
+        ({"extra_body": {"keep": 1e-9}}, "keep"),
+        ({"max_tokens": 60, "extra_body": {"keep": 0.3}}, "keep"),
+        ({"extra_body": {"budget": 0}}, "budget"),
+        ({"extra_body": {"budget": 1.5}}, "budget"),
+        ({"max_tokens": 60, "extra_body": {"budget": 39}}, "budget"),
+        ({"extra_body": {"keep": 0.1, "budget": 5}}, "budget"),
+        ({"extra_body": {"keep": 0.1, "dense": True}}, "dense"),
         ({"extra_body": {"wholly_unknown": 1}}, "wholly_unknown"),
         ({"extra_body": {"dense": "yes"}}, "dense"),
         ({"temperature": -1}, "temperature"),

@@ -14,7 +14,9 @@ from spotlight_jax.slots import Slots
 from spotlight_jax.text_stream import TextStream
 from tests.byte_tokenizer import byte_tokenizer
 from tests.serve.world import (
+    DENSE,
     MODEL,
+    SPARSE,
     Inbox,
     draw_request,
     make_engine,
@@ -24,6 +26,12 @@ from tests.serve.world import (
 )
 
 REQUESTS = [draw_request(seed) for seed in range(24)]
+ROW_SELECTIONS = (
+    None,
+    DENSE,
+    dataclasses.replace(SPARSE, keep=0.1),
+    dataclasses.replace(SPARSE, keep=None, budget=9, min_tokens=20),
+)
 
 
 @functools.cache
@@ -46,7 +54,7 @@ def alone(request, is_sparse):
 
 def check_all(requests, inboxes, is_sparse):
     for request, inbox in zip(requests, inboxes, strict=True):
-        tokens, text = alone(request, is_sparse and not request.is_dense)
+        tokens, text = alone(request, is_sparse and request.selection is None)
         assert (inbox.tokens, inbox.text) == (tokens, text), request.id
         assert isinstance(inbox.end, Done)
         assert inbox.end.usage.new_tokens == len(tokens)
@@ -62,7 +70,10 @@ def check_empty(scheduler):
 @pytest.mark.parametrize("is_sparse", [False, True])
 @pytest.mark.parametrize("pages", [0, 8])
 def test_many_requests_at_once_get_what_each_gets_alone(is_sparse, pages):
-    requests = [dataclasses.replace(one, is_dense=is_sparse and index % 5 == 0) for index, one in enumerate(REQUESTS)]
+    requests = [
+        dataclasses.replace(one, selection=DENSE if is_sparse and index % 5 == 0 else None)
+        for index, one in enumerate(REQUESTS)
+    ]
     scheduler = make_scheduler(is_sparse, pages)
     check_all(requests, run_all(scheduler, requests, arrive=2), is_sparse)
     check_empty(scheduler)
@@ -112,7 +123,7 @@ def test_pages_hold_the_numbers_that_prefill_gives():
     slots, prompt = scheduler.slots, np.random.default_rng(0).integers(0, 255, 70).tolist()
 
     def prefill(pages, keeps):
-        one = slots.begin(prompt, 5, REQUESTS[0].row, False, pages)
+        one = slots.begin(prompt, 5, REQUESTS[0].row, SPARSE, pages=pages)
         while not one.is_whole:
             if slots.advance(one) and keeps:
                 slots.keep(one, one.done // slots.chunk - 1)
@@ -130,7 +141,10 @@ def test_requests_compile_nothing_after_warm_up():
     scheduler = make_scheduler(is_sparse=True)
     scheduler.slots.warm_up()
     known = set(scheduler.slots.engine.programs)
-    requests = [dataclasses.replace(one, is_dense=index % 3 == 0) for index, one in enumerate(REQUESTS[:12])]
+    requests = [
+        dataclasses.replace(one, selection=ROW_SELECTIONS[index % 4], logprobs=(None, 5)[index % 2])
+        for index, one in enumerate(REQUESTS[:12])
+    ]
     compiled = []
     monitor = lambda event, seconds, **options: compiled.append(event) if "backend_compile" in event else None  # noqa: E731
     jax.monitoring.register_event_duration_secs_listener(monitor)
@@ -344,7 +358,7 @@ def test_usage_counts_the_tokens_that_steps_read():
     row = dataclasses.replace(REQUESTS[1].row, stop_tokens=())
     stops = dataclasses.replace(REQUESTS[1].stops, tokens=())
     request = dataclasses.replace(REQUESTS[1], prompt=tuple(range(100)), max_new_tokens=21, row=row, stops=stops)
-    sparse, dense = run_all(scheduler, [request, dataclasses.replace(request, is_dense=True)])
+    sparse, dense = run_all(scheduler, [request, dataclasses.replace(request, selection=DENSE)])
     lengths = list(range(101, 121))
     wanted = sum(max(length - int(0.8 * length), 5) + length - 64 for length in lengths)
     assert (sparse.end.usage.steps, sparse.end.usage.tokens_read) == (20, wanted)

@@ -26,6 +26,7 @@ from tests.hash_params import draw_params
 
 MODEL = PRESETS["tiny"]
 SPARSE = SelectionConfig(keep=0.2, min_tokens=5, min_context=40, dense_layers=(0,))
+DENSE = dataclasses.replace(SPARSE, keep=1.0)
 
 
 @functools.cache
@@ -88,14 +89,14 @@ class Inbox:
         return self.events[-1]
 
 
-def draw_request(seed, most=200, is_dense=False) -> Request:
+def draw_request(seed, most=200) -> Request:
     """A random prompt with random settings: greedy ones, drawn ones, some that end by themselves."""
     rng = np.random.default_rng(seed)
     prompt = tuple(rng.integers(0, 255, rng.integers(1, most)).tolist())
     sampling = SamplingConfig() if seed % 2 else SamplingConfig(1.1, top_k=40, top_p=0.95, seed=seed)
     stops = find_stops(MODEL, byte_tokenizer(), ("qz", "e") if seed % 3 == 0 else ())
     row = RowConfig(sampling, stops.tokens, seed % 2)
-    return Request(f"request-{seed}", prompt, int(rng.integers(1, 60)), row, stops, is_dense)
+    return Request(f"request-{seed}", prompt, int(rng.integers(1, 60)), row, stops)
 
 
 def run_all(scheduler: Scheduler, requests, arrive=None) -> list[Inbox]:
