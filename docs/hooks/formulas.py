@@ -1,6 +1,6 @@
 """Formulas in TeX become MathML when the site is built, so that a page needs no script and no font for them."""
 
-import html
+from html import unescape
 import re
 from typing import Any
 
@@ -11,9 +11,9 @@ _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1
 
 def on_page_content(html: str, **_: Any) -> str:
     """Replace every formula of a page."""
-    return _FORMULA.sub(_mathml, page_html)
+    return _FORMULA.sub(_mathml, html)
 
 
 def _mathml(found: re.Match[str]) -> str:
     display = "inline" if found[2] == "(" else "block"
-    return f'<{found[1]} class="formula">{convert(html.unescape(found[3]), display=display)}</{found[1]}>'
+    return f'<{found[1]} class="formula">{convert(unescape(found[3]), display=display)}</{found[1]}>'

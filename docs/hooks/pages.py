@@ -73,13 +73,18 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def _code(text: str) -> str:
-    return f"<code>{html.escape(text).replace('|', '&#124;')}</code>"
+    return f"<code>{_escape(text)}</code>"
+
+
+def _escape(text: str) -> str:
+    """Return a text that is no Markdown."""
+    return html.escape(text).replace("|", "&#124;").replace("[", "&#91;").replace("*", "&#42;")
 
 
 def _prose(text: str) -> str:
     """Return a help text as one table cell."""
     parts = " ".join(text.split()).split("`")
-    return "".join(_code(part) if i % 2 else html.escape(part).replace("|", "&#124;") for i, part in enumerate(parts))
+    return "".join(_code(part) if i % 2 else _escape(part) for i, part in enumerate(parts))
 
 
 def flag_rows(group: Any) -> list[str]:
@@ -92,9 +97,11 @@ def flag_rows(group: Any) -> list[str]:
         if not default:
             text, default = action.help or "", ""
         values = action.metavar if isinstance(action.metavar, str) else " ".join(action.metavar or ())
-        names = ", ".join(_code(name) for name in action.option_strings)
-        kind = "" if "--no-" in action.option_strings[-1] or ".no-" in action.option_strings[-1] else _code(values)
-        rows.append(f"| {names} {kind} | {_code(default.strip(' )\n')) if default.strip(' )') else ''} | {_prose(text)} |")
+        names = ", ".join(_code(name) for name in action.option_strings)  # none: it follows no flag
+        is_switch = any(name.startswith("--no-") or ".no-" in name for name in action.option_strings)
+        kind = "" if is_switch else _code(values)
+        value = default.strip(" )\n")
+        rows.append(f"| {f'{names} {kind}'.strip()} | {_code(value) if value else ''} | {_prose(text)} |")
     return rows
 
 
@@ -113,7 +120,7 @@ def _description(text: str) -> list[str]:
     """Return a command's docstring as Markdown: what is indented in it is code."""
     lines: list[str] = []
     for line in text.strip().splitlines():
-        lines.append(line if line.startswith("    ") else html.escape(line, quote=False))
+        lines.append(line if line.startswith("    ") else html.escape(line, quote=False).replace("[", "&#91;"))
     return lines
 
 
