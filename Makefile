@@ -5,7 +5,7 @@ QUICK = JAX_DISABLE_MOST_OPTIMIZATIONS=1 PYTHONDONTWRITEBYTECODE=
 # Every command runs in .venv, which `make setup` creates and brings up to date when pyproject.toml changes.
 PYTHON ?= python3
 
-.PHONY: setup demo test slow soak lint format parity sdist clean
+.PHONY: setup demo test slow soak lint format parity docs sdist clean
 setup: .venv/.installed
 
 demo: setup
@@ -34,6 +34,11 @@ format: setup
 parity: .venv-parity/.installed
 	.venv-parity/bin/python -m pytest -n 2 --dist loadfile tests/parity tests/eval -m parity
 
+# The documentation, in site/; strict: a dead link or anchor is an error.
+docs: .venv-docs/.installed
+	.venv-docs/bin/python -m docs.tables --check
+	PYTHONPATH=. NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+
 # A source archive carries what its tests need: they are collected in it, unpacked.
 sdist: setup
 	rm -rf dist
@@ -41,7 +46,7 @@ sdist: setup
 	cd dist && tar -xzf *.tar.gz && cd */ && ../../.venv/bin/python -m pytest --collect-only -qq
 
 clean:
-	rm -rf .venv .venv-parity build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-parity .venv-docs build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 .venv/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -53,4 +58,9 @@ clean:
 .venv-parity/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-parity
 	.venv-parity/bin/python -m pip install --quiet torch==2.13.0 'accelerate>=1.0' --editable '.[dev,eval]'
+	@touch $@
+
+.venv-docs/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --editable '.[docs]'
 	@touch $@

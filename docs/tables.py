@@ -4,8 +4,8 @@
     python -m docs.tables --check    # exit code 1 where a page holds something else
 
 A page marks a table with `<!-- table: NAME -->` and `<!-- /table -->`. A file in docs/data holds tables by name: the
-command that measured the figures, the machine, the date and the commit, columns, and rows. Numbers are shown as they are
-written in the file, so that a figure keeps its digits.
+command that measured the figures, the machine, the date and the commit, columns, and rows. Numbers are shown as they
+are written in the file, so that a figure keeps its digits.
 """
 
 import json

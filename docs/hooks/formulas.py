@@ -1,7 +1,7 @@
 """Formulas in TeX become MathML when the site is built, so that a page needs no script and no font for them."""
 
-from html import unescape
 import re
+from html import unescape
 from typing import Any
 
 from latex2mathml.converter import convert

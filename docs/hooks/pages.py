@@ -41,7 +41,8 @@ def commands() -> list[tuple[str, str, str]]:
 
 def page_of(title: str) -> str:
     """Return the path of a command's page."""
-    return f"reference/{title.removeprefix('spotlight ').removeprefix('python -m ').replace(' ', '-').replace('.', '-')}.md"
+    name = title.removeprefix("spotlight ").removeprefix("python -m ")
+    return f"reference/{re.sub(r'[ .]', '-', name)}.md"
 
 
 def parser_of(module: str, args: Sequence[str] = ()) -> Any:
@@ -101,7 +102,8 @@ def flag_rows(group: Any) -> list[str]:
         is_switch = any(name.startswith("--no-") or ".no-" in name for name in action.option_strings)
         kind = "" if is_switch else _code(values)
         value = default.strip(" )\n")
-        rows.append(f"| {f'{names} {kind}'.strip()} | {_code(value) if value else ''} | {_prose(text)} |")
+        name = "<br>".join(part for part in (names, kind) if part)
+        rows.append(f"| {name} | {_code(value) if value else ''} | {_prose(text)} |")
     return rows
 
 
@@ -124,11 +126,17 @@ def _description(text: str) -> list[str]:
     return lines
 
 
-def command_page(title: str, module: str, purpose: str) -> str:
+def command_page(title: str, module: str) -> str:
     """Return the page of one command, as Markdown."""
-    lines = [f"# {title}", "", f"To {purpose}." if purpose.split()[0] in _VERBS else f"{purpose[0].upper()}{purpose[1:]}.", ""]
     parser = parser_of(module)
-    lines += [*_description(importlib.import_module(module).__doc__ or ""), "", "## Flags", *flag_tables(parser)]
+    lines = [
+        f"# {title}",
+        "",
+        *_description(importlib.import_module(module).__doc__ or ""),
+        "",
+        "## Flags",
+        *flag_tables(parser),
+    ]
     name = title.removeprefix("spotlight ")
     known = {option for action in parser._actions for option in action.option_strings}
     for variant in VARIANTS.get(name, ()):
@@ -141,12 +149,10 @@ def command_page(title: str, module: str, purpose: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-_VERBS = {"train", "continue", "talk", "serve", "check", "compare"}
-
-
 def commands_page() -> str:
     """Return the list of all commands, as Markdown."""
-    lines = ["# Commands", "", "Every page here is made from the code when the site is built.", "", "| command | |", "|---|---|"]
+    lines = ["# Commands", "", "These pages are made from the code when the site is built.", ""]
+    lines += ["| command | |", "|---|---|"]
     lines += [f"| [`{title}`]({Path(page_of(title)).name}) | {text} |" for title, _, text in commands()]
     return "\n".join(lines) + "\n"
 
@@ -175,7 +181,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "index.md": from_root((ROOT / "README.md").read_text(encoding="utf-8")),
         "changes.md": from_root((ROOT / "CHANGELOG.md").read_text(encoding="utf-8")),
         "reference/commands.md": commands_page(),
-        **{page_of(title): command_page(title, module, text) for title, module, text in commands()},
+        **{page_of(title): command_page(title, module) for title, module, _ in commands()},
     }
     for path, text in made.items():
         files.append(File.generated(config, path, content=text))
