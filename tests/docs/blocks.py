@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 LAB = ROOT / "docs" / "lab"  # entries stay as they were written
 PAGES = [ROOT / "README.md", *(page for page in sorted((ROOT / "docs").rglob("*.md")) if LAB not in page.parents)]
-# What a marker before a block says. Without one, and with `slow`, the block is run; else its flags are parsed.
+# What a marker before a block says: the block is run, by `make slow`, or its flags are parsed.
 RUN, PARSED = ("slow",), ("gpu", "hub", "minutes")
 _BLOCK = re.compile(r"(?:^<!-- test: (\w+) -->\n)?^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -27,11 +27,6 @@ class Block:
     def name(self) -> str:
         """The block's place, as a test's name."""
         return f"{self.page}:{self.line}"
-
-    @property
-    def is_run(self) -> bool:
-        """Whether the block is run, and not only parsed."""
-        return self.marker in (None, *RUN)
 
     def commands(self) -> list[list[str]]:
         """Words of every command, without comments; what stands in a pipe is a command of its own."""
