@@ -38,10 +38,10 @@ _COMMANDS = (
     ("demo", "train.demo", "train on the embedded model, then generate dense and sparse side by side"),
     ("train", "train.layerwise", "train the hash functions of a model"),
     ("generate", "spotlight_jax.commands.generate", "continue a prompt, reading only the tokens that matter"),
-    ("chat", "spotlight_jax.commands.chat", "talk with a model"),
+    ("chat", "spotlight_jax.commands.chat", "chat with a model in the terminal"),
     ("serve", "spotlight_jax.commands.serve", "serve a model to many clients at once, over OpenAI's API"),
     ("doctor", "spotlight_jax.commands.doctor", "check this machine and installation"),
-    ("eval decode", "eval.decode", "prefill and decoding at a model's shape, dense beside sparse"),
+    ("eval decode", "eval.decode", "prefill and decoding at a model's shape, dense and sparse"),
     ("eval fidelity", "eval.fidelity", "how far the answers of two prediction folders agree"),
     (
         "eval harness",
@@ -266,7 +266,7 @@ def _explain_unknown(argument: str, config_class: type) -> str:
     flag = argument.partition("=")[0].replace("_", "-")
     known = {name.lstrip("-"): name for name in (*_flags(config_class, "--"), "--help")}  # dashes make nothing alike
     if flag in known.values():
-        return f"'{argument}' does nothing beside the other flags; --help behind them lists those that do"
+        return f"'{argument}' does nothing with the other flags; --help behind them lists those that do"
     if flag.startswith("--no-") and "." in flag:  # a group's flag is turned off behind the group's name
         group, _, name = flag.removeprefix("--no-").rpartition(".")
         flag = f"--{group}.no-{name}"

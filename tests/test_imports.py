@@ -1,4 +1,4 @@
-"""Who may import whom, as the rooms table in docs/architecture.md says."""
+"""Who may import whom, as the table in docs/architecture.md says."""
 
 import ast
 import re
@@ -19,7 +19,8 @@ def _rooms() -> dict[str, set[str]]:
     rooms: dict[str, set[str]] = {}
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
-        if len(cells) == 3 and (names := re.findall(r"`([\w/<>]+?)(?:\.py|/)?`", cells[0])) and "room" not in cells[0]:
+        names = re.findall(r"`([\w/<>]+?)(?:\.py|/)?`", cells[0])
+        if len(cells) == 3 and names and "module in" not in cells[0]:
             allowed = set() if cells[2] == "nothing" else {name.strip(" `/") for name in cells[2].split(",")}
             for name in names:
                 rooms[name.split("/")[0]] = allowed

@@ -30,7 +30,7 @@ class ServeConfig:
     selector: Path | None = None
     """What training wrote (a run or its selector folder); without one, every token is read."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of weights and cache; auto: bfloat16 on an accelerator, float32 on a CPU."""
+    """Type of weights and cache; auto: bfloat16 on an accelerator, float32 on a CPU."""
     name: str | None = None
     """What clients call the model; None: the model's own name."""
     host: str = "127.0.0.1"
