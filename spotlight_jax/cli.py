@@ -40,6 +40,7 @@ _COMMANDS = (
     ("generate", "spotlight_jax.commands.generate", "continue a prompt, reading only the tokens that matter"),
     ("chat", "spotlight_jax.commands.chat", "talk with a model"),
     ("serve", "spotlight_jax.commands.serve", "serve a model to many clients at once, over OpenAI's API"),
+    ("push", "spotlight_jax.commands.push", "send a selector to Hugging Face's hub"),
     ("doctor", "spotlight_jax.commands.doctor", "check this machine and installation"),
     ("eval decode", "eval.decode", "prefill and decoding at a model's shape, dense beside sparse"),
     ("eval fidelity", "eval.fidelity", "how far the answers of two prediction folders agree"),

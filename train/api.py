@@ -28,8 +28,8 @@ Text = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 def fit(text: Text, cfg: LayerwiseConfig = PRESETS["demo"]) -> Selector:
     """Fit hash functions of every layer of a model to text, in closed form, and correct its tail: nothing is trained.
 
-    The frozen model runs over `cfg.fit_windows` windows of `cfg.data.window` tokens, and the keys' moments give the hash
-    functions (`selector.fitting`). Nothing is written: `save_selector` does that.
+    The frozen model runs over `cfg.fit_windows` windows of `cfg.data.window` tokens, and the moments of its keys and
+    queries give the hash functions (`selector.fitting`). Nothing is written: `save_selector` does that.
 
     Args:
         text: files, folders, globs, hub data sets (`hf:NAME`) or `embedded`, one or several; see `DataConfig.train`.
