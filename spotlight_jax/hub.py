@@ -2,6 +2,7 @@
 
 import pathlib
 from collections.abc import Sequence
+from typing import cast
 
 import huggingface_hub
 from huggingface_hub.errors import (
@@ -17,7 +18,7 @@ from spotlight_jax.errors import InputError
 PREFIX = "hf:"  # before the name of a selector on the hub
 SELECTOR_FILES = ("README.md", "config.json", "manifest.json", "selector.safetensors")  # no code is fetched or sent
 # What the hub answers, and what becomes of a connection, whichever HTTP library huggingface_hub uses.
-_FAILURES = HfHubHTTPError.__bases__
+_FAILURES = cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)
 
 
 def fetch(name: str, patterns: Sequence[str], what: str, revision: str | None = None) -> pathlib.Path:

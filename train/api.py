@@ -82,4 +82,5 @@ def train(text: Text, out: str | os.PathLike[str], cfg: LayerwiseConfig = PRESET
 def _on_text(text: Text, cfg: LayerwiseConfig) -> LayerwiseConfig:
     """Return the config of the same run on this text."""
     named = [text] if isinstance(text, str | os.PathLike) else text
-    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, train=tuple(map(os.fspath, named))))
+    train_on = tuple(os.fspath(source) for source in named)
+    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, train=train_on))

@@ -62,7 +62,7 @@ def describe_share(metrics: dict[str, Any]) -> str:
 
 def _eval_results(selector: Selector) -> list[EvalResult]:
     """Return the selector's own measurements: at a window's length, and at the far end of its positions."""
-    metrics = selector.info.get("metrics")
+    metrics: Any = selector.info.get("metrics")
     if not _is_measured(metrics):
         return []
     near = f"windows of {metrics.get('window')} tokens"
