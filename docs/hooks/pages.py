@@ -159,7 +159,8 @@ def commands_page() -> str:
 
 def from_root(text: str) -> str:
     """Return Markdown of the root folder as a page of docs/: links into docs/ lose that folder."""
-    text = text.replace("](CHANGELOG.md)", "](changes.md)")
+    text = text.replace("](CHANGELOG.md)", "](changes.md)").replace("](CONTRIBUTING.md)", "](contributing.md)")
+    text = re.sub(r"\[([^\]]*)\]\((examples/[^)]*|CITATION\.cff)\)", r"\1 (`\2`)", text)  # files that no page shows
     return re.sub(r"(\]\(|src=\")docs/", r"\1", text)
 
 
@@ -179,6 +180,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are made here."""
     made = {
         "index.md": from_root((ROOT / "README.md").read_text(encoding="utf-8")),
+        "contributing.md": from_root((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")),
         "changes.md": from_root((ROOT / "CHANGELOG.md").read_text(encoding="utf-8")),
         "reference/commands.md": commands_page(),
         **{page_of(title): command_page(title, module) for title, module, _ in commands()},

@@ -7,7 +7,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
 LAB = ROOT / "docs" / "lab"  # entries stay as they were written
-PAGES = [ROOT / "README.md", *(page for page in sorted((ROOT / "docs").rglob("*.md")) if LAB not in page.parents)]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *(page for page in sorted((ROOT / "docs").rglob("*.md")) if LAB not in page.parents),
+]
 # What a marker before a block says: the block is run, by `make slow`, or its flags are parsed.
 RUN, PARSED = ("slow",), ("gpu", "hub", "minutes")
 _BLOCK = re.compile(r"(?:^<!-- test: (\w+) -->\n)?^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

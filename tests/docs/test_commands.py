@@ -11,9 +11,10 @@ import textwrap
 import numpy as np
 import pytest
 
+import spotlight_jax
 from spotlight_jax import cli
 from spotlight_jax.config.hashing import TransformConfig
-from spotlight_jax.generate import head_shape
+from spotlight_jax.generation import head_shape
 from spotlight_jax.models import load
 from spotlight_jax.models.source import lasting_name
 from spotlight_jax.selector.checkpoint import Selector, save_selector
@@ -104,9 +105,12 @@ def in_place(stand_ins, monkeypatch):
     real = load.load_model
     monkeypatch.chdir(stand_ins)
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    monkeypatch.setattr(
-        load, "load_model", lambda name, *args, **more: real("MODEL" if name == "smollm2-135m" else name, *args, **more)
-    )
+
+    def load_tiny(name, *args, **more):
+        return real("MODEL" if name == "smollm2-135m" else name, *args, **more)
+
+    monkeypatch.setattr(load, "load_model", load_tiny)
+    monkeypatch.setattr(spotlight_jax, "load_model", load_tiny, raising=False)
     prepare_training(monkeypatch)
     for module in [
         module for name, module in sys.modules.items() if name.startswith(("spotlight_jax", "train", "eval"))
