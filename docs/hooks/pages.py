@@ -94,16 +94,17 @@ def flag_rows(group: Any) -> list[str]:
     for action in group._group_actions:
         if "--help" in action.option_strings:
             continue
-        text, _, default = (action.help or "").rpartition("(default:")
-        if not default:
-            text, default = action.help or "", ""
+        given = action.help or ""
+        text, found, default = given.rpartition("(default:")
+        if not found:
+            text, default = given.removesuffix("(required)"), "required" if given.endswith("(required)") else ""
         values = action.metavar if isinstance(action.metavar, str) else " ".join(action.metavar or ())
         names = ", ".join(_code(name) for name in action.option_strings)  # none: it follows no flag
         is_switch = any(name.startswith("--no-") or ".no-" in name for name in action.option_strings)
         kind = "" if is_switch else _code(values)
         value = default.strip(" )\n")
         name = "<br>".join(part for part in (names, kind) if part)
-        rows.append(f"| {name} | {_code(value) if value else ''} | {_prose(text)} |")
+        rows.append(f"| {name} | {_code(value) if found else value} | {_prose(text)} |")
     return rows
 
 
