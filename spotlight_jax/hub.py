@@ -40,7 +40,7 @@ def fetch(name: str, patterns: Sequence[str], what: str, revision: str | None = 
         raise InputError(f"{name}: the hub has no such {what}, or it is gated and you are not logged in") from None
     except HFValidationError:
         raise InputError(f"{name}: neither a folder, a .gguf file nor a valid hub id") from None
-    except (LocalEntryNotFoundError, *_FAILURES) as error:  # type: ignore[misc]
+    except (LocalEntryNotFoundError, *_FAILURES) as error:
         raise InputError(f"{name}: cannot be fetched from the hub (no network?): {_first_line(error)}") from None
 
 
@@ -76,7 +76,7 @@ def send(folder: pathlib.Path, name: str, is_private: bool, message: str) -> str
         if status in (401, 403):
             raise InputError(f"your token may not write to '{name}' (HTTP {status}); give one that may") from None
         raise InputError(f"the hub did not take '{name}' (HTTP {status}): {_first_line(error)}") from None
-    except (RuntimeError, *_FAILURES) as error:  # type: ignore[misc] (an upload that breaks off is a RuntimeError)
+    except (RuntimeError, *_FAILURES) as error:  # of an upload that breaks off
         why = _first_line(error.__cause__ or error)
         raise InputError(f"'{name}' cannot be sent to the hub (no network?): {why}; send it again") from None
     return address
