@@ -2,7 +2,7 @@
 
 import pathlib
 from collections.abc import Sequence
-from typing import cast
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub.errors import (
@@ -18,7 +18,7 @@ from spotlight_jax.errors import InputError
 PREFIX = "hf:"  # before the name of a selector on the hub
 SELECTOR_FILES = ("README.md", "config.json", "manifest.json", "selector.safetensors")  # no code is fetched or sent
 # What the hub answers, and what becomes of a connection, whichever HTTP library huggingface_hub uses.
-_FAILURES = cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)
+_FAILURES: Any = HfHubHTTPError.__bases__
 
 
 def fetch(name: str, patterns: Sequence[str], what: str, revision: str | None = None) -> pathlib.Path:
@@ -76,7 +76,7 @@ def send(folder: pathlib.Path, name: str, is_private: bool, message: str) -> str
         if status in (401, 403):
             raise InputError(f"your token may not write to '{name}' (HTTP {status}); give one that may") from None
         raise InputError(f"the hub did not take '{name}' (HTTP {status}): {_first_line(error)}") from None
-    except (RuntimeError, *_FAILURES) as error:  # a file's upload that breaks off is a RuntimeError with a cause
+    except (RuntimeError, *_FAILURES) as error:  # of an upload that breaks off
         why = _first_line(error.__cause__ or error)
         raise InputError(f"'{name}' cannot be sent to the hub (no network?): {why}; send it again") from None
     return address

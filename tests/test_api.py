@@ -145,6 +145,8 @@ def test_fitting_is_the_start_of_training(prepared, trained):  # noqa: F811
     assert not np.array_equal(fitted.params.weights.bit_weights, run.params.weights.bit_weights)
     assert fitted.params.tail is not None and 0 < run.info["metrics"]["mass"] <= 1
     assert fitted.info["recipe"]["data"]["train"] == [str(inputs.tokens)]
+    card = (folder / "run" / "selector" / "README.md").read_text(encoding="utf-8")
+    assert f"{run.info['metrics']['mass']:.3f}" in card and "2 steps, windows of 64 tokens" in card
 
 
 def test_bad_input_is_an_input_error_before_anything_is_loaded(trained, tmp_path):
