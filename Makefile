@@ -8,7 +8,7 @@ TWO = -n 2 --dist loadfile --max-worker-restart 0
 # Every command runs in .venv, which `make setup` creates and brings up to date when pyproject.toml changes.
 PYTHON ?= python3
 
-.PHONY: setup demo test slow soak browser lint format parity sdist clean
+.PHONY: setup demo test slow soak browser lint format parity docs sdist clean
 setup: .venv/.installed
 
 demo: setup
@@ -43,6 +43,11 @@ format: setup
 parity: .venv-parity/.installed
 	.venv-parity/bin/python -m pytest $(TWO) tests/parity tests/eval -m parity
 
+# The documentation, in site/; strict: a dead link or anchor is an error.
+docs: .venv-docs/.installed
+	.venv-docs/bin/python -m docs.tables --check
+	PYTHONPATH=. NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+
 # A source archive carries what its tests need: they are collected in it, unpacked.
 sdist: setup
 	rm -rf dist
@@ -50,7 +55,7 @@ sdist: setup
 	cd dist && tar -xzf *.tar.gz && cd */ && ../../.venv/bin/python -m pytest --collect-only -qq
 
 clean:
-	rm -rf .venv .venv-parity build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-parity .venv-docs build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 .venv/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -62,4 +67,9 @@ clean:
 .venv-parity/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-parity
 	.venv-parity/bin/python -m pip install --quiet torch==2.13.0 'accelerate>=1.0' --editable '.[dev,eval]'
+	@touch $@
+
+.venv-docs/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --editable '.[docs]'
 	@touch $@

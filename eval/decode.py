@@ -33,7 +33,7 @@ class DecodeSpeedConfig:
     model: str | None = None
     """A real model instead; with a selector alone, the one it was trained for."""
     selector: Path | None = None
-    """A trained selector instead of random hash functions."""
+    """A trained selector instead of random hash functions: a folder, or hf:OWNER/NAME[@REVISION] of the hub."""
     lengths: tuple[int, ...] = (7500,)
     """Prompt tokens of each sequence of the batch."""
     new_tokens: int = 64

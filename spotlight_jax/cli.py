@@ -38,10 +38,11 @@ _COMMANDS = (
     ("demo", "train.demo", "train on the embedded model, then generate dense and sparse side by side"),
     ("train", "train.layerwise", "train the hash functions of a model"),
     ("generate", "spotlight_jax.commands.generate", "continue a prompt, reading only the tokens that matter"),
-    ("chat", "spotlight_jax.commands.chat", "talk with a model"),
+    ("chat", "spotlight_jax.commands.chat", "chat with a model in the terminal"),
     ("serve", "spotlight_jax.commands.serve", "serve a model to many clients at once, over OpenAI's API"),
+    ("push", "spotlight_jax.commands.push", "send a selector to Hugging Face's hub"),
     ("doctor", "spotlight_jax.commands.doctor", "check this machine and installation"),
-    ("eval decode", "eval.decode", "prefill and decoding at a model's shape, dense beside sparse"),
+    ("eval decode", "eval.decode", "prefill and decoding at a model's shape, dense and sparse"),
     ("eval fidelity", "eval.fidelity", "how far the answers of two prediction folders agree"),
     (
         "eval harness",
@@ -266,7 +267,7 @@ def _explain_unknown(argument: str, config_class: type) -> str:
     flag = argument.partition("=")[0].replace("_", "-")
     known = {name.lstrip("-"): name for name in (*_flags(config_class, "--"), "--help")}  # dashes make nothing alike
     if flag in known.values():
-        return f"'{argument}' does nothing beside the other flags; --help behind them lists those that do"
+        return f"'{argument}' does nothing with the other flags; --help behind them lists those that do"
     if flag.startswith("--no-") and "." in flag:  # a group's flag is turned off behind the group's name
         group, _, name = flag.removeprefix("--no-").rpartition(".")
         flag = f"--{group}.no-{name}"
@@ -315,16 +316,14 @@ def main(args: Sequence[str] | None = None) -> int:
         hint = f"did you mean '{near[0]}'?" if near else "there are: " + ", ".join(known)
         return _fail("spotlight", f"there is no command '{name}'; {hint}")
     try:
-        module = _import_own(commands[name][0])
+        module = import_own(commands[name][0])
     except InputError as error:
         return _fail("spotlight", str(error))
     return module.command(given[words:])
 
 
-def _import_own(module: str) -> Any:
+def import_own(module: str) -> Any:
     """Import a module of ours, whatever else in the working folder or on the path is called `train` or `eval`."""
-    if str(_ROOT) != sys.path[0]:
-        sys.path.insert(0, str(_ROOT))
     top = module.partition(".")[0]
     there = sys.modules.get(top)
     if (
@@ -334,7 +333,11 @@ def _import_own(module: str) -> Any:
     ):
         where = getattr(there, "__file__", None) or "a package"
         raise InputError(f"another module called '{top}' was imported before ({where}); start spotlight without it")
-    return importlib.import_module(module)
+    sys.path.insert(0, str(_ROOT))
+    try:
+        return importlib.import_module(module)
+    finally:
+        sys.path.remove(str(_ROOT))  # a program that imports us keeps its own path
 
 
 def _show(text: str) -> int:

@@ -12,7 +12,7 @@ from spotlight_jax.config.sampling import SamplingConfig
 from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.engine import Engine
 from spotlight_jax.errors import InputError
-from spotlight_jax.generate import Run, encode_prompts, generate, head_shape, make_engine, stream
+from spotlight_jax.generation import Run, encode_prompts, generate, head_shape, make_engine, stream
 from spotlight_jax.models.config import RopeConfig
 from spotlight_jax.models.decoder import init_params
 from spotlight_jax.models.load import BaseModel

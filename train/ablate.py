@@ -74,9 +74,9 @@ class AblateConfig:
     layers_at_once: int = 1
     """Layers worked on together: higher is faster on a GPU and uses more memory."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the frozen model."""
+    """Type of the frozen model's weights."""
     seed: int = 0
-    """Of the initial weights and the sampling of every variant that does not say otherwise."""
+    """Seed of the initial weights and the sampling of every variant that does not say otherwise."""
     perplexity: tuple[str, ...] = ()
     """Run folders of `eval.perplexity` over this ablation's selectors, to add to the table."""
 

@@ -118,7 +118,7 @@ class TailConfig:
     steps: int = 250
     """Optimiser steps."""
     learning_rate: float = 0.05
-    """Of Adam, falling to 0 by a cosine."""
+    """Learning rate of Adam, falling to 0 by a cosine."""
 
     def __post_init__(self) -> None:
         """Refuse what trains nothing."""
@@ -205,7 +205,7 @@ class LayerwiseConfig:
     layers_at_once: int = 1
     """Layers whose loss each device works on together: higher is faster on a GPU and uses more memory."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the frozen model; auto: bfloat16 on an accelerator, float32 on a CPU."""
+    """Type of the frozen model's weights; auto: bfloat16 on an accelerator, float32 on a CPU."""
     weights: Literal["device", "sharded", "host", "disk"] = "device"
     """Where the frozen model lies: whole on each device; spread over all devices, which gather a layer at a time; in
     the host's memory, or in its files, one layer at a time on the device. The last two are for models that do not fit

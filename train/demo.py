@@ -1,4 +1,4 @@
-"""The whole path on the embedded model: train hash functions, then generate from a long prompt, dense beside sparse.
+"""The whole path on the embedded model: train hash functions, then generate from a long prompt, dense and sparse.
 
     make demo                       two CPU cores: about seven minutes with all downloads
 

@@ -14,7 +14,7 @@ from jaxtyping import PRNGKeyArray
 from spotlight_jax.config.ranking import PairLoss
 from spotlight_jax.config.selection import check_layers
 from spotlight_jax.errors import InputError
-from spotlight_jax.generate import head_shape
+from spotlight_jax.generation import head_shape
 from spotlight_jax.memory import GIB, available_bytes
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import param_shapes

@@ -8,11 +8,11 @@ import numpy as np
 import rich.console
 
 from spotlight_jax import runs
-from spotlight_jax.config.selection import MIN_TOKENS
 from spotlight_jax.display import make_table, print_table
 from spotlight_jax.memory import GIB
 from spotlight_jax.metrics import spread_positions
 from spotlight_jax.selector.base import HashFunctions
+from spotlight_jax.selector.card import describe_share, write_card
 from spotlight_jax.selector.checkpoint import Selector, save_selector
 from spotlight_jax.selector.selection import share_read
 from train.config import ORACLES
@@ -81,7 +81,7 @@ def write_results(trainer: Trainer) -> dict[str, Any]:
     )
     if not folder.is_written:
         return summary
-    save_selector(path, selector, _card(trainer, summary))
+    save_selector(path, selector, write_card(selector))
     plot_curves(folder.path / "curves.png", folder.metrics(), summary, trainer.plan.cfg.ranking.loss)
     head = "KV head" if trainer.plan.cfg.measure.per == "kv_head" else "query head"
     trained, lsh = (np.asarray(trainer.quality[name].iou) for name in ("trained", "lsh"))
@@ -142,60 +142,5 @@ def describe_far(summary: dict[str, Any]) -> str | None:
     )
 
 
-def describe_share(summary: dict[str, Any]) -> str:
-    """What was asked for, and what was read: more where the least number of tokens is more than the share."""
-    read = f"{100 * summary['share_read']:.1f} % of the cached tokens read"
-    return f"{read} (keep {summary['keep']:g}, at least {MIN_TOKENS} tokens)"
-
-
 def _cell(value: float) -> str:
     return f"{value:.3f}"
-
-
-def _card(trainer: Trainer, summary: dict[str, Any]) -> str:
-    """The model card beside an exported selector."""
-    cfg, shape = trainer.plan.cfg, trainer.plan.shape
-    return f"""# Selector for {cfg.model}
-
-Hash functions that choose which cached tokens each attention head reads, trained with spotlight-jax:
-{cfg.hash.describe()}.
-The base model is not changed and not included.
-
-- base model: {cfg.model}: {shape.layers} layers, {shape.q_heads} query / {shape.kv_heads} KV heads x {shape.head_dim}
-- training text: {", ".join(cfg.data.train)}, {summary["steps"]} steps, windows of {cfg.data.window} tokens
-- positions covered: {_describe_positions(summary)}; longer sequences need another selector
-- held-out text, {describe_share(summary)}, bare (no sinks, no recent tokens):
-
-| | IoU with {summary["oracle"]} | attention mass read |
-|---|---|---|
-| orthogonal LSH, same bits | {summary["iou_lsh"]:.3f} | {summary["mass_lsh"]:.3f} |
-| this selector | {summary["iou"]:.3f} | {summary["mass"]:.3f} |
-| {summary["oracle"]} | 1 | {summary["mass_oracle"]:.3f} |
-{_far_section(summary)}
-Use: `spotlight generate --model {cfg.model} --selector THIS_FOLDER --prompt-file book.txt`
-
-Files: `config.json` (base model, sizes, hash functions, recipe, metrics), `selector.safetensors`, and the same arrays
-through Orbax in `orbax/`.
-"""
-
-
-def _describe_positions(summary: dict[str, Any]) -> str:
-    """Lengths that the selector serves, each with hash functions of its own."""
-    *shorter, length = (f"{length:,}" for length in summary["lengths"])
-    own = f" (with hash functions of their own for sequences up to {' and '.join(shorter)})" if shorter else ""
-    return f"up to {length} tokens{own}"
-
-
-def _far_section(summary: dict[str, Any]) -> str:
-    """The same at the far end of the positions covered, where that is farther than a window's."""
-    if "iou_at_length" not in summary:
-        return ""
-    return f"""
-At the far end of the context (windows {summary["length_windows"]}: {summary["length"]:,} tokens):
-
-| | IoU with {summary["oracle"]} | attention mass read |
-|---|---|---|
-| orthogonal LSH, same bits | {summary["iou_lsh_at_length"]:.3f} | {summary["mass_lsh_at_length"]:.3f} |
-| this selector | {summary["iou_at_length"]:.3f} | {summary["mass_at_length"]:.3f} |
-| {summary["oracle"]} | 1 | {summary["mass_oracle_at_length"]:.3f} |
-"""

@@ -164,9 +164,7 @@ class Trainer:
 
     def hash_functions(self, length: int) -> HashFunctions:
         """The hash functions as they are, of all layers, for sequences of `length` tokens."""
-        place = sum(length > covered for covered in self.plan.lengths[:-1])
-        own = slice(place * self.plan.shape.layers, (place + 1) * self.plan.shape.layers)
-        return jax.tree.map(lambda leaf: leaf[own], gather_state(self.state, self.plan.rows).selector)
+        return hash_functions(self.plan, self.state, length)
 
     def evaluate_length(self) -> None:
         """Evaluate the hash functions, and LSH, at the far end of the positions that they cover, where that is farther
@@ -184,24 +182,9 @@ class Trainer:
         self.is_far_whole = far.is_whole
 
     def fit_tails(self, sets: list[HashFunctions]) -> tuple[list[HashFunctions], dict[str, float]]:
-        """Give the hash functions for each length their corrections of the tail.
-
-        Returns: the hash functions, and the mean error of outputs with the first of them, relative to dense attention,
-            without the tail and with it.
-        """
-        cfg, layers = self.plan.cfg, self.plan.shape.layers
-        first, found, errors = -(-cfg.steps // cfg.steps_per_window), [], []
-        for place, functions in enumerate(sets):
-            rows = []
-            for row in fit_tail(self.inputs, functions, place, first, cfg.tail):
-                rows.append(row)
-                self._display.update("correcting the tail", place * layers + len(rows), len(sets) * layers)
-            tail = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params for params, _ in rows))
-            found.append(dataclasses.replace(functions, tail=tail))
-            errors.append(np.stack([error for _, error in rows]))
-        sparse = [layer for layer in range(layers) if layer not in cfg.measure.dense_layers]
-        before, after = errors[0][sparse].mean(axis=(0, 2))
-        return found, {"output_error": round(float(before), 5), "output_error_with_tail": round(float(after), 5)}
+        """Give the hash functions for each length their corrections of the tail; see `correct_tails`."""
+        cfg = self.plan.cfg
+        return correct_tails(self.inputs, sets, -(-cfg.steps // cfg.steps_per_window), self._display)
 
     def save(self, is_awaited: bool = False) -> None:
         """Checkpoint in the background, or have it on disk before this returns."""
@@ -231,6 +214,41 @@ class Trainer:
     def last_checkpoint(self) -> int | None:
         """Step of the newest checkpoint, None before there is one."""
         return self._store.latest()
+
+
+def hash_functions(plan: Plan, state: TrainState, length: int) -> HashFunctions:
+    """The hash functions of a state, of all layers, for sequences of `length` tokens."""
+    place = sum(length > covered for covered in plan.lengths[:-1])
+    own = slice(place * plan.shape.layers, (place + 1) * plan.shape.layers)
+    return jax.tree.map(lambda leaf: leaf[own], gather_state(state, plan.rows).selector)
+
+
+def correct_tails(
+    inputs: Inputs, sets: list[HashFunctions], first: int, display: Display
+) -> tuple[list[HashFunctions], dict[str, float]]:
+    """Give the hash functions for each length their corrections of the tail.
+
+    Args:
+        inputs: model and text.
+        sets: hash functions for one length after another.
+        first: number of the first window that the corrections are trained on.
+        display: where progress is told.
+
+    Returns: the hash functions, and the mean error of outputs with the first of them, relative to dense attention,
+        without the tail and with it.
+    """
+    cfg, layers, found, errors = inputs.plan.cfg, inputs.plan.shape.layers, [], []
+    for place, functions in enumerate(sets):
+        rows = []
+        for row in fit_tail(inputs, functions, place, first, cfg.tail):
+            rows.append(row)
+            display.update("correcting the tail", place * layers + len(rows), len(sets) * layers)
+        tail = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params for params, _ in rows))
+        found.append(dataclasses.replace(functions, tail=tail))
+        errors.append(np.stack([error for _, error in rows]))
+    sparse = [layer for layer in range(layers) if layer not in cfg.measure.dense_layers]
+    before, after = errors[0][sparse].mean(axis=(0, 2))
+    return found, {"output_error": round(float(before), 5), "output_error_with_tail": round(float(after), 5)}
 
 
 def step_once(plan: Plan, state: TrainState, step: int, captured: Captured) -> tuple[TrainState, StepReport]:

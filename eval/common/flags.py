@@ -50,10 +50,12 @@ class EvalConfig:
     """A folder in Hugging Face's layout, a hub id, a .gguf file, smollm2-135m, or random:SHAPE (random weights); None:
     the model that the selector was trained for, or else smollm2-135m."""
     selector: str | None = None
-    """Trained hash functions: a selector folder, or the run folder that holds it."""
+    """Trained hash functions: a selector folder, the run folder that holds it, or hf:OWNER/NAME[@REVISION] of the
+    hub."""
     methods: tuple[str, ...] = ("dense", "oracle-scores", "spotlight", "window")
     """Methods to evaluate: dense, oracle-scores, oracle-mass, oracle-query, spotlight (spotlight@FOLDER: another
-    selector), lsh (lsh-centred, lsh-gaussian, lsh-gaussian-centred), quest, magicpig, window, random, binary."""
+    selector), lsh (lsh-centred, lsh-gaussian, lsh-gaussian-centred), quest, magicpig, window, random, binary;
+    MODULE:FUNCTION: one of your own (examples/add_method.py)."""
     keep: tuple[float, ...] = (0.02,)
     """Shares of a sequence's tokens that a query reads; a number above 1 is that many tokens."""
     settings: tuple[Literal["bare", "sinks"], ...] = ()

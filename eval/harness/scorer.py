@@ -34,7 +34,7 @@ from spotlight_jax.config.generation import GenerateConfig
 from spotlight_jax.config.sampling import SamplingConfig
 from spotlight_jax.engine import Engine
 from spotlight_jax.errors import InputError
-from spotlight_jax.generate import generate, make_engine
+from spotlight_jax.generation import generate, make_engine
 from spotlight_jax.models.decoder import embed_tokens, unembed_params
 from spotlight_jax.models.load import BaseModel
 from spotlight_jax.stops import Stops, find_stops

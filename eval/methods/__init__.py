@@ -1,4 +1,9 @@
-"""The methods by the names that `--methods` takes; a new one is a file here, a line below, and a test."""
+"""The methods by the names that `--methods` takes; a new one is a file here, a line below, and a test.
+
+A method outside this package is named MODULE:FUNCTION, where FUNCTION is what `open_FILE` is here.
+"""
+
+import re
 
 from spotlight_jax.errors import InputError
 from spotlight_jax.models.config import nearest
@@ -28,6 +33,8 @@ _RENAMED = {"oracle": "oracle-scores", "oracle-kv": "oracle-scores"}
 UNBUDGETED = {"dense": "everything", "magicpig": "as published"}
 
 
+_OUTSIDE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")  # MODULE:FUNCTION
+
 TAIL = "+tail"  # after a method's name: what it does not read is estimated
 
 
@@ -56,7 +63,7 @@ def check_names(names: tuple[str, ...]) -> None:
             raise InputError(f"method '{base}' leaves nothing to estimate; give '{base}' without {TAIL}")
         if base in _RENAMED:
             raise InputError(f"method '{base}' is called '{_RENAMED[base]}'")
-        if base not in METHODS:
+        if base not in METHODS and not _OUTSIDE.fullmatch(base):
             raise InputError(f"there is no method '{name}'{nearest(name, METHODS)}")
     if not names or len(set(names)) < len(names):
         raise InputError("give --methods at least one name, each once")

@@ -16,7 +16,7 @@ from spotlight_jax import runs
 from spotlight_jax.config.mesh import parse_mesh
 from spotlight_jax.config.selection import SelectionConfig, check_layers
 from spotlight_jax.errors import InputError
-from spotlight_jax.generate import head_shape
+from spotlight_jax.generation import head_shape
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import Params
 from spotlight_jax.models.load import load_config, load_weights, open_tokenizer

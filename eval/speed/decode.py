@@ -25,7 +25,7 @@ from spotlight_jax.config.mesh import parse_mesh
 from spotlight_jax.config.selection import check_layers
 from spotlight_jax.display import open_console, print_result, print_table
 from spotlight_jax.engine import Engine
-from spotlight_jax.generate import head_shape
+from spotlight_jax.generation import head_shape
 from spotlight_jax.memory import GIB, MemoryPlan, available_bytes, check_memory, plan_memory, step_reads
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import Params

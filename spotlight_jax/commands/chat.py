@@ -26,7 +26,7 @@ class ChatCommandConfig(SessionConfig):
 
     generation: OmitArgPrefixes[GenerateConfig] = dataclasses.field(default_factory=lambda: _ANSWERS)
     system: str = ""
-    """What the model is told before the talk."""
+    """System message before the conversation."""
     context: int | None = None
     """Most tokens of a talk, for which memory is planned; None: the model's context."""
     report: bool = False

@@ -16,7 +16,7 @@ from spotlight_jax.commands.terminal import write_text
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.engine import Engine
 from spotlight_jax.errors import InputError
-from spotlight_jax.generate import encode_prompts, make_engine
+from spotlight_jax.generation import encode_prompts, make_engine
 from spotlight_jax.models.load import BaseModel, open_tokenizer
 from spotlight_jax.selector.checkpoint import Selector
 from spotlight_jax.text_files import decode_text, read_json_lines, read_text

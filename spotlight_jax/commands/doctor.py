@@ -22,13 +22,13 @@ class DoctorConfig:
     run: bool = True
     """Run a small product on the device, to see that it works."""
     model: str | None = None
-    """Model whose needs are told for each mesh: a folder, a hub id, a .gguf file, or random:SHAPE."""
+    """Model whose memory is shown for each mesh: a folder, a hub id, a .gguf file, or random:SHAPE."""
     tokens: int = 32768
     """Tokens of each of its sequences."""
     sequences: int = 1
     """Sequences that are decoded together."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Of its weights and cache."""
+    """Type of its weights and cache."""
 
     def __post_init__(self) -> None:
         """Refuse numbers that no sequences have."""

@@ -20,9 +20,10 @@ class SessionConfig:
     model: str | None = None
     """Folder in Hugging Face's layout, hub id or .gguf file; None: the selector's own, or else smollm2-135m."""
     selector: Path | None = None
-    """What training wrote (a run or its selector folder); without one, every token is read."""
+    """What training wrote (a run or its selector folder), or hf:OWNER/NAME[@REVISION] of the hub; without one, every
+    token is read."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of weights and cache; auto: bfloat16 on an accelerator, float32 on a CPU."""
+    """Type of weights and cache; auto: bfloat16 on an accelerator, float32 on a CPU."""
     mesh: tuple[str, ...] = ()
     """Devices to spread over, by axis: model=2 (heads and widths), data=2 model=4 (sequences too), context=4 (tokens of
     each sequence); without it, as few devices as hold the model and the cache."""

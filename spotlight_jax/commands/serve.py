@@ -28,9 +28,10 @@ class ServeConfig:
     model: str | None = None
     """Folder in Hugging Face's layout, hub id or .gguf file; None: the selector's own, or else smollm2-135m."""
     selector: Path | None = None
-    """What training wrote (a run or its selector folder); without one, every token is read."""
+    """What training wrote (a run or its selector folder), or hf:OWNER/NAME[@REVISION] of the hub; without one, every
+    token is read."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of weights and cache; auto: bfloat16 on an accelerator, float32 on a CPU."""
+    """Type of weights and cache; auto: bfloat16 on an accelerator, float32 on a CPU."""
     name: str | None = None
     """What clients call the model; None: the model's own name."""
     host: str = "127.0.0.1"

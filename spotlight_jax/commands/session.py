@@ -16,7 +16,7 @@ from spotlight_jax.config.generation import GenerateConfig, make_decode_config
 from spotlight_jax.config.mesh import describe_mesh, parse_mesh
 from spotlight_jax.decode_step import DecodeState
 from spotlight_jax.engine import Engine
-from spotlight_jax.generate import STREAM_BLOCK, Report, Run, head_shape, make_engine
+from spotlight_jax.generation import STREAM_BLOCK, Report, Run, head_shape, make_engine
 from spotlight_jax.memory import GIB, MemoryPlan, available_bytes, check_memory, plan_memory
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.load import BaseModel, load_config, load_model

@@ -10,7 +10,7 @@ from spotlight_jax.commands.terminal import HELP, prepare_lines, read_line, writ
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.engine import DecodeState, Engine
 from spotlight_jax.errors import InputError
-from spotlight_jax.generate import Run
+from spotlight_jax.generation import Run
 from spotlight_jax.models.load import BaseModel, open_tokenizer
 from spotlight_jax.selector.checkpoint import Selector
 from spotlight_jax.token_ids import encode_chat

@@ -43,7 +43,7 @@ class RowConfig:
     stop_tokens: tuple[int, ...] = ()
     """Ids that end the sequence; it keeps the first of them."""
     number: int = 0
-    """Of the sequence among those of one seed, which draw apart from each other."""
+    """Number of the sequence among those of one seed, which draw apart from each other."""
 
     def __post_init__(self) -> None:
         """Refuse more stop tokens than a step looks for."""

@@ -18,7 +18,7 @@ class SamplingConfig:
     top_p: float = 1.0
     """Draw from the fewest most probable tokens that hold this much probability."""
     seed: int = 0
-    """Of the draws; the same seed, prompts and settings give the same tokens."""
+    """Seed of the draws; the same seed, prompts and settings give the same tokens."""
 
     def __post_init__(self) -> None:
         """Refuse what no distribution fits."""

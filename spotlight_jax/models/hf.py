@@ -5,12 +5,11 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-import huggingface_hub
 import ml_dtypes
 import numpy as np
 import safetensors
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
+from spotlight_jax import hub
 from spotlight_jax.errors import InputError, naming
 from spotlight_jax.models.config import DecoderConfig, config_from_hf
 from spotlight_jax.models.sharding import Path
@@ -40,15 +39,7 @@ def fetch_hub(name: str, weights: bool = True) -> pathlib.Path:
     Raises InputError when the hub cannot be reached or has no such model.
     """
     patterns = ["*.json", "*.txt", "*.model", "*.jinja"] + (["*.safetensors"] if weights else [])
-    try:
-        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
-    except RepositoryNotFoundError:
-        raise InputError(f"{name}: the hub has no such model, or it is gated and you are not logged in") from None
-    except HFValidationError:
-        raise InputError(f"{name}: neither a folder, a .gguf file nor a valid hub id") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{name}: cannot be fetched from the hub (no network?): {reason}") from None
+    return hub.fetch(name, patterns, "model")
 
 
 def read_json(path: pathlib.Path) -> Any:

@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 import safetensors
 import safetensors.numpy
 
-from spotlight_jax import files, manifest
+from spotlight_jax import files, hub, manifest
 from spotlight_jax.config.hashing import HashConfig
 from spotlight_jax.errors import InputError, naming
 from spotlight_jax.fields import read_dataclass
@@ -123,12 +123,14 @@ def load_selector(folder: str | pathlib.Path, shape: HeadShape | None = None) ->
     """Read a selector folder.
 
     Args:
-        folder: what `save_selector` wrote, or a run folder that holds one as `selector/`.
+        folder: what `save_selector` wrote, or a run folder that holds one as `selector/`, or `hf:owner/name` and
+            `hf:owner/name@revision` of the hub, fetched once.
         shape: of the base model it will serve; checked when given.
 
     Raises: InputError that names what is missing, broken, or different from the base model.
     """
-    folder = pathlib.Path(folder)
+    name = str(folder)
+    folder = hub.fetch_selector(name) if name.startswith(hub.PREFIX) else pathlib.Path(folder)
     if not os.path.isfile(folder / "config.json") and os.path.isfile(folder / "selector" / "config.json"):
         folder = folder / "selector"
     config = _read_config(folder)

@@ -20,8 +20,8 @@ from spotlight_jax.config.hashing import TransformConfig
 from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.engine import Engine
 from spotlight_jax.errors import InputError
-from spotlight_jax.generate import Run, head_shape
-from spotlight_jax.generate import generate as continue_prompts
+from spotlight_jax.generation import Run, head_shape
+from spotlight_jax.generation import generate as continue_prompts
 from spotlight_jax.memory import MemoryPlan, check_memory, plan_memory
 from spotlight_jax.models.config import RopeConfig
 from spotlight_jax.models.decoder import init_params

@@ -7,7 +7,7 @@ import numpy as np
 
 from eval.model.load import EvalModel
 from spotlight_jax.config.hashing import NetworkConfig, TransformConfig
-from spotlight_jax.generate import head_shape
+from spotlight_jax.generation import head_shape
 from spotlight_jax.models.decoder import init_params
 from spotlight_jax.models.presets import PRESETS
 from spotlight_jax.selector.checkpoint import Selector, save_selector

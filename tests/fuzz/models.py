@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spotlight_jax.config.hashing import TransformConfig
-from spotlight_jax.generate import encode_prompts
+from spotlight_jax.generation import encode_prompts
 from spotlight_jax.models import hf
 from spotlight_jax.models.decoder import param_shapes
 from spotlight_jax.models.gguf_file import open_gguf

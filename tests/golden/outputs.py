@@ -19,7 +19,7 @@ from eval.perplexity import command
 from eval.perplexity import run as perplexity
 from spotlight_jax.config.hashing import NetworkConfig, TransformConfig
 from spotlight_jax.engine import DecodeConfig, Engine
-from spotlight_jax.generate import head_shape
+from spotlight_jax.generation import head_shape
 from spotlight_jax.models.decoder import init_params
 from spotlight_jax.models.presets import PRESETS
 from spotlight_jax.selector.checkpoint import Selector

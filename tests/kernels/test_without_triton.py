@@ -21,7 +21,7 @@ from spotlight_jax.selector.forms import init_functions
 from spotlight_jax.config.hashing import TransformConfig
 from spotlight_jax.selector.checkpoint import Selector
 from spotlight_jax.engine import DecodeConfig, Engine
-from spotlight_jax.generate import head_shape
+from spotlight_jax.generation import head_shape
 from spotlight_jax.kernels import hash_append, trust
 from spotlight_jax.models.decoder import init_params
 from spotlight_jax.models.presets import PRESETS

@@ -15,7 +15,7 @@ from spotlight_jax.config.generation import DecodeConfig
 from spotlight_jax.config.hashing import NetworkConfig, TransformConfig
 from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.engine import Engine
-from spotlight_jax.generate import head_shape
+from spotlight_jax.generation import head_shape
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import init_params
 from spotlight_jax.models.sharding import by_heads, bytes_per_device, mesh_of, open_mesh, place

@@ -256,7 +256,7 @@ def test_hub_model_is_fetched_into_the_hub_cache(tmp_path: pathlib.Path, monkeyp
     folder = write_complete(tmp_path / "model")
     asked = []
 
-    def snapshot(name: str, allow_patterns: list[str]) -> str:
+    def snapshot(name: str, revision: str | None, allow_patterns: list[str]) -> str:
         asked.append((name, "*.safetensors" in allow_patterns))
         return str(folder)
 
@@ -266,7 +266,7 @@ def test_hub_model_is_fetched_into_the_hub_cache(tmp_path: pathlib.Path, monkeyp
 
 
 def test_no_network_gives_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def snapshot(name: str, allow_patterns: list[str]) -> str:
+    def snapshot(name: str, revision: str | None, allow_patterns: list[str]) -> str:
         raise LocalEntryNotFoundError("cannot find the files\non the hub")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)

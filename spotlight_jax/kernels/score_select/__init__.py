@@ -85,8 +85,9 @@ def score_select(
 
     Returns: positions in ascending order, real ones first, and which are real; the others are 0.
 
-    Raises: InputError where heads is no multiple of code_heads, the code widths differ, or the kernels are named and
-        cannot hold the weights or their scores.
+    Raises:
+        InputError: heads is no multiple of code_heads, the code widths differ, or the kernels are named and cannot hold
+            the weights or their scores.
     """
     batch, code_heads, words, _ = codes.shape
     if weights.shape[0] != batch or weights.shape[1] % code_heads or weights.shape[3] != WORD_BITS * words:

@@ -6,7 +6,7 @@ import pytest
 
 from eval.model.load import EvalModel
 from spotlight_jax.config.hashing import TransformConfig
-from spotlight_jax.generate import head_shape
+from spotlight_jax.generation import head_shape
 from spotlight_jax.models.decoder import init_params
 from spotlight_jax.selector.checkpoint import Selector
 from spotlight_jax.selector.forms import init_functions

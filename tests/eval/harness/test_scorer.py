@@ -12,7 +12,7 @@ from eval.model.completion import open_completer
 from spotlight_jax.config.generation import GenerateConfig
 from spotlight_jax.config.hashing import TransformConfig
 from spotlight_jax.config.selection import SelectionConfig
-from spotlight_jax.generate import generate, head_shape
+from spotlight_jax.generation import generate, head_shape
 from spotlight_jax.models.load import BaseModel
 from spotlight_jax.models.runner import forward
 from spotlight_jax.selector.checkpoint import Selector, save_selector

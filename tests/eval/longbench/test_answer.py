@@ -16,7 +16,7 @@ from eval.longbench.score import score_folder
 from eval.longbench.tasks import TASKS
 from eval.model.load import EvalModel
 from spotlight_jax.config.generation import GenerateConfig
-from spotlight_jax.generate import generate
+from spotlight_jax.generation import generate
 from spotlight_jax.models.load import BaseModel
 from spotlight_jax.selector.checkpoint import save_selector
 from tests.byte_tokenizer import byte_tokenizer

@@ -13,7 +13,7 @@ from eval.model import scores
 from eval.model.attend import Continued, Prefill, Selected, default_chunk
 from spotlight_jax.config.hashing import TransformConfig
 from spotlight_jax.config.selection import SelectionConfig
-from spotlight_jax.generate import head_shape
+from spotlight_jax.generation import head_shape
 from spotlight_jax.models.decoder import init_params, unembed_params
 from spotlight_jax.models.presets import PRESETS
 from spotlight_jax.models.runner import Dense, run_layer

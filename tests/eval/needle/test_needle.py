@@ -18,7 +18,7 @@ from spotlight_jax.config.generation import DecodeConfig
 from spotlight_jax.config.hashing import TransformConfig
 from spotlight_jax.engine import Engine
 from spotlight_jax.errors import InputError
-from spotlight_jax.generate import head_shape
+from spotlight_jax.generation import head_shape
 from spotlight_jax.models.decoder import init_params
 from spotlight_jax.models.presets import PRESETS
 from spotlight_jax.models.runner import run_layer
