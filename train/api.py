@@ -48,7 +48,7 @@ def fit(text: Text, cfg: LayerwiseConfig = PRESETS["demo"]) -> Selector:
         state = first_state(inputs, display)
         sets = [hash_functions(plan, state, length) for length in plan.lengths]
         if cfg.tail.windows:
-            sets, _ = correct_tails(inputs, sets, 0, display)
+            sets = correct_tails(inputs, sets, 0, display).sets
     return Selector(
         shape=plan.shape,
         params=sets[-1],

@@ -16,11 +16,33 @@ import matplotlib.pyplot as plt
 _LEARNED, _LSH, _ORACLE, _PLAIN = "#1f6f8b", "#b5651d", "#444444", "#7a9e3a"
 
 
-def plot_curves(path: pathlib.Path, rows: list[dict[str, Any]], summary: dict[str, Any], loss: str) -> None:
-    """`curves.png`: loss (and wrongly ranked pairs), IoU, captured mass, each beside its baselines."""
+def plot_curves(
+    path: pathlib.Path,
+    rows: list[dict[str, Any]],
+    summary: dict[str, Any],
+    loss: str,
+    tail: Sequence[float] = (),
+) -> None:
+    """`curves.png`: loss (and wrongly ranked pairs), IoU, captured mass, each beside its baselines.
+
+    Args:
+        path: of the picture.
+        rows: of the run's metrics.
+        summary: of the run.
+        loss: its kind.
+        tail: error of the outputs at each step of the tail's corrections, if there are any: a panel of its own.
+    """
     steps = [row for row in rows if "loss" in row]
     measured = [row for row in rows if "iou" in row]
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    panels = 4 if len(tail) else 3
+    figure, (left, middle, right, *last) = plt.subplots(1, panels, figsize=(4.3 * panels, 3.8), layout="constrained")
+    for axes in last:
+        axes.plot(range(len(tail)), tail, color=_LEARNED)
+        axes.axhline(summary["output_error"], color=_PLAIN, ls="--", label="without the tail")
+        axes.set(xlabel="step of its corrections", ylabel="squared error, relative", title="Attention output's error")
+        axes.set(yscale="log")
+        axes.legend(frameon=False)
+        axes.grid(alpha=0.25, which="both")
     x = [row["step"] for row in steps]
     left.plot(x, [row["loss"] for row in steps], color=_LEARNED, label="ranking loss")
     what = "ranking loss" if loss == "pairs" else "attention mass missed"

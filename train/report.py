@@ -67,10 +67,11 @@ def write_results(trainer: Trainer) -> dict[str, Any]:
     path = folder.path / "selector"
     trainer.evaluate_length()
     sets = [_on_host(trainer, length) for length in trainer.plan.lengths]
-    errors: dict[str, float] = {}
+    summary, curve = summarise(trainer, str(path)), []
     if trainer.plan.cfg.tail.windows:
-        sets, errors = trainer.fit_tails(sets)
-    summary = summarise(trainer, str(path)) | errors
+        tail = trainer.fit_tails(sets)
+        sets, curve = tail.sets, tail.curve
+        summary |= {"output_error": round(tail.before, 5), "output_error_with_tail": round(tail.after, 5)}
     selector = Selector(
         shape=trainer.plan.shape,
         params=sets[-1],
@@ -82,7 +83,7 @@ def write_results(trainer: Trainer) -> dict[str, Any]:
     if not folder.is_written:
         return summary
     save_selector(path, selector, write_card(selector))
-    plot_curves(folder.path / "curves.png", folder.metrics(), summary, trainer.plan.cfg.ranking.loss)
+    plot_curves(folder.path / "curves.png", folder.metrics(), summary, trainer.plan.cfg.ranking.loss, curve)
     head = "KV head" if trainer.plan.cfg.measure.per == "kv_head" else "query head"
     trained, lsh = (np.asarray(trainer.quality[name].iou) for name in ("trained", "lsh"))
     sparse = [layer for layer in range(trainer.plan.shape.layers) if layer not in trainer.plan.cfg.measure.dense_layers]
@@ -113,6 +114,10 @@ def print_results(console: rich.console.Console, trainer: Trainer, summary: dict
             kind = f"positions that jump to {length:,}"
         title = f"at the far end of the context: {kind}"
         print_table(console, make_table(title, columns, _quality_rows(far, bits, oracle)))
+    if "output_error" in summary:
+        before, after = (f"{summary[name]:.3g}" for name in ("output_error", "output_error_with_tail"))
+        line = f"error of attention outputs (squared, relative): {before} without the tail, {after} with it"
+        console.print(line, markup=False, soft_wrap=True)
     speed = f"{summary['steps']} steps in {summary['seconds']:.0f} s, {summary['tokens_per_second']:.0f} tokens/s"
     console.print(
         f"{speed}; pictures: {trainer.folder.path}/curves.png, {trainer.folder.path}/layers.png",

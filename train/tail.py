@@ -89,8 +89,10 @@ def output_error(rows: Rows, params: TailParams) -> Float[Array, "rows kv_heads 
 
 
 @functools.partial(jax.jit, static_argnames=("steps", "rate"))
-def fit_layer(rows: Rows, steps: int, rate: float) -> tuple[TailParams, Float[Array, "two q_heads"]]:
-    """Return a layer's corrections, and each head's mean error without the tail and with it.
+def fit_layer(
+    rows: Rows, steps: int, rate: float
+) -> tuple[TailParams, Float[Array, "two q_heads"], Float[Array, " steps"]]:
+    """Return a layer's corrections; each head's mean error without the tail and with it; the mean error by step.
 
     The gate of a head that the tail does not help is closed.
     """
@@ -101,25 +103,25 @@ def fit_layer(rows: Rows, steps: int, rate: float) -> tuple[TailParams, Float[Ar
     def loss_of(params: TailParams) -> Array:
         return output_error(rows, params).mean(axis=0).sum()
 
-    def step(carry: tuple, _: None) -> tuple[tuple, None]:
+    def step(carry: tuple, _: None) -> tuple[tuple, Array]:
         params, state = carry
-        grads = jax.grad(loss_of)(params).replace(gate=jnp.zeros((q_heads,)))
-        updates, state = optimizer.update(grads, state, params)
-        return (optax.apply_updates(params, updates), state), None
+        loss, grads = jax.value_and_grad(loss_of)(params)
+        updates, state = optimizer.update(grads.replace(gate=jnp.zeros((q_heads,))), state, params)
+        return (optax.apply_updates(params, updates), state), loss / q_heads
 
-    (params, _), _ = jax.lax.scan(step, (start, optimizer.init(start)), None, length=steps)
+    (params, _), curve = jax.lax.scan(step, (start, optimizer.init(start)), None, length=steps)
     before = output_error(rows, params.replace(gate=jnp.zeros((q_heads,)))).mean(axis=0).reshape(-1)
     after = output_error(rows, params).mean(axis=0).reshape(-1)
     is_finite = jnp.stack([jnp.isfinite(leaf.reshape(q_heads, -1)).all(axis=1) for leaf in jax.tree.leaves(params)])
     helps = (after < before) & is_finite.all(axis=0)
     kept = jax.tree.map(lambda new, old: jnp.where(helps.reshape(-1, *[1] * (new.ndim - 1)), new, old), params, start)
-    return kept.replace(gate=helps.astype(jnp.float32)), jnp.stack([before, jnp.where(helps, after, before)])
+    return kept.replace(gate=helps.astype(jnp.float32)), jnp.stack([before, jnp.where(helps, after, before)]), curve
 
 
 def fit_tail(
     inputs: Inputs, functions: HashFunctions, place: int, first: int, cfg: TailConfig
-) -> Iterator[tuple[TailParams, Float[np.ndarray, "two q_heads"]]]:
-    """Give each layer's corrections and errors, as `fit_layer`.
+) -> Iterator[tuple[TailParams, Float[np.ndarray, "two q_heads"], Float[np.ndarray, " steps"]]]:
+    """Give each layer's corrections, errors and curve, as `fit_layer`.
 
     Windows go through the model side by side, layer by layer, so that one layer's rows are held at a time.
 
@@ -148,5 +150,5 @@ def fit_tail(
 
     for passed in zip(*map(pass_window, range(len(tokens))), strict=True):
         rows = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *(rows for _, rows in passed))
-        params, errors = fit_layer(rows, cfg.steps, cfg.learning_rate)
-        yield localize(params), fetch(errors)
+        params, errors, curve = fit_layer(rows, cfg.steps, cfg.learning_rate)
+        yield localize(params), fetch(errors), fetch(curve)

@@ -181,7 +181,7 @@ class Trainer:
         self.quality |= evaluate_far(*args)
         self.is_far_whole = far.is_whole
 
-    def fit_tails(self, sets: list[HashFunctions]) -> tuple[list[HashFunctions], dict[str, float]]:
+    def fit_tails(self, sets: list[HashFunctions]) -> "TailFit":
         """Give the hash functions for each length their corrections of the tail; see `correct_tails`."""
         cfg = self.plan.cfg
         return correct_tails(self.inputs, sets, -(-cfg.steps // cfg.steps_per_window), self._display)
@@ -223,9 +223,20 @@ def hash_functions(plan: Plan, state: TrainState, length: int) -> HashFunctions:
     return jax.tree.map(lambda leaf: leaf[own], gather_state(state, plan.rows).selector)
 
 
-def correct_tails(
-    inputs: Inputs, sets: list[HashFunctions], first: int, display: Display
-) -> tuple[list[HashFunctions], dict[str, float]]:
+@dataclasses.dataclass(frozen=True)
+class TailFit:
+    """Hash functions with the tail's corrections, and the error of attention outputs with the first length's.
+
+    Errors are squared, relative to dense attention's outputs: means over heads of sparse layers and budgets.
+    """
+
+    sets: list[HashFunctions]  # one for each length
+    before: float  # error without the tail
+    after: float
+    curve: list[float]  # error by step
+
+
+def correct_tails(inputs: Inputs, sets: list[HashFunctions], first: int, display: Display) -> TailFit:
     """Give the hash functions for each length their corrections of the tail.
 
     Args:
@@ -233,22 +244,20 @@ def correct_tails(
         sets: hash functions for one length after another.
         first: number of the first window that the corrections are trained on.
         display: where progress is told.
-
-    Returns: the hash functions, and the mean error of outputs with the first of them, relative to dense attention,
-        without the tail and with it.
     """
-    cfg, layers, found, errors = inputs.plan.cfg, inputs.plan.shape.layers, [], []
+    cfg, layers, found, errors, curves = inputs.plan.cfg, inputs.plan.shape.layers, [], [], []
     for place, functions in enumerate(sets):
         rows = []
         for row in fit_tail(inputs, functions, place, first, cfg.tail):
             rows.append(row)
             display.update("correcting the tail", place * layers + len(rows), len(sets) * layers)
-        tail = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params for params, _ in rows))
+        tail = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params for params, _, _ in rows))
         found.append(dataclasses.replace(functions, tail=tail))
-        errors.append(np.stack([error for _, error in rows]))
+        errors.append(np.stack([error for _, error, _ in rows]))
+        curves.append(np.stack([curve for _, _, curve in rows]))
     sparse = [layer for layer in range(layers) if layer not in cfg.measure.dense_layers]
     before, after = errors[0][sparse].mean(axis=(0, 2))
-    return found, {"output_error": round(float(before), 5), "output_error_with_tail": round(float(after), 5)}
+    return TailFit(found, float(before), float(after), curves[0][sparse].mean(axis=0).tolist())
 
 
 def step_once(plan: Plan, state: TrainState, step: int, captured: Captured) -> tuple[TrainState, StepReport]:

@@ -112,7 +112,7 @@ def inspect_layer(
         if tail is None:
             return measures, traffic
         measures["mass"] = metrics.quality_of_queries(read.mask, oracle.mask, probabilities).mass[0]
-        return measures, traffic.replace(estimated=found[1])
+        return measures, dataclasses.replace(traffic, estimated=found[1])
 
     pieces = tuple(each.reshape(-1, chunk, *each.shape[2:]) for each in (queries, dense, positions))
     quality, traffic = jax.lax.map(compare, pieces)

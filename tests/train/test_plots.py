@@ -19,15 +19,15 @@ def _is_picture(path):
     return pixels.shape[0] > 200 and pixels.shape[1] > 400 and pixels[..., :3].std() > 0.01
 
 
-@pytest.mark.parametrize(("loss", "drawn"), [("pairs", 4), ("mass", 3)])
-def test_curves_are_drawn_from_rows_of_both_kinds(tmp_path, monkeypatch, loss, drawn):
-    """Pairs that are ranked wrongly have an axis of their own, where there are any."""
+@pytest.mark.parametrize(("loss", "tail", "drawn"), [("pairs", (), 4), ("mass", (), 3), ("mass", (0.4, 0.1), 4)])
+def test_curves_are_drawn_from_rows_of_both_kinds(tmp_path, monkeypatch, loss, tail, drawn):
+    """Pairs that are ranked wrongly have an axis of their own, where there are any, and so has the tail."""
     figures, close = [], plt.close
     monkeypatch.setattr(plt, "close", lambda figure: (figures.append(len(figure.axes)), close(figure)))
     rows = [{"step": 0, "iou": 0.3, "mass": 0.7}]
     rows += [{"step": step, "loss": 1 / step, "wrong": 0.1 / step} for step in (1, 2, 3)]
     rows.append({"step": 3, "iou": 0.4, "mass": 0.8})
-    plot_curves(tmp_path / "curves.png", rows, SUMMARY, loss)
+    plot_curves(tmp_path / "curves.png", rows, SUMMARY | {"output_error": 0.5}, loss, tail)
     assert figures == [drawn]
     assert _is_picture(tmp_path / "curves.png")
 

@@ -65,18 +65,20 @@ def test_the_error_of_rows_is_that_of_attention_with_the_tail():
 
 def test_training_lowers_the_error_of_every_head_or_closes_its_gate():
     _, rows = examine()
-    params, (before, after) = fit_layer(rows, 100, 0.05)
+    params, (before, after), curve = fit_layer(rows, 100, 0.05)
     start = jax.tree.map(lambda leaf: leaf[0], init_tail(1, Q_HEADS))
     untrained = np.asarray(jax.jit(output_error)(rows, start)).mean(axis=0).reshape(-1)
     gates = np.asarray(params.gate)
     assert ((gates == 1) | (after == before)).all() and (after <= before).all()
     assert (np.asarray(after)[gates == 1] < untrained[gates == 1]).all() and gates.any()
+    assert curve.shape == (100,) and curve[-1] < curve[0]
+    np.testing.assert_allclose(curve[0], untrained.mean(), rtol=1e-5)
 
 
 def test_the_gate_of_a_head_that_the_tail_cannot_help_is_closed():
     """A head that reads all that matters: its output is dense already, whatever is added makes it worse."""
     _, rows = examine()
     products = rows.products.at[:, 0, 0, :3].set(0.0)
-    params, (before, after) = fit_layer(rows.replace(products=products), 50, 0.05)
+    params, (before, after), _ = fit_layer(rows.replace(products=products), 50, 0.05)
     assert params.gate[0] == 0 and before[0] == after[0] == 0
     assert np.isfinite(jax.flatten_util.ravel_pytree(params)[0]).all()
