@@ -120,7 +120,8 @@ def compare_selections(engine: Engine, layer) -> None:
     selector = engine.selectors(np.zeros(4, int))[1]
 
     def attend(queries, keys, values, layer, selector, lengths):
-        _, layer, indices, is_real = _append_and_select(queries, keys, values, layer, lengths, selector, selection)
+        args = queries, keys, values, layer, lengths, selector, selection, None
+        _, layer, indices, is_real = _append_and_select(*args)
         places = jax.nn.one_hot(indices, layer.keys.shape[1]) * is_real[..., None]
         return places.sum(axis=-2)[:, None], layer
 

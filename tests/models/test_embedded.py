@@ -28,6 +28,7 @@ def wheel(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Pa
         package=packages.Package("package", "1", hashlib.sha256(path.read_bytes()).hexdigest()),
         member=MEMBER,
         gguf_sha256=hashlib.sha256(CONTENT).hexdigest(),
+        hub_id="owner/small",
     )
     monkeypatch.setitem(embedded.EMBEDDED, "small", model)
     return path
