@@ -60,7 +60,7 @@ def bytes_to_inspect(name, length):
     queries = shape_of(1, QUERIES, CFG.q_heads, CFG.head_dim)
     method = open_layer(name)
     inspected = jax.jit(lambda *arrays: inspect.inspect_layer(method, *arrays, chunk))
-    return temporary(inspected.lower(queries, keys, ints(1, QUERIES), ints(length)))
+    return temporary(inspected.lower(queries, queries, keys, keys, ints(1, QUERIES), ints(length)))
 
 
 def bytes_to_pass(name, length):
