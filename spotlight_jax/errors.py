@@ -31,6 +31,11 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in text)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what another library's error says, or its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 @contextlib.contextmanager
 def naming(where: object) -> Iterator[None]:
     """Let the line of an InputError raised within begin with where the trouble is, if it does not yet."""

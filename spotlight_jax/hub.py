@@ -13,7 +13,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from spotlight_jax.errors import InputError
+from spotlight_jax.errors import InputError, first_line
 
 PREFIX = "hf:"  # before the name of a selector on the hub
 SELECTOR_FILES = ("README.md", "config.json", "manifest.json", "selector.safetensors")  # no code is fetched or sent
@@ -41,7 +41,7 @@ def fetch(name: str, patterns: Sequence[str], what: str, revision: str | None = 
     except HFValidationError:
         raise InputError(f"{name}: neither a folder, a .gguf file nor a valid hub id") from None
     except (LocalEntryNotFoundError, *_FAILURES) as error:
-        raise InputError(f"{name}: cannot be fetched from the hub (no network?): {_first_line(error)}") from None
+        raise InputError(f"{name}: cannot be fetched from the hub (no network?): {first_line(error)}") from None
 
 
 def fetch_selector(source: str) -> pathlib.Path:
@@ -70,17 +70,13 @@ def send(folder: pathlib.Path, name: str, is_private: bool, message: str) -> str
         address = str(api.create_repo(name, private=is_private, exist_ok=True))
         api.upload_folder(repo_id=name, folder_path=folder, commit_message=message)
     except HFValidationError as error:
-        raise InputError(f"'{name}' is no name that the hub takes: {_first_line(error)}") from None
+        raise InputError(f"'{name}' is no name that the hub takes: {first_line(error)}") from None
     except HfHubHTTPError as error:
         status = error.response.status_code
         if status in (401, 403):
             raise InputError(f"your token may not write to '{name}' (HTTP {status}); give one that may") from None
-        raise InputError(f"the hub did not take '{name}' (HTTP {status}): {_first_line(error)}") from None
+        raise InputError(f"the hub did not take '{name}' (HTTP {status}): {first_line(error)}") from None
     except (RuntimeError, *_FAILURES) as error:  # of an upload that breaks off
-        why = _first_line(error.__cause__ or error)
+        why = first_line(error.__cause__ or error)
         raise InputError(f"'{name}' cannot be sent to the hub (no network?): {why}; send it again") from None
     return address
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

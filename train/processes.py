@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
-from spotlight_jax.errors import InputError
+from spotlight_jax.errors import InputError, first_line
 from train.config import DistributedConfig, LayerwiseConfig
 
 # what a launcher tells each of its processes: its name for JAX, and the variable that says how many there are
@@ -55,8 +55,7 @@ def join(cfg: LayerwiseConfig) -> LayerwiseConfig:
         else:
             jax.distributed.initialize(cluster_detection_method=name, initialization_timeout=own.timeout)
     except (RuntimeError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"the processes of this run do not find each other by {where}: {reason}") from None
+        raise InputError(f"the processes of this run do not find each other by {where}: {first_line(error)}") from None
     counts = [len(group) for group in _devices_by_process().values()]
     if len(set(counts)) > 1:
         raise InputError(f"the processes have {counts} devices; start each with as many as the others")

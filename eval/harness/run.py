@@ -23,7 +23,7 @@ from eval.model.load import EvalModel, load_eval_model
 from spotlight_jax import files
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.display import make_table
-from spotlight_jax.errors import InputError
+from spotlight_jax.errors import InputError, first_line
 from spotlight_jax.text_files import json_line
 
 EXTRA = "pip install 'spotlight-jax[eval]' (lm_eval, without torch)"
@@ -64,8 +64,7 @@ def _running(task: str) -> Iterator[None]:
         try:
             yield
         except (ImportError, OSError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise InputError(f"the harness cannot run task '{task}': {reason}") from error
+            raise InputError(f"the harness cannot run task '{task}': {first_line(error)}") from error
 
 
 def build_task(cfg: HarnessConfig, task: str, manager: Any) -> list[Any]:

@@ -12,7 +12,7 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from spotlight_jax.errors import InputError, naming
+from spotlight_jax.errors import InputError, first_line, naming
 from spotlight_jax.models.config import nearest
 from spotlight_jax.models.gguf_file import GgufFile
 
@@ -96,8 +96,7 @@ def _one_line_errors(source: object) -> Iterator[None]:
     except (InputError, KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # a panic of the library's is none of Exception
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{source}: its tokenizer cannot be loaded: {reason}") from error
+        raise InputError(f"{source}: its tokenizer cannot be loaded: {first_line(error)}") from error
     finally:
         log.setLevel(level)
 
