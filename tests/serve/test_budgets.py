@@ -12,7 +12,7 @@ from spotlight_jax.engine import Engine
 from spotlight_jax.serve.budgets import check_budget
 from spotlight_jax.serve.errors import ApiError
 from tests.serve.running import serving
-from tests.serve.world import DENSE, SPARSE, draw_request, make_engine, make_scheduler, run_all
+from tests.serve.world import DENSE, SPARSE, decode_alone, draw_request, make_engine, make_scheduler, run_all
 
 OWN = {
     "the server's": None,
@@ -29,17 +29,6 @@ def engine_with(selection):
     return Engine(tiny.model_cfg, tiny.params, tiny.selector, dataclasses.replace(tiny.cfg, selection=selection))
 
 
-def alone_with(request, selection):
-    """The tokens of a request that nothing ends, by an engine of its own budget."""
-    engine = engine_with(selection)
-    state = engine.prefill([request.prompt], request.max_new_tokens, rows=[request.row])
-    tokens = [int(state.tokens[0])]
-    while not np.asarray(state.is_done).all():
-        state, more = engine.decode(state)
-        tokens += more[0].tolist()
-    return tokens
-
-
 def test_requests_of_different_budgets_get_what_a_server_of_each_gives():
     """One prompt, in one batch: the budgets alone differ, and so do the texts."""
     one, selections = draw_request(1), [*OWN.values()]
@@ -48,7 +37,7 @@ def test_requests_of_different_budgets_get_what_a_server_of_each_gives():
     one = dataclasses.replace(one, prompt=prompt, max_new_tokens=25, row=row, stops=stops)
     scheduler = make_scheduler(is_sparse=True)
     inboxes = run_all(scheduler, [dataclasses.replace(one, selection=own) for own in selections], arrive=1)
-    wanted = [alone_with(one, SPARSE if own is None else own) for own in selections]
+    wanted = [decode_alone(engine_with(SPARSE if own is None else own), one) for own in selections]
     assert [inbox.tokens for inbox in inboxes] == wanted
     assert len({tuple(tokens) for tokens in wanted}) > 2
 

@@ -18,6 +18,7 @@ from tests.serve.world import (
     MODEL,
     SPARSE,
     Inbox,
+    decode_alone,
     draw_request,
     make_engine,
     make_engine_by_length,
@@ -37,12 +38,7 @@ ROW_SELECTIONS = (
 @functools.cache
 def alone(request, is_sparse):
     """The tokens and the text of a request by the engine's own prefill and decoding."""
-    engine = make_engine(is_sparse)
-    state = engine.prefill([request.prompt], request.max_new_tokens, rows=[request.row])
-    tokens = [int(state.tokens[0])]
-    while not np.asarray(state.is_done).all():
-        state, more = engine.decode(state)
-        tokens += more[0].tolist()
+    tokens = decode_alone(make_engine(is_sparse), request)
     stream, text, used = TextStream(byte_tokenizer(), request.stops.strings), "", []
     for token in tokens[: request.max_new_tokens]:
         used.append(token)

@@ -99,6 +99,16 @@ def draw_request(seed, most=200) -> Request:
     return Request(f"request-{seed}", prompt, int(rng.integers(1, 60)), row, stops)
 
 
+def decode_alone(engine: Engine, request: Request) -> list[int]:
+    """The tokens of a request by the engine's own prefill and decoding."""
+    state = engine.prefill([request.prompt], request.max_new_tokens, rows=[request.row])
+    tokens = [int(state.tokens[0])]
+    while not np.asarray(state.is_done).all():
+        state, more = engine.decode(state)
+        tokens += more[0].tolist()
+    return tokens
+
+
 def run_all(scheduler: Scheduler, requests, arrive=None) -> list[Inbox]:
     """Each request's events; `arrive` of them come before each round."""
     inboxes, coming = [Inbox() for _ in requests], list(range(len(requests)))
