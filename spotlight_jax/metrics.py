@@ -42,10 +42,13 @@ def captured_mass(
     chosen: Bool[Array, "batch q_len heads kv_len"], probabilities: Float[Array, "batch q_len heads kv_len"]
 ) -> Float[Array, "heads"]:
     """Attention probability of the chosen tokens, mean over queries."""
-    return jnp.mean(_mass(chosen, probabilities), axis=(0, 1))
+    return jnp.mean(mass_of_queries(chosen, probabilities), axis=(0, 1))
 
 
-def _mass(chosen: Array, probabilities: Array) -> Float[Array, "batch q_len heads"]:
+def mass_of_queries(
+    chosen: Bool[Array, "batch q_len heads kv_len"], probabilities: Float[Array, "batch q_len heads kv_len"]
+) -> Float[Array, "batch q_len heads"]:
+    """`captured_mass` of each query."""
     return jnp.sum(jnp.where(chosen, probabilities, 0.0), axis=-1)
 
 
@@ -71,8 +74,8 @@ def quality_of_queries(
     return SelectionQuality(
         iou=common / jnp.maximum(either, 1),
         recall=common / jnp.maximum(wanted, 1),
-        mass=_mass(chosen, probabilities),
-        oracle_mass=_mass(oracle, probabilities),
+        mass=mass_of_queries(chosen, probabilities),
+        oracle_mass=mass_of_queries(oracle, probabilities),
     )
 
 

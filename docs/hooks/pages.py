@@ -16,7 +16,7 @@ from spotlight_jax import cli
 
 ROOT = Path(__file__).parent.parent.parent
 
-# What a marker before a block of commands tells the reader; `tests/test_docs.py` reads the same markers.
+# What a marker before a block of commands tells the reader; `tests/docs` reads the same markers.
 NEEDS = {
     "gpu": "Needs a GPU. The tests check that these flags exist and fit together.",
     "hub": "Needs files that are not part of the project. The tests check that these flags exist and fit together.",

@@ -108,11 +108,9 @@ def inspect_layer(
             rows, keys, values, choose, positions=at, chunk=chunk, finish=finish_of(tail)
         )
         measures = {name: getattr(quality, name)[0] for name in QUALITY}
+        measures["mass"] = metrics.mass_of_queries(read.mask, probabilities)[0]
         measures["error"] = metrics.output_error(outputs, wanted, heads)[0]
-        if tail is None:
-            return measures, traffic
-        measures["mass"] = metrics.quality_of_queries(read.mask, oracle.mask, probabilities).mass[0]
-        return measures, dataclasses.replace(traffic, estimated=found[1])
+        return measures, traffic if tail is None else dataclasses.replace(traffic, estimated=found[1])
 
     pieces = tuple(each.reshape(-1, chunk, *each.shape[2:]) for each in (queries, dense, positions))
     quality, traffic = jax.lax.map(compare, pieces)
