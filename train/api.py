@@ -11,7 +11,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from spotlight_jax import runs
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.display import Display
 from spotlight_jax.models.source import lasting_name
@@ -20,7 +19,7 @@ from train import loop
 from train.config import PRESETS, LayerwiseConfig
 from train.data import open_inputs
 from train.estimate import check_memory
-from train.trainer import correct_tails, first_state, hash_functions
+from train.trainer import correct_tails, first_state, hash_functions, make_selector
 
 Text = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -49,14 +48,7 @@ def fit(text: Text, cfg: LayerwiseConfig = PRESETS["demo"]) -> Selector:
         sets = [hash_functions(plan, state, length) for length in plan.lengths]
         if cfg.tail.windows:
             sets = correct_tails(inputs, sets, 0, display).sets
-    return Selector(
-        shape=plan.shape,
-        params=sets[-1],
-        base_model=cfg.model,
-        info={"recipe": runs.to_plain(cfg)},
-        positions=plan.length,
-        shorter=tuple(zip(plan.lengths[:-1], sets[:-1], strict=True)),
-    )
+    return make_selector(plan, sets)
 
 
 def train(text: Text, out: str | os.PathLike[str], cfg: LayerwiseConfig = PRESETS["demo"]) -> Selector:

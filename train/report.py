@@ -7,18 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import rich.console
 
-from spotlight_jax import runs
 from spotlight_jax.display import make_table, print_table
 from spotlight_jax.memory import GIB
 from spotlight_jax.metrics import spread_positions
 from spotlight_jax.selector.base import HashFunctions
 from spotlight_jax.selector.card import describe_share, write_card
-from spotlight_jax.selector.checkpoint import Selector, save_selector
+from spotlight_jax.selector.checkpoint import save_selector
 from spotlight_jax.selector.selection import share_read
 from train.config import ORACLES
 from train.plots import plot_curves, plot_layers
 from train.processes import fetch
-from train.trainer import Trainer
+from train.trainer import Trainer, make_selector
 
 
 def summarise(trainer: Trainer, selector: str) -> dict[str, Any]:
@@ -72,14 +71,7 @@ def write_results(trainer: Trainer) -> dict[str, Any]:
         tail = trainer.fit_tails(sets)
         sets, curve = tail.sets, tail.curve
         summary |= {"output_error": round(tail.before, 5), "output_error_with_tail": round(tail.after, 5)}
-    selector = Selector(
-        shape=trainer.plan.shape,
-        params=sets[-1],
-        base_model=trainer.plan.cfg.model,
-        info={"recipe": runs.to_plain(trainer.plan.cfg), "metrics": summary},
-        positions=trainer.plan.length,
-        shorter=tuple(zip(trainer.plan.lengths[:-1], sets[:-1], strict=True)),
-    )
+    selector = make_selector(trainer.plan, sets, metrics=summary)
     if not folder.is_written:
         return summary
     save_selector(path, selector, write_card(selector))

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from spotlight_jax.display import Display
 from spotlight_jax.errors import InputError
 from spotlight_jax.metrics import SelectionQuality, spread_positions
 from spotlight_jax.selector.base import HashFunctions
+from spotlight_jax.selector.checkpoint import Selector
 from spotlight_jax.selector.networks import orthogonal_lsh
 from train.capture import Captured, capture
 from train.checkpointing import CheckpointStore
@@ -258,6 +260,18 @@ def correct_tails(inputs: Inputs, sets: list[HashFunctions], first: int, display
     sparse = [layer for layer in range(layers) if layer not in cfg.measure.dense_layers]
     before, after = errors[0][sparse].mean(axis=(0, 2))
     return TailFit(found, float(before), float(after), curves[0][sparse].mean(axis=0).tolist())
+
+
+def make_selector(plan: Plan, sets: list[HashFunctions], **info: Any) -> Selector:
+    """What is exported of a run: its hash functions for one length after another; `info` beside the recipe."""
+    return Selector(
+        shape=plan.shape,
+        params=sets[-1],
+        base_model=plan.cfg.model,
+        info={"recipe": runs.to_plain(plan.cfg), **info},
+        positions=plan.length,
+        shorter=tuple(zip(plan.lengths[:-1], sets[:-1], strict=True)),
+    )
 
 
 def step_once(plan: Plan, state: TrainState, step: int, captured: Captured) -> tuple[TrainState, StepReport]:
