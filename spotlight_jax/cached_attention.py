@@ -6,6 +6,7 @@ the new tokens in it.
 """
 
 import dataclasses
+from typing import Any
 
 import flax.struct
 import jax
@@ -18,7 +19,7 @@ from spotlight_jax.cache import LayerCache, append
 from spotlight_jax.config.generation import AttentionImpl
 from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.kernels.sparse_attention import estimated_attention, sparse_attention
-from spotlight_jax.moments import block_start, fold
+from spotlight_jax.moments import Moments, block_start, fold
 from spotlight_jax.selector.base import HashFunctions
 from spotlight_jax.selector.scoring import hash_score_range, output_scores
 from spotlight_jax.selector.selection import select_by_codes, select_tokens
@@ -60,8 +61,11 @@ class LayerSelector:
         """See `HashFunctions.integer_weights`; of what `hash_queries` gave."""
         if self.sets is None:
             return self.functions.integer_weights(outputs, per_kv_head)
-        weigh = jax.vmap(lambda functions, own: functions.integer_weights(own[None], per_kv_head)[0])
-        return weigh(self._by_row(), outputs)
+
+        def weigh(functions: HashFunctions, own: Array) -> Array:
+            return functions.integer_weights(own[None], per_kv_head)[0]
+
+        return jax.vmap(weigh)(self._by_row(), outputs)
 
     @property
     def tail(self) -> TailParams:
@@ -125,7 +129,7 @@ def _chunk_by_cudnn(
 ) -> Array:
     """Two fused calls, merged by their log-sum-exps: cuDNN's causal mask fits only as many queries as keys."""
 
-    def attend(past_keys, past_values, **options):
+    def attend(past_keys: Array, past_values: Array, **options: Any) -> tuple[Array, Array]:
         return jax.nn.dot_product_attention(
             queries, past_keys, past_values, implementation="cudnn", return_residual=True, **options
         )
@@ -149,7 +153,7 @@ def _chunk_by_blocks(queries: Array, layer: LayerCache, starts: Int32[Array, "ba
     grouped = scaled.reshape(batch, q_len, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
     rows = starts[:, None] + jnp.arange(q_len, dtype=jnp.int32)[None, :]
 
-    def add_block(index, carry):
+    def add_block(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         highest, total, outputs = carry
         first = jnp.minimum(index * block, max_len - block)  # the last block may overlap the one before it
         block_keys = lax.dynamic_slice_in_dim(layer.keys, first, block, axis=1)
@@ -270,7 +274,7 @@ def fold_layers(
     if not kept:
         return layers
 
-    def add_block(carry):
+    def add_block(carry: tuple[dict[int, Moments], Array]) -> tuple[dict[int, Moments], Array]:
         folded = {
             index: fold(moments, layers[index].keys, layers[index].values, lengths, ends, 1)
             for index, moments in carry[0].items()

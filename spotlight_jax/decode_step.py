@@ -5,7 +5,6 @@ leaves behind it is never read and later overwritten.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Literal
 
 import flax.struct
@@ -27,7 +26,7 @@ from spotlight_jax.config.generation import MOST_STOPS, AttentionImpl, DecodeCon
 from spotlight_jax.config.selection import SelectionConfig, check_layers
 from spotlight_jax.context_attention import attend_all_split, attend_split
 from spotlight_jax.models.config import DecoderConfig
-from spotlight_jax.models.decoder import apply_layer, embed_tokens, unembed
+from spotlight_jax.models.decoder import Attend, apply_layer, embed_tokens, unembed
 from spotlight_jax.models.sharding import by_heads, splits_context
 from spotlight_jax.sampling import NOT_FINITE, Sampling, TokenLogprobs, empty_logprobs, sample, token_logprobs
 from spotlight_jax.selector.checkpoint import Selector
@@ -53,6 +52,10 @@ class DecodeState:
     stop_tokens: Int32[Array, "batch stops"]  # that end each sequence, and NO_TOKEN
     reads: RowBudgets | None = None  # how much each sequence reads; None: all what the compiled step's selection says
     has_logprobs: Bool[Array, "batch"] | None = None  # whose tokens' log-probabilities are asked for; None: nobody's
+
+
+Block = tuple[Int32[Array, "batch block"], TokenLogprobs | None]  # tokens chosen, and their log-probabilities
+Steps = tuple[Int32[Array, ""], DecodeState, Block]  # taken so far, the state after them, what they chose
 
 
 def padded_stops(row: RowConfig) -> list[int]:
@@ -110,7 +113,10 @@ def prefill_layer(
     """One layer over one chunk of the prompt; tokens from `ends` on are padding."""
     positions = starts[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None, :]
 
-    def attend(queries, keys, values, layer, selector, starts, ends):
+    def attend(
+        queries: Array, keys: Array, values: Array, layer: LayerCache, selector: LayerSelector | None,
+        starts: Array, ends: Array,
+    ) -> tuple[Array, LayerCache]:  # fmt: skip
         if splits_context(mesh):
             return attend_all_split(queries, keys, values, layer, selector, starts)
         return attend_chunk(queries, keys, values, layer, starts, selector, implementation, ends)
@@ -155,19 +161,27 @@ def decode_step(
 
     shortest = sparse_from(cfg.selection, batch, jax.default_backend())
 
-    def read_all(queries, keys, values, layer, selector, lengths):
+    def read_all(
+        queries: Array, keys: Array, values: Array, layer: LayerCache, selector: LayerSelector | None, lengths: Array
+    ) -> tuple[Array, LayerCache]:
         if splits_context(mesh):
             return attend_all_split(queries, keys, values, layer, selector, lengths)
         return attend_densely(queries, keys, values, layer, lengths, selector, cfg.attention)
 
-    def read_some(queries, keys, values, layer, selector, lengths, reads):
+    def read_some(
+        queries: Array, keys: Array, values: Array, layer: LayerCache, selector: LayerSelector,
+        lengths: Array, reads: RowBudgets | None,
+    ) -> tuple[Array, LayerCache]:  # fmt: skip
         if splits_context(mesh):
             assert reads is None, "a cache that is split serves one budget"
             return attend_split(queries, keys, values, layer, selector, lengths, cfg.selection)
         budgets = None if reads is None else reads.at(lengths + 1)
         return attend_sparsely(queries, keys, values, layer, lengths, selector, cfg.selection, budgets)
 
-    def attend_cached(queries, keys, values, layer, selector, lengths, reads):
+    def attend_cached(
+        queries: Array, keys: Array, values: Array, layer: LayerCache, selector: LayerSelector | None,
+        lengths: Array, reads: RowBudgets | None,
+    ) -> tuple[Array, LayerCache]:  # fmt: skip
         if selector is None or mode == "dense":
             return read_all(queries, keys, values, layer, selector, lengths)
         sparse, appended = read_some(queries, keys, values, layer, selector, lengths, reads)
@@ -177,10 +191,10 @@ def decode_step(
         is_sparse = lengths + 1 >= (shortest if reads is None else reads.sparse_from)
         return jnp.where(is_sparse[:, None, None, None], sparse, dense), appended
 
-    def attend_with(layer: LayerCache, selector: LayerSelector | None) -> Callable:
+    def attend_with(layer: LayerCache, selector: LayerSelector | None) -> Attend:
         own = by_heads(attend_cached, mesh, layer, selector, lengths, reads)
 
-        def attend_filled(*new):
+        def attend_filled(*new: Array) -> tuple[Array, LayerCache]:
             out, appended = own(*(heads[:batch] for heads in new))
             return fill(out), appended
 
@@ -247,18 +261,18 @@ def decode_block(
     cfg: DecodeConfig,
     mode: Mode,
     mesh: Mesh | None = None,
-) -> tuple[DecodeState, tuple[Int32[Array, "batch block"], TokenLogprobs | None], Int32[Array, ""]]:
+) -> tuple[DecodeState, Block, Int32[Array, ""]]:
     """Up to `limit` (at most cfg.block) steps, fewer where every sequence is done before.
 
     Returns: the state, the tokens chosen (a sequence that is done repeats its last) and their log-probabilities, and
         how many steps were taken.
     """
 
-    def is_running(carry):
+    def is_running(carry: Steps) -> Array:
         step, state, _ = carry
         return (step < limit) & ~jnp.all(state.is_done)
 
-    def take_step(carry):
+    def take_step(carry: Steps) -> Steps:
         step, state, out = carry
         # a sequence that is done writes to the same unfilled slot again and again, and stays as long as it was
         ends = state.cache.lengths + (~state.is_done).astype(jnp.int32)
@@ -276,8 +290,8 @@ def decode_block(
             mesh,
         )
         logits, cache = decode_step(*args)
-        cache = cache.replace(lengths=ends)
-        state, logprobs = _choose(logits, state.replace(cache=cache))
+        cache = dataclasses.replace(cache, lengths=ends)
+        state, logprobs = _choose(logits, dataclasses.replace(state, cache=cache))
 
         def write(held: Array, new: Array) -> Array:
             return lax.dynamic_update_slice_in_dim(held, new[:, None], step, axis=1)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import PyTreeDef
 from jaxtyping import Array, PyTree
 
 from spotlight_jax.cache import Cache, LayerCache, bucket_length, empty_layer, grow
@@ -42,6 +43,9 @@ GPU_CHUNK = 2048
 # as they lie, in one launch. Not for many sequences: there XLA may take a library's product, and copy weights for it.
 MERGED_PRODUCTS = {"xla_gpu_dot_merger_threshold_mb": 1 << 14}
 
+# a program's name, its mode, and what its arguments are: their tree, and the shape and dtype of each leaf
+ProgramKey = tuple[str, str, PyTreeDef, tuple[tuple[tuple[int, ...], Any], ...]]
+
 
 def _lies_at(leaf: Any, sharding: jax.sharding.Sharding) -> bool:
     return getattr(leaf, "sharding", None) == sharding
@@ -67,13 +71,13 @@ class Engine:
         self._stacked: LayerSelectors | None = None  # all sets behind each other, once a batch uses several
         self.dtype = params["embed"]["table"].dtype
         self.compile_seconds = 0.0
-        self._programs: dict[tuple, Any] = {}
+        self._programs: dict[ProgramKey, Any] = {}
 
     def run(
         self,
         name: str,
-        function: Callable,
-        args: tuple,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
         donate: tuple[int, ...],
         options: dict[str, Any] | None = None,
         **static: Any,
@@ -93,7 +97,7 @@ class Engine:
             found: dict[str, Any] = {}
 
             # compiled over flat arguments: JAX describes a tree's leaves by objects that are no arrays
-            def flat(*leaves):
+            def flat(*leaves: Array) -> list[Array]:
                 results = function(*jax.tree.unflatten(structure, leaves), **static)
                 if self.mesh is not None:
                     found["out_shardings"] = shardings_of(results, self.mesh)
@@ -117,7 +121,7 @@ class Engine:
         return jax.tree.unflatten(results, program(*leaves))
 
     @property
-    def programs(self) -> dict[tuple, Any]:
+    def programs(self) -> dict[ProgramKey, Any]:
         """Compiled programs by name and shapes, for what they say about memory."""
         return {key: program for key, (program, *_) in self._programs.items()}
 

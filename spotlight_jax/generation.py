@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
+import transformers
 
 from spotlight_jax.config.generation import GenerateConfig, RowConfig, make_decode_config
 from spotlight_jax.decode_step import DecodeState
@@ -69,7 +70,7 @@ def head_shape(cfg: DecoderConfig) -> HeadShape:
 
 
 def encode_prompts(
-    tokenizer,
+    tokenizer: transformers.PreTrainedTokenizerBase | None,
     prompts: Sequence[str | Sequence[int]],
     max_new_tokens: int,
     model_cfg: DecoderConfig,
@@ -123,7 +124,7 @@ class Run:
     def __init__(
         self,
         engine: Engine,
-        tokenizer,
+        tokenizer: transformers.PreTrainedTokenizerBase,
         prompts: list[list[int]],
         cfg: GenerateConfig,
         state: DecodeState | None = None,

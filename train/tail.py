@@ -103,7 +103,7 @@ def fit_layer(
     def loss_of(params: TailParams) -> Array:
         return output_error(rows, params).mean(axis=0).sum()
 
-    def step(carry: tuple, _: None) -> tuple[tuple, Array]:
+    def step(carry: tuple[TailParams, optax.OptState], _: None) -> tuple[tuple[TailParams, optax.OptState], Array]:
         params, state = carry
         loss, grads = jax.value_and_grad(loss_of)(params)
         updates, state = optimizer.update(grads.replace(gate=jnp.zeros((q_heads,))), state, params)

@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -24,7 +25,7 @@ from spotlight_jax.text_files import decode_text, read_json_lines, read_text
 STDIN = Path("-")
 
 
-def main(cfg: GenerateCommandConfig) -> dict:
+def main(cfg: GenerateCommandConfig) -> dict[str, Any]:
     """Run the command; returns what `--json` prints."""
     console, notes = Console(highlight=False), Console(stderr=True, highlight=False)
     use_compile_cache()
@@ -73,10 +74,10 @@ def _read_rows(file: Path) -> list[str]:
     return texts
 
 
-def _rows(head: dict, result: dict, count: int) -> Iterator[dict]:
+def _rows(head: dict[str, Any], result: dict[str, Any], count: int) -> Iterator[dict[str, Any]]:
     """A row for each prompt: its number from 0, its own result, and the report, which is about all of them."""
 
-    def of_one(found: dict, index: int) -> dict:
+    def of_one(found: dict[str, Any], index: int) -> dict[str, Any]:
         return found["results"][index] | {name: value for name, value in found.items() if name != "results"}
 
     for index in range(count):
@@ -98,7 +99,7 @@ def _generate(
     prompts: list[list[int]],
     selector: Selector | None,
     notes: Console,
-) -> dict:
+) -> dict[str, Any]:
     """Generate, show the texts and the report; an interruption still reports what there is."""
     write = write_text if cfg.stream else None
     run, is_interrupted = decode(engine, model.tokenizer, prompts, cfg.generation, notes, write)
@@ -123,7 +124,7 @@ def _generate(
     }
 
 
-def _side_by_side(result: dict) -> Table:
+def _side_by_side(result: dict[str, Any]) -> Table:
     """Both texts and both speeds."""
     table = Table(show_lines=True)
     rates = {name: result[name]["decode_tokens_per_second"] for name in ("dense", "sparse")}

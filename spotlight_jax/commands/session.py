@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
+import transformers
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
@@ -103,7 +104,7 @@ def waiting(console: Console, what: str) -> Iterator[Callable[[int, int], None]]
 
 def decode(
     engine: Engine,
-    tokenizer,
+    tokenizer: transformers.PreTrainedTokenizerBase,
     prompts: list[list[int]],
     generation: GenerateConfig,
     console: Console,

@@ -8,7 +8,8 @@ from spotlight_jax.commands.chat import ChatCommandConfig
 from spotlight_jax.commands.session import decode, describe, load_fitting, read_configs
 from spotlight_jax.commands.terminal import HELP, prepare_lines, read_line, write_text
 from spotlight_jax.compiled import use_compile_cache
-from spotlight_jax.engine import DecodeState, Engine
+from spotlight_jax.decode_step import DecodeState
+from spotlight_jax.engine import Engine
 from spotlight_jax.errors import InputError
 from spotlight_jax.generation import Run
 from spotlight_jax.models.load import BaseModel, open_tokenizer

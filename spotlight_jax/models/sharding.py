@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from spotlight_jax.config.mesh import AXES, describe_mesh
 from spotlight_jax.errors import InputError
@@ -199,7 +199,9 @@ def mesh_of(params: PyTree) -> Mesh | None:
     return sharding.mesh if sharding.mesh.size > 1 and sharding.mesh.axis_names == AXES else None
 
 
-def by_heads(attend: Callable, mesh: Mesh | None, layer: PyTree, selector: PyTree, *rows: Any) -> Callable:
+def by_heads(
+    attend: Callable[..., tuple[Array, PyTree]], mesh: Mesh | None, layer: PyTree, selector: PyTree, *rows: Any
+) -> Callable[[Array, Array, Array], tuple[Array, PyTree]]:
     """Return what a decoder layer attends with: `attend` on each device for its own heads and sequences.
 
     Heads share nothing: hashing, scoring, selecting, reading and estimating need no word between devices.
@@ -214,13 +216,13 @@ def by_heads(attend: Callable, mesh: Mesh | None, layer: PyTree, selector: PyTre
     if mesh is None:
         return lambda queries, keys, values: attend(queries, keys, values, layer, selector, *rows)
 
-    def attend_spread(queries, keys, values):
+    def attend_spread(queries: Array, keys: Array, values: Array) -> tuple[Array, PyTree]:
         leaves, structure = jax.tree.flatten((queries, keys, values, layer, selector, *rows))
         heads = [spec_of(_HEADS, new.shape, mesh) for new in (queries, keys, values)]
         states = [sharding.spec for sharding in shardings_of((layer, selector), mesh)]
         others = [spec_of(("batch", *[None] * (row.ndim - 1)), row.shape, mesh) for row in jax.tree.leaves(rows)]
 
-        def attend_own(*leaves):
+        def attend_own(*leaves: Array) -> list[Array]:
             out, appended = attend(*jax.tree.unflatten(structure, leaves))
             return [out, *jax.tree.leaves(appended)]
 

@@ -10,6 +10,7 @@ from types import FrameType
 
 import jax
 import jax.numpy as jnp
+import transformers
 import uvicorn
 from rich.console import Console
 from starlette.types import ASGIApp
@@ -111,7 +112,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def load_slots(
     cfg: ServeConfig, name: str, model_cfg: DecoderConfig, selector: Selector | None, console: Console
-) -> tuple[Slots, object]:
+) -> tuple[Slots, transformers.PreTrainedTokenizerBase]:
     """Plan the memory, load the weights where they fit, and compile; returns the slots and the tokenizer."""
     platform, dtype = jax.default_backend(), resolve_dtype(cfg.dtype)
     context = min(cfg.context, model_cfg.max_context)
@@ -152,7 +153,9 @@ def load_slots(
     return slots, model.tokenizer
 
 
-def build(cfg: ServeConfig, name: str, slots: Slots, tokenizer: object) -> tuple[Scheduler, ASGIApp]:
+def build(
+    cfg: ServeConfig, name: str, slots: Slots, tokenizer: transformers.PreTrainedTokenizerBase
+) -> tuple[Scheduler, ASGIApp]:
     """The scheduler and the app over it."""
     metrics = Metrics()
     block = cfg.block or BLOCKS.get(jax.default_backend(), GPU_BLOCK)

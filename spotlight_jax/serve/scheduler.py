@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import transformers
 
 from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.memory import tokens_read
@@ -46,7 +47,9 @@ NOT_A_NUMBER = "the model's logits are not finite for this request"
 class Ticket:
     """A request on its way through the scheduler."""
 
-    def __init__(self, request: Request, send: Send, tokenizer, now: float) -> None:
+    def __init__(
+        self, request: Request, send: Send, tokenizer: transformers.PreTrainedTokenizerBase, now: float
+    ) -> None:
         """A request that waits.
 
         Args:
@@ -104,7 +107,7 @@ class Scheduler:
     def __init__(
         self,
         slots: Slots,
-        tokenizer,
+        tokenizer: transformers.PreTrainedTokenizerBase,
         block: int,
         queue: int,
         observer: Observer | None = None,

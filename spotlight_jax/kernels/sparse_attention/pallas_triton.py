@@ -7,7 +7,8 @@ of them multiply the moments with the queries, and the second makes the estimate
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +19,12 @@ from jaxtyping import Array, Bool, Float, Int32
 from spotlight_jax.kernels import triton as plgpu
 from spotlight_jax.kernels.configs import config_here
 from spotlight_jax.kernels.sparse_attention.config import CONFIGS, Config
+from spotlight_jax.kernels.triton import Index, Ref
 from spotlight_jax.moments import BLOCK, Moments, block_start
 from spotlight_jax.tail import Corrections, LogitMoments, TailParams, ValueMoments, estimate, join, take_off
 
 MASKED = -1e30
+Made = TypeVar("Made")  # a result's block, or its shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,14 +77,14 @@ def _power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def _zeros(*shape):
+def _zeros(*shape: int) -> Array:
     return jnp.zeros(shape, jnp.float32)
 
 
 def _read_kernel(
-    queries_ref, keys_ref, values_ref, indices_ref, is_real_ref, tail_refs,
-    out_ref, m_ref, totals_ref, sum_refs, products_refs, *, plan,
-):  # fmt: skip
+    queries_ref: Ref, keys_ref: Ref, values_ref: Ref, indices_ref: Ref, is_real_ref: Ref, tail_refs: Sequence[Ref],
+    out_ref: Ref, m_ref: Ref, totals_ref: Ref, sum_refs: Sequence[Ref], products_refs: Sequence[Ref], *, plan: Plan,
+) -> None:  # fmt: skip
     row, split = pl.program_id(0), pl.program_id(1)
     sequence, head = row // plan.heads, row % plan.heads
     kv_head = head // (plan.heads // plan.kv_heads)
@@ -91,12 +94,12 @@ def _read_kernel(
     queries = plgpu.load(queries_ref.at[of_group[:, None], lanes[None, :]], mask=is_query, other=0.0)
     precision = lax.Precision.HIGHEST if queries.dtype == jnp.float32 else None
 
-    def read():
+    def read() -> None:
         if plan.has_tail:
             end = plgpu.load(tail_refs[0].at[sequence])
             start = block_start(end - 1)
 
-        def read_tile(tile, carry):
+        def read_tile(tile: Index, carry: tuple[Array, ...]) -> tuple[Array, ...]:
             m, total, out, *sums = carry
             slots = (split * plan.tiles + tile) * plan.cfg.tile + jnp.arange(plan.cfg.tile)
             is_slot = slots < plan.budget
@@ -137,7 +140,7 @@ def _read_kernel(
             plgpu.store(logits_ref.at[of_group], jnp.sum(sums[1], axis=1), mask=is_head)
             plgpu.store(squares_ref.at[of_group], jnp.sum(sums[2], axis=1), mask=is_head)
 
-    def multiply():
+    def multiply() -> None:
         numbers = (split - plan.splits) * plan.cfg.product_rows + jnp.arange(plan.cfg.product_rows)
         is_row = numbers < 2 * plan.head_dim
         at = (sequence, kv_head, numbers[:, None], lanes[None, :])
@@ -153,11 +156,14 @@ def _read_kernel(
         read()
 
 
-def _join_kernel(parts_ref, m_ref, totals_ref, sum_refs, tail_refs, out_ref, *share_ref, plan):
+def _join_kernel(
+    parts_ref: Ref, m_ref: Ref, totals_ref: Ref, sum_refs: Sequence[Ref], tail_refs: Sequence[Any],
+    out_ref: Ref, *share_ref: Ref, plan: Plan,
+) -> None:  # fmt: skip
     splits, lanes = jnp.arange(plan.lanes), jnp.arange(plan.width)
     is_split, is_dim = splits < plan.splits, lanes < plan.head_dim
 
-    def load(ref):
+    def load(ref: Ref) -> Array:
         """Numbers or vectors of all splits."""
         if len(ref.shape) == 1:
             return plgpu.load(ref.at[splits], mask=is_split, other=0.0)
@@ -167,7 +173,7 @@ def _join_kernel(parts_ref, m_ref, totals_ref, sum_refs, tail_refs, out_ref, *sh
     # everything is asked for before anything is computed
     m, totals, parts = load(m_ref), load(totals_ref), load(parts_ref)
     sums = [load(ref) for ref in sum_refs]
-    tail = _load_tail(*tail_refs, plan) if plan.has_tail else None
+    tail = _load_tail(*tail_refs, plan=plan) if plan.has_tail else None
     m = jnp.where(is_split, m, MASKED)
     highest = jnp.max(m, axis=0)
     alpha = jnp.exp(m - highest)
@@ -186,7 +192,9 @@ def _join_kernel(parts_ref, m_ref, totals_ref, sum_refs, tail_refs, out_ref, *sh
     plgpu.store(out_ref.at[lanes], out.astype(out_ref.dtype), mask=is_dim)
 
 
-def _load_tail(queries_ref, products_ref, count_ref, mean_ref, params_refs, plan):
+def _load_tail(
+    queries_ref: Ref, products_ref: Ref, count_ref: Ref, mean_ref: Ref, params_refs: Sequence[Ref], *, plan: Plan
+) -> tuple[LogitMoments, ValueMoments, Corrections]:
     """Moments of all tokens for one query head, and its corrections."""
     row, query = pl.program_id(0), pl.program_id(1)
     sequence, head = row // plan.heads, row % plan.heads
@@ -194,13 +202,13 @@ def _load_tail(queries_ref, products_ref, count_ref, mean_ref, params_refs, plan
     lanes = jnp.arange(plan.width)
     is_dim = lanes < plan.head_dim
 
-    def load(ref, *at):
+    def load(ref: Ref, *at: Index) -> Array:
         return plgpu.load(ref.at[(*at, lanes)], mask=is_dim, other=0.0).astype(jnp.float32)
 
-    def load_second(ref, *at):
+    def load_second(ref: Ref, *at: Index) -> Array:
         return plgpu.load(ref.at[(*at, plan.head_dim + lanes)], mask=is_dim, other=0.0)
 
-    def correction(ref, *column):
+    def correction(ref: Ref, *column: int) -> Array:
         own = sequence if ref.shape[0] > 1 else jnp.zeros_like(sequence)
         return plgpu.load(ref.at[(own, q_head, *(jnp.full_like(own, one) for one in column))])
 
@@ -267,7 +275,7 @@ def estimated_attention_pallas_triton(
     return out.reshape(queries.shape), share.reshape(queries.shape[:2])
 
 
-def _whole(array):
+def _whole(array: Array) -> pl.BlockSpec:
     return pl.BlockSpec(array.shape, lambda row, program: (0,) * array.ndim)
 
 
@@ -288,19 +296,19 @@ def _read(
     """
     rows, group, head_dim = len(queries) * plan.heads, plan.group, plan.head_dim
 
-    def of_row(*shape):
+    def of_row(*shape: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, *shape), lambda row, program: (row,) + (0,) * len(shape))
 
-    def of_split(*shape):
-        def place(row, program):
+    def of_split(*shape: int) -> pl.BlockSpec:
+        def place(row: Index, program: Index) -> tuple[Index, ...]:
             return (row, jnp.minimum(program, plan.splits - 1)) + (0,) * len(shape)
 
         return pl.BlockSpec((None, None, *shape), place)
 
-    def shape_of(*shape):
+    def shape_of(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((rows, plan.splits, *shape), jnp.float32)
 
-    def results(make, products):
+    def results(make: Callable[..., Made], products: Made) -> tuple[Made, Made, Made, list[Made], tuple[Made, ...]]:
         of_head = functools.partial(make, group)
         sums = [make(), of_head(), of_head()] if plan.has_tail else []  # of what was read: count, logits, squares
         return of_head(head_dim), of_head(), of_head(), sums, (products,) if plan.has_tail else ()
@@ -336,13 +344,13 @@ def _join(
     """Return attention by row and query head; and the share that was estimated, if the plan has a tail."""
     rows, splits, head_dim = len(parts), plan.splits, plan.head_dim
 
-    def of_query(*shape):
+    def of_query(*shape: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, splits, None, *shape), lambda row, query: (row, 0, query) + (0,) * len(shape))
 
-    def joined(*shape):
+    def joined(*shape: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, None, *shape), lambda row, query: (row, query) + (0,) * len(shape))
 
-    def shape_of(*shape, dtype=jnp.float32):
+    def shape_of(dtype: jnp.dtype, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((rows, plan.group, *shape), dtype)
 
     of_splits = pl.BlockSpec((None, splits), lambda row, query: (row, 0))
@@ -356,7 +364,7 @@ def _join(
         grid=(rows, plan.group),
         in_specs=[of_query(head_dim), of_query(), of_query(), sum_specs, tail_specs],
         out_specs=[joined(head_dim), *shares],
-        out_shape=[shape_of(head_dim, dtype=out_dtype), *([shape_of()] if shares else [])],
+        out_shape=[shape_of(out_dtype, head_dim), *([shape_of(jnp.dtype(jnp.float32))] if shares else [])],
         compiler_params=plgpu.CompilerParams(num_warps=plan.join_warps, num_stages=plan.cfg.join_stages),
         interpret=interpret,
         name="join_reads",
