@@ -2,8 +2,9 @@
 # Bytecode is kept, whatever the shell says: every worker and every command that a test starts would compile all modules anew.
 QUICK = JAX_DISABLE_MOST_OPTIMIZATIONS=1 PYTHONDONTWRITEBYTECODE=
 
-# One file's tests on one worker; a worker that crashes ends the run, which would otherwise wait for it for ever.
-TWO = -n 2 --dist loadfile --max-worker-restart 0
+# Half of the tests, as they follow each other, on each worker: one that is done takes what the other would do last.
+# A worker that crashes ends the run, which would otherwise wait for it for ever.
+TWO = -n 2 --dist worksteal --max-worker-restart 0
 
 # Every command runs in .venv, which `make setup` creates and brings up to date when pyproject.toml changes.
 PYTHON ?= python3

@@ -9,6 +9,8 @@ import jax
 from spotlight_jax.errors import InputError
 from spotlight_jax.texts import cache_dir
 
+LEAST_SECONDS = 0.5  # that a program took to compile, to be kept
+
 
 def use_compile_cache() -> Path:
     """Keep compiled programs in the user's cache folder, so that the next start does not wait for them.
@@ -18,7 +20,7 @@ def use_compile_cache() -> Path:
     check_device()
     folder = cache_dir() / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
     return folder
 
 

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spotlight_jax import texts
 from spotlight_jax.cached_attention import _append_and_select
 from spotlight_jax.config.generation import DecodeConfig
 from spotlight_jax.config.hashing import NetworkConfig, TransformConfig
@@ -144,8 +143,6 @@ CASES = [
 ]
 
 if __name__ == "__main__":
-    jax.config.update("jax_compilation_cache_dir", str(texts.cache_dir() / "compiled-tests"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     chosen = [CASES[int(number)] for number in sys.argv[1:]] or CASES
     for case in chosen:
         compare(*case)
