@@ -21,6 +21,7 @@ from spotlight_jax.tail import init_tail
 
 BATCH, MAX_LEN, KV_HEADS, GROUP, HEAD_DIM, BUDGET = 2, 48, 3, 2, 8, 5
 Q_HEADS = KV_HEADS * GROUP
+folded = jax.jit(fold, static_argnums=5)
 
 
 def draw_inputs(rng, heads, batch=BATCH, max_len=MAX_LEN, kv_heads=KV_HEADS, group=GROUP, head_dim=HEAD_DIM, n=BUDGET):
@@ -56,9 +57,9 @@ def attend_by_numpy(queries, keys, values, indices, is_real):
 
 
 IMPLEMENTATIONS = {
-    "reference": functools.partial(sparse_attention, impl="reference"),
-    "gather": functools.partial(sparse_attention, impl="gather"),
-    "pallas_triton": functools.partial(sparse_attention_pallas_triton, interpret=True),
+    "reference": jax.jit(functools.partial(sparse_attention, impl="reference")),
+    "gather": jax.jit(functools.partial(sparse_attention, impl="gather")),
+    "pallas_triton": jax.jit(functools.partial(sparse_attention_pallas_triton, interpret=True)),
 }
 
 
@@ -160,7 +161,7 @@ def test_the_estimate_is_numpys_for_every_implementation(impl, heads, dtype, ato
     arrays, ends = [jnp.asarray(one, dtype) for one in arrays], jnp.asarray(lengths, jnp.int32)
     is_real &= indices < np.asarray(lengths)[:, None, None]
     params = draw_params(rng, BATCH if dtype == "float32" else 1)
-    moments = fold(
+    moments = folded(
         empty_moments(BATCH, KV_HEADS, head_dim, arrays[1].dtype),
         *arrays[1:],
         jnp.zeros_like(ends),
@@ -188,7 +189,7 @@ def test_an_estimate_reads_what_was_selected_and_the_newest_alone(impl):
     queries, keys, values, indices, is_real = draw_inputs(rng, KV_HEADS, max_len=300, n=20)
     ends = np.asarray([300, 200], np.int32)
     is_real &= indices < ends[:, None, None]
-    moments = fold(
+    moments = folded(
         empty_moments(BATCH, KV_HEADS, HEAD_DIM, np.dtype("float32")),
         *map(jnp.asarray, (keys, values, 0 * ends, ends - 1)),
         300,
