@@ -154,14 +154,17 @@ def test_stepwise_decoding_selects_what_teacher_forcing_selects(name, per):
 
         return selected_attention(queries, keys, values, select)[0]
 
-    tokens = jnp.asarray([text])
-    positions = jnp.arange(len(text), dtype=jnp.int32)[None]
-    x = embed_tokens(model_params(), tokens, MODEL)
-    x, _ = apply_layer(model_params()["layer_0"], x, positions, attend_to_all, MODEL)
-    for layer in range(1, MODEL.layers):
-        attend = functools.partial(lambda q, k, v, layer: (attend_forced(q, k, v, layer), None), layer=layer)
-        x, _ = apply_layer(model_params()[f"layer_{layer}"], x, positions, attend, MODEL)
-    forced = np.asarray(unembed(model_params(), x, MODEL))[0]
+    @jax.jit
+    def logits_forced(params, tokens):
+        positions = jnp.arange(len(text), dtype=jnp.int32)[None]
+        x = embed_tokens(params, tokens, MODEL)
+        x, _ = apply_layer(params["layer_0"], x, positions, attend_to_all, MODEL)
+        for layer in range(1, MODEL.layers):
+            attend = functools.partial(lambda q, k, v, layer: (attend_forced(q, k, v, layer), None), layer=layer)
+            x, _ = apply_layer(params[f"layer_{layer}"], x, positions, attend, MODEL)
+        return unembed(params, x, MODEL)
+
+    forced = np.asarray(logits_forced(model_params(), jnp.asarray([text])))[0]
 
     cache = engine.empty_cache(1, 256)
     step = jax.jit(decode_step, static_argnums=(5, 6, 7))
