@@ -191,24 +191,52 @@ def attend_densely(
 
     Args:
         lengths: tokens each sequence has cached before this one.
-        selector: None where the layer keeps no codes, or has the new token already.
+        selector: None where the layer keeps no codes.
     """
     layer = _remember(layer, keys, values, lengths, selector)
-    if implementation == "auto" and jax.default_backend() == "cpu" and layer.keys.shape[2] <= FEW_KV_HEADS:
-        # XLA for CPUs would repeat the write above inside a reshaped read of the cache, and then had to copy the cache
-        # in every step; a branch, whose outcome it cannot know, keeps the two apart.
-        out = lax.cond(
-            lengths[0] >= 0,
-            _read_by_wide_product,
-            lambda q, *_: jnp.zeros_like(q),
-            queries,
-            layer.keys,
-            layer.values,
-            lengths,
-        )
-        return out, layer
-    out = causal_attention(queries, layer.keys, layer.values, offsets=lengths, implementation=implementation)
-    return out, layer
+    return read_densely(queries, layer, lengths, implementation), layer
+
+
+def read_densely(
+    queries: Float[Array, "batch one q_heads head_dim"],
+    layer: LayerCache,
+    lengths: Int32[Array, "batch"],
+    implementation: AttentionImpl = "auto",
+    is_read: Bool[Array, "batch"] | None = None,
+) -> Float[Array, "batch one q_heads head_dim"]:
+    """Attention of one query of each sequence to all of its cache, which holds the newest token.
+
+    Args:
+        lengths: tokens before the newest.
+        is_read: which sequences' outputs are wanted: the others' are anything, and cost next to nothing; None: all.
+    """
+    is_on_cpu = jax.default_backend() == "cpu"
+    is_wide = implementation == "auto" and is_on_cpu and layer.keys.shape[2] <= FEW_KV_HEADS
+
+    def read(queries: Array, keys: Array, values: Array, lengths: Array) -> Array:
+        if is_wide:
+            return _read_by_wide_product(queries, keys, values, lengths)
+        return causal_attention(queries, keys, values, offsets=lengths, implementation=implementation)
+
+    def skip(queries: Array, *_: Array) -> Array:
+        return jnp.zeros_like(queries)
+
+    cached = queries, layer.keys, layer.values
+    if is_read is None and is_wide:
+        # XLA for CPUs would repeat the write of the newest token inside a reshaped read of the cache, and then had to
+        # copy the cache in every step; a branch, whose outcome it cannot know, keeps the two apart.
+        return lax.cond(lengths[0] >= 0, read, skip, *cached, lengths)
+    if is_read is None:
+        return read(*cached, lengths)
+    if not is_on_cpu:
+        return read(*cached, jnp.where(is_read, lengths, 0))
+
+    def read_row(row: Array) -> Array:
+        own = [lax.dynamic_slice_in_dim(array, row, 1, axis=0) for array in (queries, lengths)]
+        held = [lambda array=array: lax.dynamic_slice_in_dim(array, row, 1, axis=0) for array in cached[1:]]
+        return lax.cond(is_read[row], lambda: read(own[0], held[0](), held[1](), own[1]), lambda: skip(own[0]))[0]
+
+    return lax.map(read_row, jnp.arange(queries.shape[0], dtype=jnp.int32))
 
 
 def _read_by_wide_product(queries: Array, keys: Array, values: Array, lengths: Int32[Array, "batch"]) -> Array:

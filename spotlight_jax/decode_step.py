@@ -21,6 +21,7 @@ from spotlight_jax.cached_attention import (
     attend_densely,
     attend_sparsely,
     fold_layers,
+    read_densely,
 )
 from spotlight_jax.config.generation import MOST_STOPS, AttentionImpl, DecodeConfig, RowConfig
 from spotlight_jax.config.selection import SelectionConfig, check_layers
@@ -187,8 +188,11 @@ def decode_step(
         sparse, appended = read_some(queries, keys, values, layer, selector, lengths, reads)
         if mode == "sparse":
             return sparse, appended
-        dense, appended = read_all(queries, keys, values, appended, None, lengths)
         is_sparse = lengths + 1 >= (shortest if reads is None else reads.sparse_from)
+        if splits_context(mesh):
+            dense, appended = read_all(queries, keys, values, appended, None, lengths)
+        else:
+            dense = read_densely(queries, appended, lengths, cfg.attention, ~is_sparse)
         return jnp.where(is_sparse[:, None, None, None], sparse, dense), appended
 
     def attend_with(layer: LayerCache, selector: LayerSelector | None) -> Attend:

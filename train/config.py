@@ -292,8 +292,8 @@ PRESETS = {
     "demo": LayerwiseConfig(
         preset="demo",
         length_step=1,
-        steps=16,
-        steps_per_window=4,
+        steps=8,
+        steps_per_window=2,
         fit_windows=4,
         data=DataConfig(window=2048, held_out_windows=4),
         measure=EvaluationConfig(every=8, queries=128),

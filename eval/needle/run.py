@@ -11,7 +11,7 @@ from jaxtyping import Int32
 from eval.common.cases import EvalCase, describe_part, describe_selection, list_cases
 from eval.common.labels import name_methods
 from eval.common.record import Record, Row
-from eval.common.text_metrics import lcs_rouge
+from eval.common.text_metrics import lcs_rouge, open_package
 from eval.methods.base import Method
 from eval.model.load import EvalModel, load_eval_model, warn_of_ranges
 from eval.model.scores import Context, SequenceScores, perplexity_of, prefill, score_tokens
@@ -147,6 +147,7 @@ def combine(variant: Variant, rows: Sequence[Row]) -> Row:
 
 def main(cfg: NeedleConfig) -> dict[str, Any]:
     """Ask what is not answered; draw the map, print the table and one line of JSON, whose content is returned."""
+    open_package("rouge_score")  # missing, it is reported now, not after the first haystack
     use_compile_cache()
     model = load_eval_model(cfg)
     cfg = dataclasses.replace(cfg, model=model.source)

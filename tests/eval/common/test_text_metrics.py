@@ -10,6 +10,9 @@ import warnings
 import pytest
 
 from eval.common import text_metrics
+from eval.longbench import LongBenchConfig, answer
+from eval.needle import NeedleConfig
+from eval.needle import run as needle
 from spotlight_jax.errors import InputError
 
 WORDS = ("the", "a", "cat", "sat", "on", "mat.", "dog", "ran,", "far", "away", "An", "house!", "12", "7", "the.", "Cat")
@@ -152,3 +155,11 @@ def test_a_missing_package_names_the_extra(monkeypatch):
 def test_an_answer_without_a_number_is_refused():
     with pytest.raises(InputError, match="names no paragraph"):
         text_metrics.retrieval_score("7", "seven")
+
+
+@pytest.mark.parametrize(("run", "config"), [(needle, NeedleConfig), (answer, LongBenchConfig)])
+def test_a_missing_package_is_told_before_a_model_is_loaded(run, config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rouge_score", None)
+    monkeypatch.setattr(run, "load_eval_model", lambda cfg: pytest.fail("the model was loaded first"))
+    with pytest.raises(InputError, match="needs the package 'rouge-score'"):
+        run.main(config(methods=("dense",)))
