@@ -46,9 +46,7 @@ def step_layer(
     mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "rows one embed"], LayerCache]:
     """One layer of a step, its moments included."""
-    x, layer = decode_layer(
-        layer_params, x, layer, selector, lengths, rope_len, reads, model_cfg, cfg, mode, mesh
-    )
+    x, layer = decode_layer(layer_params, x, layer, selector, lengths, rope_len, reads, model_cfg, cfg, mode, mesh)
     (layer,) = fold_layers((layer,), lengths, ends)
     return x, layer
 
