@@ -111,7 +111,8 @@ def test_memory_has_no_slope(folders):
     rate, error = slope(times[first:], sizes[first:])
     print(
         f"{counts['whole']} whole and {counts['cut']} cut requests; {sizes[0]:.0f} MiB at first, "
-        f"{sizes[first]:.0f} after {times[first]:.1f} min, {sizes[-1]:.0f} at the end; slope {rate:.3f} +- {error:.3f} MiB/min"
+        f"{sizes[first]:.0f} after {times[first]:.1f} min, {sizes[-1]:.0f} at the end; "
+        f"slope {rate:.3f} +- {error:.3f} MiB/min"
     )
     assert min(counts.values()) > 100
     assert rate < MOST_SLOPE, (rate, error)
