@@ -1,8 +1,8 @@
 """Decoding by one compiled program for all layers of a kind, which the host calls layer by layer.
 
 `Engine.decode_block` is one program with every layer in it: no step waits for the host, and XLA takes a minute or more
-to compile it for each length of the cache and each mode. These compile in seconds, and calling them costs a CPU next to
-nothing beside a layer's work.
+to compile it for each length of the cache and each mode. These compile in seconds; calling them layer by
+layer costs milliseconds a step, some 7 % of a short one's work on a CPU.
 """
 
 import dataclasses
