@@ -23,7 +23,7 @@ slow: setup
 
 # What takes too long for every change.
 soak: setup
-	$(QUICK) .venv/bin/python -m pytest -m soak
+	$(QUICK) .venv/bin/python -m pytest -s -m soak
 
 # The server's page in headless Chromium: the machine's own, or playwright's, or Debian's. Screenshots lie in build/page.
 browser: setup

@@ -134,28 +134,27 @@ def rows_of_step(batch: int) -> int:
     return 2 if batch == 1 and jax.default_backend() == "gpu" else batch
 
 
-def decode_step(
-    params: PyTree,
-    selectors: LayerSelectors,
-    cache: Cache,
-    tokens: Int32[Array, "batch"],
+def decode_layer(
+    layer_params: PyTree,
+    x: Float[Array, "rows one embed"],
+    layer: LayerCache,
+    selector: LayerSelector | None,
+    lengths: Int32[Array, "batch"],
     rope_len: Int32[Array, "batch"],
+    reads: RowBudgets | None,
     model_cfg: DecoderConfig,
     cfg: DecodeConfig,
     mode: Mode,
-    ends: Int32[Array, "batch"] | None = None,
-    reads: RowBudgets | None = None,
     mesh: Mesh | None = None,
-) -> tuple[Float[Array, "batch vocab"], Cache]:
-    """Logits after one more token of each sequence, and the cache with it; lengths are left to the caller.
+) -> tuple[Float[Array, "rows one embed"], LayerCache]:
+    """One layer over one more token of each sequence; moments are left to `fold_layers`.
 
     Args:
-        ends: the lengths that follow, which are those before where a sequence is done; None: none is.
+        x: the stream before the layer; rows behind the batch are copies (`rows_of_step`).
+        lengths: tokens each sequence has cached.
         reads: how much each sequence reads; None: what `cfg.selection` says.
-        mesh: that weights and cache lie on; None: one device.
     """
-    lengths, batch = cache.lengths, tokens.shape[0]
-    rows = rows_of_step(batch)
+    batch, rows = lengths.shape[0], x.shape[0]
 
     def fill(array: Array) -> Array:
         return jnp.broadcast_to(array, (rows, *array.shape[1:]))
@@ -195,27 +194,52 @@ def decode_step(
             dense = read_densely(queries, appended, lengths, cfg.attention, ~is_sparse)
         return jnp.where(is_sparse[:, None, None, None], sparse, dense), appended
 
-    def attend_with(layer: LayerCache, selector: LayerSelector | None) -> Attend:
-        own = by_heads(attend_cached, mesh, layer, selector, lengths, reads)
+    own = by_heads(attend_cached, mesh, layer, selector, lengths, reads)
 
-        def attend_filled(*new: Array) -> tuple[Array, LayerCache]:
-            out, appended = own(*(heads[:batch] for heads in new))
-            return fill(out), appended
+    def attend(*new: Array) -> tuple[Array, LayerCache]:
+        out, appended = own(*(heads[:batch] for heads in new))
+        return fill(out), appended
 
-        return attend_filled
+    return apply_layer(layer_params, x, fill(lengths)[:, None], attend, model_cfg, fill(rope_len))
 
-    x = embed_tokens(params, fill(tokens)[:, None], model_cfg)
-    positions, rope_lens = fill(lengths)[:, None], fill(rope_len)
-    layers = []
+
+def embed_step(params: PyTree, tokens: Int32[Array, "batch"], model_cfg: DecoderConfig) -> Float[Array, "rows 1 embed"]:
+    """The stream of one more token of each sequence before the first layer."""
+    rows = rows_of_step(tokens.shape[0])
+    return embed_tokens(params, jnp.broadcast_to(tokens, (rows,))[:, None], model_cfg)
+
+
+def decode_step(
+    params: PyTree,
+    selectors: LayerSelectors,
+    cache: Cache,
+    tokens: Int32[Array, "batch"],
+    rope_len: Int32[Array, "batch"],
+    model_cfg: DecoderConfig,
+    cfg: DecodeConfig,
+    mode: Mode,
+    ends: Int32[Array, "batch"] | None = None,
+    reads: RowBudgets | None = None,
+    mesh: Mesh | None = None,
+) -> tuple[Float[Array, "batch vocab"], Cache]:
+    """Logits after one more token of each sequence, and the cache with it; lengths are left to the caller.
+
+    Args:
+        ends: the lengths that follow, which are those before where a sequence is done; None: none is.
+        reads: how much each sequence reads; None: what `cfg.selection` says.
+        mesh: that weights and cache lie on; None: one device.
+    """
+    lengths, batch = cache.lengths, tokens.shape[0]
+    x, layers = embed_step(params, tokens, model_cfg), []
     for index, (layer, selector) in enumerate(zip(cache.layers, selectors, strict=True)):
-        attend = attend_with(layer, selector)
-        x, appended = apply_layer(params[f"layer_{index}"], x, positions, attend, model_cfg, rope_lens)
+        held = params[f"layer_{index}"], x, layer, selector
+        x, appended = decode_layer(*held, lengths, rope_len, reads, model_cfg, cfg, mode, mesh)
         layers.append(appended)
     folded = fold_layers(tuple(layers), lengths, lengths + 1 if ends is None else ends)
     return unembed(params, x, model_cfg)[:batch, 0], dataclasses.replace(cache, layers=folded)
 
 
-def _choose(logits: Float[Array, "batch vocab"], state: DecodeState) -> tuple[DecodeState, TokenLogprobs | None]:
+def choose(logits: Float[Array, "batch vocab"], state: DecodeState) -> tuple[DecodeState, TokenLogprobs | None]:
     """Draw each sequence's next token, and see who is done; log-probabilities are zeros where nobody asks for them."""
     tokens = jnp.where(state.is_done, state.tokens, sample(logits, state.sampling, state.chosen))
     logprobs = None
@@ -237,7 +261,7 @@ def first_token(
     params: PyTree, x: Float[Array, "batch embed"], state: DecodeState, model_cfg: DecoderConfig
 ) -> tuple[DecodeState, TokenLogprobs | None]:
     """The first token after the prompt, from the stream of the prompt's last one; its log-probabilities if any asks."""
-    return _choose(unembed(params, x[:, None], model_cfg)[:, 0], state)
+    return choose(unembed(params, x[:, None], model_cfg)[:, 0], state)
 
 
 def insert_row(state: DecodeState, other: DecodeState, slot: Int32[Array, ""], row: Int32[Array, ""]) -> DecodeState:
@@ -295,7 +319,7 @@ def decode_block(
         )
         logits, cache = decode_step(*args)
         cache = dataclasses.replace(cache, lengths=ends)
-        state, logprobs = _choose(logits, dataclasses.replace(state, cache=cache))
+        state, logprobs = choose(logits, dataclasses.replace(state, cache=cache))
 
         def write(held: Array, new: Array) -> Array:
             return lax.dynamic_update_slice_in_dim(held, new[:, None], step, axis=1)

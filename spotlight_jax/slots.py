@@ -19,6 +19,7 @@ from spotlight_jax.config.generation import RowConfig
 from spotlight_jax.config.selection import LONGEST, SelectionConfig
 from spotlight_jax.decode_step import DecodeState, LayerSelectors, Mode, first_token, insert_row, padded_stops
 from spotlight_jax.engine import Engine
+from spotlight_jax.layer_by_layer import decode_layer_by_layer
 from spotlight_jax.sampling import NOT_FINITE, TokenLogprobs, batch_sampling
 from spotlight_jax.selector.selection import row_budgets, sparse_from
 
@@ -248,10 +249,18 @@ class Slots:
             self._use_sets(np.where(self.is_done, held[~self.is_done][0], held))
         mode, steps = self.engine.mode_of(self.lengths, self.is_done, self.starts)
         is_asked = (self.has_logprobs & ~self.is_done).any()
-        self.state, tokens, logprobs = self.engine.decode_block(self.state, mode, min(steps, limit))
+        tokens, logprobs = self._decode_block(mode, min(steps, limit))
         self.logprobs = jax.device_get(logprobs) if is_asked else None
         self._look()
         return tokens
+
+    def _decode_block(self, mode: Mode, steps: int) -> tuple[np.ndarray, TokenLogprobs | None]:
+        """See `Engine.decode_block`; on a CPU layer by layer, which compiles in a fraction of the time."""
+        if jax.default_backend() == "cpu":
+            self.state, tokens, logprobs = decode_layer_by_layer(self.engine, self.state, mode, steps)
+        else:
+            self.state, tokens, logprobs = self.engine.decode_block(self.state, mode, steps)
+        return tokens, logprobs
 
     def _use_sets(self, sets: np.ndarray) -> None:
         """Say which sets of hash functions slots use."""
@@ -314,7 +323,7 @@ class Slots:
             self.finish(prefill, 0)
             for sets, mode in itertools.product(ways, modes):
                 self._use_sets(sets)
-                self.state, *_ = self.engine.decode_block(self.state, mode, 1)
+                self._decode_block(mode, 1)
                 count(f"{mode} steps, caches of {length} tokens")
             self.free([0])  # and back to the shortest
         self.reset()

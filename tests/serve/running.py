@@ -3,8 +3,12 @@
 import contextlib
 import http.client
 import json
+import re
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 from spotlight_jax.serve.app import Limits, Service, make_app
 from spotlight_jax.serve.metrics import Metrics
@@ -65,3 +69,23 @@ def serving(is_sparse=True, api_key=None, body_bytes=100_000, body_seconds=5.0, 
         scheduler.join(30.0)
         listener.close()
         assert not thread.is_alive()
+
+
+@contextlib.contextmanager
+def serving_process(model: Path, *flags: str):
+    """`spotlight serve` as a process, its URL in `url`, while the block runs; killed after it."""
+    command = [sys.executable, "-m", "spotlight_jax.cli", "serve", "--model", str(model), "--port", "0", *flags]
+    root = Path(__file__).parent.parent.parent
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root) as process:
+        shown = []
+        for line in process.stderr:
+            shown.append(line)
+            if found := re.search(r"serving on (http://\S+)", line):
+                process.url = found[1]
+                break
+        else:
+            raise AssertionError("".join(shown))
+        try:
+            yield process
+        finally:
+            process.kill()

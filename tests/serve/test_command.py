@@ -1,7 +1,6 @@
 """`spotlight serve` as a process, and `spotlight chat --url` against a server."""
 
 import dataclasses
-import re
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.errors import InputError
 from tests.byte_tokenizer import byte_tokenizer
 from tests.models.tiny import write_folder
-from tests.serve.running import serving
+from tests.serve.running import serving, serving_process
 from tests.serve.test_openai import rendered, wanted
 
 ROOT = Path(__file__).parent.parent.parent
@@ -39,19 +38,8 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture
 def process(model_folder):
-    command = [sys.executable, "-m", "spotlight_jax.cli", "serve", "--model", str(model_folder), "--port", "0"]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
-    with subprocess.Popen([*command, "--slots", "2", "--context", "400", "--drain", "20"], **options) as process:
-        shown = []
-        for line in process.stderr:
-            shown.append(line)
-            if found := re.search(r"serving on (http://\S+)", line):
-                process.url = found[1]
-                break
-        else:
-            raise AssertionError("".join(shown))
+    with serving_process(model_folder, "--slots", "2", "--context", "400", "--drain", "20") as process:
         yield process
-        process.kill()
 
 
 def test_a_signal_lets_running_requests_end_and_leaves(process):
