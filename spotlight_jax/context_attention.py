@@ -31,6 +31,7 @@ def attend_split(
     selector: LayerSelector,
     lengths: Int32[Array, "batch"],
     selection: SelectionConfig,
+    budgets: Int32[Array, "batch"] | None = None,
     axis: str = "context",
 ) -> tuple[Float[Array, "batch one q_heads head_dim"], LayerCache]:
     """Return what `cached_attention.attend_sparsely` does, from this device's part of the cache.
@@ -41,6 +42,7 @@ def attend_split(
         selector: its hash functions.
         lengths: tokens each sequence has cached before this one.
         selection: how many tokens are read.
+        budgets: tokens each sequence reads, of all devices; None: what `selection` says for its length.
         axis: of the mesh, over which slots are split.
     """
     batch, _, q_heads, head_dim = queries.shape
@@ -56,8 +58,10 @@ def attend_split(
         bits = functions.weight_bounds(rows[2], per_kv_head).bits
         scores = match_score(layer.codes, selector.integer_weights(outputs, per_kv_head), bits)[:, 0]
     score_range = hash_score_range(functions, rows[2], per_kv_head)
-    mask = select_split(scores, lengths + 1, first, selection, score_range, axis)
-    width = min(slots, max_budget(slots * int(lax.psum(1, axis)), selection))
+    most = max_budget(slots * int(lax.psum(1, axis)), selection)
+    counts = budget_of(lengths + 1, selection) if budgets is None else jnp.minimum(budgets, most)
+    mask = select_split(scores, lengths + 1, counts, first, selection, score_range, axis)
+    width = min(slots, most)
     indices, is_real = _compact(mask, width)
     by_head = (*rows[:2], rows[2] if indices.shape[1] == q_heads else 1, width)
     indices, is_real = (jnp.broadcast_to(x.reshape(by_head), (*rows, width)) for x in (indices, is_real))
@@ -130,6 +134,7 @@ def attend_all_split(
 def select_split(
     scores: Int32[Array, "batch heads slots"],
     ends: Int32[Array, "batch"],
+    budgets: Int32[Array, "batch"],
     first: Int32[Array, ""],
     selection: SelectionConfig,
     score_range: tuple[int, int],
@@ -140,8 +145,9 @@ def select_split(
     Args:
         scores: of this device's slots.
         ends: tokens of each sequence on all devices, the newest included.
+        budgets: tokens that each sequence reads of all devices.
         first: position of this device's first slot.
-        selection: how many tokens are read, and which always.
+        selection: which tokens are always read.
         score_range: least and greatest score.
         axis: of the mesh, over which slots are split.
     """
@@ -152,8 +158,8 @@ def select_split(
     ranks = jnp.where(positions < selection.sink_tokens, jnp.uint32(always), ranks)
     own_ends = jnp.broadcast_to((ends - first)[:, None], scores.shape[:2])
     ranks = force_ranks(ranks, own_ends, always, 0, max(selection.recent_tokens, 1))
-    budgets = jnp.broadcast_to(budget_of(ends, selection)[:, None], scores.shape[:2])
-    threshold, left = _find_cut(ranks, budgets, always.bit_length(), axis)
+    rows = jnp.broadcast_to(budgets[:, None], scores.shape[:2])
+    threshold, left = _find_cut(ranks, rows, always.bit_length(), axis)
     ties = ranks == threshold[..., None]
     own = ties.sum(axis=-1, dtype=jnp.int32)
     counts = lax.all_gather(own, axis)  # [devices, batch, heads]

@@ -161,10 +161,9 @@ def decode_step(
         return attend_densely(queries, keys, values, layer, lengths, selector, cfg.attention)
 
     def read_some(queries, keys, values, layer, selector, lengths, reads):
-        if splits_context(mesh):
-            assert reads is None, "a cache that is split serves one budget"
-            return attend_split(queries, keys, values, layer, selector, lengths, cfg.selection)
         budgets = None if reads is None else reads.at(lengths + 1)
+        if splits_context(mesh):
+            return attend_split(queries, keys, values, layer, selector, lengths, cfg.selection, budgets)
         return attend_sparsely(queries, keys, values, layer, lengths, selector, cfg.selection, budgets)
 
     def attend_cached(queries, keys, values, layer, selector, lengths, reads):

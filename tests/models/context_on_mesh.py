@@ -16,7 +16,7 @@ from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.context_attention import attend_split, select_split
 from spotlight_jax.models.sharding import by_heads, place
 from spotlight_jax.selector.base import HeadShape
-from spotlight_jax.selector.selection import select_tokens
+from spotlight_jax.selector.selection import budget_of, select_tokens
 from tests.hash_params import draw_params
 
 SHAPE = HeadShape(1, 8, 4, 16)
@@ -75,7 +75,7 @@ def compare_selections(mesh: jax.sharding.Mesh, selection: SelectionConfig, scor
 
     def select_own(scores, ends):
         first = jax.lax.axis_index("context") * scores.shape[-1]
-        return select_split(scores, ends, first, selection, score_range, "context")
+        return select_split(scores, ends, budget_of(ends, selection), first, selection, score_range, "context")
 
     spec = jax.sharding.PartitionSpec
     run = jax.shard_map(

@@ -74,7 +74,7 @@ def test_every_weight_of_a_model_with_all_switches_has_axes_of_its_size():
 def run_on_virtual_devices(module: str, *args: str) -> str:
     """What a module of tests prints in a process of its own: JAX makes its eight virtual devices as it starts."""
     done = subprocess.run(
-        [sys.executable, "-m", f"tests.models.{module}", *args],
+        [sys.executable, "-m", f"tests.{module}", *args],
         capture_output=True, text=True, check=False, cwd=ROOT, timeout=300,
         env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
     )  # fmt: skip
@@ -84,12 +84,12 @@ def run_on_virtual_devices(module: str, *args: str) -> str:
 
 @pytest.mark.parametrize("case", [0, *(pytest.param(number, marks=pytest.mark.slow) for number in range(1, 7))])
 def test_generation_on_a_mesh_gives_what_one_device_gives(case):
-    assert "equal" in run_on_virtual_devices("on_meshes", str(case))
+    assert "equal" in run_on_virtual_devices("models.on_meshes", str(case))
 
 
 def test_each_device_reads_its_own_slices_and_the_host_holds_less_than_two_layers():
-    assert "equal" in run_on_virtual_devices("loading_on_mesh")
+    assert "equal" in run_on_virtual_devices("models.loading_on_mesh")
 
 
 def test_a_cache_split_by_tokens_gives_the_selection_and_the_output_of_one_device():
-    assert "equal" in run_on_virtual_devices("context_on_mesh")
+    assert "equal" in run_on_virtual_devices("models.context_on_mesh")
