@@ -117,7 +117,7 @@ def open_split(cfg: LayerwiseConfig, model: DecoderConfig) -> Mesh | None:
     sizes = parse_mesh(cfg.mesh)
     if not sizes:
         return None
-    mesh, devices = open_mesh(sizes, model), len(jax.devices())
+    mesh, devices = open_mesh(sizes, model, rest="data"), len(jax.devices())
     if mesh is None:
         raise InputError(f"--mesh {describe_mesh(sizes)} is a single device; leave it out")
     if jax.process_count() > 1 and mesh.size < devices:
