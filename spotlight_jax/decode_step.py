@@ -6,6 +6,7 @@ leaves behind it is never read and later overwritten.
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import flax.struct
@@ -22,13 +23,14 @@ from spotlight_jax.cached_attention import (
     attend_densely,
     attend_sparsely,
     fold_layers,
+    fold_one,
 )
 from spotlight_jax.config.generation import MOST_STOPS, AttentionImpl, DecodeConfig, RowConfig
 from spotlight_jax.config.selection import SelectionConfig, check_layers
-from spotlight_jax.context_attention import attend_all_split, attend_split
+from spotlight_jax.context_attention import attend_all_split, attend_split, fold_split
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import apply_layer, embed_tokens, unembed
-from spotlight_jax.models.sharding import by_heads, splits_context
+from spotlight_jax.models.sharding import by_heads, on_own_slots, splits_context
 from spotlight_jax.sampling import NOT_FINITE, Sampling, TokenLogprobs, empty_logprobs, sample, token_logprobs
 from spotlight_jax.selector.checkpoint import Selector
 from spotlight_jax.selector.selection import RowBudgets, sparse_from
@@ -112,7 +114,7 @@ def prefill_layer(
 
     def attend(queries, keys, values, layer, selector, starts, ends):
         if splits_context(mesh):
-            return attend_all_split(queries, keys, values, layer, selector, starts)
+            return attend_all_split(queries, keys, values, layer, selector, starts, ends)
         return attend_chunk(queries, keys, values, layer, starts, selector, implementation, ends)
 
     return apply_layer(layer_params, x, positions, by_heads(attend, mesh, layer, selector, starts, ends), cfg, rope_len)
@@ -192,7 +194,10 @@ def decode_step(
         attend = attend_with(layer, selector)
         x, appended = apply_layer(params[f"layer_{index}"], x, positions, attend, model_cfg, rope_lens)
         layers.append(appended)
-    folded = fold_layers(tuple(layers), lengths, lengths + 1 if ends is None else ends)
+    fold_step: Callable = fold_one
+    if mesh is not None and splits_context(mesh):
+        fold_step = partial(on_own_slots, fold_split, mesh)
+    folded = fold_layers(tuple(layers), lengths, lengths + 1 if ends is None else ends, fold_step)
     return unembed(params, x, model_cfg)[:batch, 0], dataclasses.replace(cache, layers=folded)
 
 

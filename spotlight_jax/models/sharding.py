@@ -263,6 +263,26 @@ def by_heads(attend: Callable, mesh: Mesh | None, layer: PyTree, selector: PyTre
     return attend_spread
 
 
+def on_own_slots(function: Callable, mesh: Mesh, layer: PyTree, *rows: Any) -> PyTree:
+    """Return the moments that `function` gives of a layer and rows of a batch, each device with its own part of them.
+
+    Args:
+        function: (layer, *rows) to moments.
+        mesh: of which each device holds some slots.
+        layer: the layer's cache.
+        rows: arrays that lead with the batch.
+    """
+    leaves, structure = jax.tree.flatten(layer)
+    own = [sharding.spec for sharding in shardings_of(layer, mesh)]
+    others = [spec_of(("batch",), row.shape, mesh) for row in rows]
+    moments = jax.tree.unflatten(structure, own).moments
+
+    def run(leaves, *rows):
+        return function(jax.tree.unflatten(structure, leaves), *rows)
+
+    return jax.shard_map(run, mesh=mesh, in_specs=(own, *others), out_specs=moments, check_vma=False)(leaves, *rows)
+
+
 def bytes_per_device(tree: PyTree, mesh: Mesh) -> int:
     """Return the bytes of a tree of arrays or shapes that one device holds."""
     pairs = zip(shardings_of(tree, mesh), jax.tree.leaves(tree), strict=True)

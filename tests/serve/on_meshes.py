@@ -60,9 +60,8 @@ def compare(sizes: dict[str, int]) -> None:
     """Requests that come and go on a mesh get what they get on one device."""
     one, mesh = make_engine(True), open_mesh(sizes, MODEL)
     pages = PAGES if set(sizes) == {"model"} else 0
-    cfg = dataclasses.replace(one.cfg, tail="context" not in sizes)
-    expected, counted, _ = serve_all(Engine(MODEL, one.params, one.selector, cfg), pages)
-    several = Engine(MODEL, place(one.params, mesh), one.selector, cfg)
+    expected, counted, _ = serve_all(one, pages)
+    several = Engine(MODEL, place(one.params, mesh), one.selector, one.cfg)
     found, own, slots = serve_all(several, pages)
     assert found == expected
     assert sum(len(tokens) for tokens, *_ in found) > 100
