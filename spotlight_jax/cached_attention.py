@@ -6,6 +6,7 @@ the new tokens in it.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -289,14 +290,24 @@ def attend_sparsely(
     return out[:, None].astype(dtype), layer
 
 
+def fold_one(layer: LayerCache, lengths: Int32[Array, "batch"], ends: Int32[Array, "batch"]) -> Moments:
+    """A layer's moments with the block that a decoding step has filled, if it filled one; args as `fold_layers`."""
+    assert layer.moments is not None, "a layer without moments folds nothing"
+    return fold(layer.moments, layer.keys, layer.values, lengths, ends, 1)
+
+
 def fold_layers(
-    layers: tuple[LayerCache, ...], lengths: Int32[Array, "batch"], ends: Int32[Array, "batch"]
+    layers: tuple[LayerCache, ...],
+    lengths: Int32[Array, "batch"],
+    ends: Int32[Array, "batch"],
+    fold_step: Callable[[LayerCache, Array, Array], Moments],
 ) -> tuple[LayerCache, ...]:
     """The layers with moments of the blocks that a decoding step has filled, if it filled any.
 
     Args:
         lengths: of the sequences before the step.
         ends: after it; no more than before where a sequence is done.
+        fold_step: a layer, lengths and ends to the layer's moments; see `fold_one`.
     """
     kept = {index: layer.moments for index, layer in enumerate(layers) if layer.moments is not None}
     if not kept:
@@ -304,7 +315,7 @@ def fold_layers(
 
     def add_block(carry: tuple[dict[int, Moments], Array]) -> tuple[dict[int, Moments], Array]:
         folded = {
-            index: fold(moments, layers[index].keys, layers[index].values, lengths, ends, 1)
+            index: fold_step(dataclasses.replace(layers[index], moments=moments), lengths, ends)
             for index, moments in carry[0].items()
         }
         return folded, jnp.zeros((), bool)

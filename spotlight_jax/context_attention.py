@@ -4,8 +4,11 @@ Runs under `shard_map` over an axis of the mesh (`models.sharding.by_heads` on a
 the slots from i * slots on of every sequence. In a sparse step each scores its own codes. Counts of ranks by digits are
 added up over the devices, 1,024 numbers a row, so that all know the same exact cut; equal ranks go to the newest
 tokens, whoever has them. Each device reads what it holds of the chosen tokens, and the sums of softmax are added up:
-what passes between devices does not grow with the length. What is not read is not estimated here.
+what passes between devices does not grow with the length. Moments are of all tokens and on every device, so that what
+is not read is estimated as on a single one.
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +20,11 @@ from spotlight_jax.cached_attention import BLOCK, MASKED, LayerSelector
 from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.kernels.match_score import match_score
 from spotlight_jax.kernels.select_top.ranks import force_ranks
+from spotlight_jax.moments import BLOCK as NEWEST
+from spotlight_jax.moments import Moments, add_tokens, block_start, new_blocks
 from spotlight_jax.selector.scoring import hash_score_range, output_scores
 from spotlight_jax.selector.selection import budget_of, max_budget
+from spotlight_jax.tail import estimate, join, query_moments, take_off
 
 DIGIT_BITS = 10  # of a rank that one round of counting settles: 1,024 bins
 
@@ -31,16 +37,18 @@ def attend_split(
     selector: LayerSelector,
     lengths: Int32[Array, "batch"],
     selection: SelectionConfig,
+    budgets: Int32[Array, "batch"] | None = None,
     axis: str = "context",
 ) -> tuple[Float[Array, "batch one q_heads head_dim"], LayerCache]:
     """Return what `cached_attention.attend_sparsely` does, from this device's part of the cache.
 
     Args:
         queries: of the new token, the same on all devices of the axis; so are keys, values and lengths.
-        layer: this device's slots, without moments.
+        layer: this device's slots; moments are of all, the same on all devices.
         selector: its hash functions.
         lengths: tokens each sequence has cached before this one.
         selection: how many tokens are read.
+        budgets: tokens each sequence reads, of all devices; None: what `selection` says for its length.
         axis: of the mesh, over which slots are split.
     """
     batch, _, q_heads, head_dim = queries.shape
@@ -56,8 +64,14 @@ def attend_split(
         bits = functions.weight_bounds(rows[2], per_kv_head).bits
         scores = match_score(layer.codes, selector.integer_weights(outputs, per_kv_head), bits)[:, 0]
     score_range = hash_score_range(functions, rows[2], per_kv_head)
-    mask = select_split(scores, lengths + 1, first, selection, score_range, axis)
-    width = min(slots, max_budget(slots * int(lax.psum(1, axis)), selection))
+    most = max_budget(slots * int(lax.psum(1, axis)), selection)
+    counts = budget_of(lengths + 1, selection) if budgets is None else jnp.minimum(budgets, most)
+    mask = select_split(scores, lengths + 1, counts, first, selection, score_range, axis)
+    width = min(slots, most)
+    if layer.moments is not None:  # the newest are in no moment yet
+        places = first + jnp.arange(slots, dtype=jnp.int32)[None, None]
+        mask |= (places >= block_start(lengths)[:, None, None]) & (places <= lengths[:, None, None])
+        width = min(slots, most + NEWEST)
     indices, is_real = _compact(mask, width)
     by_head = (*rows[:2], rows[2] if indices.shape[1] == q_heads else 1, width)
     indices, is_real = (jnp.broadcast_to(x.reshape(by_head), (*rows, width)) for x in (indices, is_real))
@@ -71,6 +85,15 @@ def attend_split(
     mixed = jnp.einsum("bkgn,bkgnd->bkgd", weights, read_values, precision="highest")
     mixed, total = lax.psum((mixed, weights.sum(axis=-1)), axis)
     out = mixed / total[..., None]
+    if layer.moments is not None:
+        whole, of_values = query_moments(layer.moments, grouped)
+        at = first + indices
+        is_counted = is_real & (at > 0) & (at < block_start(lengths)[:, None, None, None])
+        x = jnp.where(is_counted, logits - whole.mean[..., None], 0.0)
+        read = lax.psum([rows.sum(axis=-1) for rows in (is_counted.astype(x.dtype), x, x * x)], axis)
+        corrections = selector.tail.grouped(kv_heads)
+        log_mass, value = estimate(whole, take_off(whole, *read), of_values, highest, corrections)
+        out, _ = join(out, highest + jnp.log(total), value, log_mass)
     return out.reshape(batch, 1, q_heads, head_dim).astype(queries.dtype), layer
 
 
@@ -81,6 +104,7 @@ def attend_all_split(
     layer: LayerCache,
     selector: LayerSelector | None,
     starts: Int32[Array, "batch"],
+    ends: Int32[Array, "batch"] | None = None,
     axis: str = "context",
 ) -> tuple[Float[Array, "batch q_len q_heads head_dim"], LayerCache]:
     """Return what `cached_attention.attend_chunk` and `attend_densely` do, from this device's part of the cache.
@@ -89,14 +113,19 @@ def attend_all_split(
 
     Args:
         queries: of the new tokens, the same on all devices of the axis; so are keys, values and starts.
-        layer: this device's slots, without moments.
+        layer: this device's slots; moments are of all, the same on all devices.
         selector: writes codes of the new tokens; None where the layer keeps none, or has them already.
         starts: tokens each sequence has cached before.
+        ends: tokens of each sequence with those of a chunk, its padding apart, which moments are then folded to; None:
+            of a step, which `fold_split` does.
         axis: of the mesh, over which slots are split.
     """
     batch, q_len, q_heads, head_dim = queries.shape
     slots, kv_heads = layer.keys.shape[1:3]
     layer = _append_own(layer, keys, values, starts, selector, axis)
+    if ends is not None and selector is not None and layer.moments is not None:
+        filled = jnp.clip(ends, starts, starts + q_len)
+        layer = dataclasses.replace(layer, moments=fold_split(layer, starts, filled, q_len, axis))
     first, block = lax.axis_index(axis) * slots, min(BLOCK, slots)
     scaled = queries * jnp.asarray(head_dim**-0.5, queries.dtype)
     grouped = scaled.reshape(batch, q_len, kv_heads, q_heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
@@ -127,9 +156,41 @@ def attend_all_split(
     return out.reshape(queries.shape).astype(queries.dtype), layer
 
 
+def fold_split(
+    layer: LayerCache,
+    starts: Int32[Array, "batch"],
+    ends: Int32[Array, "batch"],
+    tokens: int = 1,
+    axis: str = "context",
+) -> Moments:
+    """Return what `moments.fold` does, from this device's part of the cache: the very numbers, on all devices.
+
+    Each device gives its own slots of the blocks that became full, and zeros elsewhere; their sum is those blocks.
+
+    Args:
+        layer: this device's slots, and moments of what `starts` tokens filled.
+        starts: lengths before.
+        ends: lengths after; no less, and at most `tokens` more.
+        tokens: the most that are new.
+        axis: of the mesh, over which slots are split.
+    """
+    assert layer.moments is not None, "a layer without moments folds nothing"
+    slots = layer.keys.shape[1]
+    positions, is_new = new_blocks(starts, ends, tokens, slots * int(lax.psum(1, axis)))
+    own = positions - lax.axis_index(axis) * slots
+    is_own, at = (own >= 0) & (own < slots), jnp.clip(own, 0, slots - 1)
+
+    def gather(held: Array) -> Array:
+        rows = jnp.take_along_axis(held, at[..., None, None], axis=1)
+        return lax.psum(jnp.where(is_own[..., None, None], rows, jnp.zeros((), held.dtype)), axis)
+
+    return add_tokens(layer.moments, gather(layer.keys), gather(layer.values), is_new)
+
+
 def select_split(
     scores: Int32[Array, "batch heads slots"],
     ends: Int32[Array, "batch"],
+    budgets: Int32[Array, "batch"],
     first: Int32[Array, ""],
     selection: SelectionConfig,
     score_range: tuple[int, int],
@@ -140,8 +201,9 @@ def select_split(
     Args:
         scores: of this device's slots.
         ends: tokens of each sequence on all devices, the newest included.
+        budgets: tokens that each sequence reads of all devices.
         first: position of this device's first slot.
-        selection: how many tokens are read, and which always.
+        selection: which tokens are always read.
         score_range: least and greatest score.
         axis: of the mesh, over which slots are split.
     """
@@ -152,8 +214,8 @@ def select_split(
     ranks = jnp.where(positions < selection.sink_tokens, jnp.uint32(always), ranks)
     own_ends = jnp.broadcast_to((ends - first)[:, None], scores.shape[:2])
     ranks = force_ranks(ranks, own_ends, always, 0, max(selection.recent_tokens, 1))
-    budgets = jnp.broadcast_to(budget_of(ends, selection)[:, None], scores.shape[:2])
-    threshold, left = _find_cut(ranks, budgets, always.bit_length(), axis)
+    rows = jnp.broadcast_to(budgets[:, None], scores.shape[:2])
+    threshold, left = _find_cut(ranks, rows, always.bit_length(), axis)
     ties = ranks == threshold[..., None]
     own = ties.sum(axis=-1, dtype=jnp.int32)
     counts = lax.all_gather(own, axis)  # [devices, batch, heads]

@@ -5,6 +5,7 @@ leaves behind it is never read and later overwritten.
 """
 
 import dataclasses
+from functools import partial
 from typing import Literal
 
 import flax.struct
@@ -21,14 +22,15 @@ from spotlight_jax.cached_attention import (
     attend_densely,
     attend_sparsely,
     fold_layers,
+    fold_one,
     read_densely,
 )
 from spotlight_jax.config.generation import MOST_STOPS, AttentionImpl, DecodeConfig, RowConfig
 from spotlight_jax.config.selection import SelectionConfig, check_layers
-from spotlight_jax.context_attention import attend_all_split, attend_split
+from spotlight_jax.context_attention import attend_all_split, attend_split, fold_split
 from spotlight_jax.models.config import DecoderConfig
-from spotlight_jax.models.decoder import Attend, apply_layer, embed_tokens, unembed
-from spotlight_jax.models.sharding import by_heads, splits_context
+from spotlight_jax.models.decoder import apply_layer, embed_tokens, unembed
+from spotlight_jax.models.sharding import by_heads, on_own_slots, splits_context
 from spotlight_jax.sampling import NOT_FINITE, Sampling, TokenLogprobs, empty_logprobs, sample, token_logprobs
 from spotlight_jax.selector.checkpoint import Selector
 from spotlight_jax.selector.selection import RowBudgets, sparse_from
@@ -119,7 +121,7 @@ def prefill_layer(
         starts: Array, ends: Array,
     ) -> tuple[Array, LayerCache]:  # fmt: skip
         if splits_context(mesh):
-            return attend_all_split(queries, keys, values, layer, selector, starts)
+            return attend_all_split(queries, keys, values, layer, selector, starts, ends)
         return attend_chunk(queries, keys, values, layer, starts, selector, implementation, ends)
 
     return apply_layer(layer_params, x, positions, by_heads(attend, mesh, layer, selector, starts, ends), cfg, rope_len)
@@ -203,6 +205,15 @@ def decode_layer(
     return apply_layer(layer_params, x, fill(lengths)[:, None], attend, model_cfg, fill(rope_len))
 
 
+def fold_step(
+    layers: tuple[LayerCache, ...], lengths: Int32[Array, "batch"], ends: Int32[Array, "batch"], mesh: Mesh | None
+) -> tuple[LayerCache, ...]:
+    """The layers with moments of the blocks that this step has filled, if it filled any; args as `fold_layers`."""
+    if mesh is None or not splits_context(mesh):
+        return fold_layers(layers, lengths, ends, fold_one)
+    return fold_layers(layers, lengths, ends, partial(on_own_slots, fold_split, mesh))
+
+
 def embed_step(params: PyTree, tokens: Int32[Array, "batch"], model_cfg: DecoderConfig) -> Float[Array, "rows 1 embed"]:
     """The stream of one more token of each sequence before the first layer."""
     rows = rows_of_step(tokens.shape[0])
@@ -235,7 +246,7 @@ def decode_step(
         held = params[f"layer_{index}"], x, layer, selector
         x, appended = decode_layer(*held, lengths, rope_len, reads, model_cfg, cfg, mode, mesh)
         layers.append(appended)
-    folded = fold_layers(tuple(layers), lengths, lengths + 1 if ends is None else ends)
+    folded = fold_step(tuple(layers), lengths, lengths + 1 if ends is None else ends, mesh)
     return unembed(params, x, model_cfg)[:batch, 0], dataclasses.replace(cache, layers=folded)
 
 

@@ -29,7 +29,7 @@ from spotlight_jax.decode_step import (
 )
 from spotlight_jax.errors import InputError
 from spotlight_jax.models.config import DecoderConfig
-from spotlight_jax.models.sharding import build, mesh_of, place, shardings_of, splits_context
+from spotlight_jax.models.sharding import build, mesh_of, place, shardings_of
 from spotlight_jax.models.split_k import FEW_ROWS
 from spotlight_jax.sampling import TokenLogprobs, batch_sampling, check_chosen
 from spotlight_jax.selector.base import HeadShape
@@ -66,8 +66,7 @@ class Engine:
         self.model_cfg, self.params, self.cfg = model_cfg, params, cfg
         self.selector = selector
         self.mesh = mesh_of(params)
-        has_tail = cfg.tail and not splits_context(self.mesh)  # moments of a cache that is split are not kept
-        self._sets = place(layer_selectors(selector, model_cfg.layers, cfg.selection, has_tail), self.mesh)
+        self._sets = place(layer_selectors(selector, model_cfg.layers, cfg.selection, cfg.tail), self.mesh)
         self._stacked: LayerSelectors | None = None  # all sets behind each other, once a batch uses several
         self.dtype = params["embed"]["table"].dtype
         self.compile_seconds = 0.0

@@ -14,9 +14,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32, PyTree
 
 from spotlight_jax.cache import LayerCache
-from spotlight_jax.cached_attention import LayerSelector, fold_layers
+from spotlight_jax.cached_attention import LayerSelector
 from spotlight_jax.config.generation import DecodeConfig
-from spotlight_jax.decode_step import DecodeState, Mode, choose, decode_layer, embed_step
+from spotlight_jax.decode_step import DecodeState, Mode, choose, decode_layer, embed_step, fold_step
 from spotlight_jax.engine import Engine
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import unembed, unembed_params
@@ -47,7 +47,7 @@ def step_layer(
 ) -> tuple[Float[Array, "rows one embed"], LayerCache]:
     """One layer of a step, its moments included."""
     x, layer = decode_layer(layer_params, x, layer, selector, lengths, rope_len, reads, model_cfg, cfg, mode, mesh)
-    (layer,) = fold_layers((layer,), lengths, ends)
+    (layer,) = fold_step((layer,), lengths, ends, mesh)
     return x, layer
 
 

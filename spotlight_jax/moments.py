@@ -91,6 +91,24 @@ def with_newest(
     return mask | is_newest[:, :, None]
 
 
+def new_blocks(
+    starts: Int32[Array, "batch"], ends: Int32[Array, "batch"], tokens: int, max_len: int
+) -> tuple[Int32[Array, "batch window"], Bool[Array, "batch window"]]:
+    """Return consecutive positions that hold the blocks which became full, and which positions are of those.
+
+    Args:
+        starts: lengths before.
+        ends: lengths after; no less, and at most `tokens` more.
+        tokens: the most that are new.
+        max_len: slots of the cache.
+    """
+    window = min(-(-tokens // BLOCK) * BLOCK, max_len)
+    first = jnp.minimum(block_start(starts), max_len - window)
+    positions = first[:, None] + jnp.arange(window, dtype=jnp.int32)[None, :]
+    is_new = (positions > 0) & (positions >= block_start(starts)[:, None]) & (positions < block_start(ends)[:, None])
+    return positions, is_new
+
+
 def fold(
     moments: Moments,
     keys: Shaped[Array, "batch max_len kv_heads head_dim"],
@@ -109,11 +127,8 @@ def fold(
         ends: lengths after; no less, and at most `tokens` more.
         tokens: the most that are new.
     """
-    max_len = keys.shape[1]
-    window = min(-(-tokens // BLOCK) * BLOCK, max_len)
-    first = jnp.minimum(block_start(starts), max_len - window)
-    positions = first[:, None] + jnp.arange(window, dtype=jnp.int32)[None, :]
-    is_new = (positions > 0) & (positions >= block_start(starts)[:, None]) & (positions < block_start(ends)[:, None])
+    positions, is_new = new_blocks(starts, ends, tokens, keys.shape[1])
+    first, window = positions[:, 0], positions.shape[1]
 
     def cut(rows: Array) -> Array:
         if len(rows) == 1:

@@ -3,6 +3,7 @@
 import functools
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import flax.struct
 import jax
@@ -15,14 +16,22 @@ from jaxtyping import Array, Int32, PRNGKeyArray, Shaped
 from spotlight_jax.attention import causal_attention
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import Params, apply_layer, embed_tokens
+from spotlight_jax.models.sharding import RULES
 from train.processes import put
 
-AXIS = "layers"  # the only mesh axis: windows are spread over it in the forward pass, layers in the loss
+AXIS = "layers"  # windows are spread over it in the forward pass, unless `--mesh` is given, and layers in the loss
 
 
-def make_mesh() -> Mesh:
-    """All devices along the one axis."""
-    return jax.make_mesh((len(jax.devices()),), (AXIS,), axis_types=(AxisType.Auto,))
+def make_mesh(forward: Mesh | None = None) -> Mesh:
+    """All devices along the one axis, or those of a mesh with the axes of `models.sharding`, in its order."""
+    if forward is None:
+        return jax.make_mesh((len(jax.devices()),), (AXIS,), axis_types=(AxisType.Auto,))
+    return Mesh(forward.devices.reshape(-1), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def windows_axis(mesh: Mesh) -> str:
+    """The axis of a mesh that windows are spread over in the forward pass."""
+    return AXIS if AXIS in mesh.shape else RULES["batch"]
 
 
 @flax.struct.dataclass
@@ -50,7 +59,8 @@ def capture_layer(
     mesh: Mesh,
     passes_on: bool = True,
 ) -> tuple[Shaped[Array, "windows window embed"] | None, Captured]:
-    """The stream after one layer, and what the layer sees; both spread over the mesh by window.
+    """The stream after one layer, and what the layer sees; both spread over the mesh by window, and what it sees by
+    heads, too, on a mesh with the axes of `models.sharding`.
 
     Args:
         positions: of the tokens, for RoPE; a query sees the tokens before it in the window, wherever they stand.
@@ -58,19 +68,25 @@ def capture_layer(
             on None.
     """
 
-    def capture_own(layer_params: Params, x: Array, positions: Array, picks: Array) -> tuple[Array | None, Captured]:
-        def attend(queries: Array, keys: Array, values: Array) -> tuple[Array, Captured]:
-            picked = jnp.take_along_axis(queries, picks[:, :, None, None], axis=1)
-            outputs = causal_attention(queries, keys, values) if passes_on else queries
-            return outputs, Captured(queries=picked, picks=picks, keys=keys)
+    def attend(picks: Array, queries: Array, keys: Array, values: Array) -> tuple[Array, Captured]:
+        picked = jnp.take_along_axis(queries, picks[:, :, None, None], axis=1)
+        outputs = causal_attention(queries, keys, values) if passes_on else queries
+        return outputs, Captured(queries=picked, picks=picks, keys=keys)
 
-        after, seen = apply_layer(layer_params, x, positions, attend, cfg)
+    def capture_own(layer_params: Params, x: Array, positions: Array, picks: Array) -> tuple[Array | None, Captured]:
+        after, seen = apply_layer(layer_params, x, positions, functools.partial(attend, picks), cfg)
         return after if passes_on else None, seen
 
-    in_specs = (P(), P(AXIS), P(AXIS), P(AXIS))
-    return jax.shard_map(capture_own, mesh=mesh, in_specs=in_specs, out_specs=P(AXIS), check_vma=False)(
-        layer_params, x, positions, picks
-    )
+    if AXIS not in mesh.shape:  # weights and heads are split: each device attends for its own
+        rows: Any = P(windows_axis(mesh))
+        heads: Any = P(windows_axis(mesh), None, RULES["heads"])
+        in_specs, out_specs = (rows, heads, heads, heads), (heads, Captured(queries=heads, picks=rows, keys=heads))
+        attend = jax.shard_map(attend, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, rows))
+        return capture_own(layer_params, x, positions, picks)
+    spread = (P(), P(AXIS), P(AXIS), P(AXIS))
+    own = jax.shard_map(capture_own, mesh=mesh, in_specs=spread, out_specs=P(AXIS), check_vma=False)
+    return own(layer_params, x, positions, picks)
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
@@ -90,15 +106,16 @@ def capture(
     mesh: Mesh,
 ) -> Captured:
     """What every layer sees of some windows, for one way after another of placing them: leaves
-    `[ranges * layers, windows, ...]`, the first axis spread over the mesh.
+    `[ranges * layers, windows, ...]`, the first axis spread over the mesh's devices.
 
     The model is frozen, so windows can be passed forward at the same time on different devices (their number must be a
-    multiple of the mesh's size) before their steps are taken one after another: the result is that of one device.
-    Layers run one by one, one compiled layer serving all. Where the mesh does not divide the layers, the last one is
-    repeated. Weights that are NumPy arrays stay with the host, but for the layer that is at work.
+    multiple of the devices along `windows_axis`) before their steps are taken one after another: the result is that of
+    one device. Layers run one by one, one compiled layer serving all. Where the mesh does not divide the layers, the
+    last one is repeated. Weights that are NumPy arrays stay with the host, but for the layer that is at work.
     """
     seen = [capture_layers(params, tokens, own, picks, cfg, mesh) for own in positions]
-    return stack_layers(list(itertools.chain.from_iterable(seen)), mesh)
+    by_layers = mesh if AXIS in mesh.shape else make_mesh(mesh)
+    return stack_layers(list(itertools.chain.from_iterable(seen)), by_layers)
 
 
 def capture_layers(
@@ -110,7 +127,7 @@ def capture_layers(
     mesh: Mesh,
 ) -> Iterator[Captured]:
     """What one layer after the other sees of some windows: leaves `[windows, ...]`. Args as `capture`."""
-    spread = NamedSharding(mesh, P(AXIS))
+    spread = NamedSharding(mesh, P(windows_axis(mesh)))
     positions, picks = put((positions, picks), spread)
     table = params["embed"]["table"]
     is_on_host = isinstance(table, np.ndarray)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from spotlight_jax.config.data import DataConfig
 from spotlight_jax.config.hashing import FORMS, NetworkConfig, TransformConfig
+from spotlight_jax.config.mesh import parse_mesh
 from spotlight_jax.config.ranking import LOSSES, MassLoss, PairLoss
 from spotlight_jax.config.selection import DENSE_LAYERS, SelectionConfig
 from spotlight_jax.errors import InputError, check_numbers
@@ -210,6 +211,9 @@ class LayerwiseConfig:
     """Where the frozen model lies: whole on each device; spread over all devices, which gather a layer at a time; in
     the host's memory, or in its files, one layer at a time on the device. The last two are for models that do not fit
     otherwise: slower, which more --steps-per-window make up for."""
+    mesh: tuple[str, ...] = ()
+    """Devices by axis: model=2 splits the frozen model's heads and widths, data=2 passes two windows at once; steps are
+    taken by layers, on all of them. Without it, every device passes windows of its own."""
     distributed: DistributedConfig = DistributedConfig()
     cache_dir: str | None = None
     """Write the hidden states of all layers here once and train from them, as the paper does; without it, no disk."""
@@ -243,10 +247,21 @@ class LayerwiseConfig:
         if "kv_head" in self.ranking.targets and self.hash.code_heads != "kv":
             given = f"--ranking.target {self.ranking.target}"
             raise InputError(f"{given} sums scores of one key code; give --ranking.target query_head")
+        self._check_mesh()
         if self.cache_dir is None and self.cache_gib != LayerwiseConfig.cache_gib:
             raise InputError("--cache-gib is about hidden states on disk; give --cache-dir")
         if self.cache_gib <= 0:
             raise InputError(f"cache_gib is {self.cache_gib}; give the GiB of disk the cache may take")
+
+    def _check_mesh(self) -> None:
+        """Refuse a mesh that splits tokens, and weights or hidden states that lie where a mesh does not split them."""
+        sizes = parse_mesh(self.mesh)
+        if "context" in sizes:
+            raise InputError("--mesh context splits what decoding caches; train with axes model and data")
+        if sizes and self.weights != "device":
+            raise InputError(f"--mesh says where weights lie; leave out --weights {self.weights}, or --mesh")
+        if sizes and self.cache_dir is not None:
+            raise InputError("--cache-dir keeps hidden states of whole windows by device; leave out --mesh, or it")
 
 
 def with_recipe(base: LayerwiseConfig, form: str, loss: str) -> LayerwiseConfig:

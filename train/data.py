@@ -18,6 +18,7 @@ from spotlight_jax.data import Windows, open_windows
 from spotlight_jax.display import Display
 from spotlight_jax.models.decoder import Params
 from spotlight_jax.models.load import load_weights, open_tokenizer, open_weights
+from spotlight_jax.models.sharding import weights_on
 from train.capture import AXIS, Captured, capture, draw_picks, take_step
 from train.estimate import Plan
 from train.hidden_cache import HiddenCache, capture_cached, identify
@@ -143,7 +144,7 @@ def open_inputs(plan: Plan, display: Display, beside: Inputs | None = None) -> I
     tokenizer = None if is_tokenized else open_tokenizer(cfg.model)
     windows = open_windows(cfg.data, tokenizer, plan.model.vocab, display.update, plan.length)
     feed_cfg = FeedConfig(
-        cfg.data.window, plan.lengths, cfg.data.seed, cfg.ranking.queries, cfg.steps_per_window, plan.mesh.size
+        cfg.data.window, plan.lengths, cfg.data.seed, cfg.ranking.queries, cfg.steps_per_window, plan.windows_at_once
     )
     if plan.disk is None:
         feed = Feed(windows, functools.partial(_capture_streaming, plan, params), plan.keys[1], feed_cfg)
@@ -174,7 +175,8 @@ def _load_params(plan: Plan) -> Params:
     if where == "host":
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
             return jax.tree.map(np.asarray, load_weights(source, plan.dtype)[1])
-    return load_weights(source, plan.dtype, functools.partial(_place_weights, plan))[1]
+    placement = weights_on(plan.split) or functools.partial(_place_weights, plan)
+    return load_weights(source, plan.dtype, placement)[1]
 
 
 def _place_weights(plan: Plan, path: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
@@ -189,4 +191,4 @@ def _place_weights(plan: Plan, path: tuple[str, ...], shape: tuple[int, ...]) ->
 def _capture_streaming(
     plan: Plan, params: Params, first: int, tokens: Rows, positions: Places, picks: Array
 ) -> Captured:
-    return capture(params, jnp.asarray(tokens), jnp.asarray(positions), picks, plan.model, plan.mesh)
+    return capture(params, jnp.asarray(tokens), jnp.asarray(positions), picks, plan.model, plan.forward_mesh)

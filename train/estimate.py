@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
+from spotlight_jax.config.mesh import describe_mesh, parse_mesh
 from spotlight_jax.config.ranking import PairLoss
 from spotlight_jax.config.selection import check_layers
 from spotlight_jax.errors import InputError
@@ -20,10 +21,11 @@ from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import param_shapes
 from spotlight_jax.models.load import load_config
 from spotlight_jax.models.params import resolve_dtype
+from spotlight_jax.models.sharding import bytes_per_device, open_mesh
 from spotlight_jax.selector.base import HashFunctions, HeadShape
 from spotlight_jax.selector.forms import check_widths, init_functions
 from spotlight_jax.selector.losses.targets import most_top
-from train.capture import Captured, make_mesh, padded_layers
+from train.capture import Captured, make_mesh, padded_layers, windows_axis
 from train.config import LayerwiseConfig, lengths_covered
 from train.hidden_cache import CachePlan, plan_cache
 from train.step import StepConfig, init_state, train_step
@@ -38,8 +40,9 @@ class Plan:
     model: DecoderConfig
     dtype: np.dtype
     lengths: tuple[int, ...]  # tokens of the longest sequence that each set of hash functions is for, ascending
-    mesh: Mesh
+    mesh: Mesh  # of all devices, which take steps by layers
     disk: CachePlan | None  # of hidden states
+    split: Mesh | None = None  # the same devices as the frozen model is split over them; None: it is not
 
     @property
     def length(self) -> int:
@@ -55,6 +58,16 @@ class Plan:
     def rows(self) -> int:
         """Rows of the state: all layers for one length after another."""
         return len(self.lengths) * self.shape.layers
+
+    @property
+    def forward_mesh(self) -> Mesh:
+        """What windows pass the frozen model on."""
+        return self.mesh if self.split is None else self.split
+
+    @property
+    def windows_at_once(self) -> int:
+        """Windows that pass the frozen model together."""
+        return self.forward_mesh.shape[windows_axis(self.forward_mesh)]
 
     @property
     def step_cfg(self) -> StepConfig:
@@ -88,11 +101,30 @@ def plan_run(cfg: LayerwiseConfig) -> Plan:
     check_layers(cfg.measure.dense_layers, model.layers)
     if set(range(model.layers)) <= set(cfg.measure.dense_layers):
         raise InputError(f"all {model.layers} layers of '{cfg.model}' are in --measure.dense-layers; leave some out")
+    split = open_split(cfg, model)
     disk = None
     if cfg.cache_dir is not None:
         windows = -(-cfg.steps // cfg.steps_per_window)
         disk = plan_cache(model, dtype, cfg.data.window, windows, cfg.cache_gib, ranges=len(lengths))
-    return Plan(cfg, model, dtype, lengths, make_mesh(), disk)
+    return Plan(cfg, model, dtype, lengths, make_mesh(split), disk, split)
+
+
+def open_split(cfg: LayerwiseConfig, model: DecoderConfig) -> Mesh | None:
+    """The mesh that the frozen model is split over; None without `--mesh`.
+
+    Raises: InputError for one that this model or these machines cannot have.
+    """
+    sizes = parse_mesh(cfg.mesh)
+    if not sizes:
+        return None
+    mesh, devices = open_mesh(sizes, model, rest="data"), len(jax.devices())
+    if mesh is None:
+        raise InputError(f"--mesh {describe_mesh(sizes)} is a single device; leave it out")
+    if jax.process_count() > 1 and mesh.size < devices:
+        raise InputError(
+            f"--mesh {describe_mesh(sizes)} is {mesh.size} devices, and the processes have {devices}; give all"
+        )
+    return mesh
 
 
 def compiled_step_bytes(plan: Plan) -> int:
@@ -117,6 +149,7 @@ def estimate_memory(plan: Plan) -> dict[str, int]:
     """Bytes per device of the large parts of a step; the flags that bound each are its name's suffix."""
     cfg, model, devices = plan.cfg, plan.model, plan.mesh.size
     layers = -(-plan.rows // devices)  # of hash functions: each length has its own
+    at_a_time = plan.windows_at_once
     window, ranking, size = cfg.data.window, cfg.ranking, plan.dtype.itemsize
     shapes = param_shapes(model, plan.dtype)
     whole, layer = (
@@ -125,6 +158,8 @@ def estimate_memory(plan: Plan) -> dict[str, int]:
     name, weights = "one layer of the frozen model", layer * size
     if cfg.weights == "device" or (cfg.weights == "host" and jax.default_backend() == "cpu"):  # whose host it is
         name, weights = "frozen model", whole * size
+    if plan.split is not None:
+        name, weights = "frozen model's share", bytes_per_device(shapes, plan.split)
     elif cfg.weights == "sharded":
         name, weights = "frozen model's share and one layer", (-(-whole // devices) + layer) * size
     keys = window * model.kv_heads * model.head_dim * size
@@ -148,7 +183,7 @@ def estimate_memory(plan: Plan) -> dict[str, int]:
     held_out = cfg.data.held_out_windows * (keys + cfg.measure.queries * model.q_heads * model.head_dim * size)
     return {
         name: weights,
-        "queries and keys of a window (--data.window)": layers * devices * (keys + cfg.steps_per_window * queries),
+        "queries and keys of a window (--data.window)": layers * at_a_time * (keys + cfg.steps_per_window * queries),
         "held-out windows (--data.held-out-windows)": -(-model.layers // devices) * held_out,
         "loss (--layers-at-once, --ranking.queries-at-once)": loss,
         "hash functions and AdamW's moments": (4 if cfg.optimizer.ema else 3) * 4 * layers * hashes,
@@ -163,9 +198,10 @@ def check_memory(plan: Plan) -> None:
     if device.platform != "cpu":
         if free is not None and weights > free:
             others = [where for where in ("sharded", "host", "disk") if where != plan.cfg.weights]
+            more = "" if plan.split is None else "more devices along model of --mesh, or without it "
             raise InputError(
                 f"the weights take {weights / GIB:.1f} GiB of each device and {free / GIB:.1f} GiB are free; give "
-                f"--weights {' or '.join(others)}, or a smaller model"
+                f"{more}--weights {' or '.join(others)}, or a smaller model"
             )
         return
     if free is not None and need > free:
@@ -187,6 +223,7 @@ def describe(plan: Plan) -> list[str]:
     """The plan, a line each."""
     cfg, model, devices, memory = plan.cfg, plan.model, jax.devices(), estimate_memory(plan)
     windows = -(-cfg.steps // cfg.steps_per_window)
+    where = f", mesh {describe_mesh(parse_mesh(cfg.mesh))}, windows at once: {plan.windows_at_once}" if cfg.mesh else ""
     lines = [
         f"model     {cfg.model}: {model.layers} layers, {model.q_heads} query / {model.kv_heads} KV heads x "
         f"{model.head_dim}, {plan.dtype.name}",
@@ -195,7 +232,7 @@ def describe(plan: Plan) -> list[str]:
         f"{windows * cfg.data.window:,} in all; {cfg.data.held_out_windows} held out",
         f"length    {_describe_lengths(plan.lengths)}",
         f"steps     {cfg.steps}, {cfg.steps_per_window} per window, {cfg.ranking.queries} queries each",
-        f"device    {len(devices)} x {devices[0].device_kind}",
+        f"device    {plan.mesh.size} x {devices[0].device_kind}{where}",
         f"memory    about {sum(memory.values()) / GIB:.1f} GiB per device: "
         + "; ".join(f"{name} {size / GIB:.2f}" for name, size in memory.items()),
     ]

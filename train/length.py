@@ -13,7 +13,7 @@ from spotlight_jax.metrics import SelectionQuality
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import Params
 from spotlight_jax.selector.base import HashFunctions
-from train.capture import capture_layers
+from train.capture import capture_layers, windows_axis
 from train.config import EvaluationConfig
 from train.evaluate import evaluate_layers
 from train.positions import far_positions
@@ -72,7 +72,7 @@ def evaluate_far(
     Returns: means over windows and queries by name, host arrays `[layers, heads]`.
     """
     picks = far.picks(cfg.queries)
-    windows, rows = len(far.tokens), mesh.size
+    windows, rows = len(far.tokens), mesh.shape[windows_axis(mesh)]
     found: dict[str, list[list[SelectionQuality]]] = {name: [] for name in hashes}
     for first in range(0, windows, rows):
         numbers = np.minimum(np.arange(first, first + rows), windows - 1)  # the last one again fills the mesh

@@ -115,7 +115,7 @@ def _find_run(cfg: LayerwiseConfig) -> tuple[LayerwiseConfig, pathlib.Path, bool
     assert cfg.out is not None
     path = pathlib.Path(cfg.out)
     folder = runs.RunFolder(path)
-    folder.check_resumed(cfg, ("out", "resume", "dry_run", "distributed"))
+    folder.check_resumed(cfg, ("out", "resume", "dry_run", "distributed", "mesh"))
     return dataclasses.replace(cfg, resume=_has_checkpoint(folder)), path, True
 
 
@@ -199,8 +199,8 @@ def _dry_run(plan: estimate.Plan, display: Display) -> dict[str, Any]:
             check_finite(report, plan, step)
             loss.append(time.monotonic() - started)
     forward, loss = forward[1:], loss[1:]  # the first step compiles what is left
-    # a forward pass takes a window for each device at once
-    forward_seconds, loss_seconds = statistics.median(forward) / plan.mesh.size, statistics.median(loss)
+    # a forward pass takes several windows at once
+    forward_seconds, loss_seconds = statistics.median(forward) / plan.windows_at_once, statistics.median(loss)
     seconds = forward_seconds / cfg.steps_per_window + loss_seconds
     stats = jax.local_devices()[0].memory_stats() or {}
     result = {

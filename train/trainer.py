@@ -179,7 +179,7 @@ class Trainer:
         short = f"evaluating windows of {window:,} tokens whose positions reach {length}"
         self._display.say(f"evaluating at {length} tokens" if far.is_whole else short)
         hashes = {"far": self.hash_functions(self.plan.length), "far_lsh": self._lsh()}
-        args = far, self.inputs.params, self.plan.model, hashes, self.plan.cfg.measure, self.plan.mesh
+        args = far, self.inputs.params, self.plan.model, hashes, self.plan.cfg.measure, self.plan.forward_mesh
         self.quality |= evaluate_far(*args)
         self.is_far_whole = far.is_whole
 
@@ -286,13 +286,13 @@ def step_once(plan: Plan, state: TrainState, step: int, captured: Captured) -> t
 def _capture_held_out(inputs: Inputs, display: Display) -> list[Captured]:
     """Queries and keys of the held-out windows, kept for all evaluations."""
     plan = inputs.plan
-    tokens, at_once, seen = inputs.held_out, plan.mesh.size, []
+    tokens, at_once, seen = inputs.held_out, plan.windows_at_once, []
     window = plan.cfg.data.window
     picks, positions = spread_positions(window, plan.cfg.measure.queries), np.arange(window, dtype=np.int32)
     places, at = (jnp.asarray(np.tile(row, (at_once, 1))) for row in (positions, picks))
     for first in range(0, len(tokens), at_once):
         numbers = np.minimum(np.arange(first, first + at_once), len(tokens) - 1)
-        captured = capture(inputs.params, jnp.asarray(tokens[numbers]), places[None], at, plan.model, plan.mesh)
+        captured = capture(inputs.params, jnp.asarray(tokens[numbers]), places[None], at, plan.model, plan.forward_mesh)
         for index in range(min(at_once, len(tokens) - first)):
             seen.append(jax.tree.map(lambda leaf: leaf[: plan.shape.layers, index], captured))  # noqa: B023
             _check_finite_keys(seen[-1], "the held-out text")

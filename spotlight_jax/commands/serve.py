@@ -17,6 +17,7 @@ from typing import Literal
 from tyro.conf import OmitArgPrefixes
 
 from spotlight_jax import cli, runs
+from spotlight_jax.config.mesh import describe_mesh, parse_mesh
 from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.errors import InputError, check_numbers
 
@@ -32,6 +33,9 @@ class ServeConfig:
     token is read."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of weights and cache; auto: bfloat16 on an accelerator, float32 on a CPU."""
+    mesh: tuple[str, ...] = ()
+    """Devices to spread over, by axis: model=2 (heads and widths), data=2 model=4 (slots too), context=4 (tokens of
+    each sequence); without it, as few devices as hold the model and the slots."""
     name: str | None = None
     """What clients call the model; None: the model's own name."""
     host: str = "127.0.0.1"
@@ -47,7 +51,8 @@ class ServeConfig:
     queue: int = 64
     """Most requests that wait; more are refused with 429."""
     prefix_tokens: int | None = None
-    """Tokens of prompts' beginnings that are kept for requests that begin alike; None: twice the context; 0: none."""
+    """Tokens of prompts' beginnings that are kept for requests that begin alike; None: twice the context, and none on
+    meshes with data or context, which cannot keep any; 0: none."""
     prefill_chunk: int | None = None
     """Prompt tokens prefilled between two blocks; None: 128 on a CPU, 1024 elsewhere."""
     block: int | None = None
@@ -90,10 +95,29 @@ class ServeConfig:
         for name in ("seconds", "drain", "body_seconds"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} is {getattr(self, name)}; give 0 or more seconds")
+        self._check_mesh()
         if not 0 <= self.port <= 65535:
             raise InputError(f"port is {self.port}; give one from 0 to 65535")
         if self.api_key == "":
             raise InputError("api_key is empty; give one, or leave the flag out")
+
+    def _check_mesh(self) -> None:
+        """Refuse slots that a mesh does not divide, and pages that it would split."""
+        sizes = parse_mesh(self.mesh)
+        groups = sizes.get("data", 1)
+        if self.slots % groups:
+            more = -(-self.slots // groups) * groups
+            raise InputError(f"--mesh data={groups} does not divide {self.slots} slots; give --slots {more}")
+        if not keeps_pages(sizes) and self.prefix_tokens:
+            raise InputError(
+                f"--mesh {describe_mesh(sizes)} keeps no beginnings of prompts, which lie whole on a device; leave "
+                "--prefix-tokens out, or give a mesh of model alone"
+            )
+
+
+def keeps_pages(sizes: dict[str, int]) -> bool:
+    """Whether each device of a mesh has all pages of prompts, of its own heads: it copies them by itself."""
+    return sizes.get("data", 1) == sizes.get("context", 1) == 1
 
 
 EXTRA = ("prometheus_client", "pydantic", "starlette", "uvicorn")

@@ -2,7 +2,7 @@
 
 import contextlib
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -56,8 +56,6 @@ def load_fitting(
 ) -> tuple[BaseModel, Engine]:
     """Plan the memory, say so, and only then load the weights; raises InputError where they cannot fit."""
     generation, dtype = cfg.generation, resolve_dtype(cfg.dtype)
-    sizes = parse_mesh(cfg.mesh)
-    check_mesh(sizes, model_cfg, len(jax.devices()))
     probe = Engine(model_cfg, {"embed": {"table": jnp.zeros((), dtype)}}, None, make_decode_config(generation))
     longest = max(prompt_lengths)
 
@@ -73,19 +71,41 @@ def load_fitting(
             generation.tail and selector is not None and selector.params.tail is not None,
         )
 
-    free = available_bytes()
-    if not sizes and free is not None and jax.default_backend() != "cpu":
-        sizes = smallest_fit(model_cfg, len(jax.devices()), lambda sizes: plan_device(sizes).total <= free)
-    plan = plan_device(sizes)
-    known = "" if free is None else f" of {free / GIB:.2f} free"
-    where = f" on each device of mesh {describe_mesh(sizes)}" if sizes else ""
-    console.print(f"memory: {plan.describe()}{known}{where}", style="dim", soft_wrap=True)
+    sizes, plan, free = choose_mesh(cfg.mesh, model_cfg, plan_device, console)
     check_memory(plan, free, dtype)
     with waiting(console, f"loading {name}"):
         model = load_model(name, dtype, weights_on(open_mesh(sizes, model_cfg)))
     for line in find_stops(model.cfg, model.tokenizer, generation.stop).unmatched:
         console.print(line, markup=False, soft_wrap=True)
     return model, make_engine(model, generation, selector)
+
+
+def choose_mesh(
+    given: Sequence[str],
+    model_cfg: DecoderConfig,
+    plan_device: Callable[[dict[str, int]], MemoryPlan],
+    console: Console,
+) -> tuple[dict[str, int], MemoryPlan, int | None]:
+    """Return the mesh that is asked for, or else the smallest that fits; what a device holds of it, which is said; and
+    what a device has free.
+
+    Args:
+        given: axes, as `--mesh` takes them; none: what fits, on GPUs.
+        model_cfg: the model's.
+        plan_device: what one device of a mesh holds.
+        console: where the plan is said.
+
+    Raises: InputError for a mesh that this model or this machine cannot have.
+    """
+    sizes, free = parse_mesh(given), available_bytes()
+    check_mesh(sizes, model_cfg, len(jax.devices()))
+    if not sizes and free is not None and jax.default_backend() != "cpu":
+        sizes = smallest_fit(model_cfg, len(jax.devices()), lambda sizes: plan_device(sizes).total <= free)
+    plan = plan_device(sizes)
+    known = "" if free is None else f" of {free / GIB:.2f} free"
+    where = f" on each device of mesh {describe_mesh(sizes)}" if sizes else ""
+    console.print(f"memory: {plan.describe()}{known}{where}", style="dim", soft_wrap=True)
+    return sizes, plan, free
 
 
 @contextlib.contextmanager

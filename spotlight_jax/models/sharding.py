@@ -61,12 +61,12 @@ _LEAVES: dict[str, Axes] = {
 _HEADS: Axes = ("batch", None, "heads", None)  # of queries, keys and values on their way to attention
 
 
-def open_mesh(sizes: Mapping[str, int], cfg: DecoderConfig) -> Mesh | None:
+def open_mesh(sizes: Mapping[str, int], cfg: DecoderConfig, rest: str = "context") -> Mesh | None:
     """Return the mesh over the first devices; None for a single one.
 
-    Raises: InputError as `check_mesh`.
+    Args and errors as `check_mesh`.
     """
-    check_mesh(sizes, cfg, len(jax.devices()))
+    check_mesh(sizes, cfg, len(jax.devices()), rest)
     counts = [sizes.get(axis, 1) for axis in AXES]
     if math.prod(counts) == 1:
         return None
@@ -74,13 +74,14 @@ def open_mesh(sizes: Mapping[str, int], cfg: DecoderConfig) -> Mesh | None:
     return jax.make_mesh(tuple(counts), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def check_mesh(sizes: Mapping[str, int], cfg: DecoderConfig, devices: int) -> None:
+def check_mesh(sizes: Mapping[str, int], cfg: DecoderConfig, devices: int, rest: str = "context") -> None:
     """Raise InputError for a mesh that this model or this machine cannot have.
 
     Args:
         sizes: devices along each axis.
         cfg: the decoder's.
         devices: that there are.
+        rest: axis that takes the devices that heads cannot be split over.
     """
     wanted, told = math.prod(sizes.values()), f"--mesh {describe_mesh(dict(sizes))}"
     if wanted > devices:
@@ -88,8 +89,10 @@ def check_mesh(sizes: Mapping[str, int], cfg: DecoderConfig, devices: int) -> No
     parts = sizes.get("model", 1)
     for what, count in (("KV heads", cfg.kv_heads), ("columns of the MLP", cfg.mlp)):
         if count % parts:
-            fitting = [describe_mesh(one) for one in meshes_of(cfg) if one["model"] <= devices]
-            raise InputError(f"{told} does not divide the model's {count} {what}; give {' or '.join(fitting)}")
+            further = split_further(sizes, cfg, rest)
+            fitting = [further] if further else [one for one in meshes_of(cfg) if one["model"] <= devices]
+            given = " or ".join(map(describe_mesh, fitting))
+            raise InputError(f"{told} does not divide the model's {count} {what}; give {given}")
     if MOST_CONTEXT % sizes.get("context", 1):
         raise InputError(f"{told}: caches are split over a power of two of devices, at most {MOST_CONTEXT}")
 
@@ -99,10 +102,33 @@ def meshes_of(cfg: DecoderConfig) -> list[dict[str, int]]:
     return [{"model": n} for n in range(1, cfg.kv_heads + 1) if cfg.kv_heads % n == 0 and cfg.mlp % n == 0]
 
 
+def split_further(sizes: Mapping[str, int], cfg: DecoderConfig, rest: str = "context") -> dict[str, int] | None:
+    """Return the mesh of as many devices whose heads are split as far as they can be; None where there is none.
+
+    Args:
+        sizes: devices along each axis, of `model` more than heads can be split over.
+        cfg: the decoder's.
+        rest: axis that takes the devices that are left.
+    """
+    wanted, others = sizes.get("model", 1), {axis: count for axis, count in sizes.items() if axis != "model"}
+    parts = max(one["model"] for one in meshes_of(cfg) if wanted % one["model"] == 0)
+    split = others.get(rest, 1) * (wanted // parts)
+    if parts == 1 or (rest == "context" and MOST_CONTEXT % split):
+        return None
+    found = {**others, "model": parts, rest: split}
+    return {axis: found[axis] for axis in AXES if axis in found}
+
+
 def smallest_fit(cfg: DecoderConfig, devices: int, fits: Callable[[dict[str, int]], bool]) -> dict[str, int]:
-    """Return the mesh of the fewest devices that fits; none where a single device does, and where no mesh does."""
-    fitting = [sizes for sizes in meshes_of(cfg) if sizes["model"] <= devices and fits(sizes)]
-    return fitting[0] if fitting and fitting[0]["model"] > 1 else {}
+    """Return the mesh of the fewest devices that fits; none where a single device does, and where no mesh does.
+
+    Where there are more devices than heads can be split over, the tokens of each sequence are split, too.
+    """
+    by_model = [sizes for sizes in meshes_of(cfg) if sizes["model"] <= devices]
+    most, context = by_model[-1], (2**power for power in range(1, MOST_CONTEXT.bit_length()))
+    further = [{**most, "context": count} for count in context if most["model"] * count <= devices]
+    sizes = next((sizes for sizes in (*by_model, *further) if fits(sizes)), {})
+    return sizes if math.prod(sizes.values()) > 1 else {}
 
 
 def config_of_device(cfg: DecoderConfig, sizes: Mapping[str, int]) -> DecoderConfig:
@@ -237,6 +263,26 @@ def by_heads(
         return out, jax.tree.unflatten(jax.tree.structure(layer), appended)
 
     return attend_spread
+
+
+def on_own_slots(function: Callable[..., PyTree], mesh: Mesh, layer: PyTree, *rows: Any) -> PyTree:
+    """Return the moments that `function` gives of a layer and rows of a batch, each device with its own part of them.
+
+    Args:
+        function: (layer, *rows) to moments.
+        mesh: of which each device holds some slots.
+        layer: the layer's cache.
+        rows: arrays that lead with the batch.
+    """
+    leaves, structure = jax.tree.flatten(layer)
+    own = [sharding.spec for sharding in shardings_of(layer, mesh)]
+    others = [spec_of(("batch",), row.shape, mesh) for row in rows]
+    moments = jax.tree.unflatten(structure, own).moments
+
+    def run(leaves: list[Array], *rows: Any) -> PyTree:
+        return function(jax.tree.unflatten(structure, leaves), *rows)
+
+    return jax.shard_map(run, mesh=mesh, in_specs=(own, *others), out_specs=moments, check_vma=False)(leaves, *rows)
 
 
 def bytes_per_device(tree: PyTree, mesh: Mesh) -> int:

@@ -15,16 +15,17 @@ import uvicorn
 from rich.console import Console
 from starlette.types import ASGIApp
 
-from spotlight_jax.commands.serve import ServeConfig
-from spotlight_jax.commands.session import read_configs, waiting
+from spotlight_jax.commands.serve import ServeConfig, keeps_pages
+from spotlight_jax.commands.session import choose_mesh, read_configs, waiting
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.config.generation import DecodeConfig
 from spotlight_jax.engine import Engine
 from spotlight_jax.errors import InputError
-from spotlight_jax.memory import GIB, available_bytes, check_memory, plan_serving
+from spotlight_jax.memory import MemoryPlan, check_memory, plan_serving
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.load import load_model, open_tokenizer
 from spotlight_jax.models.params import resolve_dtype
+from spotlight_jax.models.sharding import config_of_device, open_mesh, weights_on
 from spotlight_jax.selector.checkpoint import Selector, describe_range
 from spotlight_jax.serve.app import Limits, Service, make_app
 from spotlight_jax.serve.metrics import Metrics
@@ -117,16 +118,27 @@ def load_slots(
     platform, dtype = jax.default_backend(), resolve_dtype(cfg.dtype)
     context = min(cfg.context, model_cfg.max_context)
     chunk = min(cfg.prefill_chunk or CHUNKS.get(platform, GPU_CHUNK), context)
-    kept = 2 * context if cfg.prefix_tokens is None else cfg.prefix_tokens
-    pages, max_len = kept // chunk, cache_length(context, chunk)
     hash_cfg = None if selector is None else selector.cfg
     has_tail = cfg.tail and selector is not None and selector.params.tail is not None
-    plan = plan_serving(
-        model_cfg, jnp.dtype(dtype), cfg.slots, max_len, chunk, pages, hash_cfg, cfg.selection, has_tail
-    )
-    free = available_bytes()
-    known = "" if free is None else f" of {free / GIB:.2f} free"
-    console.print(f"memory: {plan.describe()}{known}", style="dim", soft_wrap=True)
+
+    def kept_on(sizes: dict[str, int]) -> int:
+        return (2 * context if keeps_pages(sizes) else 0) if cfg.prefix_tokens is None else cfg.prefix_tokens
+
+    def plan_device(sizes: dict[str, int]) -> MemoryPlan:
+        return plan_serving(
+            config_of_device(model_cfg, sizes),
+            jnp.dtype(dtype),
+            -(-cfg.slots // sizes.get("data", 1)),
+            cache_length(context, chunk) // sizes.get("context", 1),
+            chunk,
+            kept_on(sizes) // chunk,
+            hash_cfg,
+            cfg.selection,
+            has_tail,
+        )
+
+    sizes, plan, free = choose_mesh(cfg.mesh, model_cfg, plan_device, console)
+    kept = kept_on(sizes)
     try:
         check_memory(plan, free, jnp.dtype(dtype))
     except InputError as error:
@@ -137,9 +149,9 @@ def load_slots(
     if selector is not None and (remark := describe_range(selector, context)):
         console.print(remark, markup=False, soft_wrap=True)
     with waiting(console, f"loading {name}"):
-        model = load_model(name, dtype)
+        model = load_model(name, dtype, weights_on(open_mesh(sizes, model_cfg)))
     decode_cfg = DecodeConfig(selection=cfg.selection, prefill_chunk=chunk, tail=cfg.tail)
-    slots = Slots(Engine(model.cfg, model.params, selector, decode_cfg), cfg.slots, context, chunk, pages)
+    slots = Slots(Engine(model.cfg, model.params, selector, decode_cfg), cfg.slots, context, chunk, kept // chunk)
     if cfg.warm_up:
         start = time.perf_counter()
         with waiting(console, "compiling") as show:

@@ -13,10 +13,12 @@ from spotlight_jax.cached_attention import LayerSelector, attend_sparsely
 from spotlight_jax.config.hashing import NetworkConfig, TransformConfig
 from spotlight_jax.config.mesh import AXES
 from spotlight_jax.config.selection import SelectionConfig
-from spotlight_jax.context_attention import attend_split, select_split
-from spotlight_jax.models.sharding import by_heads, place
+from spotlight_jax.context_attention import attend_split, fold_split, select_split
+from spotlight_jax.models.sharding import by_heads, on_own_slots, place
+from spotlight_jax.moments import empty_moments, fold
 from spotlight_jax.selector.base import HeadShape
-from spotlight_jax.selector.selection import select_tokens
+from spotlight_jax.selector.selection import budget_of, select_tokens
+from spotlight_jax.tail import init_tail
 from tests.hash_params import draw_params
 
 SHAPE = HeadShape(1, 8, 4, 16)
@@ -34,17 +36,34 @@ def make_mesh(data: int, model: int, context: int) -> jax.sharding.Mesh:
     return jax.make_mesh((data, model, context), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def make_layer(form: str) -> tuple[LayerCache, LayerSelector]:
+def make_layer(form: str, has_tail: bool) -> tuple[LayerCache, LayerSelector]:
     """A filled cache; what lies behind each sequence's end must not matter."""
-    functions = draw_params(FORMS[form], SHAPE).layer(0)
+    functions, moments = draw_params(FORMS[form], SHAPE), None
     keys, values = (jax.random.normal(jax.random.key(n), (BATCH, SLOTS, SHAPE.kv_heads, 16)) for n in range(2))
-    selector = LayerSelector(functions)
-    return LayerCache(keys, values, selector.key_codes(keys)), selector
+    if has_tail:
+        functions = dataclasses.replace(functions, tail=init_tail(1, SHAPE.q_heads))
+        none = empty_moments(BATCH, SHAPE.kv_heads, 16, keys.dtype)
+        moments = fold(none, keys, values, jnp.zeros(BATCH, jnp.int32), jnp.asarray(LENGTHS), SLOTS)
+    selector = LayerSelector(functions.layer(0))
+    return LayerCache(keys, values, selector.key_codes(keys), moments), selector
 
 
-def compare_steps(mesh: jax.sharding.Mesh, form: str, selection: SelectionConfig) -> None:
+def compare_moments(mesh: jax.sharding.Mesh, tokens: int) -> None:
+    """Blocks that become full are in the moments of every device as they are in those of one, bit for bit."""
+    layer, _ = make_layer("transform", has_tail=True)
+    starts = jnp.asarray([127, 63, 5, 190], jnp.int32)
+    ends = starts + jnp.asarray([tokens, tokens, 0, min(tokens, 2)], jnp.int32)
+    expected = jax.jit(lambda: fold(layer.moments, layer.keys, layer.values, starts, ends, tokens))()
+    own = functools.partial(fold_split, tokens=tokens)
+    found = jax.jit(lambda layer: on_own_slots(own, mesh, layer, starts, ends))(place(layer, mesh))
+    assert (np.asarray(expected.count) > np.asarray(layer.moments.count))[:2].all()
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def compare_steps(mesh: jax.sharding.Mesh, form: str, selection: SelectionConfig, has_tail: bool = False) -> None:
     """One step gives the outputs and the cache of one device."""
-    layer, selector = make_layer(form)
+    layer, selector = make_layer(form, has_tail)
     shapes = [(BATCH, 1, heads, 16) for heads in (SHAPE.q_heads, SHAPE.kv_heads, SHAPE.kv_heads)]
     new = [jax.random.normal(jax.random.key(10 + n), shape) for n, shape in enumerate(shapes)]
     lengths = jnp.asarray(LENGTHS)
@@ -75,7 +94,7 @@ def compare_selections(mesh: jax.sharding.Mesh, selection: SelectionConfig, scor
 
     def select_own(scores, ends):
         first = jax.lax.axis_index("context") * scores.shape[-1]
-        return select_split(scores, ends, first, selection, score_range, "context")
+        return select_split(scores, ends, budget_of(ends, selection), first, selection, score_range, "context")
 
     spec = jax.sharding.PartitionSpec
     run = jax.shard_map(
@@ -93,7 +112,10 @@ if __name__ == "__main__":
             compare_selections(make_mesh(1, 1, context), kept, score_range)
     compare_selections(make_mesh(1, 1, 8), SelectionConfig(budget=40), (-2, 1))
     compare_steps(make_mesh(1, 1, 8), "transform", kept)
-    compare_steps(make_mesh(1, 2, 4), "transform", dataclasses.replace(kept, per="query_head"))
+    compare_steps(make_mesh(2, 2, 2), "transform", kept, has_tail=True)
+    compare_moments(make_mesh(1, 2, 4), tokens=1)
+    compare_moments(make_mesh(2, 1, 4), tokens=70)
+    compare_steps(make_mesh(1, 2, 4), "transform", dataclasses.replace(kept, per="query_head"), has_tail=True)
     compare_steps(make_mesh(2, 2, 2), "paper", dataclasses.replace(kept, per="query_head"))
     compare_steps(make_mesh(1, 1, 4), "paper", kept)
     print("equal")

@@ -137,9 +137,9 @@ CASES = [
     ({"model": 3}, 3, "transform", "query_head", False),
     ({"data": 2, "model": 2}, 4, "paper", "query_head", True),
     ({"model": 4}, 4, None, "kv_head", False),
-    ({"context": 4}, 4, "transform", "kv_head", False),
+    ({"context": 4}, 4, "transform", "kv_head", True),
     ({"context": 8}, 3, "paper", "query_head", False),
-    ({"data": 2, "model": 2, "context": 2}, 4, "transform", "kv_head", False),
+    ({"data": 2, "model": 2, "context": 2}, 4, "transform", "query_head", True),
 ]
 
 if __name__ == "__main__":

@@ -114,10 +114,18 @@ def test_processes_that_cannot_be_are_refused(flags, told):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", ["sharded", "disk"])
-def test_weights_that_lie_elsewhere_train_the_same_selector(inputs, finished, tmp_path, where):
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--weights", "sharded"), "4 x cpu"),
+        (("--weights", "disk"), "4 x cpu"),
+        (("--mesh", "model=2"), "2 x cpu, mesh model=2, windows at once: 1"),
+        (("--mesh", "data=2", "model=2"), "4 x cpu, mesh data=2 model=2, windows at once: 2"),
+    ],
+)
+def test_weights_that_lie_elsewhere_train_the_same_selector(inputs, finished, tmp_path, flags, told):
     path = tmp_path / "run"
-    ((code, _, err),) = run_all(PROGRAM, inputs.flags(path, "--weights", where), 1, 4)
-    assert code == 0, err
+    ((code, _, err),) = run_all(PROGRAM, inputs.flags(path, *flags), 1, 4)
+    assert code == 0 and told in err, err
     assert_same(path, finished.path)
     shutil.rmtree(path)
