@@ -45,6 +45,11 @@ def test_means_are_those_of_the_six_texts():
         assert statistics.mean(_texts(row, 2)) == pytest.approx(float(row[8]), abs=6e-4), row
 
 
+def test_means_at_32768_tokens_are_those_of_the_four_texts_that_every_row_has():
+    for row in TABLES["tail-32k"]["rows"][1:]:
+        assert statistics.mean(float(cell) for cell in row[2:6]) == pytest.approx(float(row[7]), abs=6e-4), row
+
+
 def test_the_readmes_figures_are_those_of_the_results():
     tail = {(row[0], row[1]): float(row[8]) for row in TABLES["tail"]["rows"][1:]}
     names = ("spotlight, tail estimated", "oracle by probability", "spotlight")
@@ -59,9 +64,13 @@ def test_the_readmes_figures_are_those_of_the_results():
         name: statistics.mean(one / dense for one, dense in zip(row, long["dense"], strict=True))
         for name, row in long.items()
     }
-    found = [float(tasks[2][3]), float(tasks[2][4]), float(str(tasks[2][5]).split()[4].rstrip(";"))]
+    far = {(row[0], row[1]): float(row[7]) for row in TABLES["tail-32k"]["rows"][1:]}
+    for row, share in ((tasks[2], "2 %"), (tasks[3], "0.5 %")):
+        assert [float(row[3]), float(row[4])] == [far[names[0], share], far[names[1], share]]
+        assert str(row[5]).split()[0] == f"{far[names[2], share]:.3f}"
+    found = [float(tasks[4][3]), float(tasks[4][4]), float(str(tasks[4][5]).split()[4])]
     expected = [ratios[name] for name in ("spotlight", "oracle by probability", "oracle by summed scores")]
     assert found == pytest.approx(expected, abs=6e-4)
     masses = {row[0]: [float(cell[1]) for cell in row[1:]] for row in TABLES["by-length"]["rows"]}
     spotlight = next(row for name, row in masses.items() if "A:" in name)
-    assert [float(tasks[4][3]), float(tasks[4][4])] == [spotlight[3], masses["oracle by probability"][3]]
+    assert [float(tasks[6][3]), float(tasks[6][4])] == [spotlight[3], masses["oracle by probability"][3]]
