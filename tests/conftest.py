@@ -2,9 +2,9 @@
 
 import os
 
-# Before JAX is imported, and for the processes that tests start: every compiled program outlives the run, which makes
-# the next one faster, and none carries the Python stack of each of its operations, which takes long to write down.
-os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0"}
+# Before JAX is imported, and for the processes that tests start: compiled programs outlive the run, which makes the next
+# one faster, and none carries the Python stack of each of its operations, which takes long to write down.
+os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3", "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0"}
 
 from jaxtyping import install_import_hook
 
@@ -25,7 +25,7 @@ from spotlight_jax import compiled, texts
 jax.config.update("jax_numpy_rank_promotion", "raise")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(texts.cache_dir() / "compiled-tests")
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
-compiled.LEAST_SECONDS = 0.0  # of the commands that tests run in this process
+compiled.LEAST_SECONDS = 0.3  # of the commands that tests run in this process
 
 # A shell begins what it runs in the background with Ctrl-C ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
