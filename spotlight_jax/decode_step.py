@@ -174,10 +174,9 @@ def decode_layer(
         queries: Array, keys: Array, values: Array, layer: LayerCache, selector: LayerSelector,
         lengths: Array, reads: RowBudgets | None,
     ) -> tuple[Array, LayerCache]:  # fmt: skip
-        if splits_context(mesh):
-            assert reads is None, "a cache that is split serves one budget"
-            return attend_split(queries, keys, values, layer, selector, lengths, cfg.selection)
         budgets = None if reads is None else reads.at(lengths + 1)
+        if splits_context(mesh):
+            return attend_split(queries, keys, values, layer, selector, lengths, cfg.selection, budgets)
         return attend_sparsely(queries, keys, values, layer, lengths, selector, cfg.selection, budgets)
 
     def attend_cached(
