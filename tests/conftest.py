@@ -2,8 +2,8 @@
 
 import os
 
-# Before JAX is imported, and for the processes that tests start: compiled programs outlive the run, which makes the next
-# one faster, and none carries the Python stack of each of its operations, which takes long to write down.
+# Before JAX is imported, and for the processes that tests start: compiled programs outlive the run, which makes the
+# next one faster, and none carries the Python stack of each of its operations, which takes long to write down.
 os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3", "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0"}
 
 from jaxtyping import install_import_hook
