@@ -41,8 +41,9 @@ format: setup
 	.venv/bin/ruff check --fix .
 
 # Against Hugging Face's models and the evaluation harness; in an environment of its own, so that no other test has torch.
+# The harness keeps its tasks' texts in one cache, which two workers would fill at once: a file stays on one worker.
 parity: .venv-parity/.installed
-	.venv-parity/bin/python -m pytest $(TWO) tests/parity tests/eval -m parity
+	.venv-parity/bin/python -m pytest $(TWO) --dist loadfile tests/parity tests/eval -m parity
 
 # The documentation, in site/; strict: a dead link or anchor is an error.
 docs: .venv-docs/.installed
