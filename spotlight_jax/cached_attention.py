@@ -233,9 +233,10 @@ def read_densely(
         return read(*cached, jnp.where(is_read, lengths, 0))
 
     def read_row(row: Array) -> Array:
-        own = [lax.dynamic_slice_in_dim(array, row, 1, axis=0) for array in (queries, lengths)]
-        held = [lambda array=array: lax.dynamic_slice_in_dim(array, row, 1, axis=0) for array in cached[1:]]
-        return lax.cond(is_read[row], lambda: read(own[0], held[0](), held[1](), own[1]), lambda: skip(own[0]))[0]
+        def own(array: Array) -> Array:
+            return lax.dynamic_slice_in_dim(array, row, 1, axis=0)
+
+        return lax.cond(is_read[row], lambda: read(*map(own, (*cached, lengths))), lambda: skip(own(queries)))[0]
 
     return lax.map(read_row, jnp.arange(queries.shape[0], dtype=jnp.int32))
 

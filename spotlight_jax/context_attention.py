@@ -21,7 +21,7 @@ from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.kernels.match_score import match_score
 from spotlight_jax.kernels.select_top.ranks import force_ranks
 from spotlight_jax.moments import BLOCK as NEWEST
-from spotlight_jax.moments import Moments, add_tokens, block_start, new_blocks
+from spotlight_jax.moments import Moments, add_tokens, block_start, new_blocks, with_newest
 from spotlight_jax.selector.scoring import hash_score_range, output_scores
 from spotlight_jax.selector.selection import budget_of, max_budget
 from spotlight_jax.tail import estimate, join, query_moments, take_off
@@ -69,8 +69,7 @@ def attend_split(
     mask = select_split(scores, lengths + 1, counts, first, selection, score_range, axis)
     width = min(slots, most)
     if layer.moments is not None:  # the newest are in no moment yet
-        places = first + jnp.arange(slots, dtype=jnp.int32)[None, None]
-        mask |= (places >= block_start(lengths)[:, None, None]) & (places <= lengths[:, None, None])
+        mask = with_newest(mask[:, None], lengths[:, None], first)[:, 0]
         width = min(slots, most + NEWEST)
     indices, is_real = _compact(mask, width)
     by_head = (*rows[:2], rows[2] if indices.shape[1] == q_heads else 1, width)
@@ -109,23 +108,35 @@ def attend_all_split(
 ) -> tuple[Float[Array, "batch q_len q_heads head_dim"], LayerCache]:
     """Return what `cached_attention.attend_chunk` and `attend_densely` do, from this device's part of the cache.
 
-    Softmax is built up block by block over the filled slots that are this device's, and joined over the devices.
-
     Args:
         queries: of the new tokens, the same on all devices of the axis; so are keys, values and starts.
         layer: this device's slots; moments are of all, the same on all devices.
-        selector: writes codes of the new tokens; None where the layer keeps none, or has them already.
+        selector: writes codes of the new tokens; None where the layer keeps none.
         starts: tokens each sequence has cached before.
         ends: tokens of each sequence with those of a chunk, its padding apart, which moments are then folded to; None:
             of a step, which `fold_split` does.
         axis: of the mesh, over which slots are split.
     """
-    batch, q_len, q_heads, head_dim = queries.shape
-    slots, kv_heads = layer.keys.shape[1:3]
-    layer = _append_own(layer, keys, values, starts, selector, axis)
+    layer, q_len = _append_own(layer, keys, values, starts, selector, axis), queries.shape[1]
     if ends is not None and selector is not None and layer.moments is not None:
         filled = jnp.clip(ends, starts, starts + q_len)
         layer = dataclasses.replace(layer, moments=fold_split(layer, starts, filled, q_len, axis))
+    return read_all_split(queries, layer, starts, axis), layer
+
+
+def read_all_split(
+    queries: Float[Array, "batch q_len q_heads head_dim"],
+    layer: LayerCache,
+    starts: Int32[Array, "batch"],
+    axis: str = "context",
+) -> Float[Array, "batch q_len q_heads head_dim"]:
+    """Return causal attention to a cache that holds the new tokens, from this device's part of it.
+
+    Softmax is built up block by block over the filled slots that are this device's, and joined over the devices.
+    Args as `attend_all_split`.
+    """
+    batch, q_len, q_heads, head_dim = queries.shape
+    slots, kv_heads = layer.keys.shape[1:3]
     first, block = lax.axis_index(axis) * slots, min(BLOCK, slots)
     scaled = queries * jnp.asarray(head_dim**-0.5, queries.dtype)
     grouped = scaled.reshape(batch, q_len, kv_heads, q_heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
@@ -153,7 +164,7 @@ def attend_all_split(
     share = jnp.exp(m - lax.pmax(m, axis))  # 0 where a query sees nothing of what lies here
     total, acc = lax.psum((total * share, acc * share[..., None]), axis)
     out = (acc / total[..., None]).transpose(0, 3, 1, 2, 4)
-    return out.reshape(queries.shape).astype(queries.dtype), layer
+    return out.reshape(queries.shape).astype(queries.dtype)
 
 
 def fold_split(

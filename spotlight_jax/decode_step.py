@@ -27,7 +27,7 @@ from spotlight_jax.cached_attention import (
 )
 from spotlight_jax.config.generation import MOST_STOPS, AttentionImpl, DecodeConfig, RowConfig
 from spotlight_jax.config.selection import SelectionConfig, check_layers
-from spotlight_jax.context_attention import attend_all_split, attend_split, fold_split
+from spotlight_jax.context_attention import attend_all_split, attend_split, fold_split, read_all_split
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import apply_layer, embed_tokens, unembed
 from spotlight_jax.models.sharding import by_heads, on_own_slots, splits_context
@@ -59,6 +59,11 @@ class DecodeState:
 
 Block = tuple[Int32[Array, "batch block"], TokenLogprobs | None]  # tokens chosen, and their log-probabilities
 Steps = tuple[Int32[Array, ""], DecodeState, Block]  # taken so far, the state after them, what they chose
+
+
+def next_lengths(state: DecodeState) -> Int32[Array, "batch"]:
+    """The sequences' lengths after a step; one that is done stays as long as it was, and writes to one slot always."""
+    return state.cache.lengths + (~state.is_done).astype(jnp.int32)
 
 
 def padded_stops(row: RowConfig) -> list[int]:
@@ -190,7 +195,7 @@ def decode_layer(
             return sparse, appended
         is_sparse = lengths + 1 >= (shortest if reads is None else reads.sparse_from)
         if splits_context(mesh):
-            dense, appended = read_all(queries, keys, values, appended, None, lengths)
+            dense = read_all_split(queries, appended, lengths)
         else:
             dense = read_densely(queries, appended, lengths, cfg.attention, ~is_sparse)
         return jnp.where(is_sparse[:, None, None, None], sparse, dense), appended
@@ -312,8 +317,7 @@ def decode_block(
 
     def take_step(carry: Steps) -> Steps:
         step, state, out = carry
-        # a sequence that is done writes to the same unfilled slot again and again, and stays as long as it was
-        ends = state.cache.lengths + (~state.is_done).astype(jnp.int32)
+        ends = next_lengths(state)
         args = (
             params,
             selectors,

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int32, PyTree
 from spotlight_jax.cache import LayerCache
 from spotlight_jax.cached_attention import LayerSelector
 from spotlight_jax.config.generation import DecodeConfig
-from spotlight_jax.decode_step import DecodeState, Mode, choose, decode_layer, embed_step, fold_step
+from spotlight_jax.decode_step import DecodeState, Mode, choose, decode_layer, embed_step, fold_step, next_lengths
 from spotlight_jax.engine import Engine
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import unembed, unembed_params
@@ -28,7 +28,7 @@ def begin_step(
     params: PyTree, state: DecodeState, model_cfg: DecoderConfig
 ) -> tuple[Float[Array, "rows one embed"], Int32[Array, "batch"]]:
     """The stream before the first layer, and the sequences' lengths after the step; `state` holds no layers."""
-    return embed_step(params, state.tokens, model_cfg), state.cache.lengths + (~state.is_done).astype(np.int32)
+    return embed_step(params, state.tokens, model_cfg), next_lengths(state)
 
 
 def step_layer(
@@ -68,8 +68,8 @@ def decode_layer_by_layer(
 ) -> tuple[DecodeState, np.ndarray, TokenLogprobs | None]:
     """Decode at least one step and at most `steps`, as `Engine.decode_block` does; the given state is given up.
 
-    Returns: the new state, the tokens chosen, [batch, steps taken], and their log-probabilities where the state asks
-        for some.
+    Returns: the new state, the tokens chosen, [batch, steps taken], and their log-probabilities where the state has
+        some.
     """
     cfg, layers = engine.model_cfg, list(state.cache.layers)
     selectors, outer = engine.selectors(np.asarray(state.cache.code_sets)), unembed_params(engine.params)
@@ -88,6 +88,4 @@ def decode_layer_by_layer(
         tokens.append(np.asarray(state.tokens))
         logprobs.append(found)
     state = dataclasses.replace(state, cache=dataclasses.replace(state.cache, layers=tuple(layers)))
-    is_kept = state.has_logprobs is not None and bool(np.asarray(state.has_logprobs).any())
-    stacked = jax.tree.map(lambda *steps: np.stack(steps, axis=1), *logprobs) if is_kept else None
-    return state, np.stack(tokens, axis=1), stacked
+    return state, np.stack(tokens, axis=1), jax.tree.map(lambda *steps: np.stack(steps, axis=1), *logprobs)

@@ -83,10 +83,18 @@ def block_start(positions: Int32[Array, "*any"]) -> Int32[Array, "*any"]:
 
 
 def with_newest(
-    mask: Bool[Array, "batch q_len heads kv_len"], positions: Int32[Array, "batch q_len"]
+    mask: Bool[Array, "batch q_len heads kv_len"],
+    positions: Int32[Array, "batch q_len"],
+    first: Int32[Array, ""] | int = 0,
 ) -> Bool[Array, "batch q_len heads kv_len"]:
-    """Return which tokens queries read beside those that were selected: the newest, which no moment has yet."""
-    slots = jnp.arange(mask.shape[-1], dtype=jnp.int32)[None, None]
+    """Return which tokens queries read beside those that were selected: the newest, which no moment has yet.
+
+    Args:
+        mask: of those that were selected.
+        positions: of the queries.
+        first: position of the mask's first token.
+    """
+    slots = first + jnp.arange(mask.shape[-1], dtype=jnp.int32)[None, None]
     is_newest = (slots >= block_start(positions)[..., None]) & (slots <= positions[..., None])
     return mask | is_newest[:, :, None]
 

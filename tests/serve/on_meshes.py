@@ -6,7 +6,6 @@ import sys
 import jax
 import numpy as np
 
-from spotlight_jax import texts
 from spotlight_jax.config.mesh import parse_mesh
 from spotlight_jax.engine import Engine
 from spotlight_jax.memory import plan_serving
@@ -73,6 +72,4 @@ def compare(sizes: dict[str, int]) -> None:
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_compilation_cache_dir", str(texts.cache_dir() / "compiled-tests"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     compare(parse_mesh(sys.argv[1:]))
