@@ -119,3 +119,12 @@ def test_core_and_tests_work_without_torch():
     code = f"import sys, importlib; sys.modules['torch'] = None; [importlib.import_module(m) for m in {modules}]"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("module", ["spotlight_jax.commands.session", "eval.needle.run"])
+def test_nobody_is_told_that_torch_is_missing(module):
+    """Whatever is imported first: transformers says so as it is imported, unless it was told not to before."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"import {module}"], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.returncode == 0 and "PyTorch" not in done.stderr, done.stderr
