@@ -11,11 +11,7 @@ imported when it is first used, so that `import spotlight_jax` imports no JAX.
 """
 
 import importlib
-import os
 from typing import TYPE_CHECKING, Any
-
-# transformers is here for tokenizers only; without this it tells every user that torch is missing
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 if TYPE_CHECKING:
     from spotlight_jax.config.data import DataConfig

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
-import transformers
 
 from spotlight_jax.config.generation import GenerateConfig, RowConfig, make_decode_config
 from spotlight_jax.decode_step import DecodeState
@@ -22,6 +21,7 @@ from spotlight_jax.errors import InputError
 from spotlight_jax.memory import StepReads, step_reads
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.load import BaseModel
+from spotlight_jax.models.tokenizer import Tokenizer
 from spotlight_jax.selector.base import HeadShape
 from spotlight_jax.selector.checkpoint import Selector
 from spotlight_jax.selector.selection import sparse_from
@@ -70,7 +70,7 @@ def head_shape(cfg: DecoderConfig) -> HeadShape:
 
 
 def encode_prompts(
-    tokenizer: transformers.PreTrainedTokenizerBase | None,
+    tokenizer: Tokenizer | None,
     prompts: Sequence[str | Sequence[int]],
     max_new_tokens: int,
     model_cfg: DecoderConfig,
@@ -124,7 +124,7 @@ class Run:
     def __init__(
         self,
         engine: Engine,
-        tokenizer: transformers.PreTrainedTokenizerBase,
+        tokenizer: Tokenizer,
         prompts: list[list[int]],
         cfg: GenerateConfig,
         state: DecodeState | None = None,

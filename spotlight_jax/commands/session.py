@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
-import transformers
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
@@ -23,6 +22,7 @@ from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.load import BaseModel, load_config, load_model
 from spotlight_jax.models.params import resolve_dtype
 from spotlight_jax.models.sharding import check_mesh, config_of_device, open_mesh, smallest_fit, weights_on
+from spotlight_jax.models.tokenizer import Tokenizer
 from spotlight_jax.selector.checkpoint import Selector, check_shape, choose_model, describe_range, load_selector
 from spotlight_jax.stops import find_stops
 
@@ -124,7 +124,7 @@ def waiting(console: Console, what: str) -> Iterator[Callable[[int, int], None]]
 
 def decode(
     engine: Engine,
-    tokenizer: transformers.PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     prompts: list[list[int]],
     generation: GenerateConfig,
     console: Console,

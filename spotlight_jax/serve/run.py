@@ -10,7 +10,6 @@ from types import FrameType
 
 import jax
 import jax.numpy as jnp
-import transformers
 import uvicorn
 from rich.console import Console
 from starlette.types import ASGIApp
@@ -26,6 +25,7 @@ from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.load import load_model, open_tokenizer
 from spotlight_jax.models.params import resolve_dtype
 from spotlight_jax.models.sharding import config_of_device, open_mesh, weights_on
+from spotlight_jax.models.tokenizer import Tokenizer
 from spotlight_jax.selector.checkpoint import Selector, describe_range
 from spotlight_jax.serve.app import Limits, Service, make_app
 from spotlight_jax.serve.metrics import Metrics
@@ -113,7 +113,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def load_slots(
     cfg: ServeConfig, name: str, model_cfg: DecoderConfig, selector: Selector | None, console: Console
-) -> tuple[Slots, transformers.PreTrainedTokenizerBase]:
+) -> tuple[Slots, Tokenizer]:
     """Plan the memory, load the weights where they fit, and compile; returns the slots and the tokenizer."""
     platform, dtype = jax.default_backend(), resolve_dtype(cfg.dtype)
     context = min(cfg.context, model_cfg.max_context)
@@ -165,9 +165,7 @@ def load_slots(
     return slots, model.tokenizer
 
 
-def build(
-    cfg: ServeConfig, name: str, slots: Slots, tokenizer: transformers.PreTrainedTokenizerBase
-) -> tuple[Scheduler, ASGIApp]:
+def build(cfg: ServeConfig, name: str, slots: Slots, tokenizer: Tokenizer) -> tuple[Scheduler, ASGIApp]:
     """The scheduler and the app over it."""
     metrics = Metrics()
     block = cfg.block or BLOCKS.get(jax.default_backend(), GPU_BLOCK)

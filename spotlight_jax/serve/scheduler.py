@@ -12,10 +12,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import transformers
 
 from spotlight_jax.config.selection import SelectionConfig
 from spotlight_jax.memory import tokens_read
+from spotlight_jax.models.tokenizer import Tokenizer
 from spotlight_jax.sampling import NOT_FINITE
 from spotlight_jax.serve.prefixes import PrefixStore
 from spotlight_jax.serve.requests import (
@@ -47,9 +47,7 @@ NOT_A_NUMBER = "the model's logits are not finite for this request"
 class Ticket:
     """A request on its way through the scheduler."""
 
-    def __init__(
-        self, request: Request, send: Send, tokenizer: transformers.PreTrainedTokenizerBase, now: float
-    ) -> None:
+    def __init__(self, request: Request, send: Send, tokenizer: Tokenizer, now: float) -> None:
         """A request that waits.
 
         Args:
@@ -107,7 +105,7 @@ class Scheduler:
     def __init__(
         self,
         slots: Slots,
-        tokenizer: transformers.PreTrainedTokenizerBase,
+        tokenizer: Tokenizer,
         block: int,
         queue: int,
         observer: Observer | None = None,
