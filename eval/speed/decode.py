@@ -6,6 +6,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -65,6 +66,13 @@ def load(cfg: DecodeSpeedConfig, dtype: jnp.dtype) -> Loaded:
     return model_cfg, params, Selector(shape, init_functions(jax.random.key(1), hash_cfg, shape), "", {})
 
 
+@partial(jax.jit, static_argnames=("shape", "dtype", "place"))
+def _draw(key: Array, shape: tuple[int, ...], dtype: jnp.dtype, place: jax.sharding.Sharding | None) -> Array:
+    """Random numbers of a leaf, each device its own part; leaves of the same shape share a program."""
+    drawn = jax.random.bits(key, shape) if dtype == jnp.uint32 else jax.random.normal(key, shape, dtype)
+    return drawn if place is None else jax.lax.with_sharding_constraint(drawn, place)
+
+
 def random_cache(engine: Engine, lengths: Sequence[int], max_len: int) -> Cache:
     """Draw a cache of random numbers with these lengths, leaf by leaf, each device its own part."""
     batch = len(lengths)
@@ -72,15 +80,10 @@ def random_cache(engine: Engine, lengths: Sequence[int], max_len: int) -> Cache:
     shapes = jax.eval_shape(lambda: jax.tree.leaves(engine.empty_layers(batch, max_len)))
     places = [None] * len(shapes) if engine.mesh is None else shardings_of(short, engine.mesh)
 
-    def draw(number: int, leaf: jax.ShapeDtypeStruct, place: jax.sharding.Sharding | None) -> Array:
-        def make(key: Array) -> Array:
-            is_code = leaf.dtype == jnp.uint32
-            return jax.random.bits(key, leaf.shape) if is_code else jax.random.normal(key, leaf.shape, leaf.dtype)
-
-        key = jax.random.key(number)
-        return make(key) if place is None else jax.jit(make, out_shardings=place)(key)
-
-    drawn = [draw(number, *leaf) for number, leaf in enumerate(zip(shapes, places, strict=True))]
+    drawn = [
+        _draw(jax.random.key(number), leaf.shape, leaf.dtype, place)
+        for number, (leaf, place) in enumerate(zip(shapes, places, strict=True))
+    ]
     layers = jax.tree.unflatten(jax.tree.structure(short), drawn)
     return Cache(layers=layers, lengths=jnp.asarray(lengths, jnp.int32), code_sets=jnp.zeros((batch,), jnp.int32))
 
