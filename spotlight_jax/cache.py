@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32, UInt32
 
 from spotlight_jax.moments import Moments, empty_moments
+from spotlight_jax.token_axis import first_slot
 
 SMALLEST_BUCKET = 256
 STEPS_PER_DOUBLING = 4  # buckets grow by at most 25 %: fewer would waste memory, more would recompile
@@ -88,17 +89,42 @@ def append(
     values: Float[Array, "batch q_len kv_heads head_dim"],
     codes: UInt32[Array, "batch code_heads words q_len"] | None,
     starts: Int32[Array, "batch"],
+    axis: str | None = None,
 ) -> LayerCache:
     """The layer with new tokens at positions starts ... starts + q_len of each sequence; its moments stay as they are.
 
     The caller keeps starts + q_len within the allocated length: a write that does not fit would be moved to the left.
+
+    Args:
+        axis: over which slots are split (`token_axis`): each device gets the tokens whose slots are its own.
     """
+    slots = layer.keys.shape[1]
+    own = starts - first_slot(slots, axis)
+
+    def write(held: Array, new: Array, place: int) -> Array:
+        new = new.astype(held.dtype)
+        return _write(held, new, own, place) if axis is None else _write_own(held, new, own, place)
+
     return dataclasses.replace(
         layer,
-        keys=_write(layer.keys, keys.astype(layer.keys.dtype), starts, axis=1),
-        values=_write(layer.values, values.astype(layer.values.dtype), starts, axis=1),
-        codes=layer.codes if layer.codes is None or codes is None else _write(layer.codes, codes, starts, axis=3),
+        keys=write(layer.keys, keys, 1),
+        values=write(layer.values, values, 1),
+        codes=layer.codes if layer.codes is None or codes is None else write(layer.codes, codes, 3),
     )
+
+
+def _write_own(held: Array, new: Array, starts: Int32[Array, "batch"], place: int) -> Array:
+    """What `held` has with those of the new rows that fit in; `starts` may lie before it or past it."""
+    slots, q_len = held.shape[place], new.shape[place]
+    width = min(q_len, slots)
+    at = jnp.clip(starts, 0, slots - width)
+    token = (at - starts)[:, None] + jnp.arange(width, dtype=jnp.int32)[None, :]  # of each row from `at` on
+    shape = [len(starts), *[1] * (new.ndim - 1)]
+    shape[place] = width
+    moved = jnp.take_along_axis(new, jnp.clip(token, 0, q_len - 1).reshape(shape), axis=place)
+    old = jax.vmap(lambda row, first: lax.dynamic_slice_in_dim(row, first, width, place - 1))(held, at)
+    is_new = ((token >= 0) & (token < q_len)).reshape(shape)
+    return _write(held, jnp.where(is_new, moved, old), at, place)
 
 
 def grow(cache: Cache, max_len: int) -> Cache:

@@ -79,18 +79,19 @@ class LayerSelector:
         return jax.tree.map(lambda leaf: leaf[self.sets], self.functions)
 
 
-def _remember(
+def remember(
     layer: LayerCache,
     keys: Float[Array, "batch q_len kv_heads head_dim"],
     values: Float[Array, "batch q_len kv_heads head_dim"],
     starts: Int32[Array, "batch"],
     selector: LayerSelector | None,
+    axis: str | None = None,
 ) -> LayerCache:
     """The layer with the new tokens, and their codes where it keeps codes."""
     codes = None
     if layer.codes is not None and selector is not None:
         codes = selector.key_codes(keys)
-    return append(layer, keys, values, codes, starts)
+    return append(layer, keys, values, codes, starts, axis)
 
 
 def attend_chunk(
@@ -112,7 +113,7 @@ def attend_chunk(
             them; "xla" walks over filled blocks of the cache; "auto" takes cuDNN on a GPU for 16-bit floats.
         ends: tokens of each sequence with the chunk, its padding apart; None: it has none.
     """
-    layer = _remember(layer, keys, values, starts, selector)
+    layer = remember(layer, keys, values, starts, selector)
     if selector is not None and layer.moments is not None:
         ends = starts + keys.shape[1] if ends is None else jnp.clip(ends, starts, starts + keys.shape[1])
         folded = fold(layer.moments, layer.keys, layer.values, starts, ends, keys.shape[1])
@@ -194,7 +195,7 @@ def attend_densely(
         lengths: tokens each sequence has cached before this one.
         selector: None where the layer keeps no codes.
     """
-    layer = _remember(layer, keys, values, lengths, selector)
+    layer = remember(layer, keys, values, lengths, selector)
     return read_densely(queries, layer, lengths, implementation), layer
 
 
@@ -270,6 +271,7 @@ def attend_sparsely(
     selector: LayerSelector,
     selection: SelectionConfig,
     budgets: Int32[Array, "batch"] | None = None,
+    axis: str | None = None,
 ) -> tuple[Float[Array, "batch one q_heads head_dim"], LayerCache]:
     """One decoding step that scores the codes of the cache, selects tokens, and reads the keys and values of those.
 
@@ -278,16 +280,18 @@ def attend_sparsely(
     Args:
         lengths: tokens each sequence has cached before this one.
         budgets: tokens each sequence reads; None: what `selection` says for its length.
+        axis: over which the layer's slots are split (`token_axis`); its moments are of all, the same on all devices.
+            What passes between devices does not grow with the length: histograms of ranks, and sums of softmax.
     """
     dtype = queries.dtype
-    args = queries, keys, values, layer, lengths, selector, selection, budgets
+    args = queries, keys, values, layer, lengths, selector, selection, budgets, axis
     queries, layer, indices, is_real = _append_and_select(*args)
     rows = queries[:, 0].astype(layer.keys.dtype)
     if layer.moments is None:
-        out = sparse_attention(rows, layer.keys, layer.values, indices, is_real)
+        out = sparse_attention(rows, layer.keys, layer.values, indices, is_real, axis=axis)
     else:
         read = rows, layer.keys, layer.values, indices, is_real, lengths + 1, layer.moments, selector.tail
-        out, _ = estimated_attention(*read)
+        out, _ = estimated_attention(*read, axis=axis)
     return out[:, None].astype(dtype), layer
 
 
@@ -339,6 +343,7 @@ def _append_and_select(
     selector: LayerSelector,
     selection: SelectionConfig,
     budgets: Int32[Array, "batch"] | None,
+    axis: str | None,
 ) -> tuple[Array, LayerCache, Int32[Array, "batch heads budget"], Bool[Array, "batch heads budget"]]:
     """The queries to read with, the layer with the new token, and what a step reads of it."""
     assert layer.codes is not None, "a layer with a selector keeps codes"
@@ -346,15 +351,15 @@ def _append_and_select(
     per_kv_head, group = selection.per == "kv_head", queries.shape[2] // kv_heads
     adds_scores, bounds = functions.adds_scores(per_kv_head), functions.weight_bounds(group, per_kv_head)
     if per_kv_head and not adds_scores and selector.sets is None:
-        queries, weights, layer = functions.append(queries, keys, values, layer, lengths)
+        queries, weights, layer = functions.append(queries, keys, values, layer, lengths, axis)
         assert layer.codes is not None
-        return queries, layer, *select_by_codes(layer.codes, weights, bounds, ends, selection, budgets)
-    layer = _remember(layer, keys, values, lengths, selector)
+        return queries, layer, *select_by_codes(layer.codes, weights, bounds, ends, selection, budgets, axis)
+    layer = remember(layer, keys, values, lengths, selector, axis)
     assert layer.codes is not None
     outputs = selector.hash_queries(queries)
     if adds_scores:
         scores = output_scores(functions, outputs, layer.codes, per_kv_head)[:, 0]
         score_range = hash_score_range(functions, group, per_kv_head)
-        return queries, layer, *select_tokens(scores, ends, selection, score_range, budgets)
+        return queries, layer, *select_tokens(scores, ends, selection, score_range, budgets, axis)
     weights = selector.integer_weights(outputs, per_kv_head)[:, 0]
-    return queries, layer, *select_by_codes(layer.codes, weights, bounds, ends, selection, budgets)
+    return queries, layer, *select_by_codes(layer.codes, weights, bounds, ends, selection, budgets, axis)

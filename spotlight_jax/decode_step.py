@@ -27,7 +27,7 @@ from spotlight_jax.cached_attention import (
 )
 from spotlight_jax.config.generation import MOST_STOPS, AttentionImpl, DecodeConfig, RowConfig
 from spotlight_jax.config.selection import SelectionConfig, check_layers
-from spotlight_jax.context_attention import attend_all_split, attend_split, fold_split, read_all_split
+from spotlight_jax.context_attention import attend_all_split, fold_split, read_all_split
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import apply_layer, embed_tokens, unembed
 from spotlight_jax.models.sharding import by_heads, on_own_slots, splits_context
@@ -180,9 +180,8 @@ def decode_layer(
         lengths: Array, reads: RowBudgets | None,
     ) -> tuple[Array, LayerCache]:  # fmt: skip
         budgets = None if reads is None else reads.at(lengths + 1)
-        if splits_context(mesh):
-            return attend_split(queries, keys, values, layer, selector, lengths, cfg.selection, budgets)
-        return attend_sparsely(queries, keys, values, layer, lengths, selector, cfg.selection, budgets)
+        axis = "context" if splits_context(mesh) else None
+        return attend_sparsely(queries, keys, values, layer, lengths, selector, cfg.selection, budgets, axis)
 
     def attend_cached(
         queries: Array, keys: Array, values: Array, layer: LayerCache, selector: LayerSelector | None,

@@ -151,14 +151,18 @@ class HashFunctions:
         values: Shaped[Array, "batch one kv_heads head_dim"],
         layer: LayerCache,
         lengths: Int32[Array, "batch"],
+        axis: str | None = None,
     ) -> tuple[
         Shaped[Array, "batch one q_heads head_dim"], Int[Array, "batch kv_heads score_heads code_bits"], LayerCache
     ]:
         """A decoded token's weights for each KV head, and the layer with its keys, values and codes.
 
+        Args:
+            axis: over which the layer's slots are split (`token_axis`).
+
         Returns: first the queries to go on with, which equal those given.
         """
-        layer = append(layer, keys, values, self.key_codes(keys), lengths)
+        layer = append(layer, keys, values, self.key_codes(keys), lengths, axis)
         return queries, self.query_weights(queries, per_kv_head=True)[:, 0], layer
 
 

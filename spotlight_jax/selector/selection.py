@@ -18,6 +18,7 @@ from spotlight_jax.errors import InputError
 from spotlight_jax.kernels.score_select import score_select
 from spotlight_jax.kernels.select_top import mask_top, select_top
 from spotlight_jax.kernels.select_top.ranks import force_ranks
+from spotlight_jax.token_axis import devices_of, first_slot
 from spotlight_jax.weights import WeightBounds
 
 THOUSAND = 1_000
@@ -115,11 +116,13 @@ def rank_tokens(
     lengths: Int32[Array, "*rows"],
     cfg: SelectionConfig,
     score_range: tuple[int, int] | None = None,
+    first: Int32[Array, ""] | int = 0,
 ) -> tuple[UInt32[Array, "*rows kv_len"], int]:
     """Ranks to select by: 0 for slots past each row's length, the highest for tokens that are always read.
 
     Args:
         score_range: least and greatest integer score; not used for floats, whose order is kept exactly.
+        first: position of the first slot.
 
     Returns: the ranks, and how many bits hold them.
     """
@@ -132,7 +135,7 @@ def rank_tokens(
         always = greatest - least + 2
         rank_bits = always.bit_length()
         ranks = (scores - least + 1).astype(jnp.uint32)
-    return force_ranks(ranks, lengths, always, cfg.sink_tokens, max(cfg.recent_tokens, 1)), rank_bits
+    return force_ranks(ranks, lengths, always, cfg.sink_tokens, max(cfg.recent_tokens, 1), first), rank_bits
 
 
 def select_tokens(
@@ -141,6 +144,7 @@ def select_tokens(
     cfg: SelectionConfig,
     score_range: tuple[int, int] | None = None,
     budgets: Int32[Array, "batch"] | None = None,
+    axis: str | None = None,
 ) -> tuple[Int32[Array, "batch heads budget"], Bool[Array, "batch heads budget"]]:
     """Positions the newest token of each sequence reads: highest scores, newest first among equals, itself always.
 
@@ -148,15 +152,17 @@ def select_tokens(
         lengths: filled slots, the newest token's included; each sequence's budget comes from its own.
         score_range: least and greatest score, where scores are integers.
         budgets: of each sequence, at most the cache's largest; None: what `cfg` says for its length.
+        axis: over which slots are split (`token_axis`); each device gets what it holds of the choice.
 
     Returns: positions in ascending order, and whether each is real (False where a sequence's budget is smaller than
         the cache's largest); positions that are not real are 0.
     """
     rows = jnp.broadcast_to(lengths[:, None], scores.shape[:2])
-    ranks, rank_bits = rank_tokens(scores, rows, cfg, score_range)
-    most = max_budget(scores.shape[-1], cfg)
+    slots = scores.shape[-1]
+    ranks, rank_bits = rank_tokens(scores, rows, cfg, score_range, first_slot(slots, axis))
+    most = max_budget(slots * devices_of(axis), cfg)
     counts = budget_of(rows, cfg) if budgets is None else jnp.broadcast_to(budgets[:, None], rows.shape)
-    return select_top(ranks, jnp.minimum(counts, most), most, rank_bits)
+    return select_top(ranks, jnp.minimum(counts, most), min(most, slots), rank_bits, axis=axis)
 
 
 def select_by_codes(
@@ -166,6 +172,7 @@ def select_by_codes(
     lengths: Int32[Array, "batch"],
     cfg: SelectionConfig,
     budgets: Int32[Array, "batch"] | None = None,
+    axis: str | None = None,
 ) -> tuple[Int32[Array, "batch heads budget"], Bool[Array, "batch heads budget"]]:
     """What `select_tokens` gives for the scores of weights (see `weights`), from codes to positions in one op.
 
@@ -174,10 +181,13 @@ def select_by_codes(
         bounds: of the weights.
         lengths: filled slots, the newest token's included.
         budgets: of each sequence, at most the cache's largest; None: what `cfg` says for its length.
+        axis: as in `select_tokens`.
     """
-    most, recent = max_budget(codes.shape[-1], cfg), max(cfg.recent_tokens, 1)
+    slots, recent = codes.shape[-1], max(cfg.recent_tokens, 1)
+    most = max_budget(slots * devices_of(axis), cfg)
     counts = budget_of(lengths, cfg) if budgets is None else jnp.minimum(budgets, most)
-    return score_select(codes, weights, lengths, counts, most, bounds, cfg.sink_tokens, recent)
+    call = codes, weights, lengths, counts, min(most, slots), bounds, cfg.sink_tokens, recent
+    return score_select(*call, axis=axis)
 
 
 def select_mask(

@@ -99,6 +99,7 @@ class TransformHash(HashFunctions):
         values: Shaped[Array, "batch one kv_heads head_dim"],
         layer: LayerCache,
         lengths: Int32[Array, "batch"],
+        axis: str | None = None,
     ) -> tuple[
         Shaped[Array, "batch one q_heads head_dim"], Int[Array, "batch kv_heads score_heads code_bits"], LayerCache
     ]:
@@ -106,7 +107,7 @@ class TransformHash(HashFunctions):
         assert layer.codes is not None, "a layer with a selector keeps codes"
         rows = queries[:, 0], keys[:, 0], values[:, 0]
         copied, summed, cached_keys, cached_values, codes = hash_append(
-            *rows, self.transform, layer.keys, layer.values, layer.codes, lengths
+            *rows, self.transform, layer.keys, layer.values, layer.codes, lengths, axis=axis
         )
         return copied[:, None], summed, dataclasses.replace(layer, keys=cached_keys, values=cached_values, codes=codes)
 

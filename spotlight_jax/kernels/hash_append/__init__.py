@@ -54,6 +54,7 @@ def hash_append(
     cached_codes: UInt32[Array, "batch kv_heads words max_len"],
     lengths: Int32[Array, "batch"],
     impl: HashAppendImpl = "auto",
+    axis: str | None = None,
 ) -> tuple[
     Shaped[Array, "batch q_heads head_dim"],
     Int8[Array, "batch kv_heads sums code_bits"],
@@ -76,13 +77,14 @@ def hash_append(
         cached_codes: as the keys; bit b of a code is bit b % 32 of word b // 32.
         lengths: tokens each sequence has cached before this one; a token that does not fit takes the last place.
         impl: `auto` chooses by device; a named implementation runs or raises.
+        axis: over which the caches' positions are split (`token_axis`): one device of it gets the new token.
 
     Returns: the queries as they were given (whoever reads these copies does not have XLA make them once more), weights
         as `score_select` takes them, and the caches.
     """
     backends: dict[str, Callable[..., tuple[Array, Array, Array, Array, Array]]] = {
-        "reference": hash_append_reference,
-        "pallas_triton": hash_append_pallas_triton,
+        "reference": functools.partial(hash_append_reference, axis=axis),
+        "pallas_triton": functools.partial(hash_append_pallas_triton, axis=axis),
     }
     caches = cached_keys, cached_values, cached_codes
     run = pick_backend("hash_append", backends, impl, choose_impl)

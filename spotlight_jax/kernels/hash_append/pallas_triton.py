@@ -23,6 +23,7 @@ from spotlight_jax.kernels.configs import config_here
 from spotlight_jax.kernels.hash_append.config import CONFIGS, Config
 from spotlight_jax.kernels.hash_append.reference import Transform
 from spotlight_jax.kernels.triton import Index, Ref
+from spotlight_jax.token_axis import first_slot
 from spotlight_jax.weights import INT8_LIMIT, real_room
 
 
@@ -37,6 +38,7 @@ class Plan:
     head_dim: int
     code_bits: int
     max_len: int
+    is_split: bool  # whether a new token may be another device's
     interpret: bool
     cfg: Config
 
@@ -143,12 +145,15 @@ def _weigh_queries(
     plgpu.store(weights_ref.at[sequences[:, None], head, sums[:, None], bits], whole, mask=is_there)
 
 
-def _places_of(lengths_ref: Ref, first: Index, plan: Plan) -> tuple[Array, Array]:
-    """A program's sequences, and where their new token goes, as a column."""
+def _places_of(lengths_ref: Ref, first: Index, plan: Plan) -> tuple[Array, Array, Array]:
+    """A program's sequences; where their new token goes, and whether it goes to this device, as columns."""
     rows = jnp.arange(plan.cfg.rows)
     sequences = jnp.where(rows < plan.tile, first + rows, plan.batch)  # rows past the tile are no sequence's
-    at = plgpu.load(lengths_ref.at[sequences], mask=sequences < plan.batch, other=0)
-    return sequences, jnp.minimum(at, plan.max_len - 1)[:, None]
+    is_own = sequences < plan.batch
+    at = plgpu.load(lengths_ref.at[sequences], mask=is_own, other=0)
+    if plan.is_split:
+        is_own &= (at >= 0) & (at < plan.max_len)
+    return sequences, jnp.minimum(at, plan.max_len - 1)[:, None], is_own[:, None]
 
 
 def _append_codes(
@@ -156,7 +161,7 @@ def _append_codes(
     part: Index, first: Index, head: Index, plan: Plan,
 ) -> None:  # fmt: skip
     """A part of each sequence's new key as a code."""
-    sequences, at = _places_of(lengths_ref, first, plan)
+    sequences, at, is_own = _places_of(lengths_ref, first, plan)
     bits = part * plan.bits_at_once + jnp.arange(plan.bits_at_once)
     words = part * (plan.bits_at_once // WORD_BITS) + jnp.arange(plan.bits_at_once // WORD_BITS)
     axes = _ask_matrix(axes_ref, head, bits, plan)
@@ -168,7 +173,7 @@ def _append_codes(
     coordinates = plan.multiply(centred, axes, is_exact=True) + 0.5
     cell = jnp.ceil(cells * jnp.clip(coordinates, 0.5 / cells, 1 - 0.5 / cells)).astype(jnp.int32) - 1
     codes = pack_bits(cell & 1)
-    is_word = (sequences < plan.batch)[:, None] & (words < plan.code_bits // WORD_BITS)[None, :]
+    is_word = is_own & (words < plan.code_bits // WORD_BITS)[None, :]
     plgpu.store(cached_codes_ref.at[sequences[:, None], head, words[None, :], at], codes, mask=is_word)
 
 
@@ -177,7 +182,7 @@ def _copy_heads(
     first: Index, head: Index, plan: Plan,
 ) -> None:  # fmt: skip
     """A KV head's queries, and its keys and values to the caches, as they are."""
-    sequences, at = _places_of(lengths_ref, first, plan)
+    sequences, at, is_own = _places_of(lengths_ref, first, plan)
     queries = [head * plan.group + place for place in range(plan.group)]
     key = plan.kv_heads * plan.group + head
     moves: list[tuple[Ref, Index, tuple[Index, ...]]] = [(queries_ref, query, (query,)) for query in queries]
@@ -186,7 +191,8 @@ def _copy_heads(
     for (ref, _, place), rows in zip(moves, asked, strict=True):
         for dims, chunk in zip(plan.chunks, rows, strict=True):
             there = ref.at[(sequences[:, None], *place, dims[None, :])]
-            plgpu.store(there, chunk.values.astype(ref.dtype), mask=chunk.is_there)
+            is_there = chunk.is_there if ref is queries_ref else chunk.is_there & is_own
+            plgpu.store(there, chunk.values.astype(ref.dtype), mask=is_there)
 
 
 def _kernel(
@@ -220,6 +226,7 @@ def hash_append_pallas_triton(
     cached_values: Shaped[Array, "batch max_len kv_heads head_dim"],
     cached_codes: UInt32[Array, "batch kv_heads words max_len"],
     lengths: Int32[Array, "batch"],
+    axis: str | None = None,
     interpret: bool = False,
 ) -> tuple[
     Shaped[Array, "batch q_heads head_dim"],
@@ -236,7 +243,7 @@ def hash_append_pallas_triton(
     code_bits, sums = transform.axes.shape[2], transform.head_assignment.shape[1]
     group, max_len = queries.shape[1] // kv_heads, cached_keys.shape[1]
     cfg = config_here(CONFIGS)
-    plan = Plan(batch, kv_heads, group, sums, head_dim, code_bits, max_len, interpret, cfg)
+    plan = Plan(batch, kv_heads, group, sums, head_dim, code_bits, max_len, axis is not None, interpret, cfg)
     caches = cached_keys, cached_values, cached_codes
     queries, weights, *caches = pl.pallas_call(
         functools.partial(_kernel, plan=plan),
@@ -252,5 +259,5 @@ def hash_append_pallas_triton(
         ),
         interpret=interpret,
         name="hash_append",
-    )(jnp.concatenate([queries, keys, values], axis=1), *transform, lengths, *caches)
+    )(jnp.concatenate([queries, keys, values], axis=1), *transform, lengths - first_slot(max_len, axis), *caches)
     return queries, weights, *caches

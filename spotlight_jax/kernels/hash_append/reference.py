@@ -80,6 +80,7 @@ def hash_append_reference(
     cached_values: Shaped[Array, "batch max_len kv_heads head_dim"],
     cached_codes: UInt32[Array, "batch kv_heads words max_len"],
     lengths: Int32[Array, "batch"],
+    axis: str | None = None,
 ) -> tuple[
     Shaped[Array, "batch q_heads head_dim"],
     Int8[Array, "batch kv_heads sums code_bits"],
@@ -94,6 +95,6 @@ def hash_append_reference(
     digits = key_digits(mean, axes, levels, keys[:, None])
     codes = jnp.moveaxis(pack_bits(digits > 0), 1, -1)
     layer = LayerCache(cached_keys, cached_values, cached_codes)
-    layer = append(layer, keys[:, None], values[:, None], codes, lengths)
+    layer = append(layer, keys[:, None], values[:, None], codes, lengths, axis)
     assert layer.codes is not None
     return queries, weights.astype(jnp.int8), layer.keys, layer.values, layer.codes

@@ -31,7 +31,7 @@ def choose_impl(bounds: WeightBounds) -> ScoreSelectImpl:
 
 def _run_kernels(
     codes: Array, weights: Array, ends: Array, budgets: Array, max_budget: int, bounds: WeightBounds,
-    sink_tokens: int, recent_tokens: int,
+    sink_tokens: int, recent_tokens: int, axis: str | None,
 ) -> tuple[Array, Array]:  # fmt: skip
     """The kernels on weights of 8 bits; raises InputError where they cannot hold the weights or their scores."""
     if bounds.limit > INT8_LIMIT:
@@ -39,7 +39,7 @@ def _run_kernels(
     if bounds.rank_bits > MOST_BITS:
         raise InputError(f"scores of weights that add up to {bounds.total} need more than {MOST_BITS} bits")
     call = codes, weights.astype(jnp.int8), ends, budgets, max_budget, bounds
-    return score_select_pallas_triton(*call, sink_tokens, recent_tokens)
+    return score_select_pallas_triton(*call, sink_tokens, recent_tokens, axis)
 
 
 def _agree() -> bool:
@@ -69,6 +69,7 @@ def score_select(
     sink_tokens: int = 0,
     recent_tokens: int = 1,
     impl: ScoreSelectImpl = "auto",
+    axis: str | None = None,
 ) -> tuple[Int32[Array, "batch heads max_budget"], Bool[Array, "batch heads max_budget"]]:
     """Positions of the tokens with the highest scores (see `weights`), newest first among equals.
 
@@ -82,6 +83,8 @@ def score_select(
         sink_tokens: first positions that are always chosen.
         recent_tokens: newest positions that are always chosen.
         impl: `auto` chooses by device and bounds; a named implementation runs or raises.
+        axis: over which tokens are split (`token_axis`); each device gets its own of those chosen on all. The reference
+            takes none.
 
     Returns: positions in ascending order, real ones first, and which are real; the others are 0.
 
@@ -97,8 +100,10 @@ def score_select(
         )
     backends: dict[str, Callable[..., tuple[Array, Array]]] = {
         "reference": functools.partial(score_select_in_parts, impl="reference"),
-        "xla": score_select_in_parts,
-        "pallas_triton": _run_kernels,
+        "xla": functools.partial(score_select_in_parts, axis=axis),
+        "pallas_triton": functools.partial(_run_kernels, axis=axis),
     }
+    if axis is not None:
+        del backends["reference"]
     run = pick_backend("score_select", backends, impl, lambda: choose_impl(bounds))
     return run(codes, weights, ends, budgets, max_budget, bounds, sink_tokens, recent_tokens)

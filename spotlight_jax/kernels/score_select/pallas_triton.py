@@ -30,9 +30,10 @@ from spotlight_jax.kernels.configs import config_here
 from spotlight_jax.kernels.score_select.compaction import load_ranks, store_chosen
 from spotlight_jax.kernels.score_select.config import CONFIGS
 from spotlight_jax.kernels.score_select.counting import count_ranks, find_bin, read_counts, start_counting
-from spotlight_jax.kernels.score_select.plan import PARTS, Plan, clear_free_slots, slots_of, walk
+from spotlight_jax.kernels.score_select.plan import PARTS, Bounds, Plan, clear_free_slots, read_bounds, slots_of, walk
 from spotlight_jax.kernels.score_select.scoring import ranker_of
 from spotlight_jax.kernels.triton import Index, Ref
+from spotlight_jax.token_axis import first_slot
 from spotlight_jax.weights import WeightBounds
 
 
@@ -40,9 +41,9 @@ def _score_kernel(
     bounds_ref: Ref, weights_ref: Ref, codes_ref: Ref, ranks_ref: Ref, counts_ref: Ref, parts_ref: Ref,
     *, plan: Plan, chunk: int,
 ) -> None:  # fmt: skip
-    start, end = pl.program_id(1) * chunk, bounds_ref[0]
+    start, bounds = pl.program_id(1) * chunk, read_bounds(bounds_ref)
     step_len = plan.cfg.step
-    rank, there = ranker_of(weights_ref, end, step_len, plan), jnp.minimum(chunk, plan.kv_len - start)
+    rank, there = ranker_of(weights_ref, bounds, step_len, plan), jnp.minimum(chunk, plan.kv_len - start)
 
     def load_words(step: Index) -> list[Array]:
         at, is_there = slots_of(step, step_len, there)
@@ -55,7 +56,7 @@ def _score_kernel(
         plgpu.store(ranks_ref.at[at], ranks.astype(ranks_ref.dtype), mask=is_there, eviction_policy="evict_last")
         return count_ranks(ranks, counted, plan)
 
-    @pl.when(start < end)  # nothing is written of other chunks
+    @pl.when(start < bounds.end)  # nothing is written of other chunks
     def count() -> None:
         counted = walk(chunk // step_len, load_words, score_step, start_counting(step_len, plan))
         for index, counts in enumerate(read_counts(counted, plan)):
@@ -84,9 +85,10 @@ def _compact_kernel(
     bounds_ref: Ref, counts_ref: Ref, parts_ref: Ref, words_ref: Ref, places_ref: Ref, *, plan: Plan, chunk: int
 ) -> None:
     words = load_ranks(words_ref, chunk, plan)  # these are on their way while the cut is found
-    end, budget, own, count = bounds_ref[0], bounds_ref[1], pl.program_id(1), counts_ref.shape[0]
+    bounds, own, count = read_bounds(bounds_ref), pl.program_id(1), counts_ref.shape[0]
+    budget = bounds.budget
     chunks = jnp.arange(1 << (count - 1).bit_length(), dtype=jnp.int32)
-    is_filled, width = chunks * chunk < end, plan.bins_of_part
+    is_filled, width = chunks * chunk < bounds.end, plan.bins_of_part
     part, above_part, above, _ = _look(parts_ref, 0, PARTS, budget, is_filled)
     found, above_bin, above_in_part, ties = _look(counts_ref, part * width, width, budget - above_part, is_filled)
     cut, above, wanted = plan.bins - 1 - part * width - found, above + above_in_part, budget - above_part - above_bin
@@ -108,10 +110,11 @@ def _compact_kernel(
 def _select(
     codes: UInt32[Array, "batch code_heads words kv_len"],
     weights: Int8[Array, "rows bits_of_sums"],
-    bounds: Int32[Array, "batch 2"],
+    bounds: Bounds,
     plan: Plan,
-) -> Int32[Array, "rows max_budget"]:
-    """Chosen positions of every row; bounds are a sequence's end and budget."""
+    axis: str | None,
+) -> tuple[Int32[Array, "rows max_budget"], Int32[Array, "rows"]]:
+    """Chosen positions of every row, and how many: the row's budget, or this device's share of it."""
     rows, heads, group = plan.rows, plan.heads, plan.heads // plan.code_heads
     chunk = plan.cfg.choose_chunk(rows, plan.kv_len)
     chunks = -(-plan.kv_len // chunk)
@@ -122,7 +125,6 @@ def _select(
     of_codes = pl.BlockSpec(
         (None, None, plan.words, chunk), lambda row, chunk: (row // heads, row % heads // group, 0, chunk)
     )
-    of_bounds = pl.BlockSpec((None, 2), lambda row, chunk: (row // heads, 0))
     of_ranks, of_words = (pl.BlockSpec((None, width), lambda row, chunk: (row, chunk)) for width in (chunk, chunk // 2))
     own_bins, own_parts = (pl.BlockSpec((None, None, places), lambda *at: (*at, 0)) for places in (plan.bins, PARTS))
     out_shape = [
@@ -138,16 +140,38 @@ def _select(
             kernel, name=name, grid=(rows, chunks), interpret=plan.interpret, compiler_params=params, **specs
         )
 
+    of_bounds = row_of(len(bounds))
     ranks, counts, parts = call(
         _score_kernel, "score_ranks", plan.cfg.score_warps, in_specs=[of_bounds, row_of(weights.shape[1]), of_codes],
         out_specs=[of_ranks, own_bins, own_parts], out_shape=out_shape,
-    )(bounds, weights, codes)  # fmt: skip
+    )(jnp.stack(bounds, axis=1), weights, codes)  # fmt: skip
+    if axis is not None:
+        is_filled = jnp.arange(chunks, dtype=jnp.int32)[None] * chunk < bounds.end[:, None]
+        own = jnp.sum(jnp.where(is_filled[..., None], counts, 0), axis=1, dtype=jnp.int32)
+        bounds = bounds._replace(budget=_own_budgets(own, bounds.budget, axis))
     words = lax.bitcast_convert_type(ranks.reshape(rows, -1, 2), jnp.int32)
-    return call(
+    places = call(
         _compact_kernel, "compact_chosen", plan.cfg.compact_warps,
         in_specs=[of_bounds, row_of(chunks, plan.bins), row_of(chunks, PARTS), of_words],
         out_specs=row_of(plan.max_budget), out_shape=jax.ShapeDtypeStruct((rows, plan.max_budget), jnp.int32),
-    )(bounds, counts, parts, words)  # fmt: skip
+    )(jnp.stack(bounds, axis=1), counts, parts, words)  # fmt: skip
+    return places, bounds.budget
+
+
+def _own_budgets(counts: Int32[Array, "rows bins"], budgets: Int32[Array, "rows"], axis: str) -> Int32[Array, "rows"]:
+    """How many of the tokens that rows choose on all devices are on this one, from histograms, the highest rank first.
+
+    One exchange of the histograms, whose size does not depend on the cache's, says it all.
+    """
+    of_all = lax.all_gather(counts, axis)
+    reached = jnp.cumsum(jnp.sum(of_all, axis=0), axis=1)
+    is_above = reached < budgets[:, None]  # bins whose tokens are all chosen, and more than those
+    places, found = jnp.arange(counts.shape[1])[None], jnp.sum(is_above, axis=1, dtype=jnp.int32)[:, None]
+    wanted = budgets - jnp.max(jnp.where(is_above, reached, 0), axis=1)
+    ties = jnp.sum(jnp.where(places == found, of_all, 0), axis=2)  # [devices, rows]
+    device = lax.axis_index(axis)
+    newer = jnp.sum(jnp.where(jnp.arange(len(ties))[:, None] > device, ties, 0), axis=0)
+    return jnp.sum(jnp.where(is_above, counts, 0), axis=1) + jnp.clip(wanted - newer, 0, ties[device])
 
 
 def score_select_pallas_triton(
@@ -159,19 +183,22 @@ def score_select_pallas_triton(
     bounds: WeightBounds,
     sink_tokens: int = 0,
     recent_tokens: int = 1,
+    axis: str | None = None,
     interpret: bool = False,
 ) -> tuple[Int32[Array, "batch heads max_budget"], Bool[Array, "batch heads max_budget"]]:
-    """As the reference."""
+    """As the reference, and on one device of several its part of that."""
     batch, code_heads, words, kv_len = codes.shape
     heads, sums = weights.shape[1:3]
     plan = Plan(
         batch=batch, heads=heads, code_heads=code_heads, words=words, kv_len=kv_len,
         sums=sums, least=bounds.score_range[0], rank_bits=bounds.rank_bits,
-        planes=bounds.limit.bit_length() + 1, sink_tokens=sink_tokens,
-        recent_tokens=recent_tokens, max_budget=max_budget, interpret=interpret, cfg=config_here(CONFIGS),
+        planes=bounds.limit.bit_length() + 1, max_budget=max_budget, interpret=interpret, cfg=config_here(CONFIGS),
     )  # fmt: skip
-    budgets = jnp.minimum(budgets, ends)
-    places = _select(codes, weights.reshape(plan.rows, -1), jnp.stack([ends, budgets], axis=1), plan)
-    is_real = jnp.arange(max_budget, dtype=jnp.int32)[None, None, :] < budgets[:, None, None]
+    own_ends = ends - first_slot(kv_len, axis)
+    sinks = sink_tokens - first_slot(kv_len, axis) + jnp.zeros_like(ends)
+    by_sequence = Bounds(sinks, own_ends - recent_tokens, jnp.clip(own_ends, 0, kv_len), jnp.minimum(budgets, ends))
+    of_rows = Bounds(*(jnp.repeat(bound, heads) for bound in by_sequence))
+    places, counts = _select(codes, weights.reshape(plan.rows, -1), of_rows, plan, axis)
+    is_real = jnp.arange(max_budget, dtype=jnp.int32)[None, :] < counts[:, None]
     shape = (batch, heads, max_budget)
-    return places.reshape(shape), jnp.broadcast_to(is_real, shape)
+    return places.reshape(shape), is_real.reshape(shape)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +31,6 @@ class Plan:
     least: int  # score
     rank_bits: int
     planes: int  # of bits that weights have, with their sign
-    sink_tokens: int
-    recent_tokens: int
     max_budget: int
     interpret: bool
     cfg: Config
@@ -61,6 +59,20 @@ class Plan:
     def bins_of_part(self) -> int:
         """Of a histogram's part."""
         return self.bins // PARTS
+
+
+class Bounds(NamedTuple):
+    """Where a row's tokens begin and end, in this device's slots, and how many it reads of them."""
+
+    sinks: Int32[Array, "*row"]  # from here on, tokens are not always read,
+    recent: Int32[Array, "*row"]  # from here on, they are again,
+    end: Int32[Array, "*row"]  # and from here on, there are none
+    budget: Int32[Array, "*row"]
+
+
+def read_bounds(bounds_ref: Ref) -> Bounds:
+    """Of a program's row."""
+    return Bounds(*(bounds_ref[place] for place in range(len(Bounds._fields))))
 
 
 def positions_of(start: Index, step: Index, width: int) -> Int32[Array, "width"]:

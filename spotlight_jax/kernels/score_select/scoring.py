@@ -33,7 +33,7 @@ from jaxtyping import Array, Bool, Int32
 from spotlight_jax.bits import pack_bits
 from spotlight_jax.config.hashing import WORD_BITS
 from spotlight_jax.kernels import triton as plgpu
-from spotlight_jax.kernels.score_select.plan import Plan, number_operands, positions_of, run_instruction
+from spotlight_jax.kernels.score_select.plan import Bounds, Plan, number_operands, positions_of, run_instruction
 from spotlight_jax.kernels.triton import Ref
 
 TOKENS = 2  # of a thread, that one product counts
@@ -126,7 +126,7 @@ def _own_columns(weights: list[list[Array]], others: list[list[Array]]) -> list[
     ]
 
 
-def ranker_of(weights_ref: Ref, end: Int32[Array, ""], width: int, plan: Plan) -> Callable[[list[Array], Array], Array]:
+def ranker_of(weights_ref: Ref, bounds: Bounds, width: int, plan: Plan) -> Callable[[list[Array], Array], Array]:
     """A row's function from a step's codes, and the position where the step starts, to ranks."""
     sums, halves = zip(*(_weights_of(weights_ref, one, plan) for one in range(plan.sums)), strict=True)
     offsets = [1 - plan.least - half for half in halves]
@@ -149,10 +149,10 @@ def ranker_of(weights_ref: Ref, end: Int32[Array, ""], width: int, plan: Plan) -
 
         def force(ranks: Array) -> Array:
             positions = positions_of(first, 0, width)
-            is_always_read = (positions < plan.sink_tokens) | (positions >= end - plan.recent_tokens)
-            return jnp.where(positions < end, jnp.where(is_always_read, plan.always, ranks), 0)
+            is_always_read = (positions < bounds.sinks) | (positions >= bounds.recent)
+            return jnp.where(positions < bounds.end, jnp.where(is_always_read, plan.always, ranks), 0)
 
-        is_plain = (first >= plan.sink_tokens) & (first + width <= end - plan.recent_tokens)
+        is_plain = (first >= bounds.sinks) & (first + width <= bounds.recent)
         return lax.cond(is_plain, lambda ranks: ranks, force, ranks)
 
     return rank

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Int32, UInt32
 from spotlight_jax.config.hashing import WORD_BITS
 from spotlight_jax.errors import InputError
 from spotlight_jax.kernels.backends import pick_backend
-from spotlight_jax.kernels.select_top.counting import compact_mask, find_cut
+from spotlight_jax.kernels.select_top.counting import compact_mask, find_cut, own_budgets
 from spotlight_jax.kernels.select_top.reference import select_top_reference
 
 __all__ = ["SelectTopImpl", "choose_impl", "mask_top", "select_top"]
@@ -49,6 +49,7 @@ def select_top(
     max_budget: int,
     rank_bits: int = WORD_BITS,
     impl: SelectTopImpl = "auto",
+    axis: str | None = None,
 ) -> tuple[Int32[Array, "*rows max_budget"], Bool[Array, "*rows max_budget"]]:
     """Positions of the `budgets` highest ranks of each row.
 
@@ -58,21 +59,30 @@ def select_top(
         max_budget: static width of the result.
         rank_bits: ranks are below 2^rank_bits; fewer bits mean fewer passes.
         impl: `auto` counts; a named implementation runs or raises.
+        axis: over which positions are split (`token_axis`); each device gets its own of those chosen on all. `counting`
+            alone takes one.
 
     Returns: positions in ascending order, real ones first, and which are real; the others are 0.
     """
     _check(ranks, budgets, rank_bits)
     backends: dict[str, Callable[..., tuple[Array, Array]]] = {
-        "reference": select_top_reference,
-        "counting": functools.partial(_select_by_counting, rank_bits=rank_bits),
+        "counting": functools.partial(_select_by_counting, rank_bits=rank_bits, axis=axis)
     }
+    if axis is None:
+        backends["reference"] = select_top_reference
     return pick_backend("select_top", backends, impl, choose_impl)(ranks, budgets, max_budget)
 
 
 def _select_by_counting(
-    ranks: UInt32[Array, "*rows kv_len"], budgets: Int32[Array, "*rows"], max_budget: int, rank_bits: int
+    ranks: UInt32[Array, "*rows kv_len"],
+    budgets: Int32[Array, "*rows"],
+    max_budget: int,
+    rank_bits: int,
+    axis: str | None,
 ) -> tuple[Int32[Array, "*rows max_budget"], Bool[Array, "*rows max_budget"]]:
-    """The cut, compacted."""
+    """The cut, compacted; on one device of several, that of its own share."""
+    if axis is not None:
+        budgets = own_budgets(ranks, budgets, rank_bits, _digit_bits(), axis)
     cut = find_cut(_pad(ranks), budgets, rank_bits, _digit_bits())
     return compact_mask(cut, budgets, max_budget)
 

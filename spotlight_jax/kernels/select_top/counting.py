@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Int32, PyTree, UInt32
 
 from spotlight_jax.bits import pack_bits
 from spotlight_jax.config.hashing import WORD_BITS
+from spotlight_jax.token_axis import join_sums
 
 
 @flax.struct.dataclass
@@ -46,11 +47,15 @@ def _repeat(times: int, step: Callable[[Array, PyTree], PyTree], start: PyTree) 
 
 
 def _find_threshold(
-    ranks: UInt32[Array, "*rows kv_len"], budgets: Int32[Array, "*rows"], rank_bits: int, digit_bits: int
+    ranks: UInt32[Array, "*rows kv_len"],
+    budgets: Int32[Array, "*rows"],
+    rank_bits: int,
+    digit_bits: int,
+    axis: str | None = None,
 ) -> UInt32[Array, "*rows"]:
     """The greatest threshold, from 1 on, that at least `budgets` ranks reach (1 where fewer ranks are above 0).
 
-    `digit_bits` divides 32, so that no bound overflows.
+    `digit_bits` divides 32, so that no bound overflows. Ranks on all devices of an axis count.
     """
     rounds = -(-rank_bits // digit_bits)
 
@@ -59,12 +64,34 @@ def _find_threshold(
         digit = jnp.zeros(budgets.shape, jnp.uint32)
         for candidate in range(1, 2**digit_bits):
             bound = threshold + (jnp.uint32(candidate) << shift)
-            count = jnp.sum(ranks >= bound[..., None], axis=-1, dtype=jnp.int32)
+            count = join_sums(jnp.sum(ranks >= bound[..., None], axis=-1, dtype=jnp.int32), axis)
             digit = digit + (count >= budgets).astype(jnp.uint32)  # counts fall as bounds rise
         return threshold + (digit << shift)
 
     threshold = _repeat(rounds, find_digit, jnp.zeros(budgets.shape, jnp.uint32))
     return jnp.maximum(threshold, 1)
+
+
+def own_budgets(
+    ranks: UInt32[Array, "*rows kv_len"],
+    budgets: Int32[Array, "*rows"],
+    rank_bits: int,
+    digit_bits: int,
+    axis: str,
+) -> Int32[Array, "*rows"]:
+    """How many of the `budgets` highest ranks on all devices of an axis are on this one: its own highest."""
+    ranks = lax.optimization_barrier(ranks)
+    threshold = _find_threshold(ranks, budgets, rank_bits, digit_bits, axis)[..., None]
+    above, ties = (jnp.sum(is_in, axis=-1, dtype=jnp.int32) for is_in in (ranks > threshold, ranks == threshold))
+    return above + own_ties(ties, budgets - join_sums(above, axis), axis)
+
+
+def own_ties(ties: Int32[Array, "*rows"], wanted: Int32[Array, "*rows"], axis: str) -> Int32[Array, "*rows"]:
+    """How many of the `wanted` newest among the ties of all devices of an axis are this one's."""
+    of_all = lax.all_gather(ties, axis)
+    devices = jnp.arange(of_all.shape[0]).reshape(-1, *[1] * ties.ndim)
+    newer = jnp.sum(jnp.where(devices > lax.axis_index(axis), of_all, 0), axis=0)
+    return jnp.clip(wanted - newer, 0, ties)
 
 
 def find_cut(

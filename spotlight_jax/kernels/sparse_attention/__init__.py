@@ -66,6 +66,7 @@ def sparse_attention(
     indices: Int32[Array, "batch heads budget"],
     is_real: Bool[Array, "batch heads budget"],
     impl: SparseAttentionImpl = "auto",
+    axis: str | None = None,
 ) -> Float[Array, "batch q_heads head_dim"]:
     """Softmax attention over the rows `indices` names, scores divided by sqrt(head_dim), accumulated in float32.
 
@@ -73,15 +74,18 @@ def sparse_attention(
         indices: one selection per KV head (heads = kv_heads) or per query head (heads = q_heads), each position once.
         is_real: False slots are not read; at least one slot of each row is real.
         impl: `auto` chooses by device; a named implementation runs or raises.
+        axis: over which the cache's positions are split (`token_axis`): each device reads its own rows, and all get
+            what was read together. The reference takes none.
 
     Raises: InputError where heads is neither.
     """
     _check_heads(queries, keys, indices)
     backends: dict[str, Callable[..., Array]] = {
-        "reference": sparse_attention_reference,
-        "gather": sparse_attention_gather,
-        "pallas_triton": sparse_attention_pallas_triton,
+        "gather": functools.partial(sparse_attention_gather, axis=axis),
+        "pallas_triton": functools.partial(sparse_attention_pallas_triton, axis=axis),
     }
+    if axis is None:
+        backends["reference"] = sparse_attention_reference
     run = pick_backend("sparse_attention", backends, impl, choose_impl)
     return run(queries, keys, values, indices, is_real)
 
@@ -96,6 +100,7 @@ def estimated_attention(
     moments: Moments,
     params: TailParams,
     impl: SparseAttentionImpl = "auto",
+    axis: str | None = None,
 ) -> tuple[Float[Array, "batch q_heads head_dim"], Float[Array, "batch q_heads"]]:
     """Return attention over selected rows and the newest, with an estimate of it over the others (`tail`).
 
@@ -111,10 +116,11 @@ def estimated_attention(
     """
     _check_heads(queries, keys, indices)
     backends: dict[str, Callable[..., tuple[Array, Array]]] = {
-        "reference": estimated_attention_reference,
-        "gather": estimated_attention_gather,
-        "pallas_triton": estimated_attention_pallas_triton,
+        "gather": functools.partial(estimated_attention_gather, axis=axis),
+        "pallas_triton": functools.partial(estimated_attention_pallas_triton, axis=axis),
     }
+    if axis is None:
+        backends["reference"] = estimated_attention_reference
     run = pick_backend("estimated_attention", backends, impl, choose_estimated_impl)
     return run(queries, keys, values, indices, is_real, ends, moments, params)
 

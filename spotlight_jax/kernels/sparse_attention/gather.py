@@ -2,10 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
 from spotlight_jax.moments import BLOCK, Moments, block_start
 from spotlight_jax.tail import TailParams, estimate, join, query_moments, take_off
+from spotlight_jax.token_axis import first_slot, join_sums
 
 
 def _gather(
@@ -26,17 +28,43 @@ def _gather(
     return jnp.where(is_real[:, :, None, :], logits * head_dim**-0.5, -jnp.inf), picked_values
 
 
+def _mix(
+    logits: Float[Array, "batch heads group budget"], values: Float[Array, "batch heads budget head_dim"]
+) -> Float[Array, "batch heads group head_dim"]:
+    """Return the softmax-weighted mean of the selected rows' values."""
+    shares = jax.nn.softmax(logits, axis=-1).astype(values.dtype)
+    return jnp.einsum("bhgn,bhnd->bhgd", shares, values, preferred_element_type=jnp.float32)
+
+
+def join_devices(
+    read: Float[Array, "*rows head_dim"], log_read: Float[Array, "*rows"], axis: str
+) -> tuple[Float[Array, "*rows head_dim"], Float[Array, "*rows"]]:
+    """Return what all devices of an axis read together, and the log of the sum of exponentials of all those logits.
+
+    Args:
+        read: softmax-weighted mean of the values that this device has read; anything where it has read none.
+        log_read: log of the sum of exponentials of their logits; -inf where it has read none.
+    """
+    highest = lax.pmax(log_read, axis)
+    weight = jnp.exp(log_read - highest)
+    has_read = (weight > 0)[..., None]
+    total, mixed = lax.psum((weight, jnp.where(has_read, read * weight[..., None], 0.0)), axis)
+    return mixed / total[..., None], highest + jnp.log(total)
+
+
 def sparse_attention_gather(
     queries: Float[Array, "batch q_heads head_dim"],
     keys: Float[Array, "batch max_len kv_heads head_dim"],
     values: Float[Array, "batch max_len kv_heads head_dim"],
     indices: Int32[Array, "batch heads budget"],
     is_real: Bool[Array, "batch heads budget"],
+    axis: str | None = None,
 ) -> Float[Array, "batch q_heads head_dim"]:
     """`sparse_attention`; queries that share a selection share its rows."""
     logits, picked_values = _gather(queries, keys, values, indices, is_real)
-    shares = jax.nn.softmax(logits, axis=-1).astype(values.dtype)
-    out = jnp.einsum("bhgn,bhnd->bhgd", shares, picked_values, preferred_element_type=jnp.float32)
+    out = _mix(logits, picked_values)
+    if axis is not None:
+        out, _ = join_devices(out, jax.nn.logsumexp(logits, axis=-1), axis)
     return out.reshape(queries.shape).astype(queries.dtype)
 
 
@@ -49,30 +77,39 @@ def estimated_attention_gather(
     ends: Int32[Array, "batch"],
     moments: Moments,
     params: TailParams,
+    axis: str | None = None,
 ) -> tuple[Float[Array, "batch q_heads head_dim"], Float[Array, "batch q_heads"]]:
     """`estimated_attention`; the newest rows are gathered with the others."""
     batch, heads, _ = indices.shape
-    kv_heads = keys.shape[2]
-    starts = block_start(ends - 1)[:, None, None]
+    slots, kv_heads = keys.shape[1:3]
+    first = first_slot(slots, axis)
+    starts, ends = block_start(ends - 1)[:, None, None] - first, (ends - first)[:, None, None]
     newest = starts + jnp.arange(BLOCK, dtype=jnp.int32)[None, None]
     newest = jnp.broadcast_to(newest, (batch, heads, BLOCK))
-    is_real = jnp.concatenate([is_real & (indices < starts), newest < ends[:, None, None]], axis=-1)
+    is_newest = newest < ends
+    if axis is not None:
+        is_newest &= (newest >= 0) & (newest < slots)
+        newest = jnp.clip(newest, 0, slots - 1)
+    is_real = jnp.concatenate([is_real & (indices < starts), is_newest], axis=-1)
     indices = jnp.concatenate([indices, newest], axis=-1)
     logits, picked_values = _gather(queries, keys, values, indices, is_real)
     # read rows may hold anything where they are not real
     picked_values = jnp.where(is_real[..., None], picked_values, 0)
-    shares = jax.nn.softmax(logits, axis=-1).astype(values.dtype)
-    read = jnp.einsum("bhgn,bhnd->bhgd", shares, picked_values, preferred_element_type=jnp.float32)
+    read = _mix(logits, picked_values)
 
     def by_group(rows: Array) -> Array:
         """From the query heads of a selection to those of a KV head."""
         return rows.reshape(batch, kv_heads, -1, *rows.shape[3:])
 
     whole, of_values = query_moments(moments, by_group(queries[:, :, None]))
-    is_counted = jnp.broadcast_to((is_real & (indices > 0) & (indices < starts))[:, :, None], logits.shape)
+    is_counted = jnp.broadcast_to((is_real & (indices + first > 0) & (indices < starts))[:, :, None], logits.shape)
     x = jnp.where(is_counted, logits - whole.mean.reshape(*logits.shape[:3], 1), 0.0)
-    unread = take_off(whole, *(by_group(rows.sum(axis=-1)) for rows in (is_counted.astype(x.dtype), x, x * x)))
+    sums = join_sums([by_group(rows.sum(axis=-1)) for rows in (is_counted.astype(x.dtype), x, x * x)], axis)
+    unread = take_off(whole, *sums)
     highest, log_read = by_group(logits.max(axis=-1)), by_group(jax.nn.logsumexp(logits, axis=-1))
+    read = by_group(read)
+    if axis is not None:
+        highest, (read, log_read) = lax.pmax(highest, axis), join_devices(read, log_read, axis)
     log_mass, value = estimate(whole, unread, of_values, highest, params.grouped(kv_heads))
-    out, share = join(by_group(read), log_read, value, log_mass)
+    out, share = join(read, log_read, value, log_mass)
     return out.reshape(queries.shape).astype(queries.dtype), share.reshape(queries.shape[:2])

@@ -22,9 +22,11 @@ from spotlight_jax.kernels.sparse_attention.config import CONFIGS, Config
 from spotlight_jax.kernels.triton import Index, Ref
 from spotlight_jax.moments import BLOCK, Moments, block_start
 from spotlight_jax.tail import Corrections, LogitMoments, TailParams, ValueMoments, estimate, join, take_off
+from spotlight_jax.token_axis import first_slot
 
 MASKED = -1e30
 Made = TypeVar("Made")  # a result's block, or its shape
+Found = tuple[Array, Array, Array, list[Array], tuple[Array, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +98,7 @@ def _read_kernel(
 
     def read() -> None:
         if plan.has_tail:
-            end = plgpu.load(tail_refs[0].at[sequence])
-            start = block_start(end - 1)
+            origin, start, end = (plgpu.load(tail_refs[0].at[sequence, jnp.int32(place)]) for place in range(3))
 
         def read_tile(tile: Index, carry: tuple[Array, ...]) -> tuple[Array, ...]:
             m, total, out, *sums = carry
@@ -108,7 +109,8 @@ def _read_kernel(
             if plan.has_tail:
                 newest = start + slots - plan.listed
                 is_listed = slots < plan.listed
-                is_real = jnp.where(is_listed, is_real & (positions < start), (newest < end) & (newest < start + BLOCK))
+                is_newest = (newest >= 0) & (newest < end) & (newest < start + BLOCK)
+                is_real = jnp.where(is_listed, is_real & (positions < start), is_newest)
                 positions = jnp.where(is_real, jnp.where(is_listed, positions, newest), 0)
             at = (sequence, positions[:, None], kv_head, lanes[None, :])
             is_there = is_real[:, None] & is_dim[None, :]
@@ -121,7 +123,7 @@ def _read_kernel(
             alpha = jnp.exp(m - raised)
             acc = plgpu.dot(p.astype(values.dtype), values, precision=precision)
             if plan.has_tail:
-                is_counted = is_real & (positions > 0) & (positions < start)
+                is_counted = is_real & (positions > origin) & (positions < start)
                 x = jnp.where(is_counted[None, :], scores, 0.0)
                 counted = jnp.where(is_counted, 1.0, 0.0)
                 sums = [old + new for old, new in zip(sums, (counted, x, x * x), strict=True)]
@@ -246,11 +248,13 @@ def sparse_attention_pallas_triton(
     values: Float[Array, "batch max_len kv_heads head_dim"],
     indices: Int32[Array, "batch heads budget"],
     is_real: Bool[Array, "batch heads budget"],
+    axis: str | None = None,
     interpret: bool = False,
 ) -> Float[Array, "batch q_heads head_dim"]:
     """`sparse_attention`; programs of a row are joined by their softmax sums."""
     plan = make_plan(queries, keys, indices, has_tail=False)
-    parts, m, totals, *_ = _read(queries, keys, values, indices, is_real, (), plan, interpret)
+    found = _read(queries, keys, values, indices, is_real, (), plan, interpret)
+    plan, (parts, m, totals, *_) = _exchange(found, plan, axis)
     return _join(parts, m, totals, [], (), queries.dtype, plan, interpret)[0].reshape(queries.shape)
 
 
@@ -263,12 +267,17 @@ def estimated_attention_pallas_triton(
     ends: Int32[Array, "batch"],
     moments: Moments,
     params: TailParams,
+    axis: str | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "batch q_heads head_dim"], Float[Array, "batch q_heads"]]:
     """`estimated_attention`; the programs of a row that multiply moments with queries follow those that read."""
     plan = make_plan(queries, keys, indices, has_tail=True)
-    tail = (ends, moments.covariance)
-    parts, m, totals, sums, products = _read(queries, keys, values, indices, is_real, tail, plan, interpret)
+    slots = keys.shape[1]
+    places = jnp.stack([jnp.zeros_like(ends), block_start(ends - 1), ends], axis=1) - first_slot(slots, axis)
+    places = places.at[:, 2].min(slots)  # of each sequence: its first token, its newest block, its end
+    tail = (places, moments.covariance)
+    found = _read(queries, keys, values, indices, is_real, tail, plan, interpret)
+    plan, (parts, m, totals, sums, products) = _exchange(found, plan, axis)
     grouped = queries.reshape(-1, plan.group, plan.head_dim)
     known = (grouped, *products, moments.count, moments.mean, tuple(jax.tree.leaves(params)))
     out, share = _join(parts, m, totals, sums, known, queries.dtype, plan, interpret)
@@ -288,11 +297,12 @@ def _read(
     tail: tuple[Array, ...],
     plan: Plan,
     interpret: bool,
-) -> tuple[Array, Array, Array, list[Array], tuple[Array, ...]]:
+) -> Found:
     """Return what each split found: sums of values, maximum, sum of exponentials; sums and products for the tail.
 
     Args:
-        tail: ends, and covariance of the moments, if the plan has a tail.
+        tail: places of each sequence's first token, newest block and end, and covariance of the moments, if the plan
+            has a tail.
     """
     rows, group, head_dim = len(queries) * plan.heads, plan.group, plan.head_dim
 
@@ -329,6 +339,26 @@ def _read(
         queries.reshape(rows, group, head_dim), keys, values,
         indices.reshape(rows, plan.budget), is_real.reshape(rows, plan.budget).astype(jnp.int8), tail,
     )  # fmt: skip
+
+
+def _exchange(found: Found, plan: Plan, axis: str | None) -> tuple[Plan, Found]:
+    """Return what each device found as a split, and the plan of joining those; without an axis, what there is.
+
+    What is exchanged is as long as a device's queries, a few numbers more each.
+    """
+    if axis is None:
+        return plan, found
+    parts, m, totals, sums, products = found
+    highest = m.max(axis=1, keepdims=True)
+    share = jnp.exp(m - highest)[..., None]
+    of_tail = [rows.reshape(*rows.shape[:2], -1, 1) for rows in sums]  # a count is of all query heads
+    numbers = [jnp.broadcast_to(rows, share.shape) for rows in (totals[..., None] * share, *of_tail)]
+    own = jnp.concatenate([parts * share, *numbers], axis=-1).sum(axis=1, keepdims=True)
+    of_all = lax.all_gather(jnp.concatenate([own, highest[..., None]], axis=-1), axis, axis=1, tiled=True)
+    totals, *sums, m = jnp.moveaxis(of_all[..., plan.head_dim :], -1, 0)
+    sums[:1] = [rows[..., 0] for rows in sums[:1]]
+    found = of_all[..., : plan.head_dim], m, totals, sums, products
+    return dataclasses.replace(plan, splits=of_all.shape[1]), found
 
 
 def _join(
