@@ -66,10 +66,11 @@ def select_top(
     """
     _check(ranks, budgets, rank_bits)
     backends: dict[str, Callable[..., tuple[Array, Array]]] = {
-        "counting": functools.partial(_select_by_counting, rank_bits=rank_bits, axis=axis)
+        "reference": select_top_reference,
+        "counting": functools.partial(_select_by_counting, rank_bits=rank_bits, axis=axis),
     }
-    if axis is None:
-        backends["reference"] = select_top_reference
+    if axis is not None:
+        del backends["reference"]
     return pick_backend("select_top", backends, impl, choose_impl)(ranks, budgets, max_budget)
 
 

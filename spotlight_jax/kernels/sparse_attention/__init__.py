@@ -81,11 +81,12 @@ def sparse_attention(
     """
     _check_heads(queries, keys, indices)
     backends: dict[str, Callable[..., Array]] = {
+        "reference": sparse_attention_reference,
         "gather": functools.partial(sparse_attention_gather, axis=axis),
         "pallas_triton": functools.partial(sparse_attention_pallas_triton, axis=axis),
     }
-    if axis is None:
-        backends["reference"] = sparse_attention_reference
+    if axis is not None:
+        del backends["reference"]
     run = pick_backend("sparse_attention", backends, impl, choose_impl)
     return run(queries, keys, values, indices, is_real)
 
@@ -116,11 +117,12 @@ def estimated_attention(
     """
     _check_heads(queries, keys, indices)
     backends: dict[str, Callable[..., tuple[Array, Array]]] = {
+        "reference": estimated_attention_reference,
         "gather": functools.partial(estimated_attention_gather, axis=axis),
         "pallas_triton": functools.partial(estimated_attention_pallas_triton, axis=axis),
     }
-    if axis is None:
-        backends["reference"] = estimated_attention_reference
+    if axis is not None:
+        del backends["reference"]
     run = pick_backend("estimated_attention", backends, impl, choose_estimated_impl)
     return run(queries, keys, values, indices, is_real, ends, moments, params)
 
