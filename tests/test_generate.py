@@ -248,8 +248,9 @@ def test_a_prompt_may_be_token_ids():
     assert by_ids == generate(base_model(), ["abc"], cfg, engine=engine(cfg, False))
 
 
-@pytest.mark.parametrize("sampling", [SamplingConfig(), SamplingConfig(temperature=1.0, seed=3)], ids=["greedy", "drawn"])
-def test_a_dense_run_after_a_sparse_one_reads_its_prompts_from_the_cache(sampling):
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_dense_run_after_a_sparse_one_reads_its_prompts_from_the_cache(temperature):
+    sampling = SamplingConfig(temperature=temperature, seed=3)
     cfg = GenerateConfig(max_new_tokens=12, selection=SPARSE, sampling=sampling, stop=("q",))
     prompts = [[65 + place % 26 for place in range(90)], [70, 71, 72]]
     alone = Run(engine(cfg, False), TOKENIZER, prompts, cfg)

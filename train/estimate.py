@@ -176,6 +176,7 @@ def estimate_memory(plan: Plan) -> dict[str, int]:
     kept = max(at_a_time, plan.windows_kept)
     keys = window * model.kv_heads * model.head_dim * size
     queries = ranking.queries * model.q_heads * model.head_dim * size
+    captured = keys + cfg.steps_per_window * queries
     code_heads, _ = cfg.hash.code_shape(model.q_heads, model.kv_heads)
     at_once = min(ranking.queries_at_once, ranking.queries)
     rows = model.q_heads * at_once
@@ -195,7 +196,7 @@ def estimate_memory(plan: Plan) -> dict[str, int]:
     held_out = cfg.data.held_out_windows * (keys + cfg.measure.queries * model.q_heads * model.head_dim * size)
     return {
         name: weights,
-        "queries and keys of windows (--data.window, --fit-windows)": layers * kept * (keys + cfg.steps_per_window * queries),
+        "queries and keys of windows (--data.window, --fit-windows)": layers * kept * captured,
         "held-out windows (--data.held-out-windows)": -(-model.layers // devices) * held_out,
         "loss (--layers-at-once, --ranking.queries-at-once)": loss,
         "hash functions and AdamW's moments": (4 if cfg.optimizer.ema else 3) * 4 * layers * hashes,

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +8,9 @@ import pytest
 from spotlight_jax.config.data import DataConfig
 from spotlight_jax.data import open_windows
 from train.capture import Captured
+from train.config import LayerwiseConfig
 from train.data import Feed, FeedConfig
+from train.estimate import estimate_memory, plan_run
 
 WINDOW, QUERIES, PER_WINDOW = 16, 3, 2
 
@@ -99,3 +103,13 @@ def test_windows_that_are_kept_are_captured_once(open_feed, windows_at_once):
         assert feed.position(step + 1) == anew.position(step + 1)
     fitted_to, trained_on = ([0, 1, 2, 3], [2, 3, 4]) if windows_at_once == 1 else ([0, 2], [2, 4])
     assert captured == fitted_to + trained_on
+
+
+@pytest.mark.parametrize(("fit_windows", "steps", "kept"), [(3, 200, 3), (8, 200, 4), (4, 3, 2)])
+def test_a_cpu_keeps_as_many_windows_as_steps_will_ask_for_and_few(fit_windows, steps, kept):
+    cfg = LayerwiseConfig(model="random:tiny", fit_windows=fit_windows, steps=steps, steps_per_window=PER_WINDOW)
+    plan = plan_run(dataclasses.replace(cfg, data=DataConfig(window=256)))
+    assert plan.windows_kept == kept
+    one = plan.rows * 4 * plan.shape.head_dim * (256 * plan.shape.kv_heads + PER_WINDOW * 256 * plan.shape.q_heads)
+    (held,) = (size for name, size in estimate_memory(plan).items() if "--fit-windows" in name)
+    assert held == max(kept, plan.windows_at_once) * -(-plan.rows // plan.mesh.size) * one // plan.rows
