@@ -6,6 +6,7 @@ for result in generate(model, ["Once upon a time"], GenerateConfig(max_new_token
     print(result.text)
 """
 
+import copy
 import dataclasses
 import time
 import warnings
@@ -118,6 +119,11 @@ def make_engine(model: BaseModel, cfg: GenerateConfig, selector: Selector | None
     return Engine(model.cfg, model.params, selector, make_decode_config(cfg))
 
 
+def _without_layers(state: DecodeState) -> DecodeState:
+    """What is small of a state: all but what its cache holds."""
+    return dataclasses.replace(state, cache=dataclasses.replace(state.cache, layers=()))
+
+
 class Run:
     """One generation under way: texts so far, and the clock."""
 
@@ -137,17 +143,41 @@ class Run:
         """
         self.engine, self.cfg = engine, cfg
         self._stops = find_stops(engine.model_cfg, tokenizer, cfg.stop, cfg.ignore_eos)
-        self.streams = [TextStream(tokenizer, cfg.stop) for _ in prompts]
-        self.prompts = prompts
-        self.tokens: list[list[int]] = [[] for _ in prompts]
-        self.decode_seconds, self._compiled_before = 0.0, engine.compile_seconds
+        self._tokenizer, self.prompts = tokenizer, prompts
+        self._compiled_before = engine.compile_seconds
         start = time.perf_counter()
         cache = None if state is None else state.cache
         rows = [RowConfig(cfg.sampling, self._stops.tokens, number) for number in range(len(prompts))]
         self.state = engine.prefill(prompts, cfg.max_new_tokens, cache, progress, rows)
         first = np.asarray(self.state.tokens)[:, None]
         self.prefill_seconds = time.perf_counter() - start - (engine.compile_seconds - self._compiled_before)
+        leaves, structure = jax.tree.flatten(_without_layers(self.state))
+        self._begun = jax.device_get(leaves), structure  # a step writes over the state that it is given
+        self._begin(first)
+
+    def _begin(self, first: np.ndarray) -> None:
+        """Take each sequence's first token, `[batch, 1]`."""
+        self.streams = [TextStream(self._tokenizer, self.cfg.stop) for _ in self.prompts]
+        self.tokens: list[list[int]] = [[] for _ in self.prompts]
+        self.decode_seconds = 0.0
         self.pieces = self._add(first)
+
+    def again(self, engine: Engine) -> "Run":
+        """The same prompts continued anew by an engine without a selector, from keys and values that this run's prompt
+        left in the cache: steps have written behind them alone. This run's state is given up.
+
+        Its prefill took what this one's did, and its first tokens are the same.
+        """
+        assert engine.selector is None, "a selector's codes and moments would be those after this run"
+        run = copy.copy(self)
+        run.engine, run._compiled_before = engine, engine.compile_seconds
+        layers = tuple(dataclasses.replace(layer, codes=None, moments=None) for layer in self.state.cache.layers)
+        leaves, structure = self._begun
+        begun = jax.tree.unflatten(structure, map(jax.numpy.asarray, leaves))
+        sets = jax.numpy.zeros_like(begun.cache.code_sets)
+        run.state = dataclasses.replace(begun, cache=dataclasses.replace(begun.cache, layers=layers, code_sets=sets))
+        run._begin(np.asarray(begun.tokens)[:, None])
+        return run
 
     def _add(self, tokens: np.ndarray) -> list[str]:
         """Tokens of each sequence up to where it stopped; returns their new text."""

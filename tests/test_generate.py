@@ -246,3 +246,22 @@ def test_a_prompt_may_be_token_ids():
     cfg = GenerateConfig(max_new_tokens=5)
     by_ids = generate(base_model(), [[97, 98, 99]], cfg, engine=engine(cfg, False))
     assert by_ids == generate(base_model(), ["abc"], cfg, engine=engine(cfg, False))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_dense_run_after_a_sparse_one_reads_its_prompts_from_the_cache(temperature):
+    sampling = SamplingConfig(temperature=temperature, seed=3)
+    cfg = GenerateConfig(max_new_tokens=12, selection=SPARSE, sampling=sampling, stop=("q",))
+    prompts = [[65 + place % 26 for place in range(90)], [70, 71, 72]]
+    alone = Run(engine(cfg, False), TOKENIZER, prompts, cfg)
+    sparse = Run(engine(cfg, True), TOKENIZER, prompts, cfg)
+    for run in (alone, sparse):
+        while not run.is_done:
+            run.step()
+    after = sparse.again(engine(cfg, False))
+    prefilled = after.prefill_seconds
+    while not after.is_done:
+        after.step()
+    assert after.results() == alone.results()
+    assert prefilled == sparse.prefill_seconds
+    assert after.report().reads == alone.report().reads != sparse.report().reads

@@ -40,6 +40,7 @@ class FeedConfig:
     queries: int  # per step
     steps_per_window: int
     windows_at_once: int  # captured together: one per device
+    windows_kept: int = 0  # first ones that stay as they were captured until their steps; see `Plan.windows_kept`
 
 
 class Feed:
@@ -56,11 +57,13 @@ class Feed:
         self._first = 0  # number of the first window that is drawn and not dropped
         self._drawn: list[tuple[dict[str, Any], np.ndarray]] = []  # position before the window, its tokens
         self._round: tuple[int, int, Captured] | None = None  # first window, how many, what was captured
+        self._kept: dict[int, Captured] = {}  # rounds that steps will ask for again, by first window
 
     def restore(self, step: int, position: dict[str, Any]) -> None:
         """Continue at a step from the position that `position` gave for it."""
         self._windows.restore(position)
-        self._first, self._drawn, self._round = step // self._cfg.steps_per_window, [], None
+        self._first, self._drawn = step // self._cfg.steps_per_window, []
+        self.forget()
 
     def tokens(self, first: int, count: int) -> Rows:
         """Windows `first` to `first + count - 1`; those before the earliest one kept are gone."""
@@ -85,6 +88,8 @@ class Feed:
         at_once = self._cfg.windows_at_once
         for first in range(self._first, self._first + count, at_once):
             captured = self._capture_from(first)
+            if first < self._cfg.windows_kept:
+                self._kept[first] = captured
             for place in range(min(at_once, self._first + count - first)):
                 yield jax.tree.map(lambda leaf: leaf[:rows, place], captured)  # noqa: B023
 
@@ -96,7 +101,7 @@ class Feed:
 
     def forget(self) -> None:
         """Drop what was captured, so that the next step captures anew."""
-        self._round = None
+        self._round, self._kept = None, {}
 
     def _captured(self, window: int) -> tuple[int, Captured]:
         if self._round is None or not self._round[0] <= window < self._round[0] + self._round[1]:
@@ -104,7 +109,8 @@ class Feed:
             self._first = window
             self._round = None  # free its memory before the next one is made
             count = self._cfg.windows_at_once
-            self._round = (window, count, self._capture_from(window))
+            kept = self._kept.pop(window, None)
+            self._round = (window, count, self._capture_from(window) if kept is None else kept)
         return self._round[0], self._round[2]
 
     def _capture_from(self, window: int) -> Captured:
@@ -144,7 +150,13 @@ def open_inputs(plan: Plan, display: Display, beside: Inputs | None = None) -> I
     tokenizer = None if is_tokenized else open_tokenizer(cfg.model)
     windows = open_windows(cfg.data, tokenizer, plan.model.vocab, display.update, plan.length)
     feed_cfg = FeedConfig(
-        cfg.data.window, plan.lengths, cfg.data.seed, cfg.ranking.queries, cfg.steps_per_window, plan.windows_at_once
+        cfg.data.window,
+        plan.lengths,
+        cfg.data.seed,
+        cfg.ranking.queries,
+        cfg.steps_per_window,
+        plan.windows_at_once,
+        plan.windows_kept,
     )
     if plan.disk is None:
         feed = Feed(windows, functools.partial(_capture_streaming, plan, params), plan.keys[1], feed_cfg)

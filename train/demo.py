@@ -1,6 +1,6 @@
 """The whole path on the embedded model: train hash functions, then generate from a long prompt, dense and sparse.
 
-    make demo                       two CPU cores: about seven minutes with all downloads
+    make demo                       two idle CPU cores: six minutes, and downloads
 
 The prompt is a passage, thousands of tokens of another book, and the opening of the passage again: to go on, the model
 has to read the passage far back in its cache.

@@ -31,6 +31,8 @@ from train.hidden_cache import CachePlan, plan_cache
 from train.step import StepConfig, init_state, train_step
 from train.track import check_tracker
 
+_MOST_KEPT = 4  # windows that stay captured; more would take more memory than the rest of a run
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -68,6 +70,15 @@ class Plan:
     def windows_at_once(self) -> int:
         """Windows that pass the frozen model together."""
         return self.forward_mesh.shape[windows_axis(self.forward_mesh)]
+
+    @property
+    def windows_kept(self) -> int:
+        """First windows whose queries and keys stay in memory from the fit until their steps.
+
+        On a CPU a forward pass takes seconds and its memory is the machine's; a GPU passes them again.
+        """
+        windows = -(-self.cfg.steps // self.cfg.steps_per_window)
+        return min(self.cfg.fit_windows, windows, _MOST_KEPT) if jax.default_backend() == "cpu" else 0
 
     @property
     def step_cfg(self) -> StepConfig:
@@ -162,8 +173,10 @@ def estimate_memory(plan: Plan) -> dict[str, int]:
         name, weights = "frozen model's share", bytes_per_device(shapes, plan.split)
     elif cfg.weights == "sharded":
         name, weights = "frozen model's share and one layer", (-(-whole // devices) + layer) * size
+    kept = max(at_a_time, plan.windows_kept)
     keys = window * model.kv_heads * model.head_dim * size
     queries = ranking.queries * model.q_heads * model.head_dim * size
+    captured = keys + cfg.steps_per_window * queries
     code_heads, _ = cfg.hash.code_shape(model.q_heads, model.kv_heads)
     at_once = min(ranking.queries_at_once, ranking.queries)
     rows = model.q_heads * at_once
@@ -183,7 +196,7 @@ def estimate_memory(plan: Plan) -> dict[str, int]:
     held_out = cfg.data.held_out_windows * (keys + cfg.measure.queries * model.q_heads * model.head_dim * size)
     return {
         name: weights,
-        "queries and keys of a window (--data.window)": layers * at_a_time * (keys + cfg.steps_per_window * queries),
+        "queries and keys of windows (--data.window, --fit-windows)": layers * kept * captured,
         "held-out windows (--data.held-out-windows)": -(-model.layers // devices) * held_out,
         "loss (--layers-at-once, --ranking.queries-at-once)": loss,
         "hash functions and AdamW's moments": (4 if cfg.optimizer.ema else 3) * 4 * layers * hashes,

@@ -17,7 +17,7 @@ from spotlight_jax.commands.terminal import write_text
 from spotlight_jax.compiled import use_compile_cache
 from spotlight_jax.engine import Engine
 from spotlight_jax.errors import InputError
-from spotlight_jax.generation import encode_prompts, make_engine
+from spotlight_jax.generation import Run, encode_prompts, make_engine
 from spotlight_jax.models.load import BaseModel, open_tokenizer
 from spotlight_jax.selector.checkpoint import Selector
 from spotlight_jax.text_files import decode_text, read_json_lines, read_text
@@ -36,10 +36,10 @@ def main(cfg: GenerateCommandConfig) -> dict[str, Any]:
     max_new = cfg.generation.max_new_tokens
     prompts = encode_prompts(open_tokenizer(name), texts, max_new, model_cfg, cfg.chat, cfg.prompt_tokens)
     model, engine = load_fitting(cfg, name, model_cfg, selector, [len(prompt) for prompt in prompts], notes)
-    result = _generate(cfg, model, engine, prompts, selector, notes)
+    run, result = _generate(cfg, model, engine, prompts, selector, notes)
     if cfg.compare:
         dense = make_engine(model, cfg.generation)
-        result = {"sparse": result, "dense": _generate(cfg, model, dense, prompts, None, notes)}
+        result = {"sparse": result, "dense": _generate(cfg, model, dense, prompts, None, notes, run)[1]}
         if not cfg.json:
             console.print(_side_by_side(result))
     if cfg.json:
@@ -99,10 +99,15 @@ def _generate(
     prompts: list[list[int]],
     selector: Selector | None,
     notes: Console,
-) -> dict[str, Any]:
-    """Generate, show the texts and the report; an interruption still reports what there is."""
+    other: Run | None = None,
+) -> tuple[Run, dict[str, Any]]:
+    """Generate, show the texts and the report; an interruption still reports what there is.
+
+    Args:
+        other: a run that has read these prompts, which are not read again.
+    """
     write = write_text if cfg.stream else None
-    run, is_interrupted = decode(engine, model.tokenizer, prompts, cfg.generation, notes, write)
+    run, is_interrupted = decode(engine, model.tokenizer, prompts, cfg.generation, notes, write, other=other)
     results, report = run.results(), run.report()
     if cfg.stream:
         write_text("\n")
@@ -115,7 +120,7 @@ def _generate(
         notes.print(line, markup=False, soft_wrap=True)
     if is_interrupted:
         raise KeyboardInterrupt
-    return {
+    return run, {
         "results": [dataclasses.asdict(result) for result in results],
         "prefill_tokens_per_second": report.prefill_rate,
         "decode_tokens_per_second": report.decode_rate,

@@ -130,6 +130,7 @@ def decode(
     console: Console,
     write: Callable[[str], None] | None = None,
     state: DecodeState | None = None,
+    other: Run | None = None,
 ) -> tuple[Run, bool]:
     """Read the prompts and decode until every sequence has ended, or until Ctrl-C, which ends it after a block.
 
@@ -138,6 +139,7 @@ def decode(
             that the selector was fitted to.
         write: gets the text of the one prompt as it comes.
         state: of an earlier run, to go on after its cache; it is given up.
+        other: a run of the same prompts, to continue them anew; see `Run.again`.
 
     Returns: the run, and whether it was interrupted. A Ctrl-C during the prompt, or a second one, is KeyboardInterrupt.
     """
@@ -146,7 +148,7 @@ def decode(
     if engine.selector is not None and (remark := describe_range(engine.selector, longest)):
         console.print(remark, markup=False, soft_wrap=True)
     with waiting(console, "reading the prompt") as show:
-        run = Run(engine, tokenizer, prompts, generation, state, show)
+        run = other.again(engine) if other else Run(engine, tokenizer, prompts, generation, state, show)
     with cli.noted_signals(signal.SIGINT) as stop:
         if write is None:
             with waiting(console, "decoding") as show:

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +8,9 @@ import pytest
 from spotlight_jax.config.data import DataConfig
 from spotlight_jax.data import open_windows
 from train.capture import Captured
+from train.config import LayerwiseConfig
 from train.data import Feed, FeedConfig
+from train.estimate import estimate_memory, plan_run
 
 WINDOW, QUERIES, PER_WINDOW = 16, 3, 2
 
@@ -24,10 +28,10 @@ def _capture(first, tokens, positions, picks):
 def open_feed(tmp_path):
     np.save(tmp_path / "t.npy", np.arange(400, dtype=np.uint16))
 
-    def open_one(windows_at_once=1):
+    def open_one(windows_at_once=1, windows_kept=0, capture=_capture):
         cfg = DataConfig(train=(str(tmp_path / "t.npy"),), window=WINDOW, held_out_windows=2)
-        feed_cfg = FeedConfig(WINDOW, (WINDOW,), 0, QUERIES, PER_WINDOW, windows_at_once)
-        return Feed(open_windows(cfg, None, 400), _capture, jax.random.key(5), feed_cfg)
+        feed_cfg = FeedConfig(WINDOW, (WINDOW,), 0, QUERIES, PER_WINDOW, windows_at_once, windows_kept)
+        return Feed(open_windows(cfg, None, 400), capture, jax.random.key(5), feed_cfg)
 
     return open_one
 
@@ -82,3 +86,30 @@ def test_the_first_windows_are_those_that_steps_see(open_feed, windows_at_once):
     for number, seen in enumerate(first):
         np.testing.assert_array_equal(seen.keys, alone.at(number * PER_WINDOW).keys[:1])
     _same(feed.at(0), open_feed(1).at(0))  # nothing was taken
+
+
+@pytest.mark.parametrize("windows_at_once", [1, 2])
+def test_windows_that_are_kept_are_captured_once(open_feed, windows_at_once):
+    captured = []
+
+    def capture(first, *args):
+        captured.append(first)
+        return _capture(first, *args)
+
+    feed, anew = open_feed(windows_at_once, 2, capture), open_feed(windows_at_once)
+    list(feed.first_windows(4, 2))
+    for step in range(10):
+        _same(feed.at(step), anew.at(step))
+        assert feed.position(step + 1) == anew.position(step + 1)
+    fitted_to, trained_on = ([0, 1, 2, 3], [2, 3, 4]) if windows_at_once == 1 else ([0, 2], [2, 4])
+    assert captured == fitted_to + trained_on
+
+
+@pytest.mark.parametrize(("fit_windows", "steps", "kept"), [(3, 200, 3), (8, 200, 4), (4, 3, 2)])
+def test_a_cpu_keeps_as_many_windows_as_steps_will_ask_for_and_few(fit_windows, steps, kept):
+    cfg = LayerwiseConfig(model="random:tiny", fit_windows=fit_windows, steps=steps, steps_per_window=PER_WINDOW)
+    plan = plan_run(dataclasses.replace(cfg, data=DataConfig(window=256)))
+    assert plan.windows_kept == kept
+    one = plan.rows * 4 * plan.shape.head_dim * (256 * plan.shape.kv_heads + PER_WINDOW * 256 * plan.shape.q_heads)
+    (held,) = (size for name, size in estimate_memory(plan).items() if "--fit-windows" in name)
+    assert held == max(kept, plan.windows_at_once) * -(-plan.rows // plan.mesh.size) * one // plan.rows
