@@ -35,10 +35,12 @@ def open_package(name: str) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old packages: invalid escapes, pkg_resources
             return importlib.import_module(name)
-    except ImportError:
-        package = name.partition(".")[0].replace("_", "-")
+    except ImportError as error:
+        top = name.partition(".")[0]
+        package, missing = top.replace("_", "-"), (error.name or top).partition(".")[0]
+        lacking = "" if missing == top else f", which needs '{missing}'"
         raise InputError(
-            f"this metric needs the package '{package}'; install it with: pip install 'spotlight-jax[eval]'"
+            f"this metric needs the package '{package}'{lacking}; install it with: pip install 'spotlight-jax[eval]'"
         ) from None
 
 

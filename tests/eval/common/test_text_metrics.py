@@ -152,6 +152,13 @@ def test_a_missing_package_names_the_extra(monkeypatch):
         text_metrics.agreement("a", "b")
 
 
+def test_what_a_package_needs_and_lacks_is_named(monkeypatch, tmp_path):
+    (tmp_path / "half_there.py").write_text("import not_installed\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match="the package 'half-there', which needs 'not_installed'; install it with"):
+        text_metrics.open_package("half_there")
+
+
 def test_an_answer_without_a_number_is_refused():
     with pytest.raises(InputError, match="names no paragraph"):
         text_metrics.retrieval_score("7", "seven")
