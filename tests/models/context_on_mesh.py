@@ -176,9 +176,8 @@ def compare_kernels(mesh: jax.sharding.Mesh, selection: SelectionConfig) -> None
 
 if __name__ == "__main__":
     kept = SelectionConfig(keep=0.2, min_tokens=5, sink_tokens=2, recent_tokens=3)
-    for context in (2, 4, 8):
-        for score_range in ((-2, 1), (-30, 40), (-(2**20), 2**20)):
-            compare_selections(make_mesh(1, 1, context), kept, score_range)
+    for context, score_range in ((2, (-2, 1)), (2, (-30, 40)), (4, (-(2**20), 2**20)), (8, (-2, 1)), (8, (-30, 40))):
+        compare_selections(make_mesh(1, 1, context), kept, score_range)
     compare_selections(make_mesh(1, 1, 8), SelectionConfig(budget=40), (-2, 1))
     compare_steps(make_mesh(1, 1, 8), "transform", kept)
     compare_steps(make_mesh(2, 2, 2), "transform", kept, has_tail=True)
@@ -187,6 +186,5 @@ if __name__ == "__main__":
     compare_steps(make_mesh(1, 2, 4), "transform", dataclasses.replace(kept, per="query_head"), has_tail=True)
     compare_steps(make_mesh(2, 2, 2), "paper", dataclasses.replace(kept, per="query_head"))
     compare_steps(make_mesh(1, 1, 4), "paper", kept)
-    for context in (2, 8):
-        compare_kernels(make_mesh(1, 1, context), kept)
+    compare_kernels(make_mesh(1, 1, 4), kept)
     print("equal")
