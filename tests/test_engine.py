@@ -149,7 +149,7 @@ def test_stepwise_decoding_selects_what_teacher_forcing_selects(name, per):
         score_range = hash_score_range(params, MODEL.group, is_group)
 
         def select(rows, positions):
-            scores = hash_scores(params, rows, codes)
+            scores = hash_scores(params, rows, codes, is_group)
             return select_mask(scores, positions, selection, score_range), None, ()
 
         return selected_attention(queries, keys, values, select)[0]

@@ -81,14 +81,14 @@ def test_the_numpy_reader_scores_as_decoding_does(tmp_path, bits, sums):
     reader = load("numpy_reader")
     cfg = TransformConfig(code_bits=bits, sums=sums)
     short, params = (draw_params(cfg, SHAPE, seed) for seed in (1, 2))
-    save_selector(tmp_path, Selector(params, "tiny", {}, positions=400, shorter=((100, short),)), "card")
+    save_selector(tmp_path, Selector(SHAPE, params, "tiny", {}, positions=400, shorter=((100, short),)), "card")
     rng = np.random.default_rng(bits)
     keys = rng.normal(size=(KV_LEN, SHAPE.kv_heads, SHAPE.head_dim)).astype(np.float32)
     queries = rng.normal(size=(SHAPE.q_heads, SHAPE.head_dim)).astype(np.float32)
 
     @jax.jit
     def score(functions, queries, keys):
-        return hash_scores(functions, queries[None, None], functions.key_codes(keys[None]))[0, 0]
+        return hash_scores(functions, queries[None, None], functions.key_codes(keys[None]), per_kv_head=True)[0, 0]
 
     for length, functions in ((100, short), (101, params)):
         for layer in range(SHAPE.layers):

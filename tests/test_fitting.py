@@ -334,7 +334,7 @@ def test_fitted_params_score_each_heads_keys_by_their_dot_products():
 def top_share(params, keys, queries, cfg, count):
     """Share of each head's tokens of highest true dot products that integer scores choose, too."""
     bits = np.asarray(hash_keys(params, keys[None]))[0] > 0
-    weights = integer_weights(params, hash_queries(params, queries[None]))
+    weights = integer_weights(params, hash_queries(params, queries[None]), False)
     weights, shares = np.asarray(weights, np.int64)[0, :, :, 0], []
     for t, head in np.ndindex(weights.shape[:2]):
         found = np.argsort(-(bits[:, head // GROUP] @ weights[t, head]))[:count]

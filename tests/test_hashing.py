@@ -277,7 +277,7 @@ def test_symmetric_query_weights_are_signs_and_their_sums_over_a_group(form, per
     expected = np.where(expected_queries(params, queries, cfg) > 0, 1, -1)
     if per_kv_head:
         expected = expected.reshape(BATCH, LEN, KV_HEADS, GROUP, -1).sum(3)
-    weights = np.asarray(query_weights(params, queries))
+    weights = np.asarray(query_weights(params, queries, per_kv_head))
     assert weights.dtype == np.int32
     np.testing.assert_array_equal(weights, expected[..., None, :])
     limit = GROUP if per_kv_head else 1
@@ -294,7 +294,7 @@ def test_asymmetric_query_weights_are_the_query_side_rounded(form, per_kv_head):
         outputs = outputs.reshape(BATCH, LEN, KV_HEADS, GROUP, -1).sum(3)
     sizes = np.abs(outputs)
     scale = np.minimum(127 / sizes.max(-1), (1020 - cfg.code_bits / 2) / sizes.sum(-1))[..., None]
-    weights = np.asarray(query_weights(params, queries))
+    weights = np.asarray(query_weights(params, queries, per_kv_head))
     assert weights.dtype == np.int32
     assert np.abs(weights - (outputs * scale)[..., None, :]).max() < 0.51
     assert params.weight_bounds(GROUP, per_kv_head) == WeightBounds(127, 1020)
@@ -304,7 +304,7 @@ def test_asymmetric_query_weights_are_the_query_side_rounded(form, per_kv_head):
 @pytest.mark.parametrize("per_kv_head", [False, True])
 def test_a_query_of_zeros_has_finite_weights(cfg, per_kv_head):
     params = init_functions(jax.random.key(0), cfg, SHAPE).layer(0)
-    assert not np.any(query_weights(params, np.zeros_like(draw_queries(cfg))))
+    assert not np.any(query_weights(params, np.zeros_like(draw_queries(cfg)), per_kv_head))
 
 
 def test_centring_keeps_the_order_of_true_scores():
@@ -412,7 +412,7 @@ def test_a_groups_sums_add_up_their_members_at_one_length(sums):
     members[:, :, 0] = True
     params = params.replace(stats=dataclasses.replace(params.stats, head_assignment=jnp.asarray(members, jnp.float32)))
     outputs = draw(4, BATCH, LEN, Q_HEADS, cfg.code_bits)
-    found = np.asarray(sum_weights(params, outputs))
+    found = np.asarray(sum_weights(params, outputs, True))
     assert found.shape == (BATCH, LEN, KV_HEADS, sums, cfg.code_bits)
     for head, row in np.ndindex(KV_HEADS, sums):
         own = outputs[:, :, head * GROUP : (head + 1) * GROUP].astype(np.float64)
@@ -424,7 +424,7 @@ def test_a_groups_sums_add_up_their_members_at_one_length(sums):
 def test_a_query_head_alone_has_one_sum():
     params, cfg = transform_params()
     outputs = draw(4, BATCH, LEN, Q_HEADS, cfg.code_bits)
-    found = np.asarray(sum_weights(params, outputs))
+    found = np.asarray(sum_weights(params, outputs, False))
     expected = outputs * (transform.SPREAD / np.linalg.norm(outputs, axis=-1, keepdims=True))
     np.testing.assert_allclose(found, expected[:, :, :, None], **tolerance("float32"))
 
@@ -433,10 +433,10 @@ def test_a_query_head_alone_has_one_sum():
 def test_transform_query_weights_are_their_sums_rounded_on_one_scale(per_kv_head):
     params, cfg = transform_params()
     queries = draw_queries(cfg)
-    real = np.asarray(sum_weights(params, hash_queries(params, queries)), np.float64)
+    real = np.asarray(sum_weights(params, hash_queries(params, queries), per_kv_head), np.float64)
     sizes = np.abs(real)
     scale = np.minimum(127 / sizes.max((-2, -1)), (1020 - cfg.code_bits / 2) / sizes.sum(-1).max(-1))
-    weights = np.asarray(query_weights(params, queries))
+    weights = np.asarray(query_weights(params, queries, per_kv_head))
     assert weights.dtype == np.int32
     assert np.abs(weights - real * scale[..., None, None]).max() < 0.51
     assert params.weight_bounds(GROUP, per_kv_head) == WeightBounds(127, 1020)

@@ -372,7 +372,7 @@ def compiled_bytes(form, queries, at_once, **fields):
 
     def loss(leaves, queries, positions, keys):
         params = jax.tree.unflatten(structure, leaves)
-        return ranking_loss(params, jax.random.key(0), queries, positions, keys, jnp.float32(8))
+        return ranking_loss(params, jax.random.key(0), queries, positions, keys, jnp.float32(8), cfg)
 
     lowered = jax.jit(jax.grad(loss, has_aux=True)).lower(
         leaves,

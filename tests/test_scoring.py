@@ -91,8 +91,8 @@ def test_a_score_is_the_highest_sum_of_weights_where_the_code_has_a_bit(form, pe
     cfg, params = FORMS[form], params_of(form)
     queries, codes = draw_queries(1, q_len), draw_codes(2, cfg)
     has_own_codes = cfg.code_heads == "query"
-    weights = np.asarray(query_weights(params, queries), np.int64)
-    found = np.asarray(hash_scores(params, queries, codes))
+    weights = np.asarray(query_weights(params, queries, per_kv_head and not has_own_codes), np.int64)
+    found = np.asarray(hash_scores(params, queries, codes, per_kv_head))
     assert found.dtype == np.int32
     np.testing.assert_array_equal(found, expected_scores(weights, codes, KV_HEADS if per_kv_head else Q_HEADS))
 
@@ -102,7 +102,7 @@ def test_a_score_is_the_highest_sum_of_weights_where_the_code_has_a_bit(form, pe
 def test_symmetric_scores_rank_tokens_as_popcount_of_xnor_does(form, per_kv_head):
     cfg, params = FORMS[form], params_of(form)
     queries, codes = draw_queries(3), draw_codes(4, cfg)
-    signs = np.asarray(query_weights(params, queries))[:, :, :, 0] > 0
+    signs = np.asarray(query_weights(params, queries, False))[:, :, :, 0] > 0
     words = np.zeros((*signs.shape[:3], cfg.code_bits // 32), np.uint32)
     for bit in range(cfg.code_bits):
         words[..., bit // 32] |= signs[..., bit].astype(np.uint32) << np.uint32(bit % 32)
@@ -112,7 +112,7 @@ def test_symmetric_scores_rank_tokens_as_popcount_of_xnor_does(form, per_kv_head
         matches[b, t, head] = np.bitwise_count(~(mine ^ words[b, t, head][:, None])).sum(0)
     if per_kv_head:
         matches = np.stack([matches[:, :, k * GROUP : (k + 1) * GROUP].sum(2) for k in range(KV_HEADS)], 2)
-    lead = matches - np.asarray(hash_scores(params, queries, codes))
+    lead = matches - np.asarray(hash_scores(params, queries, codes, per_kv_head))
     np.testing.assert_array_equal(lead, np.broadcast_to(lead[..., :1], lead.shape))  # one constant per query
 
 
@@ -120,11 +120,11 @@ def test_symmetric_scores_rank_tokens_as_popcount_of_xnor_does(form, per_kv_head
 def test_a_key_equal_to_the_query_scores_highest_and_its_complement_lowest(form):
     cfg, params = FORMS[form], params_of(form)
     queries, codes = draw_queries(5, q_len=1), draw_codes(6, cfg)
-    signs = np.asarray(query_weights(params, queries))[:, 0, :, 0] > 0
+    signs = np.asarray(query_weights(params, queries, False))[:, 0, :, 0] > 0
     own = np.asarray(jax.jit(pack_bits)(signs))
     own = own if form == "paper" else own[:, ::GROUP]  # the first query head of each group
     codes[..., 11], codes[..., 23] = own, ~own
-    scores = np.asarray(hash_scores(params, queries, codes))[:, 0]
+    scores = np.asarray(hash_scores(params, queries, codes, False))[:, 0]
     scores = scores if form == "paper" else scores[:, ::GROUP]
     assert (scores[..., 11] == cfg.code_bits // 2).all()  # all bits match
     assert (scores[..., 23] == -cfg.code_bits // 2).all()  # none does
@@ -139,10 +139,10 @@ def test_scores_stay_in_their_range(form, per_kv_head, seed):
     least, greatest = scoring.hash_score_range(params, GROUP, per_kv_head)
     queries, codes = draw_queries(seed), draw_codes(seed, cfg)
     codes[..., 0] = 0xFFFFFFFF
-    signs = np.asarray(query_weights(params, queries))[:, 0, :: Q_HEADS // codes.shape[1], 0] > 0
+    signs = np.asarray(query_weights(params, queries, False))[:, 0, :: Q_HEADS // codes.shape[1], 0] > 0
     codes[..., 1] = np.packbits(signs, axis=-1, bitorder="little").view("<u4")  # the highest score of some query
     codes[..., 2] = ~codes[..., 1]
-    scores = np.asarray(hash_scores(params, queries, codes))
+    scores = np.asarray(hash_scores(params, queries, codes, per_kv_head))
     assert scores.min() >= least
     assert scores.max() <= greatest
 
@@ -167,8 +167,8 @@ def test_the_higher_of_two_sums_counts():
     """A group's second sum holds its second query head alone, as `draw_params` has it."""
     cfg, params = FORMS["transform"], params_of("transform")
     queries, codes = draw_queries(11), draw_codes(12, cfg)
-    both = np.asarray(hash_scores(params, queries, codes))
-    weights = np.asarray(query_weights(params, queries), np.int64)
+    both = np.asarray(hash_scores(params, queries, codes, True))
+    weights = np.asarray(query_weights(params, queries, True), np.int64)
     each = np.stack([expected_scores(weights[:, :, :, row : row + 1], codes, KV_HEADS) for row in range(2)])
     np.testing.assert_array_equal(both, each.max(0))
     assert 0.1 < np.mean(each[0] > each[1]) < 0.9
@@ -180,13 +180,13 @@ def test_scores_rank_tokens_as_real_weights_do_to_half_a_unit_a_bit(form, per_kv
     cfg, params = FORMS[form], params_of(form)
     queries, codes = draw_queries(13), draw_codes(14, cfg)
     outputs = jax.jit(lambda params, x: params.hash_queries(x))(params, queries)
-    weights = np.asarray(sum_weights(params, outputs), np.float64)
+    weights = np.asarray(sum_weights(params, outputs, per_kv_head), np.float64)
     sizes = np.abs(weights)
     scale = np.minimum(127 / sizes.max((-2, -1)), (1020 - cfg.code_bits / 2) / sizes.sum(-1).max(-1))
     signs, group = bits_of(codes) - 0.5, weights.shape[2] // KV_HEADS
     signs = np.repeat(signs, group, axis=1)
     real = np.einsum("bthrc,bhsc->bthrs", weights * scale[..., None, None], signs).max(3)
-    found = np.asarray(hash_scores(params, queries, codes))
+    found = np.asarray(hash_scores(params, queries, codes, per_kv_head))
     lead = real[..., :, None] - real[..., None, :]
     is_ahead = lead > cfg.code_bits / 2 + 1  # half of a score's weights are rounded down besides
     assert 0.3 < is_ahead.mean() < 0.5
@@ -199,8 +199,8 @@ def test_permuting_the_cache_permutes_scores(form, per_kv_head, seed):
     cfg, params = FORMS[form], params_of(form)
     order = np.random.default_rng(seed).permutation(KV_LEN)
     queries, codes = draw_queries(seed), draw_codes(seed, cfg)
-    scores = np.asarray(hash_scores(params, queries, codes))
-    np.testing.assert_array_equal(hash_scores(params, queries, codes[..., order]), scores[..., order])
+    scores = np.asarray(hash_scores(params, queries, codes, per_kv_head))
+    np.testing.assert_array_equal(hash_scores(params, queries, codes[..., order], per_kv_head), scores[..., order])
     keys = draw_keys(seed)
     exact = np.asarray(exact_scores(queries, keys, per_kv_head))
     moved = exact_scores(queries, keys[:, order], per_kv_head)

@@ -86,7 +86,7 @@ def test_the_model_is_the_selectors_unless_one_is_named(capsys, selector_folder)
 def test_a_prompt_beyond_the_positions_that_a_selector_covers_gets_one_line(capsys, tmp_path):
     cfg, shape = TransformConfig(code_bits=64), head_shape(MODEL)
     params = init_functions(jax.random.key(1), cfg, shape)
-    save_selector(tmp_path / "short", Selector(params, "tiny", {}, 100), "")
+    save_selector(tmp_path / "short", Selector(shape, params, "tiny", {}, 100), "")
     for tokens, count in ((90, 0), (97, 1)):  # with four new ones
         args = ["--selector", str(tmp_path / "short"), "--prompt", "x" * tokens, "--max-new-tokens", "4"]
         assert generate.command(args) == 0

@@ -94,7 +94,7 @@ def stand_ins(tmp_path_factory):
     np.save(folder / "tokens.npy", rng.integers(0, 256, 2000).astype(np.uint16))
     shape = head_shape(cfg)
     base = lasting_name(str(folder / "MODEL"))
-    selector = Selector(draw_params(TransformConfig(code_bits=32), shape), base, {}, positions=8192)
+    selector = Selector(shape, draw_params(TransformConfig(code_bits=32), shape), base, {}, positions=8192)
     save_selector(folder / "runs" / "demo" / "selector", selector, "card")
     return folder
 

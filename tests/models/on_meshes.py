@@ -45,7 +45,7 @@ def make_selector(cfg: DecoderConfig, form: str, has_tail: bool) -> Selector:
         tail = init_tail(cfg.layers, cfg.q_heads) if has_tail else None
         return dataclasses.replace(draw_params(FORMS[form], shape, seed), tail=tail)
 
-    return Selector(draw(1), "", {}, positions=512, shorter=((60, draw(2)),))
+    return Selector(shape, draw(1), "", {}, positions=512, shorter=((60, draw(2)),))
 
 
 def decode_all(engine: Engine, prompts: list[list[int]], new: int) -> tuple[np.ndarray, list]:

@@ -51,7 +51,7 @@ def test_the_error_of_rows_is_that_of_attention_with_the_tail():
     codes = functions.key_codes(keys)
     dense = np.asarray(causal_attention(queries, keys, values))[0, places]
     picked = queries[:, places]
-    scores = hash_scores(functions, picked, codes)
+    scores = hash_scores(functions, picked, codes, True)
     bounds, selection = hash_score_range(functions, 2, True), SelectionConfig(keep=KEEPS[0], dense_layers=())
     mask = with_newest(select_mask(scores, places[None], selection, bounds), places[None])
     grouped = picked.reshape(1, PICKS, KV_HEADS, 2, DIM)
