@@ -75,10 +75,13 @@ class Plan:
     def windows_kept(self) -> int:
         """First windows whose queries and keys stay in memory from the fit until their steps.
 
-        On a CPU a forward pass takes seconds and its memory is the machine's; a GPU passes them again.
+        On a CPU a forward pass takes seconds and its memory is the machine's; a GPU passes them again, and what is on
+        disk is read again.
         """
+        if self.disk is not None or jax.default_backend() != "cpu":
+            return 0
         windows = -(-self.cfg.steps // self.cfg.steps_per_window)
-        return min(self.cfg.fit_windows, windows, _MOST_KEPT) if jax.default_backend() == "cpu" else 0
+        return min(self.cfg.fit_windows, windows, _MOST_KEPT)
 
     @property
     def step_cfg(self) -> StepConfig:
