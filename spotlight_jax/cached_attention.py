@@ -343,7 +343,7 @@ def _append_and_select(
     selector: LayerSelector,
     selection: SelectionConfig,
     budgets: Int32[Array, "batch"] | None,
-    axis: str | None,
+    axis: str | None = None,
 ) -> tuple[Array, LayerCache, Int32[Array, "batch heads budget"], Bool[Array, "batch heads budget"]]:
     """The queries to read with, the layer with the new token, and what a step reads of it."""
     assert layer.codes is not None, "a layer with a selector keeps codes"
