@@ -45,7 +45,7 @@ class Cache:
 
 
 def bucket_length(tokens: int) -> int:
-    """The allocated length for `tokens`: at most a quarter more, a multiple of 128, one of four sizes per doubling."""
+    """Return the slots allocated for `tokens`: at most 25 % more, a multiple of 128, four sizes per doubling."""
     if tokens <= SMALLEST_BUCKET:
         return SMALLEST_BUCKET
     step = max(2 ** math.floor(math.log2(tokens - 1)) // STEPS_PER_DOUBLING, LANES)
@@ -61,7 +61,7 @@ def empty_layer(
     code_shape: tuple[int, int] | None,
     has_moments: bool = False,
 ) -> LayerCache:
-    """An unfilled layer.
+    """Return an unfilled layer.
 
     Args:
         code_shape: (code_heads, words), or None for a layer without codes.
@@ -89,7 +89,7 @@ def append(
     codes: UInt32[Array, "batch code_heads words q_len"] | None,
     starts: Int32[Array, "batch"],
 ) -> LayerCache:
-    """The layer with new tokens at positions starts ... starts + q_len of each sequence; its moments stay as they are.
+    """Return the layer with new tokens at starts ... starts + q_len - 1 of each sequence; its moments stay as they are.
 
     The caller keeps starts + q_len within the allocated length: a write that does not fit would be moved to the left.
     """
@@ -102,7 +102,7 @@ def append(
 
 
 def grow(cache: Cache, max_len: int) -> Cache:
-    """The cache with room for `max_len` tokens; copies once."""
+    """Return the cache with slots for at least `max_len` tokens; copies once."""
     extra = max_len - cache.max_len
     if extra <= 0:
         return cache
@@ -123,14 +123,14 @@ def grow(cache: Cache, max_len: int) -> Cache:
 
 
 def resize(cache: Cache, max_len: int) -> Cache:
-    """The cache with `max_len` slots for each sequence, more or fewer than it has; copies once."""
+    """Return the cache with `max_len` slots for each sequence, more or fewer than it has; copies once."""
     if max_len >= cache.max_len:
         return grow(cache, max_len)
     return dataclasses.replace(cache, layers=cut(cache.layers, max_len))
 
 
 def cut(layers: tuple[LayerCache, ...], max_len: int) -> tuple[LayerCache, ...]:
-    """The first `max_len` slots of each layer."""
+    """Return the first `max_len` slots of each layer."""
     return tuple(
         dataclasses.replace(
             layer,
@@ -151,7 +151,7 @@ def copy_tokens(
     source_start: Int32[Array, ""],
     length: int,
 ) -> tuple[LayerCache, ...]:
-    """The target with `length` tokens of one sequence of the source, and with its moments whole.
+    """Return the target with `length` tokens of one sequence of the source, and with its moments whole.
 
     Args:
         target: layers to write to.

@@ -239,7 +239,7 @@ def select_split(
 def _find_cut(
     ranks: UInt32[Array, "batch heads slots"], budgets: Int32[Array, "batch heads"], rank_bits: int, axis: str
 ) -> tuple[UInt32[Array, "batch heads"], Int32[Array, "batch heads"]]:
-    """The rank of the last token chosen on any device, and how many tokens of that rank are."""
+    """Return the rank of the last token chosen on any device, and how many tokens of that rank are."""
     batch, heads, _ = ranks.shape
     threshold, left = jnp.zeros(budgets.shape, jnp.uint32), budgets
     row = jnp.arange(batch)[:, None, None], jnp.arange(heads)[None, :, None]
@@ -259,7 +259,7 @@ def _find_cut(
 def _compact(
     mask: Bool[Array, "batch heads slots"], width: int
 ) -> tuple[Int32[Array, "batch heads width"], Bool[Array, "batch heads width"]]:
-    """The first `width` places that a mask holds, ascending, and which are real."""
+    """Return the first `width` places that a mask holds, ascending, and which are real."""
     places = jax.vmap(jax.vmap(lambda row: jnp.nonzero(row, size=width, fill_value=0)[0]))(mask)
     is_real = jnp.arange(width)[None, None, :] < mask.sum(axis=-1)[..., None]
     return places.astype(jnp.int32), is_real
@@ -273,7 +273,7 @@ def _append_own(
     selector: LayerSelector | None,
     axis: str,
 ) -> LayerCache:
-    """The layer with those of the new tokens whose slots are this device's.
+    """Return the layer with those of the new tokens whose slots are this device's.
 
     Args:
         starts: tokens each sequence has cached before, on all devices.

@@ -49,7 +49,7 @@ def write_derived(path: Path, content: Iterable[bytes], note: Callable[[], str] 
 
 
 def find_derived(path: Path) -> Derived | None:
-    """The file, if it is there and sound; one that is damaged is removed."""
+    """Return the file, if it is there and sound; one that is damaged is removed."""
     if not path.is_file():
         return None
     if (found := _check(path)) is None:

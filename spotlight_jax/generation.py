@@ -65,7 +65,7 @@ class Report:
 
 
 def head_shape(cfg: DecoderConfig) -> HeadShape:
-    """The heads that a selector for this model serves."""
+    """Return the heads that a selector for this model serves."""
     return HeadShape(cfg.layers, cfg.q_heads, cfg.kv_heads, cfg.head_dim)
 
 
@@ -77,7 +77,7 @@ def encode_prompts(
     is_chat: bool = False,
     most: int | None = None,
 ) -> list[list[int]]:
-    """Prompts as token ids; raises InputError for empty ones and those that leave no room in the model's context.
+    """Encode prompts as token ids; raises InputError for empty ones and those that leave no room in the context.
 
     Args:
         tokenizer: of the model; None where every prompt is token ids.
@@ -114,7 +114,7 @@ def encode_prompts(
 
 
 def make_engine(model: BaseModel, cfg: GenerateConfig, selector: Selector | None = None) -> Engine:
-    """An engine for this model and these settings; keep it to generate again without compiling."""
+    """Make an engine for this model and these settings; keep it to generate again without compiling."""
     return Engine(model.cfg, model.params, selector, make_decode_config(cfg))
 
 
@@ -150,7 +150,7 @@ class Run:
         self.pieces = self._add(first)
 
     def _add(self, tokens: np.ndarray) -> list[str]:
-        """Tokens of each sequence up to where it stopped; returns their new text."""
+        """Add tokens of each sequence up to where it stopped; returns their new text."""
         pieces = []
         for row, stream in enumerate(self.streams):
             room = self.cfg.max_new_tokens - len(self.tokens[row])
@@ -187,7 +187,7 @@ class Run:
         return self.pieces
 
     def results(self) -> list[Generation]:
-        """What each sequence has become so far."""
+        """Return what each sequence has become so far."""
         found = []
         for stream, tokens, prompt in zip(self.streams, self.tokens, self.prompts, strict=True):
             last = tokens[-1] if tokens else -1
@@ -198,7 +198,7 @@ class Run:
         return found
 
     def report(self) -> Report:
-        """Times so far and what the last step read."""
+        """Return times so far and what the last step read."""
         engine = self.engine
         lengths = np.asarray(self.state.cache.lengths).tolist()
         selection = self.cfg.selection
@@ -256,7 +256,7 @@ def stream(
     selector: Selector | None = None,
     engine: Engine | None = None,
 ) -> Iterator[str]:
-    """Text after one prompt as it comes; the pieces together are what `generate` returns."""
+    """Yield the text after one prompt as it comes; the pieces together are what `generate` returns."""
     run = _start(model, [prompt], cfg or GenerateConfig(), selector, engine)
     yield from filter(None, run.pieces)
     while not run.is_done:

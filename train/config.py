@@ -265,7 +265,7 @@ class LayerwiseConfig:
 
 
 def with_recipe(base: LayerwiseConfig, form: str, loss: str) -> LayerwiseConfig:
-    """A config with hash functions of this form and this loss: what both kinds have stays as it is."""
+    """Return a config with hash functions of this form and this loss: what both kinds have stays as it is."""
     is_network = FORMS[form] is NetworkConfig
     own_codes = {"code_heads": "kv"} if form == "asymmetric" else {}
     return dataclasses.replace(
@@ -277,13 +277,13 @@ def with_recipe(base: LayerwiseConfig, form: str, loss: str) -> LayerwiseConfig:
 
 
 def _recast(cfg: Any, kind: type, **changes: Any) -> Any:
-    """A config of another class with the fields that it shares with this one."""
+    """Return a config of another class with the fields that it shares with this one."""
     names = {field.name for field in dataclasses.fields(kind)}
     return kind(**{name: value for name, value in vars(cfg).items() if name in names} | changes)
 
 
 def lengths_covered(cfg: LayerwiseConfig, model: DecoderConfig) -> tuple[int, ...]:
-    """Tokens of the longest sequence that each of a run's sets of hash functions is meant for, ascending.
+    """Return the tokens of the longest sequence that each of a run's sets of hash functions is for, ascending.
 
     The first is a window, the last `--length`, and each about `--length-step` times the one before it.
 

@@ -23,7 +23,7 @@ def plot_curves(
     loss: str,
     tail: Sequence[float] = (),
 ) -> None:
-    """`curves.png`: loss (and wrongly ranked pairs), IoU, captured mass, each beside its baselines.
+    """Draw `curves.png`: loss (and wrongly ranked pairs), IoU, captured mass, each with its baselines.
 
     Args:
         path: of the picture.
@@ -79,7 +79,7 @@ def plot_layers(
     sparse: Sequence[int],
     oracle: str,
 ) -> None:
-    """`layers.png`: IoU of each layer and head, LSH on the left, trained on the right, one colour scale.
+    """Draw `layers.png`: IoU of each layer and head, LSH on the left, trained on the right, one colour scale.
 
     Args:
         path: of the picture.
@@ -107,7 +107,7 @@ def plot_layers(
 
 
 def plot_ablation(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
-    """`ablation.png`: overlap and captured mass of every variant, with the oracle's and LSH's."""
+    """Draw `ablation.png`: overlap and captured mass of every variant, with the oracle's and LSH's."""
     names, places = [str(row["variant"]) for row in rows], np.arange(len(rows))
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 1.2 + 0.32 * len(rows)), layout="constrained", sharey=True)
     for axes, metric, label in ((left, "iou", "IoU with oracle-mass"), (right, "mass", "attention mass read")):

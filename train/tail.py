@@ -121,7 +121,7 @@ def fit_layer(
 def fit_tail(
     inputs: Inputs, functions: HashFunctions, place: int, first: int, cfg: TailConfig
 ) -> Iterator[tuple[TailParams, Float[np.ndarray, "two q_heads"], Float[np.ndarray, " steps"]]]:
-    """Give each layer's corrections, errors and curve, as `fit_layer`.
+    """Yield each layer's corrections, errors and curve, as `fit_layer`.
 
     Windows go through the model side by side, layer by layer, so that one layer's rows are held at a time.
 

@@ -64,7 +64,7 @@ def main(cfg: ChatCommandConfig) -> object:
 
 
 def command(args: Sequence[str] | None = None) -> int:
-    """`spotlight chat`."""
+    """Run `spotlight chat`."""
     return cli.run(main, ChatCommandConfig, "spotlight chat", __doc__, args)
 
 

@@ -21,7 +21,7 @@ class Talk:
     """Messages so far, and a cache that holds their tokens."""
 
     def __init__(self, model: BaseModel, engine: Engine, cfg: ChatCommandConfig, limit: int, notes: Console) -> None:
-        """Nothing said yet.
+        """Begin with nothing said.
 
         Args:
             limit: most tokens of the talk, the next answer included.
@@ -65,7 +65,7 @@ class Talk:
 
 
 def _first_messages(cfg: ChatCommandConfig) -> list[dict[str, str]]:
-    """What every talk begins with."""
+    """Return the messages that every conversation begins with."""
     return [{"role": "system", "content": cfg.system}] if cfg.system else []
 
 
@@ -92,7 +92,7 @@ def main(cfg: ChatCommandConfig, read: Callable[[str], str] = input) -> list[dic
 
 
 def _talk_limit(cfg: ChatCommandConfig, context: int) -> int:
-    """Most tokens of the talk; raises InputError where an answer leaves no room to say anything."""
+    """Return the most tokens of a conversation; raises InputError where an answer leaves no room to say anything."""
     limit = context if cfg.context is None else min(cfg.context, context)
     if limit <= cfg.generation.max_new_tokens:
         raise InputError(

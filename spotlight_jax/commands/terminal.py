@@ -11,7 +11,7 @@ HELP = "Ctrl-C cuts an answer short, /new starts again, /help shows this, /quit 
 
 
 def write_text(text: str) -> None:
-    """Text on stdout at once and as it is: no wrapping, no markup."""
+    """Write text to stdout at once and as it is: no wrapping, no markup."""
     sys.stdout.write(text)
     sys.stdout.flush()
 
@@ -27,7 +27,7 @@ def prepare_lines() -> None:
 
 
 def read_line(read: Callable[[str], str], notes: Console) -> str | None:
-    """What the user says next; None where the talk ends."""
+    """Return what the user says next; None where the conversation ends."""
     while True:
         try:
             text = read("> ").strip()

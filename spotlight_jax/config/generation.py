@@ -87,5 +87,5 @@ class GenerateConfig:
 
 
 def make_decode_config(cfg: GenerateConfig) -> DecodeConfig:
-    """The part of the settings that a step is compiled for."""
+    """Return the part of the settings that a step is compiled for."""
     return DecodeConfig(selection=cfg.selection, prefill_chunk=cfg.prefill_chunk, block=cfg.block, tail=cfg.tail)

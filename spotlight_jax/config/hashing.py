@@ -24,11 +24,11 @@ class _CodeConfig:
             raise InputError(f"code_bits is {self.code_bits}; give a multiple of 32 from 32 to 256")
 
     def code_shape(self, q_heads: int, kv_heads: int) -> tuple[int, int]:
-        """Heads and words of a token's codes in a layer with so many heads."""
+        """Return the heads and words of a token's codes in a layer with so many heads."""
         return (kv_heads if self.code_heads == "kv" else q_heads), self.code_bits // WORD_BITS
 
     def describe(self) -> str:
-        """What is kept of a token, in words."""
+        """Return what is kept of a token, in words."""
         head = "KV" if self.code_heads == "kv" else "query"
         return f"{self.form} form, {self.code_bits} bits per {head} head and token"
 

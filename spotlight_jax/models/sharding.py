@@ -184,7 +184,7 @@ def shardings_of(tree: PyTree, mesh: Mesh) -> PyTree:
 
 
 def _name(path: tuple[Any, ...]) -> str:
-    """The name of a dataclass's leaf, with its owner's where that is moments; nothing for what lies in tuples alone."""
+    """Return the name of a dataclass's leaf, with its owner's where that is moments; "" for what lies in tuples."""
     names = [entry.name for entry in path[-2:] if isinstance(entry, jax.tree_util.GetAttrKey)]
     return ".".join(names[-2:] if names[:1] == ["moments"] else names[-1:])
 

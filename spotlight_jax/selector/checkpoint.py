@@ -61,17 +61,17 @@ class Selector:
         return (*(params for _, params in self.shorter), self.params)
 
     def set_of(self, tokens: int) -> int:
-        """Which of `sets` a sequence uses that will have so many tokens at its end."""
+        """Return which of `sets` a sequence uses that will have so many tokens at its end."""
         return sum(tokens > most for most, _ in self.shorter)
 
 
 def stored_name(name: str) -> str:
-    """The name that files hold an array by: that of the first version, so that all selectors load."""
+    """Return the name that files hold an array by: that of the first version, so that all selectors load."""
     return _STORED.get(name, name)
 
 
 def flatten(params: HashFunctions) -> dict[str, jax.Array]:
-    """Arrays by dotted name, such as `weights.keys.hidden_kernel`."""
+    """Return arrays by dotted name, such as `weights.keys.hidden_kernel`."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
     return {".".join(stored_name(entry.name) for entry in path): leaf for path, leaf in leaves}
 
@@ -177,7 +177,7 @@ def load_selector(folder: str | pathlib.Path, shape: HeadShape | None = None) ->
 
 
 def _check_lengths(positions: Any, shorter: Any) -> list[int]:
-    """Lengths of shorter sequences that have hash functions of their own; raises InputError for what are none."""
+    """Return the lengths of shorter sequences that have hash functions of their own; raises InputError for bad ones."""
     if positions is not None and (type(positions) is not int or positions < 1):
         raise InputError("positions is no whole number of at least 1")
     if not isinstance(shorter, list) or len(shorter) > _MOST_SETS:
@@ -190,12 +190,12 @@ def _check_lengths(positions: Any, shorter: Any) -> list[int]:
 
 
 def _prefix(most: int) -> str:
-    """Of the names of arrays that are for sequences of at most so many tokens."""
+    """Return the prefix of names of arrays that are for sequences of at most so many tokens."""
     return f"up_to_{most}."
 
 
 def _positions(config: dict[str, Any]) -> int | None:
-    """Positions covered; selectors of before there was a field for them cover those of the windows they saw."""
+    """Return the positions covered; selectors older than the field for them cover those of the windows they saw."""
     if "positions" in config:
         return config["positions"]
     try:
@@ -205,7 +205,7 @@ def _positions(config: dict[str, Any]) -> int | None:
 
 
 def describe_range(selector: Selector, tokens: int) -> str | None:
-    """What to say where a sequence of so many tokens goes beyond the positions that a selector was fitted to."""
+    """Return what to say where a sequence of so many tokens passes the positions that a selector was fitted to."""
     if selector.positions is None or tokens <= selector.positions:
         return None
     return (
@@ -215,7 +215,7 @@ def describe_range(selector: Selector, tokens: int) -> str | None:
 
 
 def choose_model(model: str | None, selectors: Mapping[str, Selector]) -> tuple[str, list[str]]:
-    """The model to run: the given one, or the one that all selectors were trained for, or the default without any.
+    """Choose the model to run: the given one, or that which all selectors were trained for, or the default without any.
 
     Args:
         model: as the user named it.

@@ -46,7 +46,7 @@ class Moments:
 def measure_moments(
     keys: Shaped[Array, "kv_len kv_heads head_dim"], queries: Shaped[Array, "q_len q_heads head_dim"], skip: int = 1
 ) -> Moments:
-    """Moments of one layer on some tokens; keys and queries after RoPE, all keys and some of the queries.
+    """Measure one layer's moments on some tokens; keys and queries after RoPE, all keys and some of the queries.
 
     Args:
         skip: first keys to leave out: that of a text's first token, far from all others, but not those of a later part.
@@ -66,7 +66,7 @@ def measure_moments(
 
 
 def merge(moments: list[Moments]) -> Moments:
-    """Moments of the parts of a text together; the spread of the parts' means is part of the covariance.
+    """Merge the moments of the parts of a text; the spread of the parts' means is part of the covariance.
 
     Parts add up as in Chan, Golub and LeVeque, Updating formulae and a pairwise algorithm (1979).
     """
@@ -96,7 +96,7 @@ def fit_layers(
     Float[Array, "layers kv_heads code_bits"],
     Float[Array, "layers kv_heads head_dim code_bits"],
 ]:
-    """Axes, levels and bit weights of all layers, as `fit_axes` gives them; bit weights of one size for a layer."""
+    """Fit axes, levels and bit weights of all layers, as `fit_axes` does; bit weights of a layer have one size."""
     covariance, queries = (np.asarray(leaf, np.float64) for leaf in (moments.covariance, moments.queries))
     shape = *covariance.shape[:-1], code_bits
     axes, levels, bit_weights = (
@@ -119,7 +119,7 @@ def fit_axes(
     Float[np.ndarray, " code_bits"],
     Float[np.ndarray, "head_dim code_bits"],
 ]:
-    """One KV head's `KeyQuantizer.axes` and `levels`, and `TransformWeights.bit_weights`.
+    """Fit one KV head's `KeyQuantizer.axes` and `levels`, and `TransformWeights.bit_weights`.
 
     Every query head's scores count alike, whatever their size: its moment is divided by the spread that it gives them.
     """
@@ -138,14 +138,14 @@ def fit_axes(
 
 
 def _roots(moment: Float[np.ndarray, "d d"]) -> tuple[Float[np.ndarray, "d d"], Float[np.ndarray, "d d"]]:
-    """The symmetric root of a second moment, and its inverse."""
+    """Return the symmetric root of a second moment, and its inverse."""
     values, vectors = np.linalg.eigh(moment)
     roots = np.sqrt(np.maximum(values, 1e-6 * max(values.max(), 1e-12)))
     return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
 
 
 def step_of(digits: int) -> float:
-    """Between two of 2^digits levels; past the table's end a digit all but halves it."""
+    """Return the distance between two of 2^digits levels; past the table's end a digit all but halves it."""
     known = min(digits, len(_STEP) - 1)
     return _STEP[known] * 0.55 ** (digits - known)
 
@@ -156,7 +156,7 @@ def _error_of(digits: int) -> float:
 
 
 def allot_digits(variances: Float[np.ndarray, " axes"], code_bits: int) -> Int[np.ndarray, " axes"]:
-    """Digits of each axis: one after another to where it lowers the mean square error most."""
+    """Allot digits to axes, one after another to where it lowers the mean square error most."""
     digits = np.zeros(len(variances), np.int64)
     most = max(MOST_DIGITS, -(-code_bits // len(variances)))
     gains = [(-float(variance) * (_error_of(0) - _error_of(1)), axis) for axis, variance in enumerate(variances)]
@@ -176,7 +176,7 @@ def assign_heads(
     selection: SelectionConfig,
     layers_at_once: int,
 ) -> Float[Array, "layers kv_heads two group"]:
-    """Which query heads are in which of two score heads: as reads most attention mass, or all of them in both.
+    """Assign query heads to two score heads: the split that reads most attention mass, or all of them in both.
 
     Starting from one score head, the query head whose change of sides helps most goes over, until none does. Tokens are
     scored by true dot products, each score head's divided by its standard deviation, on windows of text.
@@ -221,7 +221,7 @@ def _mass_of_splits(
     selection: SelectionConfig,
     layers_at_once: int,
 ) -> Float[Array, "layers options kv_heads"]:
-    """Attention mass that each way of splitting groups reads."""
+    """Return attention mass that each way of splitting groups reads."""
 
     def measure_layer(args: tuple[Array, ...]) -> Array:
         mean, covariance, second, keys, queries, positions = args

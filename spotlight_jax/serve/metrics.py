@@ -15,7 +15,7 @@ class Metrics(Observer):
     """Counts of a scheduler's requests."""
 
     def __init__(self) -> None:
-        """Nothing happened yet."""
+        """Begin with nothing counted."""
         self.registry = CollectorRegistry()
 
         def count(name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
@@ -59,7 +59,7 @@ class Metrics(Observer):
         self._there.inc(usage.tokens_cached)
 
     def page(self) -> bytes:
-        """All of it, in Prometheus' text format."""
+        """Return all counts in Prometheus' text format."""
         return generate_latest(self.registry)
 
 
@@ -70,7 +70,7 @@ class _State:
         self._scheduler = scheduler
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Prometheus' collector protocol."""
+        """Yield gauges, by Prometheus' collector protocol."""
         own = self._scheduler
         running = len(own.running) + (own.joining is not None)
         for name, text, value in (

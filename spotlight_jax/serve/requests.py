@@ -56,7 +56,7 @@ class Piece:
 
 
 def join_pieces(pieces: Sequence[Piece]) -> Piece:
-    """All pieces of a text as one."""
+    """Return all pieces of a text as one."""
     return Piece(
         "".join(piece.text for piece in pieces),
         tuple(token for piece in pieces for token in piece.tokens),

@@ -19,12 +19,12 @@ HashAppendImpl = Literal["auto", "reference", "pallas_triton"]
 
 
 def choose_impl() -> HashAppendImpl:
-    """What `auto` takes: the kernel on a GPU that passes its check, plain XLA elsewhere."""
+    """Return what `auto` takes: the kernel on a GPU that passes its check, plain XLA elsewhere."""
     return "pallas_triton" if is_trusted("hash_append", _agree) else "reference"
 
 
 def _agree() -> bool:
-    """Kernel and reference on two ragged sequences; a weight may be rounded one off, a digit at a cell's end flip."""
+    """Return whether kernel and reference agree on two ragged sequences, but for a few bits and weights at an edge."""
     draws = iter(jax.random.split(jax.random.key(0), 16))
 
     def draw(*shape: int) -> Array:
@@ -61,7 +61,7 @@ def hash_append(
     Shaped[Array, "batch max_len kv_heads head_dim"],
     UInt32[Array, "batch kv_heads words max_len"],
 ]:
-    """A token's query weights, and the caches with its keys, values and codes at positions `lengths`.
+    """Return a token's query weights, and the caches with its keys, values and codes at positions `lengths`.
 
     Weights are `quantise` of a score head's queries, times their scales, . bit_weights, each sum brought to one length.
     A code's bit is the last digit of the level that (key - mean) . axes + 1/2 lies in.

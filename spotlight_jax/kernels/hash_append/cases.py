@@ -25,8 +25,9 @@ class HashAppendCase:
     dtype: str = "bfloat16"
 
     def draw(self, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Random arrays, and what is static of the call: nothing. Sequences end all over the cache; axes have one to
-        four digits, keys lie on both sides of the outermost cells, and some query heads are in one sum alone."""
+        """Draw random arrays; no argument of the call is static. Sequences end all over the cache; axes have one to
+        four digits, keys lie on both sides of the outermost levels, and some query heads are in one score head
+        alone."""
         draws = iter(jax.random.split(jax.random.key(seed), 16))
         group, per_head = self.q_heads // self.kv_heads, (self.kv_heads, self.head_dim, self.code_bits)
 

@@ -66,14 +66,14 @@ class Plan:
         return self.bits // self.bits_at_once
 
     def multiply(self, x: list[Array], matrix: list["_Asked"], is_exact: bool) -> Array:
-        """A product of chunks: as exact as float32, or by TF32."""
+        """Multiply chunks: as exact as float32, or by TF32."""
         exact = lax.Precision.HIGHEST if self.interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
         precision = exact if is_exact else lax.Precision.DEFAULT
         return sum(plgpu.dot(left, right.get(), precision=precision) for left, right in zip(x, matrix, strict=True))
 
 
 def _power_of_two(number: int) -> int:
-    """The least that is no smaller."""
+    """Return the least power of two that is no smaller."""
     return 1 << (number - 1).bit_length()
 
 
@@ -90,7 +90,7 @@ class _Asked:
     is_there: Array
 
     def get(self) -> Array:
-        """The block in float32, zeros outside of the array."""
+        """Return the block in float32, zeros outside of the array."""
         return jnp.where(self.is_there, self.values.astype(jnp.float32), 0.0)
 
 
@@ -99,14 +99,14 @@ def _ask(ref: Ref, places: tuple[Index, ...], is_there: Array) -> _Asked:
 
 
 def _ask_matrix(ref: Ref, head: Index, bits: Array, plan: Plan) -> list[_Asked]:
-    """Columns of one head's [head_dim, code_bits], in chunks."""
+    """Ask for the columns of one head's [head_dim, code_bits], in chunks."""
     bits = bits[None, :]
     chunks = [dims[:, None] for dims in plan.chunks]
     return [_ask(ref, (head, dims, bits), (dims < plan.head_dim) & (bits < plan.code_bits)) for dims in chunks]
 
 
 def _ask_rows(ref: Ref, sequences: Array, head: Index, plan: Plan) -> list[_Asked]:
-    """One head's vectors, a row a sequence, in chunks."""
+    """Ask for one head's vectors, a row a sequence, in chunks."""
     sequences, chunks = sequences[:, None], [dims[None, :] for dims in plan.chunks]
     return [_ask(ref, (sequences, head, dims), (sequences < plan.batch) & (dims < plan.head_dim)) for dims in chunks]
 
@@ -115,7 +115,7 @@ def _weigh_queries(
     heads_ref: Ref, decode_ref: Ref, members_ref: Ref, log_gain_ref: Ref, weights_ref: Ref,
     first: Index, head: Index, plan: Plan,
 ) -> None:  # fmt: skip
-    """Integer weights of each sum; one scale for all sums of a sequence."""
+    """Write integer weights of each score head; one scale serves all of a sequence."""
     rows = jnp.arange(plan.cfg.rows)
     sequences, sums = first + rows // plan.sums, rows % plan.sums
     decode = _ask_matrix(decode_ref, head, jnp.arange(plan.bits), plan)
@@ -144,7 +144,7 @@ def _weigh_queries(
 
 
 def _places_of(lengths_ref: Ref, first: Index, plan: Plan) -> tuple[Array, Array]:
-    """A program's sequences, and where their new token goes, as a column."""
+    """Return a program's sequences, and where their new token goes, as a column."""
     rows = jnp.arange(plan.cfg.rows)
     sequences = jnp.where(rows < plan.tile, first + rows, plan.batch)  # rows past the tile are no sequence's
     at = plgpu.load(lengths_ref.at[sequences], mask=sequences < plan.batch, other=0)
@@ -155,7 +155,7 @@ def _append_codes(
     heads_ref: Ref, mean_ref: Ref, axes_ref: Ref, cells_ref: Ref, lengths_ref: Ref, cached_codes_ref: Ref,
     part: Index, first: Index, head: Index, plan: Plan,
 ) -> None:  # fmt: skip
-    """A part of each sequence's new key as a code."""
+    """Write a part of the code of each sequence's new key."""
     sequences, at = _places_of(lengths_ref, first, plan)
     bits = part * plan.bits_at_once + jnp.arange(plan.bits_at_once)
     words = part * (plan.bits_at_once // WORD_BITS) + jnp.arange(plan.bits_at_once // WORD_BITS)
@@ -176,7 +176,7 @@ def _copy_heads(
     heads_ref: Ref, lengths_ref: Ref, queries_ref: Ref, cached_keys_ref: Ref, cached_values_ref: Ref,
     first: Index, head: Index, plan: Plan,
 ) -> None:  # fmt: skip
-    """A KV head's queries, and its keys and values to the caches, as they are."""
+    """Copy a KV head's queries, and its keys and values to the caches, as they are."""
     sequences, at = _places_of(lengths_ref, first, plan)
     queries = [head * plan.group + place for place in range(plan.group)]
     key = plan.kv_heads * plan.group + head
@@ -228,7 +228,7 @@ def hash_append_pallas_triton(
     Shaped[Array, "batch max_len kv_heads head_dim"],
     UInt32[Array, "batch kv_heads words max_len"],
 ]:
-    """`hash_append`; half a weight is rounded up, where the reference rounds it to even.
+    """Run `hash_append`; half a weight is rounded up, where the reference rounds it to even.
 
     Queries, keys and values are one operand, which XLA makes in one launch.
     """

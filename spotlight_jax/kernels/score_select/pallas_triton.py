@@ -67,7 +67,7 @@ def _score_kernel(
 def _look(
     counts_ref: Ref, start: Index, bins: int, wanted: Array, is_filled: Bool[Array, "lanes"]
 ) -> tuple[Array, Array, Array, Array]:
-    """Which of `bins` bins holds the last of a row's `wanted` tokens.
+    """Return which of `bins` bins holds the last of a row's `wanted` tokens.
 
     Returns: the bin; tokens in bins before it, the row's and each chunk's; each chunk's tokens in it.
     """
@@ -111,7 +111,7 @@ def _select(
     bounds: Int32[Array, "batch 2"],
     plan: Plan,
 ) -> Int32[Array, "rows max_budget"]:
-    """Chosen positions of every row; bounds are a sequence's end and budget."""
+    """Return chosen positions of every row; bounds are a sequence's end and budget."""
     rows, heads, group = plan.rows, plan.heads, plan.heads // plan.code_heads
     chunk = plan.cfg.choose_chunk(rows, plan.kv_len)
     chunks = -(-plan.kv_len // chunk)
@@ -161,7 +161,7 @@ def score_select_pallas_triton(
     recent_tokens: int = 1,
     interpret: bool = False,
 ) -> tuple[Int32[Array, "batch heads max_budget"], Bool[Array, "batch heads max_budget"]]:
-    """As the reference."""
+    """Compute `score_select` by two kernels."""
     batch, code_heads, words, kv_len = codes.shape
     heads, sums = weights.shape[1:3]
     plan = Plan(

@@ -64,12 +64,12 @@ class Plan:
 
 
 def positions_of(start: Index, step: Index, width: int) -> Int32[Array, "width"]:
-    """Of a step's tokens, from a start on."""
+    """Return the positions of a step's tokens, from a start on."""
     return start + step * width + jnp.arange(width, dtype=jnp.int32)
 
 
 def slots_of(step: Index, width: int, there: Int32[Array, ""]) -> tuple[Any, Bool[Array, "width"]]:
-    """A step's slots in a program's chunk, and whether they are among the `there` that the cache has of it.
+    """Return a step's slots in a program's chunk, and whether they are among the `there` that the cache has of it.
 
     None lie past the chunk: what is asked for ahead of its last step is not read.
     """
@@ -82,7 +82,7 @@ def walk(
     work: Callable[[Index, PyTree, PyTree], PyTree],
     start: PyTree,
 ) -> PyTree:
-    """`work` on each step's `load`, the next one's asked for before: memory is read while there is work."""
+    """Run `work` on each step's `load`, the next one asked for before it: memory is read while there is work."""
 
     def take_step(step: Array, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
         loaded, done = carry
@@ -93,7 +93,7 @@ def walk(
 
 
 def clear_free_slots(places_ref: Ref, budget: Array, plan: Plan, width: int) -> None:
-    """Zeros where a budget is smaller than the greatest."""
+    """Write zeros where a budget is smaller than the greatest."""
 
     def clear_step(step: Array, _: None) -> None:
         slots = positions_of(0, step, width)
@@ -104,12 +104,12 @@ def clear_free_slots(places_ref: Ref, budget: Array, plan: Plan, width: int) -> 
 
 
 def number_operands(count: int, pack: int = 1) -> list[list[str]]:
-    """Names of `count` operands in a program of `run_instruction`, results first: each is `pack` registers in a row."""
+    """Name `count` operands in a program of `run_instruction`, results first: each is `pack` registers in a row."""
     return [[f"${pack * place + token}" for token in range(pack)] for place in range(count)]
 
 
 def run_instruction(program: str, *args: Array, pack: int = 1) -> Int32[Array, "*shape"]:
-    """PTX for every token, or `pack` tokens of a thread at a time: their results are the first operands."""
+    """Run PTX for every token, or `pack` tokens of a thread at a time: its results are the first operands."""
     [result] = plgpu.elementwise_inline_asm(
         program,
         args=args,

@@ -22,7 +22,7 @@ def score_select_in_parts(
     recent_tokens: int = 1,
     impl: Literal["auto", "reference"] = "auto",
 ) -> tuple[Int32[Array, "batch heads max_budget"], Bool[Array, "batch heads max_budget"]]:
-    """`score_select` by `match_score` and `select_top`, both of the implementation that is named."""
+    """Compute `score_select` by `match_score` and `select_top`, both of the implementation that is named."""
     scores = match_score(codes, weights[:, None].astype(jnp.int32), bounds.bits, impl)[:, 0]
     least, greatest = bounds.score_range
     rows = jnp.broadcast_to(ends[:, None], scores.shape[:2])

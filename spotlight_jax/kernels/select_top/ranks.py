@@ -11,7 +11,7 @@ def force_ranks(
     sink_tokens: int,
     recent_tokens: int,
 ) -> UInt32[Array, "*rows kv_len"]:
-    """The ranks with `always` for sinks and the newest tokens, and 0 for slots from each row's end on."""
+    """Return the ranks with `always` for sinks and the newest tokens, and 0 for slots from each row's end on."""
     positions = jnp.arange(ranks.shape[-1], dtype=jnp.int32).reshape((1,) * (ranks.ndim - 1) + (-1,))
     ends = ends[..., None]
     is_always_read = (positions < sink_tokens) | (positions >= ends - recent_tokens)

@@ -33,7 +33,7 @@ def sparse_attention_gather(
     indices: Int32[Array, "batch heads budget"],
     is_real: Bool[Array, "batch heads budget"],
 ) -> Float[Array, "batch q_heads head_dim"]:
-    """`sparse_attention`; queries that share a selection share its rows."""
+    """Compute `sparse_attention`; queries that share a selection share its rows."""
     logits, picked_values = _gather(queries, keys, values, indices, is_real)
     shares = jax.nn.softmax(logits, axis=-1).astype(values.dtype)
     out = jnp.einsum("bhgn,bhnd->bhgd", shares, picked_values, preferred_element_type=jnp.float32)
@@ -50,7 +50,7 @@ def estimated_attention_gather(
     moments: Moments,
     params: TailParams,
 ) -> tuple[Float[Array, "batch q_heads head_dim"], Float[Array, "batch q_heads"]]:
-    """`estimated_attention`; the newest rows are gathered with the others."""
+    """Compute `estimated_attention`; the newest rows are gathered with the others."""
     batch, heads, _ = indices.shape
     kv_heads = keys.shape[2]
     starts = block_start(ends - 1)[:, None, None]
@@ -65,7 +65,7 @@ def estimated_attention_gather(
     read = jnp.einsum("bhgn,bhnd->bhgd", shares, picked_values, preferred_element_type=jnp.float32)
 
     def by_group(rows: Array) -> Array:
-        """From the query heads of a selection to those of a KV head."""
+        """Turn rows by query heads of a selection into rows by those of a KV head."""
         return rows.reshape(batch, kv_heads, -1, *rows.shape[3:])
 
     whole, of_values = query_moments(moments, by_group(queries[:, :, None]))

@@ -73,7 +73,7 @@ class Plan:
 
 
 def _power_of_two(number: int) -> int:
-    """The least that is no smaller."""
+    """Return the least power of two that is no smaller."""
     return 1 << (number - 1).bit_length()
 
 
@@ -164,7 +164,7 @@ def _join_kernel(
     is_split, is_dim = splits < plan.splits, lanes < plan.head_dim
 
     def load(ref: Ref) -> Array:
-        """Numbers or vectors of all splits."""
+        """Load the numbers or vectors of all splits."""
         if len(ref.shape) == 1:
             return plgpu.load(ref.at[splits], mask=is_split, other=0.0)
         is_there = is_split[:, None] & is_dim[None, :]
@@ -195,7 +195,7 @@ def _join_kernel(
 def _load_tail(
     queries_ref: Ref, products_ref: Ref, count_ref: Ref, mean_ref: Ref, params_refs: Sequence[Ref], *, plan: Plan
 ) -> tuple[LogitMoments, ValueMoments, Corrections]:
-    """Moments of all tokens for one query head, and its corrections."""
+    """Load the moments of all tokens for one query head, and its corrections."""
     row, query = pl.program_id(0), pl.program_id(1)
     sequence, head = row // plan.heads, row % plan.heads
     kv_head, q_head = head // (plan.heads // plan.kv_heads), head * plan.group + query
@@ -230,7 +230,7 @@ def _load_tail(
 
 
 def make_plan(queries: Array, keys: Array, indices: Array, has_tail: bool) -> Plan:
-    """How a call is cut: as many programs as keep a GPU busy, each with whole tiles."""
+    """Return how a call is cut: as many programs as keep a GPU busy, each with whole tiles."""
     batch, q_heads, head_dim = queries.shape
     heads, budget = indices.shape[1:]
     cfg = config_here(CONFIGS)
@@ -248,7 +248,7 @@ def sparse_attention_pallas_triton(
     is_real: Bool[Array, "batch heads budget"],
     interpret: bool = False,
 ) -> Float[Array, "batch q_heads head_dim"]:
-    """`sparse_attention`; programs of a row are joined by their softmax sums."""
+    """Compute `sparse_attention`; programs of a row are joined by their softmax sums."""
     plan = make_plan(queries, keys, indices, has_tail=False)
     parts, m, totals, *_ = _read(queries, keys, values, indices, is_real, (), plan, interpret)
     return _join(parts, m, totals, [], (), queries.dtype, plan, interpret)[0].reshape(queries.shape)
@@ -265,7 +265,7 @@ def estimated_attention_pallas_triton(
     params: TailParams,
     interpret: bool = False,
 ) -> tuple[Float[Array, "batch q_heads head_dim"], Float[Array, "batch q_heads"]]:
-    """`estimated_attention`; the programs of a row that multiply moments with queries follow those that read."""
+    """Compute `estimated_attention`; a row's programs that multiply moments with queries follow those that read."""
     plan = make_plan(queries, keys, indices, has_tail=True)
     tail = (ends, moments.covariance)
     parts, m, totals, sums, products = _read(queries, keys, values, indices, is_real, tail, plan, interpret)

@@ -17,7 +17,7 @@ def mass_cost(
     positions: Int32[Array, "q_len"],
     cfg: MassLoss,
 ) -> Float[Array, "three"]:
-    """Attention mass that a soft cut leaves out, that the hard one does, and how many queries leave anything out.
+    """Return the attention mass that a soft cut leaves out, that the hard one does, and how many queries leave any out.
 
     Keys are read by sigmoid((score - cut) / width). The cut moves with the scores near it, so that as many keys are
     read as before, to first order: raising all scores gains nothing, and a key is worth what its probability is above
