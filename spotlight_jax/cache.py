@@ -64,6 +64,11 @@ def empty_layer(
     """Return an unfilled layer.
 
     Args:
+        batch: sequences.
+        max_len: slots of each.
+        kv_heads: KV heads.
+        head_dim: size of a head.
+        dtype: of keys and values.
         code_shape: (code_heads, words), or None for a layer without codes.
         has_moments: whether what is not read will be estimated.
     """

@@ -1,7 +1,7 @@
 """Attention of new tokens over one layer's cache: append first, then read everything, or only what was selected.
 
 Three ways, one shape: `attend_chunk` for prefill, `attend_densely` and `attend_sparsely` for a decoding step. Each
-takes what a decoder layer hands to its `attend` beside the layer's cache, and returns the outputs and the cache with
+takes what a decoder layer hands to its `attend`, and the layer's cache, and returns the outputs and the cache with
 the new tokens in it.
 """
 
@@ -209,7 +209,7 @@ def read_densely(
 
     Args:
         lengths: tokens before the newest.
-        is_read: which sequences' outputs are wanted: the others' are anything, and cost next to nothing; None: all.
+        is_read: sequences whose outputs are used: the others' are anything, and cost next to nothing; None: all.
     """
     is_on_cpu = jax.default_backend() == "cpu"
     is_wide = implementation == "auto" and is_on_cpu and layer.keys.shape[2] <= FEW_KV_HEADS

@@ -70,10 +70,15 @@ def run(
     """Parse flags into a config, call `main` with it, and return the exit code.
 
     0: done; 2: the input cannot be used or the disk fails, which one line on stderr explains; 130: interrupted; 141:
-    who reads our output wants no more (`| head`). Any other exception is our bug and keeps its traceback. Flags and
+    the reader of our output has closed it (`| head`). Any other exception is our bug and keeps its traceback. Flags and
     their help come from the config's fields and the docstrings under them.
 
     Args:
+        main: takes the config.
+        config_class: a frozen dataclass whose fields are the flags.
+        prog: name of the command, for help and errors.
+        description: what it is for, above the flags.
+        args: command line; None: that of this process.
         default: a config whose values the flags start from, or what finds it by the flags (of the run they resume).
     """
     for stream in (sys.stdout, sys.stderr):

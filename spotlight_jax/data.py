@@ -45,10 +45,13 @@ def open_windows(
     """Read, tokenise (once; later runs use the cache) and pack the text.
 
     Args:
-      tokenizer: of `transformers` or `tokenizers`; None if every text is a `.npy` file.
-      vocab_size: the model's; ids in `.npy` files must be below it. Without it, the tokenizer's.
-      progress: called with what is being done, how much is done, and how much there is in all.
-      length: also set aside windows of this many tokens, more than `cfg.window`.
+        cfg: texts, and how they are cut into windows.
+        tokenizer: of `transformers` or `tokenizers`; None if every text is a `.npy` file.
+        vocab_size: the model's; ids in `.npy` files must be below it. None: the tokenizer's.
+        progress: called with what is being done, how much is done, and how much there is in all.
+        length: also set aside windows of this many tokens, more than `cfg.window`.
+
+    Raises: InputError where a text cannot be read, or there are too few tokens.
     """
     encoder = Encoder(tokenizer, vocab_size, progress)
     train = documents.find_sources(cfg.train)

@@ -21,7 +21,7 @@ _TASKS_SHOWN = 4  # the newest is never below a terminal's last line
 
 
 class _Progress(rich.progress.Progress):
-    """Tasks, and a line of its own for the note of the last one: a long note takes no room from bar, count and time."""
+    """Tasks, and a line of its own for the note of the last one: a long one takes no space from bar, count and time."""
 
     def get_renderables(self) -> Iterator[rich.console.RenderableType]:
         """Yield the newest tasks' lines, then the note, cut at the terminal's width."""

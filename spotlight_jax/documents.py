@@ -94,7 +94,7 @@ def _as_given(name: str, given: int, files: Sequence[Path]) -> Source:
 
 
 def _search_folder(folder: Path, name: str) -> tuple[Path, ...]:
-    """Return the files of a folder that are read, in order; what else is there is said."""
+    """Return the files of a folder that are read, in order; a notice names the others."""
     found = sorted(file for file in folder.rglob("*") if file.is_file() and not _is_hidden(file, folder))
     files = tuple(file for file in found if text_files.is_known(file))
     if not files:

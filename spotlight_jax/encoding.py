@@ -143,7 +143,7 @@ class Encoder:
 
 
 class NullCount:
-    """Rows of one text that hold null instead of a text: they are left out, counted, and the count is said."""
+    """Rows of one text that hold null instead of a text: they are left out and counted, and a notice says how many."""
 
     def __init__(self, name: str, column: str) -> None:
         self._name, self._column = name, column

@@ -1,4 +1,4 @@
-"""Prefill and decoding on the device: a prompt in chunks, then blocks of tokens without a word to the host."""
+"""Prefill and decoding on the device: a prompt in chunks, then blocks of tokens that need nothing of the host."""
 
 import dataclasses
 import time
@@ -59,7 +59,16 @@ class Engine:
     """
 
     def __init__(self, model_cfg: DecoderConfig, params: PyTree, selector: Selector | None, cfg: DecodeConfig):
-        """Hold references; nothing is copied or compiled yet. Raises InputError for another model's selector."""
+        """Hold references; nothing is compiled yet.
+
+        Args:
+            model_cfg: of the model.
+            params: the model's weights, on one device or on a mesh.
+            selector: says which tokens are read; None: every token is.
+            cfg: what programs are compiled for.
+
+        Raises: InputError for another model's selector.
+        """
         if selector is not None:
             shape = HeadShape(model_cfg.layers, model_cfg.q_heads, model_cfg.kv_heads, model_cfg.head_dim)
             check_shape(selector.shape, shape, f"the selector (trained for {selector.base_model})")
@@ -84,8 +93,12 @@ class Engine:
         """Run `function(*args, **static)` by its program for these shapes, compiled on first use.
 
         Args:
+            name: of the program, for `programs`.
+            function: pure; arguments that are arrays first.
+            args: arrays and trees of them.
             donate: arguments whose buffers the program may overwrite: the caller gives them up.
             options: XLA's, for this program.
+            **static: what is no array; another value is another program.
         """
         leaves, structure = jax.tree.flatten(args)
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
@@ -236,7 +249,7 @@ class Engine:
     ) -> tuple[LayerSelectors, np.ndarray]:
         """Hash functions for sequences by their lengths at their ends, and which sets those are, `int32[batch]`.
 
-        Codes in `layers` that are of another set (a talk that has grown) are made anew from the cached keys.
+        Codes in `layers` that are of another set (a conversation that has grown) are made anew from the cached keys.
         """
         if self.selector is None:
             return self._sets[0], held
@@ -309,6 +322,7 @@ class Engine:
 
         Args:
             lengths: tokens each sequence has cached; the next step's own token comes on top.
+            is_done: sequences that have ended, which no block looks at.
             starts: the length from which each sequence is read sparsely; None: what the selection says.
         """
         if all(selector is None for selector in self._sets[0]) or is_done.all():

@@ -1,9 +1,11 @@
 """Text in, text out: prompts to tokens, decoding on the device, tokens to text, and a report of what it took.
 
-model = load_model("smollm2-135m")
-selector = load_selector("runs/demo", head_shape(model.cfg))
-for result in generate(model, ["Once upon a time"], GenerateConfig(max_new_tokens=64), selector):
-    print(result.text)
+For example:
+
+    model = load_model("smollm2-135m")
+    selector = load_selector("runs/demo", head_shape(model.cfg))
+    for result in generate(model, ["Once upon a time"], GenerateConfig(max_new_tokens=64), selector):
+        print(result.text)
 """
 
 import dataclasses
@@ -37,14 +39,14 @@ class Generation:
     """One sequence's continuation."""
 
     text: str
-    tokens: tuple[int, ...]
+    tokens: tuple[int, ...]  # the new ones
     prompt_tokens: int
     ended_by: str  # "stop string", "end of text" or "length"
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a generation took; tokens per second count running alone, not compiling."""
+    """What a generation took; seconds of prefill and decoding are without compiling, which has seconds of its own."""
 
     prompt_tokens: int
     new_tokens: int
@@ -77,10 +79,13 @@ def encode_prompts(
     is_chat: bool = False,
     most: int | None = None,
 ) -> list[list[int]]:
-    """Encode prompts as token ids; raises InputError for empty ones and those that leave no room in the context.
+    """Encode prompts as token ids; raises InputError for empty ones, and those too long for the model's context.
 
     Args:
         tokenizer: of the model; None where every prompt is token ids.
+        prompts: texts, or token ids.
+        max_new_tokens: tokens that must fit the context after each prompt.
+        model_cfg: the model's config, for its vocabulary and context.
         is_chat: whether a text is a user's message, put into the model's chat template.
         most: only so many tokens of each prompt, the first ones.
     """
@@ -119,7 +124,7 @@ def make_engine(model: BaseModel, cfg: GenerateConfig, selector: Selector | None
 
 
 class Run:
-    """One generation under way: texts so far, and the clock."""
+    """One generation in progress: texts so far, and the clock."""
 
     def __init__(
         self,
@@ -174,7 +179,7 @@ class Run:
         return all(stream.is_stopped or self._ended(row) for row, stream in enumerate(self.streams))
 
     def step(self, limit: int | None = None) -> list[str]:
-        """Decode a block of at most `limit` steps; the new text of each sequence."""
+        """Decode a block of at most `limit` steps; returns the new text of each sequence."""
         compiled, start = self.engine.compile_seconds, time.perf_counter()
         # a stop string is seen here, not on the device: its sequence stops before the next block
         stopped = np.array([stream.is_stopped for stream in self.streams])
@@ -221,14 +226,19 @@ def generate(
     selector: Selector | None = None,
     engine: Engine | None = None,
 ) -> list[Generation]:
-    """Continue each prompt (text, or token ids); densely where there is no selector.
+    """Continue each prompt; every token is read where there is no selector.
 
     Args:
         model: see `load_model`.
-        prompts: of any lengths; they are decoded together.
-        cfg: how.
-        selector: see `load_selector`.
-        engine: of an earlier call with the same settings, to compile nothing again.
+        prompts: texts or token ids, of any lengths; they are decoded together, as one batch.
+        cfg: how texts are continued; None: `GenerateConfig()`, greedily for 128 tokens.
+        selector: says which tokens are read; see `load_selector`, `fit` and `train`.
+        engine: of `make_engine` with the same model, settings and selector, to compile nothing again.
+
+    Returns: one `Generation` for each prompt, in order.
+
+    Raises: InputError for an empty prompt, one that passes the model's context with `cfg.max_new_tokens`, another
+        model's selector, and logits that are not finite.
     """
     run = _start(model, prompts, cfg or GenerateConfig(), selector, engine)
     while not run.is_done:
@@ -256,7 +266,10 @@ def stream(
     selector: Selector | None = None,
     engine: Engine | None = None,
 ) -> Iterator[str]:
-    """Yield the text after one prompt as it comes; the pieces together are what `generate` returns."""
+    """Yield the text after one prompt as it comes; the pieces together are the text that `generate` returns.
+
+    Args and errors as `generate`, with one prompt.
+    """
     run = _start(model, [prompt], cfg or GenerateConfig(), selector, engine)
     yield from filter(None, run.pieces)
     while not run.is_done:

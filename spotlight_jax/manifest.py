@@ -1,4 +1,4 @@
-"""The hashes of a folder's files, in the folder: what is read is what was written, or what differs is said."""
+"""The hashes of a folder's files, in the folder: what is read is what was written, or what differs is named."""
 
 import hashlib
 import json

@@ -49,7 +49,7 @@ class TextStream:
         return "".join(pieces)
 
     def finish(self) -> str:
-        """Return what was held back: no more tokens will come."""
+        """Return what was held back, as the text ends here."""
         return "" if self.is_stopped else self._settle(self._take(is_last=True), is_last=True)
 
     def _take(self, is_last: bool) -> str:

@@ -209,7 +209,7 @@ def _read_json(file: pathlib.Path, field: str) -> dict[str, Any]:
 def _train_together(
     cfg: AblateConfig, variants: dict[str, LayerwiseConfig], out: pathlib.Path, display: Display, stop: list[int]
 ) -> None:
-    """Train variants step by step beside each other; those of the same text and seed share their forward passes."""
+    """Train variants step by step, side by side; those of the same text and seed share their forward passes."""
     groups: dict[tuple[DataConfig, int], dict[str, LayerwiseConfig]] = {}
     for name, variant in variants.items():
         groups.setdefault((variant.data, variant.seed), {})[name] = variant

@@ -1,4 +1,4 @@
-"""Optional trackers, beside the run folder's own metrics."""
+"""Optional trackers, in addition to the run folder's own metrics."""
 
 import importlib.util
 import pathlib

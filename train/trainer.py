@@ -67,7 +67,7 @@ class Trainer:
             inputs: model and text.
             state: of step 0, from `first_state`.
             folder: of the run.
-            display: where progress is told.
+            display: where progress is shown.
             beside: another run, on whose held-out windows this one is evaluated too.
         """
         self.plan, self.inputs, self.state, self.folder, self._display = inputs.plan, inputs, state, folder, display
@@ -245,7 +245,7 @@ def correct_tails(inputs: Inputs, sets: list[HashFunctions], first: int, display
         inputs: model and text.
         sets: hash functions for one length after another.
         first: number of the first window that the corrections are trained on.
-        display: where progress is told.
+        display: where progress is shown.
     """
     cfg, layers, found, errors, curves = inputs.plan.cfg, inputs.plan.shape.layers, [], [], []
     for place, functions in enumerate(sets):

@@ -1,4 +1,4 @@
-"""A talk in the terminal with a model that a server runs."""
+"""A conversation in the terminal with a model that a server runs."""
 
 import json
 import os
@@ -93,7 +93,7 @@ def main(cfg: ChatCommandConfig, read: Callable[[str], str] = input) -> list[dic
 def _answer(
     server: Server, messages: list[dict[str, str]], cfg: ChatCommandConfig, notes: Console
 ) -> list[dict[str, str]]:
-    """Show an answer; returns the talk with it, or as it was before where there is none."""
+    """Show an answer; returns the conversation with it, or as it was before where there is none."""
     text, reason, usage = "", None, None
     try:
         check_text(messages[-1]["content"])

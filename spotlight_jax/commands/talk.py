@@ -1,4 +1,4 @@
-"""A talk with a model in the terminal."""
+"""A conversation with a model in the terminal."""
 
 from collections.abc import Callable
 
@@ -24,7 +24,7 @@ class Talk:
         """Begin with nothing said.
 
         Args:
-            limit: most tokens of the talk, the next answer included.
+            limit: most tokens of the conversation, the next answer included.
             notes: where a terminal shows what is being waited for.
         """
         self.model, self.engine, self.cfg, self.limit, self.notes = model, engine, cfg, limit, notes
@@ -49,7 +49,7 @@ class Talk:
                 f"the talk has {len(tokens)} tokens, and with {most} for the answer passes its limit of {self.limit}; "
                 + ("say /new to start again" if len(self.messages) > 1 else "shorten what you said")
             )
-        # what the template makes of the talk so far is what was cached, unless it rewrites earlier turns
+        # what the template makes of the messages so far is what was cached, unless it rewrites earlier turns
         keeps = self.state is not None and tokens[: len(self.cached)] == self.cached and len(tokens) > len(self.cached)
         rope = self.model.cfg.rope
         if rope.kind == "dynamic" and len(tokens) + most > rope.trained_len:

@@ -14,7 +14,7 @@ MOST_STOPS = 32  # ids that can end a sequence: a step compares with so many, wh
 
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig:
-    """What a compiled decoding step depends on beside shapes."""
+    """What a compiled decoding step depends on, apart from shapes."""
 
     selection: SelectionConfig = dataclasses.field(default_factory=SelectionConfig)
     prefill_chunk: int | None = None

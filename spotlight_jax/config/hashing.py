@@ -42,8 +42,8 @@ class TransformConfig(_CodeConfig):
     and real query weights; symmetric: queries and keys share a network and both become bits (the paper). Each has
     flags of its own."""
     sums: Literal[1, 2] = 2
-    """How a KV head's query heads score a token together: 1: all are added up; 2: one part of them is, and the rest,
-    and the higher sum counts, so that the many do not drown what a few look for."""
+    """How a KV head's query heads score a token together: 1: all scores are added up; 2: those of one part of the heads
+    are, and those of the rest, and the higher sum counts, so that a few heads are heard among many."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class NetworkConfig(_CodeConfig):
     """asymmetric: a trained network's bits and real query weights; symmetric: queries and keys share a network and both
     become bits (the paper); transform: coordinates on fitted axes in fixed point. Each has flags of its own."""
     skip: Literal["none", "layers", "rotation"] = "rotation"
-    """What runs beside a network: nothing (the paper), an identity around each of its two layers (the released code),
+    """What is added to a network: nothing (the paper), an identity around each of its two layers (the released code),
     or a trained rotation with the network's last layer at zero, so that step 0 is orthogonal LSH."""
     hidden: int = 128
     """Width of a network's hidden layer."""

@@ -66,7 +66,7 @@ class PairLoss(_Loss):
     """pairs: top keys above others, by Bradley-Terry (the paper); mass: the attention probability that is read. Each
     has flags of its own."""
     tops: int = 48
-    """Random ranks of the top set per query, spread over it; no more than the largest top set of a window."""
+    """Random ranks of the top set per query, spread over it; at most the largest top set of a window."""
     others: int = 256
     """Random ranks of the remaining keys per query."""
     always_top: int = 8

@@ -25,7 +25,7 @@ class Op:
 
     @property
     def plain(self) -> tuple[str, ...]:
-        """Implementations beside the reference that run on any device."""
+        """Implementations other than the reference that run on any device."""
         return tuple(name for name in get_args(self.impl) if name not in ("auto", "reference", "pallas_triton"))
 
     def implementations(self, case: Any) -> tuple[str, ...]:

@@ -155,7 +155,7 @@ def nearest(name: object, known: tuple[str, ...] | list[str] | dict[str, Any]) -
 def config_from_hf(config: dict[str, Any], generation: dict[str, Any] | None = None) -> DecoderConfig:
     """Return the decoder that a Hugging Face `config.json` describes.
 
-    Reads both spellings of RoPE scaling: `rope_scaling` beside `rope_theta`, and transformers 5's `rope_parameters`.
+    Reads both spellings of RoPE scaling: `rope_scaling` with `rope_theta`, and transformers 5's `rope_parameters`.
 
     Args:
         config: the fields of `config.json`.

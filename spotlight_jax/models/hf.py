@@ -16,7 +16,7 @@ from spotlight_jax.models.sharding import Path
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-# of weights; what is quantised has numbers beside it that say what they mean
+# of weights; what is quantised comes with scales, which are not read
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _PARTS = {
     "attention_norm": "input_layernorm",

@@ -25,12 +25,12 @@ from spotlight_jax.models.tokenizer import load_tokenizer, tokenizer_from_gguf
 
 @dataclasses.dataclass(frozen=True)
 class BaseModel:
-    """A frozen decoder with its weights and tokenizer; `source` is what the user named."""
+    """A frozen decoder with its weights and tokenizer."""
 
     cfg: DecoderConfig
-    params: Params
+    params: Params  # the tree that `models.decoder` describes
     tokenizer: transformers.PreTrainedTokenizerBase
-    source: str
+    source: str  # as the user named it
 
 
 def load_model(source: str, dtype: Any = None, placement: Placement | None = None) -> BaseModel:

@@ -230,7 +230,7 @@ def by_heads(
 ) -> Callable[[Array, Array, Array], tuple[Array, PyTree]]:
     """Return what a decoder layer attends with: `attend` on each device for its own heads and sequences.
 
-    Heads share nothing: hashing, scoring, selecting, reading and estimating need no word between devices.
+    Heads share nothing: hashing, scoring, selecting, reading and estimating need no communication between devices.
 
     Args:
         attend: (queries, keys, values, layer, selector, *rows) to outputs and the layer's cache.

@@ -24,7 +24,7 @@ _WORDS = (
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")  # its first line: a token in base64, and its rank
 _NO_SENTENCEPIECE = "tokenizer.model is damaged, or no sentencepiece file; fetch it again"
-# taken from here by who only names the type: this package has told transformers to say nothing of torch
+# modules that only name the type import it from here: this package keeps transformers from reporting torch missing
 Tokenizer = transformers.PreTrainedTokenizerBase
 _SPECIAL, _USER_DEFINED = 3, 4  # token types of the GGUF specification
 

@@ -1,7 +1,7 @@
 """What every form of hash functions is: keys become binary codes, queries become weights of the bits.
 
-Two forms share one scoring rule (`weights`) and one code layout: `transform` (the default) and `networks` (asymmetric,
-and the paper's symmetric). Nothing outside this package asks which of them it holds.
+All forms share one scoring rule (`weights`) and one code layout: `transform` (the default), and with `networks` the
+asymmetric form and the paper's symmetric one. Nothing outside this package asks which of them it holds.
 """
 
 import dataclasses

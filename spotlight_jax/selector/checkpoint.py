@@ -77,7 +77,15 @@ def flatten(params: HashFunctions) -> dict[str, jax.Array]:
 
 
 def save_selector(folder: pathlib.Path, selector: Selector, card: str) -> None:
-    """Write a selector folder, Orbax and safetensors side by side."""
+    """Write a selector folder, Orbax and safetensors side by side.
+
+    Args:
+        folder: made where it is not there yet.
+        selector: of training, `fit` or `load_selector`.
+        card: text of the folder's README.md, such as `selector.card.write_card` writes.
+
+    Raises: InputError where an array holds NaN or Inf; OSError where the folder cannot be written.
+    """
     arrays = {name: np.asarray(array) for name, array in flatten(selector.params).items()}
     for most, params in selector.shorter:
         arrays |= {f"{_prefix(most)}{name}": np.asarray(array) for name, array in flatten(params).items()}
@@ -120,7 +128,7 @@ def _write_orbax(folder: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def load_selector(folder: str | pathlib.Path, shape: HeadShape | None = None) -> Selector:
-    """Read a selector folder.
+    """Read a selector from a folder or from the hub.
 
     Args:
         folder: what `save_selector` wrote, or a run folder that holds one as `selector/`, or `hf:owner/name` and

@@ -3,7 +3,7 @@
 The transform form is a transform code of the keys, as one codes signals for few bits. A score and the true score differ
 by q . (k - decoded k). Its mean square is least when keys are turned so that errors weigh alike in all directions (by
 the root of the queries' second moment) and then into their principal axes; each axis gets bits by its variance (Huang
-and Schultheiss, Block quantization of correlated Gaussian random variables, 1963), and each of them halves the cells
+and Schultheiss, Block quantization of correlated Gaussian random variables, 1963), and each of them halves the levels
 of those before it (uniform levels: Max, Quantizing for minimum distortion, 1960). A score is the dot product with the
 decoded key, which is linear in the bits.
 
@@ -28,7 +28,7 @@ MOST_DIGITS = 7  # of one axis, where axes are not too few for that
 # Mean square error of 2^b uniform levels for a standard normal variable, and the step between two levels (Max 1960)
 _ERROR = (1.0, 0.3634, 0.1188, 0.03744, 0.01154, 0.003495, 0.001041)
 _STEP = (0.0, 1.596, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041)
-_ROOM = 1.25  # cells reach that much further than is best for a normal variable: keys have heavier tails
+_ROOM = 1.25  # levels reach that much further than is best for a normal variable: keys have heavier tails
 
 
 @flax.struct.dataclass
@@ -131,7 +131,7 @@ def fit_axes(
     counts = digits.tolist()
     axis = np.repeat(np.arange(len(counts)), counts)
     place = np.concatenate([np.arange(count) for count in counts])
-    width = _ROOM * deviations * np.array([step_of(count) * 2.0**count for count in counts])  # of all cells of an axis
+    width = _ROOM * deviations * np.array([step_of(count) * 2.0**count for count in counts])  # of all levels of an axis
     one_digit = 2 * np.sqrt(2 / np.pi) * deviations  # between the means of a normal variable's halves
     worth = np.where(digits[axis] == 1, one_digit[axis], width[axis] * 0.5 ** (place + 1))
     return (root @ turned)[:, axis] / width[axis], 2.0 ** (place + 1), (inverse @ turned)[:, axis] * worth

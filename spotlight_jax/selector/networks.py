@@ -40,7 +40,7 @@ class NetworkWeights:
 
     keys: HashNetwork
     queries: HashNetwork | None  # None: the symmetric form, which hashes queries with `keys`
-    log_head_scale: Float[Array, "*layers q_heads"] | None  # scale of the asymmetric scores: their say in a group's sum
+    log_head_scale: Float[Array, "*layers q_heads"] | None  # asymmetric: scale of a head's scores in its group's sum
 
 
 @flax.struct.dataclass
@@ -181,13 +181,13 @@ def init_layer(key: PRNGKeyArray, cfg: NetworkConfig, shape: HeadShape) -> Netwo
     code_heads = shape.kv_heads if cfg.code_heads == "kv" else shape.q_heads
     plane_key, keys_key, queries_key = jax.random.split(key, 3)
     planes = orthogonal_planes(plane_key, code_heads, shape.head_dim, cfg.code_bits)
-    keys, queries, gain = _init_network(keys_key, code_heads, shape.head_dim, cfg, planes), None, None
+    keys, queries, log_scale = _init_network(keys_key, code_heads, shape.head_dim, cfg, planes), None, None
     if cfg.form == "asymmetric":
         shared = jnp.repeat(planes, shape.group, axis=0)
         queries = _init_network(queries_key, shape.q_heads, shape.head_dim, cfg, shared)
-        gain = jnp.full((shape.q_heads,), -0.5 * math.log(cfg.code_bits / 16), jnp.float32)
+        log_scale = jnp.full((shape.q_heads,), -0.5 * math.log(cfg.code_bits / 16), jnp.float32)
     size = (shape.kv_heads, shape.head_dim)
-    return NetworkHash(NetworkWeights(keys, queries, gain), KeyStats(jnp.zeros(size), jnp.ones(size)), cfg)
+    return NetworkHash(NetworkWeights(keys, queries, log_scale), KeyStats(jnp.zeros(size), jnp.ones(size)), cfg)
 
 
 def _apply_network(

@@ -1,4 +1,4 @@
-"""The transform form, the default: keys become digits of fitted coordinates, queries learn what each bit is worth.
+"""The transform form, the default: keys become digits of fitted coordinates, queries learn a weight for each bit.
 
 A key's code holds its coordinates on axes that were fitted to text, in fixed point with as many bits each as their
 variance deserves (`fitting`). A query's bit weights are a linear map of it, and are what is trained. Their plain JAX is
@@ -24,8 +24,8 @@ from spotlight_jax.selector.base import HashFunctions, HeadShape, Sample, orthog
 class TransformWeights:
     """All that is trained of the transform form."""
 
-    bit_weights: Float[Array, "*layers kv_heads head_dim code_bits"]  # what a bit is worth, by the query
-    log_head_scale: Float[Array, "*layers q_heads"]  # a query head's say in its score head
+    bit_weights: Float[Array, "*layers kv_heads head_dim code_bits"]  # of a bit, by the query
+    log_head_scale: Float[Array, "*layers q_heads"]  # scale of a query head in its score head
 
 
 @flax.struct.dataclass

@@ -1,4 +1,4 @@
-"""What Prometheus can ask for."""
+"""Metrics of the server for Prometheus."""
 
 from collections.abc import Iterator
 

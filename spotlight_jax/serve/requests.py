@@ -1,4 +1,4 @@
-"""What the scheduler is asked for, and what it tells while it works."""
+"""What the scheduler is asked for, and the events that it sends while it works."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -89,4 +89,4 @@ class QueueFullError(Exception):
 
 
 class StoppingError(Exception):
-    """The server takes no more requests."""
+    """The server is stopping and takes no requests."""

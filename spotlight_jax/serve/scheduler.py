@@ -87,7 +87,7 @@ class Ticket:
 
 
 class Observer:
-    """What is told about requests as they go; this one listens to nothing."""
+    """Receiver of what happens to requests; this one ignores all of it."""
 
     def first_token(self, seconds: float) -> None:
         """A request got its first token after so long."""
@@ -118,7 +118,7 @@ class Scheduler:
             tokenizer: of the model; used by the scheduler's thread alone.
             block: most tokens decoded at once.
             queue: most requests that wait.
-            observer: is told what happens.
+            observer: receives what happens.
             clock: seconds.
         """
         self.slots, self.tokenizer, self.block, self.queue = slots, tokenizer, block, queue

@@ -52,7 +52,7 @@ class Strict(pydantic.BaseModel):
 
 
 class StreamOptions(Strict):
-    """What a stream holds beside text."""
+    """What a stream holds apart from text."""
 
     include_usage: bool = False
     include_obfuscation: Literal[False] = False
@@ -112,7 +112,7 @@ class ChatBody(Body):
 
     @property
     def most_logprobs(self) -> int | None:
-        """Most probable tokens to tell at each place; None: not even the chosen one's probability."""
+        """Number of most probable tokens to return for each token; None: not even the chosen one's probability."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
@@ -138,7 +138,7 @@ class CompletionBody(Body):
 
     @property
     def most_logprobs(self) -> int | None:
-        """Most probable tokens to tell at each place; None: not even the chosen one's probability."""
+        """Number of most probable tokens to return for each token; None: not even the chosen one's probability."""
         return self.logprobs
 
     @property

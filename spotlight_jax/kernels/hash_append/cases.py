@@ -34,13 +34,13 @@ class HashAppendCase:
         def draw(*shape: int, scale: float = 1.0, dtype: str = "float32") -> Array:
             return scale * jax.random.normal(next(draws), shape, dtype)
 
-        members = jax.random.bernoulli(next(draws), 0.5, (self.kv_heads, self.sums, group)).astype(jnp.float32)
+        assignment = jax.random.bernoulli(next(draws), 0.5, (self.kv_heads, self.sums, group)).astype(jnp.float32)
         transform = Transform(
             mean=draw(self.kv_heads, self.head_dim),
             axes=draw(*per_head, scale=0.4 * self.head_dim**-0.5),
             levels=2.0 ** jax.random.randint(next(draws), (self.kv_heads, self.code_bits), 1, 5),
             bit_weights=draw(*per_head),
-            head_assignment=members.at[:, :, 0].set(1.0),  # no sum is empty
+            head_assignment=assignment.at[:, :, 0].set(1.0),  # no sum is empty
             log_head_scale=draw(self.q_heads),
         )
         heads = self.q_heads, self.kv_heads, self.kv_heads

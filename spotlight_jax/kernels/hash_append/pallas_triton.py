@@ -112,24 +112,24 @@ def _ask_rows(ref: Ref, sequences: Array, head: Index, plan: Plan) -> list[_Aske
 
 
 def _weigh_queries(
-    heads_ref: Ref, decode_ref: Ref, members_ref: Ref, log_gain_ref: Ref, weights_ref: Ref,
+    heads_ref: Ref, bit_weights_ref: Ref, assignment_ref: Ref, log_scale_ref: Ref, weights_ref: Ref,
     first: Index, head: Index, plan: Plan,
 ) -> None:  # fmt: skip
     """Write integer weights of each score head; one scale serves all of a sequence."""
     rows = jnp.arange(plan.cfg.rows)
     sequences, sums = first + rows // plan.sums, rows % plan.sums
-    decode = _ask_matrix(decode_ref, head, jnp.arange(plan.bits), plan)
+    bit_weights = _ask_matrix(bit_weights_ref, head, jnp.arange(plan.bits), plan)
     places = range(plan.group)
     queries = [_ask_rows(heads_ref, sequences, head * plan.group + place, plan) for place in places]
-    is_member = [plgpu.load(members_ref.at[head, sums, place]) for place in places]
-    gains = [jnp.exp(log_gain_ref[head * plan.group + place]) for place in places]
-    shares = [(is_part * gain)[:, None] for is_part, gain in zip(is_member, gains, strict=True)]
+    is_part_of = [plgpu.load(assignment_ref.at[head, sums, place]) for place in places]
+    scales = [jnp.exp(log_scale_ref[head * plan.group + place]) for place in places]
+    shares = [(is_part * scale)[:, None] for is_part, scale in zip(is_part_of, scales, strict=True)]
 
     def mix(chunk: int) -> Array:
         parts = [share * asked[chunk].get() for share, asked in zip(shares, queries, strict=True)]
         return functools.reduce(operator.add, parts)
 
-    weights = plan.multiply([mix(chunk) for chunk in range(len(plan.chunks))], decode, is_exact=False)
+    weights = plan.multiply([mix(chunk) for chunk in range(len(plan.chunks))], bit_weights, is_exact=False)
     squares, sizes = jnp.sum(jnp.square(weights), axis=1), jnp.abs(weights)
     largest, total = jnp.max(sizes, axis=1), jnp.sum(sizes, axis=1)
     norm = lax.rsqrt(squares + 1e-12)
@@ -152,7 +152,7 @@ def _places_of(lengths_ref: Ref, first: Index, plan: Plan) -> tuple[Array, Array
 
 
 def _append_codes(
-    heads_ref: Ref, mean_ref: Ref, axes_ref: Ref, cells_ref: Ref, lengths_ref: Ref, cached_codes_ref: Ref,
+    heads_ref: Ref, mean_ref: Ref, axes_ref: Ref, levels_ref: Ref, lengths_ref: Ref, cached_codes_ref: Ref,
     part: Index, first: Index, head: Index, plan: Plan,
 ) -> None:  # fmt: skip
     """Write a part of the code of each sequence's new key."""
@@ -163,11 +163,11 @@ def _append_codes(
     keys = _ask_rows(heads_ref, sequences, plan.kv_heads * plan.group + head, plan)
     chunks = [dims[None, :] for dims in plan.chunks]
     means = [_ask(mean_ref, (head, dims), dims < plan.head_dim) for dims in chunks]
-    cells = plgpu.load(cells_ref.at[head, bits], mask=bits < plan.code_bits, other=2.0)[None, :]
+    levels = plgpu.load(levels_ref.at[head, bits], mask=bits < plan.code_bits, other=2.0)[None, :]
     centred = [key.get() - mean.get() for key, mean in zip(keys, means, strict=True)]
     coordinates = plan.multiply(centred, axes, is_exact=True) + 0.5
-    cell = jnp.ceil(cells * jnp.clip(coordinates, 0.5 / cells, 1 - 0.5 / cells)).astype(jnp.int32) - 1
-    codes = pack_bits(cell & 1)
+    level = jnp.ceil(levels * jnp.clip(coordinates, 0.5 / levels, 1 - 0.5 / levels)).astype(jnp.int32) - 1
+    codes = pack_bits(level & 1)
     is_word = (sequences < plan.batch)[:, None] & (words < plan.code_bits // WORD_BITS)[None, :]
     plgpu.store(cached_codes_ref.at[sequences[:, None], head, words[None, :], at], codes, mask=is_word)
 
@@ -190,8 +190,8 @@ def _copy_heads(
 
 
 def _kernel(
-    heads_ref: Ref, mean_ref: Ref, axes_ref: Ref, cells_ref: Ref, decode_ref: Ref, members_ref: Ref,
-    log_gain_ref: Ref, lengths_ref: Ref, _keys: Ref, _values: Ref, _codes: Ref, queries_ref: Ref, weights_ref: Ref,
+    heads_ref: Ref, mean_ref: Ref, axes_ref: Ref, levels_ref: Ref, bit_weights_ref: Ref, assignment_ref: Ref,
+    log_scale_ref: Ref, lengths_ref: Ref, _keys: Ref, _values: Ref, _codes: Ref, queries_ref: Ref, weights_ref: Ref,
     cached_keys_ref: Ref, cached_values_ref: Ref, cached_codes_ref: Ref,
     *, plan: Plan,
 ) -> None:  # fmt: skip
@@ -200,11 +200,11 @@ def _kernel(
 
     @pl.when(kind < plan.code_parts)
     def append() -> None:
-        _append_codes(heads_ref, mean_ref, axes_ref, cells_ref, lengths_ref, cached_codes_ref, kind, *place)
+        _append_codes(heads_ref, mean_ref, axes_ref, levels_ref, lengths_ref, cached_codes_ref, kind, *place)
 
     @pl.when(kind == plan.code_parts)
     def weigh() -> None:
-        _weigh_queries(heads_ref, decode_ref, members_ref, log_gain_ref, weights_ref, *place)
+        _weigh_queries(heads_ref, bit_weights_ref, assignment_ref, log_scale_ref, weights_ref, *place)
 
     @pl.when(kind > plan.code_parts)
     def copy() -> None:

@@ -24,8 +24,8 @@ class Transform(NamedTuple):
     axes: Float[Array, "kv_heads head_dim code_bits"]
     levels: Float[Array, "kv_heads code_bits"]
     bit_weights: Float[Array, "kv_heads head_dim code_bits"]
-    head_assignment: Float[Array, "kv_heads score_heads group"]  # 1 where a query head is part of a sum
-    log_head_scale: Float[Array, "q_heads"]  # what a query head counts in its sum
+    head_assignment: Float[Array, "kv_heads score_heads group"]  # 1 where a query head is part of a score head
+    log_head_scale: Float[Array, "q_heads"]  # scale of a query head in its score head
 
 
 def key_digits(

@@ -33,8 +33,8 @@ def match_score(
     weight_bits: int,
     impl: MatchScoreImpl = "auto",
 ) -> Int32[Array, "batch q_len heads kv_len"]:
-    """Return the max over r of the sum over bits c of weights[b, t, h, r, c] * bit c of codes[b, h // (heads //
-    code_heads), :, s], each sum less half of its weights (`weights.halves`).
+    """Return scores [b, t, h, s]: the highest over r of the sums over c of weights[b, t, h, r, c] * bit c of
+    codes[b, h // (heads // code_heads), :, s], each sum less half of its weights (`weights.halves`).
 
     Args:
         codes: word-major packed codes; bit c of a code is bit c % 32 of word c // 32.

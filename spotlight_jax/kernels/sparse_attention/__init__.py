@@ -101,7 +101,7 @@ def estimated_attention(
 
     Args:
         ends: cached tokens of each sequence; its query belongs to the last. The newest are those of the last one's
-            block of `tail.BLOCK`.
+            block of `moments.BLOCK`.
         moments: of all tokens before the newest. The reference, which reads the whole cache, makes its own.
         params: corrections; leaves lead with the batch, or with 1 where they are the same for all of it.
 

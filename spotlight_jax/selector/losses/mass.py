@@ -20,8 +20,8 @@ def mass_cost(
     """Return the attention mass that a soft cut leaves out, that the hard one does, and how many queries leave any out.
 
     Keys are read by sigmoid((score - cut) / width). The cut moves with the scores near it, so that as many keys are
-    read as before, to first order: raising all scores gains nothing, and a key is worth what its probability is above
-    the mean of those near the cut.
+    read as before, to first order: raising all scores gains nothing, and what a key gains is what its probability is
+    above the mean of those near the cut.
     """
     counts = top_counts(positions, codes.shape[1], cfg)[None, :, None]
     is_seen = ranked > -jnp.inf

@@ -29,7 +29,7 @@ class Pairs:
 
 
 def _spread(key: PRNGKeyArray, shape: tuple[int, int], picks: int) -> Float[Array, "q_heads q_len picks"]:
-    """Return random points of [0, 1), one in each of `picks` equal strata: ranks spread so do not repeat."""
+    """Return random points of [0, 1), one in each of `picks` equal strata: such ranks do not repeat."""
     points = (jnp.arange(picks)[None, None] + jax.random.uniform(key, (*shape, picks))) / picks
     return jnp.minimum(points, 1 - 2**-24)  # the last one can round to 1: a rank past the end, and NaN
 
@@ -43,7 +43,7 @@ def sample_pairs(
     """Sample top and other keys of each query and head, by `target_scores`.
 
     Other keys are drawn from the whole window, once for all heads and queries given; a query drops those that are top
-    or that it does not see, as in the paper: one early in the window so has fewer pairs, and less say.
+    or that it does not see, as in the paper: one early in the window so has fewer pairs, and less weight.
     """
     top_key, other_key = jax.random.split(key)
     kv_len, heads_and_queries = scores.shape[-1], (scores.shape[0], scores.shape[1])
