@@ -235,10 +235,12 @@ def generate(
         selector: says which tokens are read; see `load_selector`, `fit` and `train`.
         engine: of `make_engine` with the same model, settings and selector, to compile nothing again.
 
-    Returns: one `Generation` for each prompt, in order.
+    Returns:
+        One `Generation` for each prompt, in order.
 
-    Raises: InputError for an empty prompt, one that passes the model's context with `cfg.max_new_tokens`, another
-        model's selector, and logits that are not finite.
+    Raises:
+        InputError: a prompt that is empty, or passes the model's context with `cfg.max_new_tokens`; another model's
+            selector; logits that are not finite.
     """
     run = _start(model, prompts, cfg or GenerateConfig(), selector, engine)
     while not run.is_done:

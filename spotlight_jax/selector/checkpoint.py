@@ -84,7 +84,9 @@ def save_selector(folder: pathlib.Path, selector: Selector, card: str) -> None:
         selector: of training, `fit` or `load_selector`.
         card: text of the folder's README.md, such as `selector.card.write_card` writes.
 
-    Raises: InputError where an array holds NaN or Inf; OSError where the folder cannot be written.
+    Raises:
+        InputError: an array holds NaN or Inf.
+        OSError: the folder cannot be written.
     """
     arrays = {name: np.asarray(array) for name, array in flatten(selector.params).items()}
     for most, params in selector.shorter:
