@@ -273,8 +273,7 @@ class _Local:
         return kept
 
     def set_aside_long(self, length: int) -> np.ndarray | None:
-        """Return one window of `length` tokens near the middle that training never sees; None if there is no such
-        place."""
+        """Return one window of `length` tokens near the middle that training never sees; None where none fits."""
         cells = -(-length // self._window)
         run = self._grid[cells - 1 :] - self._grid[: len(self._grid) - cells + 1] == cells - 1  # no cell is missing
         starts = np.flatnonzero(run)

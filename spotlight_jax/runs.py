@@ -47,8 +47,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: pathlib.Path, cfg: Any) -> "RunFolder":
-        """Create a folder with `config.yaml` and `env.json`; raises InputError where it is taken or cannot be
-        written."""
+        """Create a folder with `config.yaml` and `env.json`; raises InputError where it is taken or not writable."""
         cls.check_free(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -202,7 +201,7 @@ def next_free(parent: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def environment() -> dict[str, Any]:
-    """Return versions and devices, for the record."""
+    """Return the versions and devices, for the record."""
     import jax  # not at the top: who reads a config needs no device
 
     versions = {}

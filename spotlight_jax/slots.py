@@ -170,7 +170,7 @@ class Slots:
         return self.set_of(end) + (end << 8 if is_own else 0)
 
     def next_size(self, prefill: Prefill) -> int:
-        """Return tokens that the next `advance` works on, padding included."""
+        """Return the tokens that the next `advance` works on, padding included."""
         left = len(prefill.prompt) - prefill.done
         return next((size for size in self.sizes if size >= left), self.chunk)
 

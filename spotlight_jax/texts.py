@@ -48,7 +48,7 @@ class Text:
 
 
 def cache_dir() -> Path:
-    """Return folder for everything fetched or derived; the environment variable SPOTLIGHT_CACHE overrides it."""
+    """Return the folder for everything fetched or derived; the environment variable SPOTLIGHT_CACHE overrides it."""
     return Path(os.environ.get("SPOTLIGHT_CACHE") or platformdirs.user_cache_dir("spotlight-jax")).expanduser()
 
 

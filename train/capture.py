@@ -105,8 +105,8 @@ def capture(
     cfg: DecoderConfig,
     mesh: Mesh,
 ) -> Captured:
-    """Return what every layer sees of some windows, for one way after another of placing them: leaves `[ranges *
-    layers, windows, ...]`, the first axis spread over the mesh's devices.
+    """Return what every layer sees of some windows, for one way after another of placing them: leaves
+    `[ranges * layers, windows, ...]`, the first axis spread over the mesh's devices.
 
     The model is frozen, so windows can be passed forward at the same time on different devices (their number must be a
     multiple of the devices along `windows_axis`) before their steps are taken one after another: the result is that of
@@ -140,7 +140,7 @@ def capture_layers(
 
 
 def padded_layers(layers: int, mesh: Mesh) -> int:
-    """Return layers rounded up to a multiple of the mesh's size."""
+    """Return the number of layers, rounded up to a multiple of the mesh's size."""
     return -(-layers // mesh.size) * mesh.size
 
 

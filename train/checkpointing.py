@@ -121,7 +121,7 @@ def newest_step(folder: pathlib.Path) -> tuple[int | None, dict[int, str]]:
 
 
 def _steps(folder: pathlib.Path) -> list[int]:
-    """Return steps that have a folder, the newest first."""
+    """Return the steps that have a folder, the newest first."""
     return sorted(
         (int(path.name) for path in folder.glob("*") if path.name.isdecimal() and path.is_dir()), reverse=True
     )

@@ -146,7 +146,7 @@ def compiled_step_bytes(plan: Plan) -> int:
 
 
 def estimate_memory(plan: Plan) -> dict[str, int]:
-    """Return bytes per device of the large parts of a step; the flags that bound each are its name's suffix."""
+    """Return the bytes per device of the large parts of a step; the flags that bound each are its name's suffix."""
     cfg, model, devices = plan.cfg, plan.model, plan.mesh.size
     layers = -(-plan.rows // devices)  # of hash functions: each length has its own
     at_a_time = plan.windows_at_once

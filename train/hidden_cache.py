@@ -108,7 +108,7 @@ class HiddenCache:
         return self._folder / f"window-{window:07d}.npy"
 
     def span(self, window: int) -> range:
-        """Return windows that are on disk together with this one."""
+        """Return the windows that are on disk together with this one."""
         first = window // self._plan.windows_at_once * self._plan.windows_at_once
         return range(first, min(first + self._plan.windows_at_once, self._plan.windows))
 
@@ -185,8 +185,8 @@ def identify(
 def hidden_states(
     params: Params, tokens: Int32[Array, "one window"], positions: Int32[Array, "ranges one window"], cfg: DecoderConfig
 ) -> np.ndarray:
-    """Return hidden states before each layer of one window, placed one way after another: `[ranges * layers, window,
-    embed]` on the host."""
+    """Return the hidden states before each layer of one window, placed one way after another, on the host:
+    `[ranges * layers, window, embed]`."""
     states = []
     for own in positions:
         x = embed_tokens(params, tokens, cfg)

@@ -31,7 +31,7 @@ class FarWindows:
     is_whole: bool  # as long as the context, not short windows whose positions jump to its end
 
     def picks(self, queries: int) -> Int32[np.ndarray, " picks"]:
-        """Return places of the queries: spread over the last quarter, the last token included."""
+        """Return the places of the queries: spread over the last quarter, the last token included."""
         window = self.tokens.shape[1]
         count, quarter = min(queries, MOST_QUERIES, window - window * 3 // 4), window - window * 3 // 4
         return (window - quarter + np.arange(1, count + 1) * quarter // count - 1).astype(np.int32)

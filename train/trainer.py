@@ -159,7 +159,7 @@ class Trainer:
         self._track(self.step, {name: value for name, value in row.items() if name != "step"})
 
     def quality_by(self, cfg: EvaluationConfig) -> SelectionQuality:
-        """Return quality of the hash functions as they are, on the held-out windows."""
+        """Return the quality of the hash functions as they are, on the held-out windows."""
         self._check_state()
         hashes = self.hash_functions(self.plan.cfg.data.window)
         return evaluate(hashes, self._held_out, cfg, self.plan.cfg.layers_at_once)
@@ -210,7 +210,7 @@ class Trainer:
         self._store.close()
 
     def mean(self, what: str, which: str = "trained") -> float:
-        """Return mean of a quality over heads and the layers that select."""
+        """Return the mean of a quality over heads and the layers that select."""
         return mean_over_sparse(getattr(self.quality[which], what), self.plan.cfg.measure.dense_layers)
 
     def last_checkpoint(self) -> int | None:

@@ -28,7 +28,7 @@ PACKAGES = ("spotlight-jax", "jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-p
 
 
 def versions() -> dict[str, str]:
-    """Return installed versions of what matters."""
+    """Return the installed versions of what matters."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

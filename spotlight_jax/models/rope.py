@@ -73,7 +73,7 @@ def rope_frequencies(head_dim: int, cfg: RopeConfig) -> tuple[np.ndarray, float]
 
 
 def _exponents(head_dim: int) -> np.ndarray:
-    """Return 2i / head_dim of each pair i: its frequency is theta to the negative of it."""
+    """Return 2i / head_dim for each pair i: its frequency is theta to the negative of it."""
     return np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
 
 
@@ -86,7 +86,7 @@ def _dynamic_frequencies(lengths: Int32[Array, "batch"], head_dim: int, cfg: Rop
 
 
 def _llama3_frequencies(plain: np.ndarray, cfg: RopeConfig) -> np.ndarray:
-    """Return LLaMA 3.1's: long waves slowed by `factor`, short ones kept, those between blended in 1 / wave."""
+    """Return LLaMA 3.1's frequencies: long waves slowed by `factor`, short ones kept, blends in 1 / wave between."""
     turns = cfg.trained_len * plain / (2 * math.pi)  # full turns within the trained length
     blend = (turns - cfg.low_freq_factor) / (cfg.high_freq_factor - cfg.low_freq_factor)
     blend = np.clip(blend, 0.0, 1.0)
@@ -94,7 +94,7 @@ def _llama3_frequencies(plain: np.ndarray, cfg: RopeConfig) -> np.ndarray:
 
 
 def _yarn_frequencies(plain: np.ndarray, head_dim: int, cfg: RopeConfig) -> np.ndarray:
-    """Return YaRN's (arXiv 2309.00071, section 3.2): pairs with fewer than `beta_slow` turns are interpolated by
+    """Return YaRN's frequencies (arXiv 2309.00071, section 3.2): pairs with fewer than `beta_slow` turns interpolated by
     `factor`, those with more than `beta_fast` kept, and a ramp over the pair's index joins the two."""
 
     def pair_with_turns(turns: float) -> float:

@@ -17,7 +17,7 @@ FEW_ROWS = 64  # up to which what a product takes is what reading its weights ta
 
 
 def pieces_of(rows: int, depth: int, backend: str) -> int:
-    """Return the pieces for `rows` times a weight of `depth` rows; 1: as XLA splits it, as fast or faster elsewhere.
+    """Return the number of pieces for `rows` times a weight of `depth` rows; 1: XLA's own split, as good elsewhere.
 
     Measured on an H100 at the shapes of LLaMA and Qwen models from 1B to 8B: docs/performance.md.
     """

@@ -221,7 +221,7 @@ def _mass_of_splits(
     selection: SelectionConfig,
     layers_at_once: int,
 ) -> Float[Array, "layers options kv_heads"]:
-    """Return attention mass that each way of splitting groups reads."""
+    """Return the attention mass that each way of splitting groups reads."""
 
     def measure_layer(args: tuple[Array, ...]) -> Array:
         mean, covariance, second, keys, queries, positions = args

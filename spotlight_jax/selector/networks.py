@@ -247,7 +247,7 @@ def soft_sign(x: Float[Array, "*shape"], gamma: Float[Array, ""] | float) -> Flo
 
 
 def sign_bounds(code_bits: int, summed: int = 1) -> WeightBounds:
-    """Return bounds of weights that are sums of so many signs."""
+    """Return the bounds of weights that are sums of so many signs."""
     return WeightBounds(summed, summed * code_bits)
 
 

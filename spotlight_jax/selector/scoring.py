@@ -36,7 +36,7 @@ def output_scores(
 
 
 def hash_score_range(functions: HashFunctions, group: int, per_kv_head: bool) -> tuple[int, int]:
-    """Return least and greatest score `hash_scores` can give: what selection by counting searches."""
+    """Return the least and greatest score that `hash_scores` can give: what selection by counting searches."""
     adds = functions.adds_scores(per_kv_head)
     least, greatest = functions.weight_bounds(group, per_kv_head and not adds).score_range
     return (group * least, group * greatest) if adds else (least, greatest)

@@ -34,7 +34,7 @@ class RowBudgets:
     sparse_from: Int32[Array, "batch"]  # shortest sequence that is read sparsely
 
     def at(self, lengths: Int32[Array, "batch"]) -> Int32[Array, "batch"]:
-        """Return tokens read out of `lengths`, of each sequence."""
+        """Return the tokens that each sequence reads out of `lengths`."""
         return apply_rule(lengths, self.dropped, self.least)
 
 
@@ -76,7 +76,7 @@ def budget_of(lengths: Int[Array, "*rows"] | int, cfg: SelectionConfig) -> Int32
 
 
 def share_read(lengths: Int[np.ndarray, " queries"], cfg: SelectionConfig) -> float:
-    """Return the share of their tokens that queries over these lengths read together: above `keep` at the minimum."""
+    """Return the share of their tokens that queries over these lengths read together: above `keep` at a minimum."""
     return float(np.sum(budget_of(jnp.asarray(lengths), cfg))) / float(np.sum(lengths))
 
 

@@ -331,7 +331,7 @@ class Scheduler:
         return self.slots.engine.cfg.selection if request.selection is None else request.selection
 
     def _sum_reads(self, selection: SelectionConfig) -> np.ndarray:
-        """Return tokens that the steps up to each length read together."""
+        """Return the tokens that the steps up to each length read together."""
         reads = tokens_read(self._lengths, selection, self.slots.engine.has_tail)
         is_sparse = self._lengths >= self.slots.sparse_from(selection)
         return np.cumsum(np.where(is_sparse, reads, self._lengths), dtype=np.int64)

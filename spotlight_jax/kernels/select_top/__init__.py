@@ -25,7 +25,7 @@ def choose_impl() -> SelectTopImpl:
 
 
 def _digit_bits() -> int:
-    """Return bits of the cut found per pass: more comparisons a pass pay where a pass costs a kernel launch."""
+    """Return the bits of the cut found per pass: more comparisons a pass pay where a pass costs a kernel launch."""
     return 1 if jax.default_backend() == "cpu" else 2
 
 

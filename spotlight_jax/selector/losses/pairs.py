@@ -108,7 +108,7 @@ def pairs_cost(
     pairs: Pairs,
     cfg: PairLoss,
 ) -> Float[Array, "three"]:
-    """Return cost of all sampled pairs, how many are ranked wrongly, and how many there are."""
+    """Return the cost of all sampled pairs, how many are ranked wrongly, and how many there are."""
     top, other = _sampled_scores(weights * cfg.beta, codes, pairs)
     cost, wrong = pair_cost(top, pairs.top_weights, other, pairs.is_other, cfg.alpha)
     return jnp.stack([cost, wrong, _count_pairs(pairs)])
