@@ -27,7 +27,7 @@ _FULL_SHARE = 1_000_000  # integer weights, so that whose turn it is is exact, s
 
 @dataclasses.dataclass(frozen=True)
 class SourceSummary:
-    """What one training source holds, for the plan shown before a run."""
+    """Size of one training source, for the plan shown before a run."""
 
     name: str
     share: float  # of the training windows
@@ -226,7 +226,7 @@ def _copy_passage(window: Int32[np.ndarray, " window"], rng: np.random.Generator
 
 
 class _Turns:
-    """Whose turn it is: each source's share of any run of turns is within one turn of its weight."""
+    """Order of turns: each source's share of any run of turns is within one turn of its weight."""
 
     def __init__(self, weights: Sequence[int]) -> None:
         self.weights = list(weights)

@@ -43,7 +43,7 @@ _CODED_AT_ONCE = 2048  # cached tokens whose codes are made together
 
 @flax.struct.dataclass
 class DecodeState:
-    """Where each sequence of a batch stands between two blocks."""
+    """State of a batch between two blocks of decoding."""
 
     cache: Cache
     tokens: Int32[Array, "batch"]  # chosen last, not cached yet

@@ -31,7 +31,7 @@ class _Progress(rich.progress.Progress):
 
 
 class _Description(rich.progress.ProgressColumn):
-    """What is done, cut where the terminal is narrow: numbers are never cut in its place."""
+    """Name of a task, cut where the terminal is narrow: numbers are never cut in its place."""
 
     def __init__(self) -> None:
         super().__init__(rich.table.Column(no_wrap=False))  # such a column gives way before others

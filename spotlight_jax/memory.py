@@ -162,7 +162,7 @@ def check_memory(plan: MemoryPlan, free: int | None, dtype: np.dtype | None = No
 
 @dataclasses.dataclass(frozen=True)
 class StepReads:
-    """What one decoding step reads of the cache, summed over layers and sequences."""
+    """Cache traffic of one decoding step; bytes are summed over layers and sequences."""
 
     tokens: int  # per sequence and KV head (or query head) of a sparse layer, on average over sequences
     bytes_keys_values: int

@@ -18,7 +18,7 @@ MOST_LOGPROBS = 20  # most probable tokens whose log-probabilities can be asked 
 
 @flax.struct.dataclass
 class Sampling:
-    """How the next token of each sequence is drawn; see `SamplingConfig`. One compiled step serves all settings."""
+    """Settings for drawing the next token, as arrays; see `SamplingConfig`. One compiled step serves all of them."""
 
     temperature: Float[Array, "batch"]
     top_k: Int32[Array, "batch"]

@@ -9,7 +9,7 @@ from spotlight_jax.models.config import DecoderConfig
 
 @dataclasses.dataclass(frozen=True)
 class Stops:
-    """What ends a text, and what was asked to end it and cannot."""
+    """Ids and strings that end a text, and strings that were asked to and cannot."""
 
     tokens: tuple[int, ...]  # a text ends with the first of them
     by_string: tuple[int, ...]  # of these, the ones that a stop string names

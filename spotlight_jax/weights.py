@@ -18,7 +18,7 @@ TOTAL = 1020  # scores from -510 to 510, with what no score has, fit ten bits: 1
 
 @dataclasses.dataclass(frozen=True)
 class WeightBounds:
-    """What the weights of one sum never pass."""
+    """Bounds of the weights of one sum."""
 
     limit: int
     """Magnitude of one weight."""

@@ -79,7 +79,7 @@ ORACLES: dict[Oracle, str] = {"scores": "oracle-scores", "probabilities": "oracl
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """What is evaluated on held-out windows, and when."""
+    """Evaluation on held-out windows: of what, and when."""
 
     every: int = 100
     """Steps between two evaluations; the first and the last state are always evaluated."""
@@ -110,7 +110,7 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TailConfig:
-    """How the estimate of what a query does not read is corrected, after the last step."""
+    """Training of the corrections of the tail, after the last step."""
 
     windows: int = 6
     """Windows of the training text that the corrections are trained on; 0: the selector estimates nothing."""

@@ -32,7 +32,7 @@ CaptureWindows = Callable[[int, Rows, Places, Int32[Array, "windows picks"]], Ca
 
 @dataclasses.dataclass(frozen=True)
 class FeedConfig:
-    """How steps use windows."""
+    """Settings of a `Feed`: how steps use windows."""
 
     window: int
     lengths: tuple[int, ...]  # windows are placed below each of them; see `draw_positions`
@@ -120,7 +120,7 @@ class Feed:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What is read before a run begins: the frozen model and the text."""
+    """Inputs of a run, read before it begins: the frozen model and the text."""
 
     plan: Plan
     params: Params  # device arrays, or NumPy arrays that a compiled layer takes along as it is called

@@ -31,7 +31,7 @@ from train.capture import AXIS, Captured, capture_layer, stack_layers
 
 @dataclasses.dataclass(frozen=True)
 class CachePlan:
-    """How much disk a run's hidden states take."""
+    """Disk that a run's hidden states take."""
 
     window_bytes: int
     windows: int  # the run needs

@@ -11,7 +11,7 @@ _WIDEST = 2**16  # hidden layer of a network
 
 @dataclasses.dataclass(frozen=True)
 class _CodeConfig:
-    """What all forms share."""
+    """Settings that all forms share."""
 
     form: str
     code_bits: int = 128

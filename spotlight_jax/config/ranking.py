@@ -10,7 +10,7 @@ Target = Literal["query_head", "kv_head"]
 
 @dataclasses.dataclass(frozen=True)
 class _Loss:
-    """What losses share: which keys are top, and on how many queries they are ranked."""
+    """Settings that losses share: which keys are top, and on how many queries they are ranked."""
 
     target: Literal["query_head", "kv_head", "both"] = "query_head"
     """Rank keys for each query head by its dot products (the paper), or for each KV head, as it selects: summed scores

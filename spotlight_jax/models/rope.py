@@ -94,8 +94,8 @@ def _llama3_frequencies(plain: np.ndarray, cfg: RopeConfig) -> np.ndarray:
 
 
 def _yarn_frequencies(plain: np.ndarray, head_dim: int, cfg: RopeConfig) -> np.ndarray:
-    """Return YaRN's frequencies (arXiv 2309.00071, section 3.2): pairs with fewer than `beta_slow` turns interpolated by
-    `factor`, those with more than `beta_fast` kept, and a ramp over the pair's index joins the two."""
+    """Return YaRN's frequencies (arXiv 2309.00071, section 3.2): pairs with fewer than `beta_slow` turns interpolated
+    by `factor`, those with more than `beta_fast` kept, and a ramp over the pair's index joins the two."""
 
     def pair_with_turns(turns: float) -> float:
         return head_dim * math.log(cfg.trained_len / (turns * 2 * math.pi)) / (2 * math.log(cfg.theta))

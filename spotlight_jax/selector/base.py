@@ -51,7 +51,7 @@ class HeadShape:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """What hash functions are fitted to: all layers on some windows of text."""
+    """Text that hash functions are fitted to: all layers on some windows."""
 
     moments: Moments
     windows: list[tuple[np.ndarray, np.ndarray, np.ndarray]]  # keys, a few queries, their positions; may be none

@@ -45,7 +45,7 @@ class NetworkWeights:
 
 @flax.struct.dataclass
 class KeyStats:
-    """Where post-RoPE keys lie and how dimensions are scaled: measured once, never trained."""
+    """Mean of post-RoPE keys and scale of each dimension: measured once, never trained."""
 
     mean: Float[Array, "*layers kv_heads head_dim"]
     scale: Float[Array, "*layers kv_heads head_dim"]

@@ -27,7 +27,7 @@ CROSSOVER = {"cpu": 2_048, "gpu": 32_768}
 
 @flax.struct.dataclass
 class RowBudgets:
-    """How much each sequence of a batch reads: the rule of its own budget, within that of the compiled step."""
+    """Budgets of the sequences of a batch, each by its own rule, within that of the compiled step."""
 
     dropped: Int32[Array, "batch"]  # see `budget_rule`
     least: Int32[Array, "batch"]

@@ -36,7 +36,7 @@ _CONTENT_SECURITY = (  # the page loads nothing and talks to nobody else
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a client may take of the server."""
+    """Limits on the body of a request."""
 
     body_bytes: int
     body_seconds: float
@@ -164,7 +164,7 @@ async def _refuse(request: Request, error: Exception) -> Response:
 
 
 class Gate:
-    """What every request passes: a request id, and the key where there is one."""
+    """Middleware that gives every request an id, and checks its key where the server has one."""
 
     def __init__(self, app: ASGIApp, api_key: str | None) -> None:
         """Stand before an app.

@@ -64,7 +64,7 @@ class Metrics(Observer):
 
 
 class _State:
-    """How many requests wait and run, and how many pages are in use."""
+    """Gauges of a scheduler: requests that wait and run, pages in use."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler

@@ -28,7 +28,7 @@ class Request:
 
 @dataclasses.dataclass
 class Usage:
-    """What a request took."""
+    """Tokens and steps that a request took."""
 
     prompt_tokens: int
     cached_tokens: int = 0  # of the prompt, copied instead of computed

@@ -52,7 +52,7 @@ class Strict(pydantic.BaseModel):
 
 
 class StreamOptions(Strict):
-    """What a stream holds apart from text."""
+    """Options of a stream."""
 
     include_usage: bool = False
     include_obfuscation: Literal[False] = False
@@ -66,7 +66,7 @@ class TextPart(Strict):
 
 
 class Message(Strict):
-    """What was said."""
+    """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(min_length=1)]

@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 
 
 class Translator:
-    """What bodies mean for one model."""
+    """Translation of bodies into sequences for one model."""
 
     def __init__(self, tokenizer: Any, slots: Slots, name: str, seconds: float, selector: str | None) -> None:
         """Take a tokenizer of its own, which one thread uses.

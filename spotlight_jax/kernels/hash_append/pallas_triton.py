@@ -28,7 +28,7 @@ from spotlight_jax.weights import INT8_LIMIT, real_room
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is static of a call."""
+    """Static sizes and settings of a call."""
 
     batch: int
     kv_heads: int

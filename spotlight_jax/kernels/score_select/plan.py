@@ -20,7 +20,7 @@ PARTS = 32  # of a histogram, added up: a cut is looked for among these first
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is static of a call."""
+    """Static sizes and settings of a call."""
 
     batch: int
     heads: int

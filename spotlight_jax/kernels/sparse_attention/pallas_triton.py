@@ -29,7 +29,7 @@ Made = TypeVar("Made")  # a result's block, or its shape
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is static of a call."""
+    """Static sizes and settings of a call."""
 
     heads: int
     kv_heads: int
