@@ -52,8 +52,11 @@ def pair_sums(
     """Return sums over each row's pairs: cost, pairs ranked wrongly, and the slopes of the cost by either score.
 
     Args:
+        top_scores: of each row's sampled top keys.
         top_weights: at least 0; a top key of weight 0 is in no pair.
+        other_scores: of its other keys.
         is_other: which others are in pairs.
+        alpha: margin by which a top key should win, in units of scores.
         impl: `auto` chooses by device; a named implementation runs or raises.
     """
     backends: dict[str, Callable[..., PairSums]] = {

@@ -70,6 +70,9 @@ def sparse_attention(
     """Return softmax attention over the rows that `indices` names: scores divided by sqrt(head_dim), sums in float32.
 
     Args:
+        queries: of each sequence's newest token, after RoPE.
+        keys: cached, after RoPE.
+        values: of the same tokens.
         indices: one selection per KV head (heads = kv_heads) or per query head (heads = q_heads), each position once.
         is_real: False slots are not read; at least one slot of each row is real.
         impl: `auto` chooses by device; a named implementation runs or raises.
