@@ -307,8 +307,9 @@ def decode_block(
 ) -> tuple[DecodeState, Block, Int32[Array, ""]]:
     """Take up to `limit` (at most cfg.block) steps, fewer where every sequence is done before.
 
-    Returns: the state, the tokens chosen (a sequence that is done repeats its last) and their log-probabilities, and
-        how many steps were taken.
+    Returns:
+        The state, the tokens chosen (a sequence that is done repeats its last) and their log-probabilities, and how
+            many steps were taken.
     """
 
     def is_running(carry: Steps) -> Array:

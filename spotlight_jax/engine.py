@@ -353,8 +353,9 @@ class Engine:
 
         A sequence whose logits are not finite is done with the token `NOT_FINITE`; the others go on.
 
-        Returns: the new state, the tokens chosen, [batch, steps], and their log-probabilities where the state asks for
-            some, [batch, block], still on the device.
+        Returns:
+            The new state, the tokens chosen, [batch, steps], and their log-probabilities where the state asks for some,
+                [batch, block], still on the device.
         """
         selectors = self.selectors(np.asarray(state.cache.code_sets))
         args = (self.params, selectors, state, np.int32(steps))

@@ -68,8 +68,8 @@ def decode_layer_by_layer(
 ) -> tuple[DecodeState, np.ndarray, TokenLogprobs | None]:
     """Decode at least one step and at most `steps`, as `Engine.decode_block` does; the given state is given up.
 
-    Returns: the new state, the tokens chosen, [batch, steps taken], and their log-probabilities where the state has
-        some.
+    Returns:
+        The new state, the tokens chosen, [batch, steps taken], and their log-probabilities where the state has some.
     """
     cfg, layers = engine.model_cfg, list(state.cache.layers)
     selectors, outer = engine.selectors(np.asarray(state.cache.code_sets)), unembed_params(engine.params)

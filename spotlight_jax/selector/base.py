@@ -131,7 +131,9 @@ class HashFunctions:
     ) -> Int32[Array, "batch q_len heads score_heads code_bits"]:
         """Return `score_heads` in integers, within `weight_bounds`.
 
-        per_kv_head: one selection for each KV head's group; needs one code per KV head.
+        Args:
+            outputs: of `hash_queries`.
+            per_kv_head: one selection for each KV head's group; needs one code per KV head.
         """
         return quantise(self.score_heads(outputs, per_kv_head))
 

@@ -149,8 +149,9 @@ def select_tokens(
         score_range: least and greatest score, where scores are integers.
         budgets: of each sequence, at most the cache's largest; None: what `cfg` says for its length.
 
-    Returns: positions in ascending order, and whether each is real (False where a sequence's budget is smaller than
-        the cache's largest); positions that are not real are 0.
+    Returns:
+        Positions in ascending order, and whether each is real (False where a sequence's budget is smaller than the
+            cache's largest); positions that are not real are 0.
     """
     rows = jnp.broadcast_to(lengths[:, None], scores.shape[:2])
     ranks, rank_bits = rank_tokens(scores, rows, cfg, score_range)

@@ -77,8 +77,9 @@ def hash_append(
         lengths: tokens each sequence has cached before this one; a token that does not fit takes the last place.
         impl: `auto` chooses by device; a named implementation runs or raises.
 
-    Returns: the queries as they were given (whoever reads these copies does not have XLA make them once more), weights
-        as `score_select` takes them, and the caches.
+    Returns:
+        The queries as they were given (whoever reads these copies does not have XLA make them once more), weights as
+            `score_select` takes them, and the caches.
     """
     backends: dict[str, Callable[..., tuple[Array, Array, Array, Array, Array]]] = {
         "reference": hash_append_reference,
