@@ -45,7 +45,7 @@ class Cache:
 
 
 def bucket_length(tokens: int) -> int:
-    """Return the slots allocated for `tokens`: at most 25 % more, a multiple of 128, four sizes per doubling."""
+    """Return the slots allocated for `tokens`: at least 256, a multiple of 128, from 512 tokens on at most 25 % more."""
     if tokens <= SMALLEST_BUCKET:
         return SMALLEST_BUCKET
     step = max(2 ** math.floor(math.log2(tokens - 1)) // STEPS_PER_DOUBLING, LANES)

@@ -1,6 +1,6 @@
 """Train the hash functions of every layer of a frozen LLaMA or Qwen model.
 
-One forward pass of the model per window of text feeds the ranking losses of all layers; only the hash functions learn.
+One forward pass of the model per window of text feeds the losses of all layers; only the hash functions learn.
 The run folder holds config.yaml, env.json, metrics.jsonl, summary.json, curves.png, layers.png, checkpoints/ and
 selector/, which is what generation and evaluation load.
 
