@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int32, UInt32
 from spotlight_jax.moments import Moments, empty_moments
 
 SMALLEST_BUCKET = 256
-STEPS_PER_DOUBLING = 4  # buckets grow by at most 25 %: fewer would waste memory, more would recompile
+STEPS_PER_DOUBLING = 4  # long buckets grow by at most 25 %: fewer would waste memory, more would recompile
 LANES = 128
 
 
@@ -45,7 +45,7 @@ class Cache:
 
 
 def bucket_length(tokens: int) -> int:
-    """Return the slots allocated for `tokens`: at least 256, a multiple of 128, from 512 tokens on at most 25 % more."""
+    """Return the slots allocated for `tokens`: at least 256, a multiple of 128, at most 25 % more from 512 on."""
     if tokens <= SMALLEST_BUCKET:
         return SMALLEST_BUCKET
     step = max(2 ** math.floor(math.log2(tokens - 1)) // STEPS_PER_DOUBLING, LANES)

@@ -58,7 +58,7 @@ class LayerSelector:
 
     def integer_weights(
         self, outputs: Float[Array, "batch q_len q_heads code_bits"], per_kv_head: bool
-    ) -> Int32[Array, "batch q_len heads sums code_bits"]:
+    ) -> Int32[Array, "batch q_len heads score_heads code_bits"]:
         """See `HashFunctions.integer_weights`; of what `hash_queries` gave."""
         if self.sets is None:
             return self.functions.integer_weights(outputs, per_kv_head)

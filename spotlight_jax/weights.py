@@ -53,7 +53,7 @@ def real_room(code_bits: int) -> int:
     return TOTAL - code_bits // 2
 
 
-def quantise(weights: Float[Array, "*batch sums code_bits"]) -> Int32[Array, "*batch sums code_bits"]:
+def quantise(weights: Float[Array, "*batch score_heads code_bits"]) -> Int32[Array, "*batch score_heads code_bits"]:
     """Round real weights to integers within `real_bounds`, on one scale for all sums of a query."""
     sizes = jnp.abs(weights)
     largest = jnp.max(sizes, axis=(-2, -1), keepdims=True)

@@ -162,7 +162,7 @@ def select_tokens(
 
 def select_by_codes(
     codes: UInt32[Array, "batch code_heads words max_len"],
-    weights: Int[Array, "batch heads sums code_bits"],
+    weights: Int[Array, "batch heads score_heads code_bits"],
     bounds: WeightBounds,
     lengths: Int32[Array, "batch"],
     cfg: SelectionConfig,

@@ -82,7 +82,7 @@ def hash_append_reference(
     lengths: Int32[Array, "batch"],
 ) -> tuple[
     Shaped[Array, "batch q_heads head_dim"],
-    Int8[Array, "batch kv_heads sums code_bits"],
+    Int8[Array, "batch kv_heads score_heads code_bits"],
     Shaped[Array, "batch max_len kv_heads head_dim"],
     Shaped[Array, "batch max_len kv_heads head_dim"],
     UInt32[Array, "batch kv_heads words max_len"],

@@ -29,7 +29,7 @@ def choose_impl(q_len: int) -> MatchScoreImpl:
 
 def match_score(
     codes: UInt32[Array, "batch code_heads words kv_len"],
-    weights: Int32[Array, "batch q_len heads sums code_bits"],
+    weights: Int32[Array, "batch q_len heads score_heads code_bits"],
     weight_bits: int,
     impl: MatchScoreImpl = "auto",
 ) -> Int32[Array, "batch q_len heads kv_len"]:

@@ -152,7 +152,7 @@ def _select(
 
 def score_select_pallas_triton(
     codes: UInt32[Array, "batch code_heads words kv_len"],
-    weights: Int8[Array, "batch heads sums code_bits"],
+    weights: Int8[Array, "batch heads score_heads code_bits"],
     ends: Int32[Array, "batch"],
     budgets: Int32[Array, "batch"],
     max_budget: int,

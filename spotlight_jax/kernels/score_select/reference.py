@@ -13,7 +13,7 @@ from spotlight_jax.weights import WeightBounds
 
 def score_select_in_parts(
     codes: UInt32[Array, "batch code_heads words kv_len"],
-    weights: Int[Array, "batch heads sums code_bits"],
+    weights: Int[Array, "batch heads score_heads code_bits"],
     ends: Int32[Array, "batch"],
     budgets: Int32[Array, "batch"],
     max_budget: int,

@@ -11,7 +11,7 @@ from spotlight_jax.selector.losses.targets import all_scores, find_top, most_top
 
 
 def mass_cost(
-    weights: Float[Array, "heads sums q_len code_bits"],
+    weights: Float[Array, "heads score_heads q_len code_bits"],
     codes: Float[Array, "code_heads kv_len code_bits"],
     ranked: Float[Array, "heads q_len kv_len"],
     positions: Int32[Array, "q_len"],

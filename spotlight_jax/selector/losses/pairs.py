@@ -77,7 +77,7 @@ def _top_weights(scores: Float[Array, "heads q_len tops"], cfg: PairLoss) -> Flo
 
 
 def _sampled_scores(
-    weights: Float[Array, "heads sums q_len code_bits"],
+    weights: Float[Array, "heads score_heads q_len code_bits"],
     codes: Float[Array, "code_heads kv_len code_bits"],
     pairs: Pairs,
 ) -> tuple[Float[Array, "heads q_len tops"], Float[Array, "heads q_len others"]]:
@@ -103,7 +103,7 @@ def _count_pairs(pairs: Pairs) -> Float[Array, ""]:
 
 
 def pairs_cost(
-    weights: Float[Array, "heads sums q_len code_bits"],
+    weights: Float[Array, "heads score_heads q_len code_bits"],
     codes: Float[Array, "code_heads kv_len code_bits"],
     pairs: Pairs,
     cfg: PairLoss,

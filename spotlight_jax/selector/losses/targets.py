@@ -67,7 +67,7 @@ def find_top(
 
 
 def all_scores(
-    weights: Float[Array, "heads sums q_len code_bits"], codes: Float[Array, "code_heads kv_len code_bits"]
+    weights: Float[Array, "heads score_heads q_len code_bits"], codes: Float[Array, "code_heads kv_len code_bits"]
 ) -> Float[Array, "heads q_len kv_len"]:
     """Return differentiable scores of every key."""
     heads, sums, q_len, code_bits = weights.shape
