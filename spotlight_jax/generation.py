@@ -39,9 +39,13 @@ class Generation:
     """One sequence's continuation."""
 
     text: str
-    tokens: tuple[int, ...]  # the new ones
+    """New text, without the prompt, a stop string or special tokens."""
+    tokens: tuple[int, ...]
+    """Ids of the tokens that were chosen, the one that ends the text included."""
     prompt_tokens: int
-    ended_by: str  # "stop string", "end of text" or "length"
+    """Number of tokens of the prompt."""
+    ended_by: str
+    """Reason of the end: "stop string", "end of text" or "length"."""
 
 
 @dataclasses.dataclass(frozen=True)

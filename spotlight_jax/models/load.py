@@ -28,9 +28,13 @@ class BaseModel:
     """A frozen decoder with its weights and tokenizer."""
 
     cfg: DecoderConfig
-    params: Params  # the tree that `models.decoder` describes
+    """Sizes and switches of the decoder."""
+    params: Params
+    """Weights, in the tree that `models.decoder` describes."""
     tokenizer: transformers.PreTrainedTokenizerBase
-    source: str  # as the user named it
+    """Tokenizer of the model's own files."""
+    source: str
+    """Name of the model, as it was given."""
 
 
 def load_model(source: str, dtype: Any = None, placement: Placement | None = None) -> BaseModel:

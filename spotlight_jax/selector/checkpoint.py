@@ -43,12 +43,19 @@ class Selector:
     """
 
     shape: HeadShape
-    params: HashFunctions  # for sequences longer than all of `shorter`
-    base_model: str  # that it was trained for
-    info: dict[str, Any]  # recipe and metrics, for people
-    positions: int | None = None  # tokens of the longest sequence that it was fitted to; None: not known
-    is_base_certain: bool = True  # False: base_model is as an old version wrote it, a hub id or a relative path
-    shorter: tuple[tuple[int, HashFunctions], ...] = ()  # for sequences of at most so many tokens, ascending
+    """Layers, heads and head_dim of the model that it serves."""
+    params: HashFunctions
+    """Hash functions for sequences longer than all of `shorter`."""
+    base_model: str
+    """Name of the model that it was trained for."""
+    info: dict[str, Any]
+    """Recipe and metrics, for people."""
+    positions: int | None = None
+    """Tokens of the longest sequence that it was fitted to; None: not known."""
+    is_base_certain: bool = True
+    """False: base_model is as an old version wrote it, a hub id or a relative path."""
+    shorter: tuple[tuple[int, HashFunctions], ...] = ()
+    """Hash functions for sequences of at most so many tokens, ascending."""
 
     @property
     def cfg(self) -> HashConfig:
