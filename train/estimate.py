@@ -228,7 +228,7 @@ def describe(plan: Plan) -> list[str]:
         f"model     {cfg.model}: {model.layers} layers, {model.q_heads} query / {model.kv_heads} KV heads x "
         f"{model.head_dim}, {plan.dtype.name}",
         f"hash      {cfg.hash.describe()}",
-        f"text      {', '.join(cfg.data.train)}: {windows} windows of {cfg.data.window} tokens, "
+        f"text      {', '.join(cfg.data.train)}: {windows} window{'s' * (windows != 1)} of {cfg.data.window} tokens, "
         f"{windows * cfg.data.window:,} in all; {cfg.data.held_out_windows} held out",
         f"length    {_describe_lengths(plan.lengths)}",
         f"steps     {cfg.steps}, {cfg.steps_per_window} per window, {cfg.ranking.queries} queries each",
