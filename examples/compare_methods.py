@@ -14,7 +14,7 @@ METHODS = ("dense", "oracle-mass", "quest", "window", "random")
 
 
 def main(cfg):
-    """Print each method's perplexity beside the tokens and bytes that a query reads."""
+    """Print each method's perplexity with the tokens and bytes that a query reads."""
     rows = measure(cfg)["results"]
     dense = next(row["ppl_pooled"] for row in rows if row["method"] == "dense")
     for row in sorted(rows, key=lambda row: row["ppl_pooled"]):

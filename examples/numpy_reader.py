@@ -15,7 +15,7 @@ DTYPES = {"F32": np.float32, "F64": np.float64, "I32": np.int32, "U32": np.uint3
 
 
 def read_safetensors(path):
-    """Arrays by name: 8 bytes of length, a JSON header with dtype, shape and place of each array, then their bytes."""
+    """Read arrays by name: 8 bytes of length, a JSON header of dtypes, shapes and places, then the arrays' bytes."""
     raw = pathlib.Path(path).read_bytes()
     start = 8 + int.from_bytes(raw[:8], "little")
     header = {name: entry for name, entry in json.loads(raw[8:start]).items() if name != "__metadata__"}
@@ -26,7 +26,7 @@ def read_safetensors(path):
 
 
 def read_layer(folder, layer, length):
-    """One layer's arrays of the set of hash functions that serves sequences of `length` tokens at their end."""
+    """Return one layer's arrays, of the hash functions that serve sequences of `length` tokens at their end."""
     config = json.loads((pathlib.Path(folder) / "config.json").read_text())
     assert config["format"] == 2 and config["hash"]["form"] == "transform", "see docs/selector-format.md"
     prefix = next((f"up_to_{most}." for most in config.get("shorter", []) if length <= most), "")
@@ -36,7 +36,7 @@ def read_layer(folder, layer, length):
 
 
 def key_bits(arrays, keys):
-    """Bits [kv_len, kv_heads, code_bits] of keys [kv_len, kv_heads, head_dim]: what a cache keeps of them."""
+    """Return the bits [kv_len, kv_heads, code_bits] of keys [kv_len, kv_heads, head_dim], which a cache keeps."""
     coordinate = np.einsum("skd,kdc->skc", keys - arrays["mean"], arrays["axes"]) + np.float32(0.5)
     levels = arrays["cells"]
     place = levels * np.clip(coordinate, 0.5 / levels, 1 - 0.5 / levels)
@@ -44,7 +44,7 @@ def key_bits(arrays, keys):
 
 
 def bit_weights(arrays, queries):
-    """Integer weights [kv_heads, score_heads, code_bits] of the bits, of one token's queries [q_heads, head_dim]."""
+    """Return integer weights [kv_heads, score_heads, code_bits] of bits, of a token's queries [q_heads, head_dim]."""
     grouped = queries.reshape(arrays["mean"].shape[0], -1, queries.shape[-1])
     weights = np.einsum("kgd,kdc->kgc", grouped, arrays["decode"])
     weights = weights * np.exp(arrays["log_gain"]).reshape(*weights.shape[:2], 1)
@@ -56,7 +56,7 @@ def bit_weights(arrays, queries):
 
 
 def scores(arrays, queries, bits):
-    """Scores [kv_heads, kv_len] of cached tokens; a query reads those with the highest, and of equals the newest."""
+    """Return scores [kv_heads, kv_len] of cached tokens; a query reads the highest, and of equals the newest."""
     weights = bit_weights(arrays, queries)
     sums = np.einsum("krc,skc->krs", weights, bits.astype(np.int32)) - (weights.sum(-1) >> 1)[:, :, None]
     return sums.max(axis=1)

@@ -34,7 +34,7 @@ def causal_attention(
     implementation: Implementation = "auto",
     chunk: int = 256,
 ) -> Float[Array, "batch q_len q_heads head_dim"]:
-    """Softmax attention in which query `i` reads keys `0 .. offset + i`; query head `h` reads KV head `h // group`.
+    """Return attention of query `i` to keys `0 .. offset + i`; query head `h` reads KV head `h // group`.
 
     Args:
         queries: after RoPE, as the keys.
@@ -80,7 +80,7 @@ def _check_shapes(queries: Array, keys: Array, values: Array) -> None:
 
 
 def _cudnn_obstacle(queries: Array, keys: Array, offsets: Array | None) -> str | None:
-    """Why cuDNN's fused attention cannot take this case, or None when it can."""
+    """Return why cuDNN's fused attention cannot take this case, or None when it can."""
     if jax.default_backend() != "gpu":
         return f"the default device is {jax.default_backend()}, not an NVIDIA GPU"
     if queries.dtype not in (jnp.bfloat16, jnp.float16) or keys.dtype != queries.dtype:
@@ -94,7 +94,7 @@ def _cudnn_obstacle(queries: Array, keys: Array, offsets: Array | None) -> str |
 
 
 def _cudnn_attention(queries: Array, keys: Array, values: Array, offsets: Array | None, scale: float) -> Array:
-    """Fused attention; a single query is not causal but bounded by the filled length of its cache."""
+    """Return fused attention; a single query is not causal but bounded by the filled length of its cache."""
     if queries.shape[1] > 1:
         return jax.nn.dot_product_attention(queries, keys, values, scale=scale, is_causal=True, implementation="cudnn")
     filled = None if offsets is None else offsets + 1
@@ -109,7 +109,7 @@ def _softmax_values(
     values: Array,
     product: str,
 ) -> Array:
-    """Masked softmax over the last axis in float32, then `einsum(product, weights, values)` divided by the sum."""
+    """Apply a masked softmax over the last axis, in float32, to values by `einsum(product, weights, values)`."""
     scores = jnp.where(visible, scores, _MASKED)
     weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
     outputs = jnp.einsum(product, weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
@@ -117,7 +117,7 @@ def _softmax_values(
 
 
 def _small_attention(queries: Array, keys: Array, values: Array, offsets: Array | None, scale: float) -> Array:
-    """All heads in one product, for a few queries."""
+    """Attend with all heads in one product, for a few queries."""
     batch, q_len, q_heads, head_dim = queries.shape
     kv_len, kv_heads = keys.shape[1:3]
     grouped = queries.reshape(batch, q_len, kv_heads, q_heads // kv_heads, head_dim)
@@ -134,7 +134,7 @@ def _small_attention(queries: Array, keys: Array, values: Array, offsets: Array 
 def _chunked_attention(
     queries: Array, keys: Array, values: Array, offsets: Array | None, scale: float, chunk: int
 ) -> Array:
-    """One KV head and one chunk of queries at a time.
+    """Attend with one KV head and one chunk of queries at a time.
 
     Queries are padded to whole chunks and cut into at most `_SEGMENTS` segments; without offsets a segment is given
     only the keys up to its last query, which halves the work.
@@ -155,7 +155,7 @@ def _chunked_attention(
 
 
 def _attend_segment(queries: Array, keys: Array, values: Array, first: Array, *, scale: float, chunk: int) -> Array:
-    """Attention of consecutive queries whose first one sits at position `first[batch]` among the keys."""
+    """Return attention of consecutive queries whose first one sits at position `first[batch]` among the keys."""
     batch, q_len, q_heads, head_dim = queries.shape
     kv_len, kv_heads = keys.shape[1:3]
     group = q_heads // kv_heads
@@ -219,7 +219,7 @@ def selected_attention(
     chunk: int = 64,
     finish: Finish | None = None,
 ) -> tuple[Float[Array, "batch q_len q_heads head_dim"], PyTree]:
-    """Every query reads what `select` chooses for it: teacher-forced evaluation, or a decoding step to compare with.
+    """Return attention in which every query reads what `select` chooses: many steps of decoding, or one, at once.
 
     Args:
         queries: after RoPE, as the keys.

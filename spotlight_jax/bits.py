@@ -7,14 +7,14 @@ from spotlight_jax.config.hashing import WORD_BITS
 
 
 def pack_bits(bits: Shaped[Array, "*rows bits"]) -> UInt32[Array, "*rows words"]:
-    """0 and 1, or truth values, to words."""
+    """Pack 0 and 1, or truth values, to words."""
     words = bits.reshape(*bits.shape[:-1], -1, WORD_BITS).astype(jnp.uint32)
     places = jnp.arange(WORD_BITS, dtype=jnp.uint32).reshape((1,) * (words.ndim - 1) + (WORD_BITS,))
     return jnp.sum(words << places, axis=-1, dtype=jnp.uint32)
 
 
 def unpack_bits(words: UInt32[Array, "*rows words"]) -> Bool[Array, "*rows bits"]:
-    """The bits that `pack_bits` packed."""
+    """Return the bits that `pack_bits` packed."""
     places = jnp.arange(WORD_BITS, dtype=jnp.uint32).reshape((1,) * words.ndim + (WORD_BITS,))
     bits = (words[..., None] >> places) & jnp.uint32(1)
     return bits.astype(bool).reshape(*words.shape[:-1], -1)

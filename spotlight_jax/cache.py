@@ -17,7 +17,7 @@ from spotlight_jax.moments import Moments, empty_moments
 from spotlight_jax.token_axis import first_slot
 
 SMALLEST_BUCKET = 256
-STEPS_PER_DOUBLING = 4  # buckets grow by at most 25 %: fewer would waste memory, more would recompile
+STEPS_PER_DOUBLING = 4  # long buckets grow by at most 25 %: fewer would waste memory, more would recompile
 LANES = 128
 
 
@@ -46,7 +46,7 @@ class Cache:
 
 
 def bucket_length(tokens: int) -> int:
-    """The allocated length for `tokens`: at most a quarter more, a multiple of 128, one of four sizes per doubling."""
+    """Return the slots allocated for `tokens`: at least 256, a multiple of 128, at most 25 % more from 512 on."""
     if tokens <= SMALLEST_BUCKET:
         return SMALLEST_BUCKET
     step = max(2 ** math.floor(math.log2(tokens - 1)) // STEPS_PER_DOUBLING, LANES)
@@ -62,9 +62,14 @@ def empty_layer(
     code_shape: tuple[int, int] | None,
     has_moments: bool = False,
 ) -> LayerCache:
-    """An unfilled layer.
+    """Return an unfilled layer.
 
     Args:
+        batch: sequences.
+        max_len: slots of each.
+        kv_heads: KV heads.
+        head_dim: size of a head.
+        dtype: of keys and values.
         code_shape: (code_heads, words), or None for a layer without codes.
         has_moments: whether what is not read will be estimated.
     """
@@ -91,7 +96,7 @@ def append(
     starts: Int32[Array, "batch"],
     axis: str | None = None,
 ) -> LayerCache:
-    """The layer with new tokens at positions starts ... starts + q_len of each sequence; its moments stay as they are.
+    """Return the layer with new tokens at starts ... starts + q_len - 1 of each sequence; its moments stay as they are.
 
     The caller keeps starts + q_len within the allocated length: a write that does not fit would be moved to the left.
 
@@ -114,7 +119,7 @@ def append(
 
 
 def _write_own(held: Array, new: Array, starts: Int32[Array, "batch"], place: int) -> Array:
-    """What `held` has with those of the new rows that fit in; `starts` may lie before it or past it."""
+    """Return what `held` has with those of the new rows that fit in; `starts` may lie before it or past it."""
     slots, q_len = held.shape[place], new.shape[place]
     width = min(q_len, slots)
     at = jnp.clip(starts, 0, slots - width)
@@ -128,7 +133,7 @@ def _write_own(held: Array, new: Array, starts: Int32[Array, "batch"], place: in
 
 
 def grow(cache: Cache, max_len: int) -> Cache:
-    """The cache with room for `max_len` tokens; copies once."""
+    """Return the cache with slots for at least `max_len` tokens; copies once."""
     extra = max_len - cache.max_len
     if extra <= 0:
         return cache
@@ -149,14 +154,14 @@ def grow(cache: Cache, max_len: int) -> Cache:
 
 
 def resize(cache: Cache, max_len: int) -> Cache:
-    """The cache with `max_len` slots for each sequence, more or fewer than it has; copies once."""
+    """Return the cache with `max_len` slots for each sequence, more or fewer than it has; copies once."""
     if max_len >= cache.max_len:
         return grow(cache, max_len)
     return dataclasses.replace(cache, layers=cut(cache.layers, max_len))
 
 
 def cut(layers: tuple[LayerCache, ...], max_len: int) -> tuple[LayerCache, ...]:
-    """The first `max_len` slots of each layer."""
+    """Return the first `max_len` slots of each layer."""
     return tuple(
         dataclasses.replace(
             layer,
@@ -177,7 +182,7 @@ def copy_tokens(
     source_start: Int32[Array, ""],
     length: int,
 ) -> tuple[LayerCache, ...]:
-    """The target with `length` tokens of one sequence of the source, and with its moments whole.
+    """Return the target with `length` tokens of one sequence of the source, and with its moments whole.
 
     Args:
         target: layers to write to.

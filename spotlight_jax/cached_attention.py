@@ -1,7 +1,7 @@
 """Attention of new tokens over one layer's cache: append first, then read everything, or only what was selected.
 
 Three ways, one shape: `attend_chunk` for prefill, `attend_densely` and `attend_sparsely` for a decoding step. Each
-takes what a decoder layer hands to its `attend` beside the layer's cache, and returns the outputs and the cache with
+takes what a decoder layer hands to its `attend`, and the layer's cache, and returns the outputs and the cache with
 the new tokens in it.
 """
 
@@ -43,7 +43,7 @@ class LayerSelector:
     def key_codes(
         self, keys: Float[Array, "batch q_len kv_heads head_dim"]
     ) -> UInt32[Array, "batch code_heads words q_len"]:
-        """Packed codes of keys; see `HashFunctions.key_codes`."""
+        """Return packed codes of keys; see `HashFunctions.key_codes`."""
         if self.sets is None:
             return self.functions.key_codes(keys)
         return jax.vmap(lambda functions, own: functions.key_codes(own[None])[0])(self._by_row(), keys)
@@ -58,7 +58,7 @@ class LayerSelector:
 
     def integer_weights(
         self, outputs: Float[Array, "batch q_len q_heads code_bits"], per_kv_head: bool
-    ) -> Int32[Array, "batch q_len heads sums code_bits"]:
+    ) -> Int32[Array, "batch q_len heads score_heads code_bits"]:
         """See `HashFunctions.integer_weights`; of what `hash_queries` gave."""
         if self.sets is None:
             return self.functions.integer_weights(outputs, per_kv_head)
@@ -75,7 +75,7 @@ class LayerSelector:
         return jax.tree.map(lambda leaf: leaf[None if self.sets is None else self.sets], self.functions.tail)
 
     def _by_row(self) -> HashFunctions:
-        """Each sequence's own hash function: leaves lead with the batch."""
+        """Return each sequence's own hash function: leaves lead with the batch."""
         return jax.tree.map(lambda leaf: leaf[self.sets], self.functions)
 
 
@@ -87,7 +87,7 @@ def remember(
     selector: LayerSelector | None,
     axis: str | None = None,
 ) -> LayerCache:
-    """The layer with the new tokens, and their codes where it keeps codes."""
+    """Return the layer with the new tokens, and their codes where it keeps codes."""
     codes = None
     if layer.codes is not None and selector is not None:
         codes = selector.key_codes(keys)
@@ -104,7 +104,7 @@ def attend_chunk(
     implementation: AttentionImpl = "auto",
     ends: Int32[Array, "batch"] | None = None,
 ) -> tuple[Float[Array, "batch q_len q_heads head_dim"], LayerCache]:
-    """Dense causal attention of a chunk of a prompt, over the cache before it and itself.
+    """Return dense causal attention of a chunk of a prompt to the cache before it and to itself, and the layer with it.
 
     Args:
         starts: tokens each sequence has cached before the chunk.
@@ -129,7 +129,7 @@ def attend_chunk(
 def _chunk_by_cudnn(
     queries: Array, keys: Array, values: Array, layer: LayerCache, starts: Int32[Array, "batch"]
 ) -> Array:
-    """Two fused calls, merged by their log-sum-exps: cuDNN's causal mask fits only as many queries as keys."""
+    """Attend by two fused calls, merged by log-sum-exp: cuDNN's causal mask fits only as many queries as keys."""
 
     def attend(past_keys: Array, past_values: Array, **options: Any) -> tuple[Array, Array]:
         return jax.nn.dot_product_attention(
@@ -146,7 +146,7 @@ def _chunk_by_cudnn(
 
 
 def _chunk_by_blocks(queries: Array, layer: LayerCache, starts: Int32[Array, "batch"]) -> Array:
-    """Softmax built up block by block over the filled part of the cache; no n x n matrix, no block past the end."""
+    """Build softmax up block by block over the filled part of the cache: no n x n matrix, no block past the end."""
     batch, q_len, q_heads, head_dim = queries.shape
     max_len, kv_heads = layer.keys.shape[1:3]
     block = min(BLOCK, max_len)
@@ -189,7 +189,7 @@ def attend_densely(
     selector: LayerSelector | None = None,
     implementation: AttentionImpl = "auto",
 ) -> tuple[Float[Array, "batch one q_heads head_dim"], LayerCache]:
-    """One decoding step that reads the whole cache; codes are written all the same, for steps to come.
+    """Take one decoding step that reads the whole cache; codes are written all the same, for later steps.
 
     Args:
         lengths: tokens each sequence has cached before this one.
@@ -206,11 +206,11 @@ def read_densely(
     implementation: AttentionImpl = "auto",
     is_read: Bool[Array, "batch"] | None = None,
 ) -> Float[Array, "batch one q_heads head_dim"]:
-    """Attention of one query of each sequence to all of its cache, which holds the newest token.
+    """Return attention of one query of each sequence to all of its cache, which holds the newest token.
 
     Args:
         lengths: tokens before the newest.
-        is_read: which sequences' outputs are wanted: the others' are anything, and cost next to nothing; None: all.
+        is_read: sequences whose outputs are used: the others' are anything, and cost next to nothing; None: all.
     """
     is_on_cpu = jax.default_backend() == "cpu"
     is_wide = implementation == "auto" and is_on_cpu and layer.keys.shape[2] <= FEW_KV_HEADS
@@ -243,7 +243,7 @@ def read_densely(
 
 
 def _read_by_wide_product(queries: Array, keys: Array, values: Array, lengths: Int32[Array, "batch"]) -> Array:
-    """All heads as columns of one matrix product with the cache as it lies in memory."""
+    """Attend with all heads as columns of one matrix product with the cache as it lies in memory."""
     batch, _, q_heads, head_dim = queries.shape
     max_len, kv_heads = keys.shape[1:3]
     dtype = keys.dtype
@@ -273,7 +273,7 @@ def attend_sparsely(
     budgets: Int32[Array, "batch"] | None = None,
     axis: str | None = None,
 ) -> tuple[Float[Array, "batch one q_heads head_dim"], LayerCache]:
-    """One decoding step that scores the codes of the cache, selects tokens, and reads the keys and values of those.
+    """Take one decoding step: score the codes of the cache, select tokens, and read their keys and values.
 
     Where the layer keeps moments, the newest tokens are read, too, and attention to the others is estimated (`tail`).
 
@@ -296,7 +296,7 @@ def attend_sparsely(
 
 
 def fold_one(layer: LayerCache, lengths: Int32[Array, "batch"], ends: Int32[Array, "batch"]) -> Moments:
-    """A layer's moments with the block that a decoding step has filled, if it filled one; args as `fold_layers`."""
+    """Return a layer's moments with the block that a decoding step has filled, if any; args as `fold_layers`."""
     assert layer.moments is not None, "a layer without moments folds nothing"
     return fold(layer.moments, layer.keys, layer.values, lengths, ends, 1)
 
@@ -307,7 +307,7 @@ def fold_layers(
     ends: Int32[Array, "batch"],
     fold_step: Callable[[LayerCache, Array, Array], Moments],
 ) -> tuple[LayerCache, ...]:
-    """The layers with moments of the blocks that a decoding step has filled, if it filled any.
+    """Return the layers with moments of the blocks that a decoding step has filled, if it filled any.
 
     Args:
         lengths: of the sequences before the step.
@@ -345,7 +345,7 @@ def _append_and_select(
     budgets: Int32[Array, "batch"] | None,
     axis: str | None = None,
 ) -> tuple[Array, LayerCache, Int32[Array, "batch heads budget"], Bool[Array, "batch heads budget"]]:
-    """The queries to read with, the layer with the new token, and what a step reads of it."""
+    """Return the queries to read with, the layer with the new token, and what a step reads of it."""
     assert layer.codes is not None, "a layer with a selector keeps codes"
     functions, kv_heads, ends = selector.functions, keys.shape[2], lengths + 1
     per_kv_head, group = selection.per == "kv_head", queries.shape[2] // kv_heads

@@ -70,10 +70,15 @@ def run(
     """Parse flags into a config, call `main` with it, and return the exit code.
 
     0: done; 2: the input cannot be used or the disk fails, which one line on stderr explains; 130: interrupted; 141:
-    who reads our output wants no more (`| head`). Any other exception is our bug and keeps its traceback. Flags and
+    the reader of our output has closed it (`| head`). Any other exception is our bug and keeps its traceback. Flags and
     their help come from the config's fields and the docstrings under them.
 
     Args:
+        main: takes the config.
+        config_class: a frozen dataclass whose fields are the flags.
+        prog: name of the command, for help and errors.
+        description: what it is for, above the flags.
+        args: command line; None: that of this process.
         default: a config whose values the flags start from, or what finds it by the flags (of the run they resume).
     """
     for stream in (sys.stdout, sys.stderr):
@@ -127,7 +132,7 @@ def _plain_notices() -> Iterator[None]:
 
 
 def main_of(module: str) -> Callable[[Any], Any]:
-    """The `main` of a module that is imported when it is called: flags and `--help` wait for no JAX."""
+    """Return the `main` of a module that is imported when it is called: flags and `--help` wait for no JAX."""
 
     def main(cfg: Any) -> Any:
         return importlib.import_module(module).main(cfg)
@@ -151,7 +156,7 @@ def parse(
     args: Sequence[str] | None = None,
     default: Config | None = None,
 ) -> Config:
-    """Flags to a config; raises InputError for bad ones, and SystemExit(0) after `--help`.
+    """Parse flags into a config; raises InputError for bad ones, and SystemExit(0) after `--help`.
 
     Args:
         default: a config whose values the flags start from, instead of the class's own.
@@ -183,7 +188,7 @@ STOPPING = tuple(number for name in ("SIGINT", "SIGTERM", "SIGHUP") if (number :
 
 @contextlib.contextmanager
 def noted_signals(*numbers: int) -> Iterator[list[int]]:
-    """These signals end what is under way by being in the list; a second one does what it always did, at once.
+    """Collect these signals in the list, for the block to end by; a second one does at once what it always did.
 
     One that is ignored, as `nohup` ignores SIGHUP, stays ignored.
     """
@@ -211,7 +216,7 @@ def noted_signals(*numbers: int) -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def insistent_interrupt(again_after: float = 1.0) -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt, and does so again until the block is left: libraries swallow some.
+    """Raise KeyboardInterrupt on Ctrl-C, and again until the block is left: libraries swallow some.
 
     asyncio takes over Ctrl-C and loses it where its task ends first, and what is raised while Python frees an object
     or runs a callback of C++ is only printed.
@@ -241,7 +246,7 @@ def _fail(prog: str, message: str) -> int:
 
 
 def _explain(box: str) -> str:
-    """The message inside the box that tyro draws, on one line, with the nearest of the choices it names."""
+    """Return the message inside the box that tyro draws, on one line, with the nearest of the choices it names."""
     box = re.sub(r"\x1b\[[0-9;]*m", "", box)  # a terminal's colours
     blocks: list[list[str]] = [[]]
     for line in box.splitlines():
@@ -296,7 +301,7 @@ def _flags(config_class: type, prefix: str, omits_prefixes: bool = False) -> lis
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """The `spotlight` command: one word chooses what to do, its module is imported only then."""
+    """Run the `spotlight` command: one word chooses what to do, and its module is imported only then."""
     given = list(sys.argv[1:] if args is None else args)
     commands = {name: (module, text) for name, module, text in _COMMANDS}
     if not given or given[0] in ("-h", "--help", "help"):

@@ -39,7 +39,7 @@ def check_device() -> None:
 
 
 def compile_with(lowered: jax.stages.Lowered, options: dict[str, Any] | None) -> jax.stages.Compiled:
-    """The program under XLA's options; without them where this version has one of them no more."""
+    """Compile under XLA's options, or without any where this version of XLA does not know one of them."""
     try:
         return lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:

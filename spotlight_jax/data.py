@@ -27,7 +27,7 @@ _FULL_SHARE = 1_000_000  # integer weights, so that whose turn it is is exact, s
 
 @dataclasses.dataclass(frozen=True)
 class SourceSummary:
-    """What one training source holds, for the plan shown before a run."""
+    """Size of one training source, for the plan shown before a run."""
 
     name: str
     share: float  # of the training windows
@@ -45,10 +45,13 @@ def open_windows(
     """Read, tokenise (once; later runs use the cache) and pack the text.
 
     Args:
-      tokenizer: of `transformers` or `tokenizers`; None if every text is a `.npy` file.
-      vocab_size: the model's; ids in `.npy` files must be below it. Without it, the tokenizer's.
-      progress: called with what is being done, how much is done, and how much there is in all.
-      length: also set aside windows of this many tokens, more than `cfg.window`.
+        cfg: texts, and how they are cut into windows.
+        tokenizer: of `transformers` or `tokenizers`; None if every text is a `.npy` file.
+        vocab_size: the model's; ids in `.npy` files must be below it. None: the tokenizer's.
+        progress: called with what is being done, how much is done, and how much there is in all.
+        length: also set aside windows of this many tokens, more than `cfg.window`.
+
+    Raises: InputError where a text cannot be read, or there are too few tokens.
     """
     encoder = Encoder(tokenizer, vocab_size, progress)
     train = documents.find_sources(cfg.train)
@@ -73,7 +76,7 @@ def open_windows(
 def read_windows(
     cfg: DataConfig, tokenizer: Any, vocab_size: int | None = None, progress: texts.Progress | None = None
 ) -> dict[str, Int32[np.ndarray, "windows window"]]:
-    """Up to `held_out_windows` windows of each text in `train`, spread over it, by its name: what an evaluation reads.
+    """Read up to `held_out_windows` windows of each text in `train`, spread over it, by its name: for an evaluation.
 
     Args: as `open_windows`.
     """
@@ -104,7 +107,7 @@ def _open_source(source: Source, cfg: DataConfig, encoder: Encoder) -> _Local | 
 
 
 def _refuse_repeats(train: Sequence[Source], held_out: Sequence[Source]) -> None:
-    """The same file or data set twice would let training see held-out text."""
+    """Raise InputError where a file or data set is given twice: training would see held-out text."""
     seen: dict[Any, str] = {}
     for source in (*train, *held_out):
         keys = [source.hub] if source.hub is not None else set(documents.hash_source(source))
@@ -115,7 +118,7 @@ def _refuse_repeats(train: Sequence[Source], held_out: Sequence[Source]) -> None
 
 
 def _integer_weights(sources: Sequence[Source], pools: Sequence[_Local | _Stream], given: Sequence[float]) -> list[int]:
-    """Each source's turns in a million: as given, else by its windows; a stream of unknown length as the largest."""
+    """Return each source's turns in a million: as given, else by windows; a stream of unknown length as the largest."""
     sizes = [0] * (1 + max(source.given for source in sources))
     for source, pool in zip(sources, pools, strict=True):
         sizes[source.given] += pool.train_windows or 0
@@ -128,7 +131,7 @@ def _integer_weights(sources: Sequence[Source], pools: Sequence[_Local | _Stream
 def _set_aside(
     pools: Sequence[_Local | _Stream], weights: Sequence[int], cfg: DataConfig, spare: int
 ) -> Int32[np.ndarray, "windows window"]:
-    """Held-out windows from every source by its weight, taking turns, `spare` windows of each left over."""
+    """Return held-out windows from every source by its weight, taking turns, `spare` windows of each left over."""
     left = [cfg.held_out_windows if pool.train_windows is None else pool.train_windows - spare for pool in pools]
     if sum(left) < cfg.held_out_windows:
         raise InputError(
@@ -148,7 +151,7 @@ def _set_aside(
 def _set_aside_long(
     pools: Sequence[_Local | _Stream], length: int, window: int, share: int
 ) -> Int32[np.ndarray, "windows length"]:
-    """Up to `LONG_WINDOWS` windows of `length` tokens from the largest local sources; none where they are too small."""
+    """Return up to `LONG_WINDOWS` windows of `length` tokens from the largest local sources; none if too small."""
     cells = -(-length // window)
     able = [pool for pool in pools if isinstance(pool, _Local) and pool.train_windows >= share * cells]
     able.sort(key=lambda pool: -pool.train_windows)
@@ -185,14 +188,14 @@ class Windows:
         self._fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
     def next(self) -> Int32[np.ndarray, " window"]:
-        """The next training window."""
+        """Return the next training window."""
         window = self._pools[self._turns.take()].take()
         rng = np.random.default_rng((self._seed, self._drawn))
         self._drawn += 1
         return _copy_passage(window, rng) if rng.random() < self._copies else window
 
     def state(self) -> dict[str, Any]:
-        """The position, as JSON; `restore` continues from it with the very windows that would have come."""
+        """Return the position, as JSON; `restore` continues from it with the very windows that would have come."""
         return {
             "fingerprint": self._fingerprint,
             "turns": list(self._turns.credits),
@@ -213,7 +216,7 @@ class Windows:
 
 
 def _copy_passage(window: Int32[np.ndarray, " window"], rng: np.random.Generator) -> Int32[np.ndarray, " window"]:
-    """The window with a passage of 1/16 to 1/3 of it written a second time, anywhere behind the first."""
+    """Return the window with a passage of 1/16 to 1/3 of it written a second time, anywhere behind the first."""
     length = int(rng.integers(max(1, len(window) // 16), max(2, len(window) // 3)))
     source = int(rng.integers(0, len(window) - 2 * length + 1))
     target = int(rng.integers(source + length, len(window) - length + 1))
@@ -223,14 +226,14 @@ def _copy_passage(window: Int32[np.ndarray, " window"], rng: np.random.Generator
 
 
 class _Turns:
-    """Whose turn it is: each source's share of any run of turns is within one turn of its weight."""
+    """Order of turns: each source's share of any run of turns is within one turn of its weight."""
 
     def __init__(self, weights: Sequence[int]) -> None:
         self.weights = list(weights)
         self.credits = [0] * len(weights)
 
     def take(self, is_open: Sequence[bool] | None = None) -> int:
-        """The source that is furthest behind its share; only among those that are open, if given."""
+        """Return the source that is furthest behind its share; only among those that are open, if given."""
         able = [index for index in range(len(self.weights)) if is_open is None or is_open[index]]
         for index in able:
             self.credits[index] += self.weights[index]
@@ -263,14 +266,14 @@ class _Local:
         return len(self._grid)
 
     def set_aside(self, count: int) -> list[np.ndarray]:
-        """Windows spread evenly over the source, which training then never sees."""
+        """Return windows spread evenly over the source, which training then never sees."""
         chosen = (2 * np.arange(count) + 1) * len(self._grid) // (2 * max(count, 1))
         kept = [self._read(index) for index in self._grid[chosen].tolist()]
         self._grid = np.delete(self._grid, chosen)
         return kept
 
     def set_aside_long(self, length: int) -> np.ndarray | None:
-        """One window of `length` tokens near the middle, which training then never sees; None without such a place."""
+        """Return one window of `length` tokens near the middle that training never sees; None where none fits."""
         cells = -(-length // self._window)
         run = self._grid[cells - 1 :] - self._grid[: len(self._grid) - cells + 1] == cells - 1  # no cell is missing
         starts = np.flatnonzero(run)
@@ -359,7 +362,7 @@ class _Stream:
         return np.concatenate(pieces).astype(np.int32)
 
     def set_aside(self, count: int) -> list[np.ndarray]:
-        """The first windows; training begins with the document after them."""
+        """Return the first windows; training begins with the document after them."""
         kept = [self._read(may_repeat=False) for _ in range(count)]
         if count:
             self._start = self._data.state_dict()

@@ -43,7 +43,7 @@ _CODED_AT_ONCE = 2048  # cached tokens whose codes are made together
 
 @flax.struct.dataclass
 class DecodeState:
-    """Where each sequence of a batch stands between two blocks."""
+    """State of a batch between two blocks of decoding."""
 
     cache: Cache
     tokens: Int32[Array, "batch"]  # chosen last, not cached yet
@@ -62,12 +62,12 @@ Steps = tuple[Int32[Array, ""], DecodeState, Block]  # taken so far, the state a
 
 
 def next_lengths(state: DecodeState) -> Int32[Array, "batch"]:
-    """The sequences' lengths after a step; one that is done stays as long as it was, and writes to one slot always."""
+    """Return the sequences' lengths after a step; one that is done keeps its length, and always writes to one slot."""
     return state.cache.lengths + (~state.is_done).astype(jnp.int32)
 
 
 def padded_stops(row: RowConfig) -> list[int]:
-    """A sequence's stop tokens, filled up."""
+    """Return a sequence's stop tokens, filled up with NO_TOKEN."""
     return [*row.stop_tokens, *[NO_TOKEN] * (MOST_STOPS - len(row.stop_tokens))]
 
 
@@ -77,7 +77,7 @@ LayerSelectors = tuple[LayerSelector | None, ...]  # of all layers; None for tho
 def layer_selectors(
     selector: Selector | None, layers: int, cfg: SelectionConfig, has_tail: bool = True
 ) -> tuple[LayerSelectors, ...]:
-    """Each layer's hash function, for each of the selector's sets of them.
+    """Return each layer's hash function, for each of the selector's sets of them.
 
     Args:
         has_tail: False drops the corrections of the estimate of what is not read, and with them the estimate.
@@ -93,7 +93,7 @@ def layer_selectors(
 
 
 def code_layer(layer: LayerCache, selector: LayerSelector) -> LayerCache:
-    """The layer with the codes that this hash function gives its keys, made in blocks that are small beside a cache."""
+    """Return the layer with this hash function's codes of its keys, made in blocks that are small next to a cache."""
     assert layer.codes is not None, "a layer with a selector keeps codes"
     max_len = layer.keys.shape[1]
     block = min(_CODED_AT_ONCE, max_len)
@@ -118,7 +118,7 @@ def prefill_layer(
     implementation: AttentionImpl,
     mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "batch q_len embed"], LayerCache]:
-    """One layer over one chunk of the prompt; tokens from `ends` on are padding."""
+    """Apply one layer to one chunk of the prompt; tokens from `ends` on are padding."""
     positions = starts[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None, :]
 
     def attend(
@@ -133,7 +133,7 @@ def prefill_layer(
 
 
 def rows_of_step(batch: int) -> int:
-    """Rows of a step's products with weights.
+    """Return the number of rows of a step's products with weights.
 
     One more than a single sequence has: XLA for GPUs makes sums of products with one row. It does not merge them, and
     computes them anew, weights and all, where it fuses them with what follows.
@@ -154,7 +154,7 @@ def decode_layer(
     mode: Mode,
     mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "rows one embed"], LayerCache]:
-    """One layer over one more token of each sequence; moments are left to `fold_layers`.
+    """Apply one layer to one more token of each sequence; moments are left to `fold_layers`.
 
     Args:
         x: the stream before the layer; rows behind the batch are copies (`rows_of_step`).
@@ -234,14 +234,14 @@ _decode_layer = jax.jit(decode_layer, static_argnames=("model_cfg", "cfg", "mode
 def fold_step(
     layers: tuple[LayerCache, ...], lengths: Int32[Array, "batch"], ends: Int32[Array, "batch"], mesh: Mesh | None
 ) -> tuple[LayerCache, ...]:
-    """The layers with moments of the blocks that this step has filled, if it filled any; args as `fold_layers`."""
+    """Return the layers with moments of the blocks that this step has filled, if any; args as `fold_layers`."""
     if mesh is None or not splits_context(mesh):
         return fold_layers(layers, lengths, ends, fold_one)
     return fold_layers(layers, lengths, ends, partial(on_own_slots, fold_split, mesh))
 
 
 def embed_step(params: PyTree, tokens: Int32[Array, "batch"], model_cfg: DecoderConfig) -> Float[Array, "rows 1 embed"]:
-    """The stream of one more token of each sequence before the first layer."""
+    """Return the stream of one more token of each sequence before the first layer."""
     rows = rows_of_step(tokens.shape[0])
     return embed_tokens(params, jnp.broadcast_to(tokens, (rows,))[:, None], model_cfg)
 
@@ -259,7 +259,7 @@ def decode_step(
     reads: RowBudgets | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "batch vocab"], Cache]:
-    """Logits after one more token of each sequence, and the cache with it; lengths are left to the caller.
+    """Return logits after one more token of each sequence, and the cache with it; lengths are left to the caller.
 
     Args:
         ends: the lengths that follow, which are those before where a sequence is done; None: none is.
@@ -298,12 +298,12 @@ def choose(logits: Float[Array, "batch vocab"], state: DecodeState) -> tuple[Dec
 def first_token(
     params: PyTree, x: Float[Array, "batch embed"], state: DecodeState, model_cfg: DecoderConfig
 ) -> tuple[DecodeState, TokenLogprobs | None]:
-    """The first token after the prompt, from the stream of the prompt's last one; its log-probabilities if any asks."""
+    """Choose the first token after the prompt, from the stream of its last one; with log-probabilities if any asks."""
     return choose(unembed(params, x[:, None], model_cfg)[:, 0], state)
 
 
 def insert_row(state: DecodeState, other: DecodeState, slot: Int32[Array, ""], row: Int32[Array, ""]) -> DecodeState:
-    """A batch with one sequence of another, whose cache is no longer, in one of its slots."""
+    """Return a batch with one sequence of another batch, whose cache is not longer, in one of its slots."""
 
     def insert(leaf: Array, own: Array) -> Array:
         one = lax.dynamic_slice_in_dim(own, row, 1, axis=0)
@@ -313,7 +313,7 @@ def insert_row(state: DecodeState, other: DecodeState, slot: Int32[Array, ""], r
 
 
 def free_rows(state: DecodeState, is_free: Bool[Array, "batch"]) -> DecodeState:
-    """A batch in which some sequences are done and hold nothing."""
+    """Return a batch in which some sequences are done and hold nothing."""
     cache = dataclasses.replace(state.cache, lengths=jnp.where(is_free, 0, state.cache.lengths))
     return dataclasses.replace(state, cache=cache, is_done=state.is_done | is_free)
 
@@ -328,10 +328,11 @@ def decode_block(
     mode: Mode,
     mesh: Mesh | None = None,
 ) -> tuple[DecodeState, Block, Int32[Array, ""]]:
-    """Up to `limit` (at most cfg.block) steps, fewer where every sequence is done before.
+    """Take up to `limit` (at most cfg.block) steps, fewer where every sequence is done before.
 
-    Returns: the state, the tokens chosen (a sequence that is done repeats its last) and their log-probabilities, and
-        how many steps were taken.
+    Returns:
+        The state, the tokens chosen (a sequence that is done repeats its last) and their log-probabilities, and how
+            many steps were taken.
     """
 
     def is_running(carry: Steps) -> Array:

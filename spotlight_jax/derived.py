@@ -1,7 +1,7 @@
 """Files that can be made again: each ends with its length and hash, by which it is checked before it is used.
 
 Behind the content stands one line of JSON, which readers of `.npy` and of JSON lines do not reach. A file that was cut
-or changed is removed and made again, and that is said.
+or changed is removed and made again, and a notice says so.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def write_derived(path: Path, content: Iterable[bytes], note: Callable[[], str] 
 
 
 def find_derived(path: Path) -> Derived | None:
-    """The file, if it is there and sound; one that is damaged is removed."""
+    """Return the file, if it is there and sound; one that is damaged is removed."""
     if not path.is_file():
         return None
     if (found := _check(path)) is None:

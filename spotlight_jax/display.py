@@ -21,28 +21,28 @@ _TASKS_SHOWN = 4  # the newest is never below a terminal's last line
 
 
 class _Progress(rich.progress.Progress):
-    """Tasks, and a line of its own for the note of the last one: a long note takes no room from bar, count and time."""
+    """Tasks, and a line of its own for the note of the last one: a long one takes no space from bar, count and time."""
 
     def get_renderables(self) -> Iterator[rich.console.RenderableType]:
-        """The newest tasks' lines, then the note, cut at the terminal's width."""
+        """Yield the newest tasks' lines, then the note, cut at the terminal's width."""
         yield self.make_tasks_table(self.tasks[-_TASKS_SHOWN:])
         if self.tasks and (note := self.tasks[-1].fields["note"]):
             yield rich.text.Text(note, overflow="ellipsis", no_wrap=True)
 
 
 class _Description(rich.progress.ProgressColumn):
-    """What is done, cut where the terminal is narrow: numbers are never cut in its place."""
+    """Name of a task, cut where the terminal is narrow: numbers are never cut in its place."""
 
     def __init__(self) -> None:
         super().__init__(rich.table.Column(no_wrap=False))  # such a column gives way before others
 
     def render(self, task: rich.progress.Task) -> rich.text.Text:
-        """The name on one line."""
+        """Return the name on one line."""
         return rich.text.Text(task.description, overflow="ellipsis", no_wrap=True)
 
 
 def columns_of(console: rich.console.Console) -> list[rich.progress.ProgressColumn]:
-    """What the live line shows in a terminal of this width; count and time left at every width."""
+    """Return what the live line shows in a terminal of this width; count and time left at every width."""
     what, count, left = _Description(), rich.progress.MofNCompleteColumn(), rich.progress.TimeRemainingColumn()
     if console.width < 60:
         return [what, count, left]
@@ -116,7 +116,7 @@ class Display:
             self.say(f"{what}: {done}/{total}{rest}{'; ' + note if note else ''}")
 
     def say(self, text: str, is_copied: bool = False) -> None:
-        """A line that stays; control characters in names are shown, not sent.
+        """Print a line that stays; control characters in names are shown, not sent.
 
         Args:
             is_copied: it holds a command or a path: no line break is put in, which would be copied with it.
@@ -130,18 +130,18 @@ class Display:
 
 
 def _may_be_closed() -> contextlib.suppress:
-    """Progress that nobody can see, because the terminal was closed or its disk is full, stops nothing."""
+    """Suppress errors of a closed terminal or a full disk: progress that nobody can see stops nothing."""
     return contextlib.suppress(OSError)
 
 
 def print_result(result: Mapping[str, Any]) -> None:
-    """The line of JSON that ends a command's output, for programs: a terminal, where people read, does without it."""
+    """Print the line of JSON that ends a command's output, for programs; a terminal, where people read, gets none."""
     if not sys.stdout.isatty():
         print(json.dumps(result), flush=True)
 
 
 def make_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], names: int = 1) -> rich.table.Table:
-    """A table whose first `names` columns are names and whose others are numbers."""
+    """Return a table whose first `names` columns are names and whose others are numbers."""
     table = rich.table.Table(title=title, title_justify="left")
     for place, column in enumerate(columns):
         table.add_column(column, justify="left" if place < names else "right", no_wrap=place < names)
@@ -151,7 +151,7 @@ def make_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 def open_console() -> rich.console.Console:
-    """Where tables go: as wide as the terminal; a file takes lines of any length."""
+    """Open the console that tables go to: as wide as the terminal; a file takes lines of any length."""
     console = rich.console.Console(highlight=False)
     return console if console.is_terminal else rich.console.Console(highlight=False, width=_FILE_WIDTH)
 

@@ -45,7 +45,7 @@ class Source:
 
 
 def find_sources(names: Sequence[str]) -> list[Source]:
-    """Every source behind the user's strings; nothing is read yet, but missing ones are told."""
+    """Find every source behind the user's strings; nothing is read yet, but one that is missing raises InputError."""
     found: list[Source] = []
     for given, name in enumerate(names):
         if name in (EMBEDDED, EMBEDDED_TEST):
@@ -94,7 +94,7 @@ def _as_given(name: str, given: int, files: Sequence[Path]) -> Source:
 
 
 def _search_folder(folder: Path, name: str) -> tuple[Path, ...]:
-    """The files of a folder that are read, in order; what else is there is said."""
+    """Return the files of a folder that are read, in order; a notice names the others."""
     found = sorted(file for file in folder.rglob("*") if file.is_file() and not _is_hidden(file, folder))
     files = tuple(file for file in found if text_files.is_known(file))
     if not files:
@@ -121,7 +121,7 @@ def _missing(name: str, path: Path) -> str:
 
 
 def hash_source(source: Source) -> tuple[str, ...]:
-    """SHA-256 of each file (or of each document of an embedded text): the identity of a local source."""
+    """Return SHA-256 of each file (or of each document of an embedded text): the identity of a local source."""
     if source.text is not None:
         return tuple(hashlib.sha256(text.encode()).hexdigest() for text in texts.read_text(source.text))
     hashes = []
@@ -135,7 +135,7 @@ def hash_source(source: Source) -> tuple[str, ...]:
 
 
 def read_source(source: Source, column: str) -> text_files.Documents:
-    """Documents of a local source in order: strings, None for a row whose text is null, an array for `.npy` files."""
+    """Read a local source's documents in order: strings, None for a row whose text is null, arrays of `.npy` files."""
     if source.text is not None:
         yield from texts.read_text(source.text)
     for file in source.files:
@@ -143,7 +143,7 @@ def read_source(source: Source, column: str) -> text_files.Documents:
 
 
 def next_row(rows: Iterator[dict[str, Any]], name: str) -> dict[str, Any] | None:
-    """The next row of a stream, None at its end; raises InputError where it cannot be read on."""
+    """Return the next row of a stream, None at its end; raises InputError where it cannot be read on."""
     try:
         return next(rows, None)
     except Exception as error:  # of the network, of damaged files, of the library: each of a kind of its own
@@ -151,7 +151,7 @@ def next_row(rows: Iterator[dict[str, Any]], name: str) -> dict[str, Any] | None
 
 
 def open_stream(hub: HubId, column: str | None = None) -> Any:
-    """The data set as a `datasets.IterableDataset`; raises InputError where it has no column of that name."""
+    """Open the data set as a `datasets.IterableDataset`; raises InputError where it has no column of that name."""
     import datasets
 
     name = f"hf:{hub.path}"

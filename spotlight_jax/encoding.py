@@ -51,7 +51,7 @@ class Encoder:
         self._start = [] if tokenizer is None else self._start_ids()
 
     def identity(self) -> str:
-        """SHA-256 of what decides the ids."""
+        """Return SHA-256 of what decides the ids."""
         if self._slow is not None:
             table = str(sorted(self._slow.get_vocab().items()))
         else:
@@ -59,7 +59,7 @@ class Encoder:
         return hashlib.sha256(f"{_FORMAT}\n{self._start}\n{self._eos}\n{table}".encode()).hexdigest()
 
     def _start_ids(self) -> list[int]:
-        """What the tokenizer puts before a text (its BOS, if it adds one), as generation does before a prompt."""
+        """Return what the tokenizer puts before a text (its BOS, if it adds one), as generation does with a prompt."""
         if self._slow is not None:
             whole, bare = self._slow("a")["input_ids"], self._slow("a", add_special_tokens=False)["input_ids"]
         else:
@@ -68,7 +68,7 @@ class Encoder:
         return list(whole[: places[0]]) if bare and places else []
 
     def encode(self, batch: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each document, between the BOS that the tokenizer adds, if any, and its end-of-text id.
+        """Return token ids of each document, between the BOS that the tokenizer adds, if any, and its end-of-text id.
 
         Raises InputError where a document is not valid Unicode, or gives ids that the model has no row for.
         """
@@ -99,7 +99,7 @@ class Encoder:
         return found
 
     def load(self, source: Source, hashes: Sequence[str], column: str) -> np.ndarray:
-        """A local source's token ids, mapped from the cache; tokenised first if they are not there."""
+        """Load a local source's token ids, mapped from the cache; tokenised first if they are not there."""
         if len(source.files) == 1 and holds_token_ids(source.files[0]):
             return self._check_ids(read_token_ids(source.files[0]), source.files[0])
         kinds = [find_kind(file) for file in source.files]
@@ -143,14 +143,14 @@ class Encoder:
 
 
 class NullCount:
-    """Rows of one text that hold null instead of a text: they are left out, counted, and the count is said."""
+    """Rows of one text that hold null instead of a text: they are left out and counted, and a notice says how many."""
 
     def __init__(self, name: str, column: str) -> None:
         self._name, self._column = name, column
         self.count = 0
 
     def skip(self, stream: Documents) -> Iterator[str | np.ndarray]:
-        """The documents without the nulls."""
+        """Yield the documents without the nulls."""
         for document in stream:
             if document is None:
                 self.count += 1
@@ -158,13 +158,13 @@ class NullCount:
                 yield document
 
     def note(self) -> str:
-        """How many there were so far, in a sentence; nothing if there were none."""
+        """Return how many there were so far, in a sentence; nothing if there were none."""
         rows = "1 row is" if self.count == 1 else f"{self.count} rows are"
         return f"'{self._name}': {rows} left out, because '{self._column}' is null" if self.count else ""
 
 
 def source_size(source: Source) -> int:
-    """About how many characters a local source holds, for progress."""
+    """Return about how many characters a local source holds, for progress."""
     if source.text is not None:
         return sum(len(document) for document in texts.read_text(source.text))
     return sum(file.stat().st_size for file in source.files)
@@ -173,7 +173,7 @@ def source_size(source: Source) -> int:
 def split_document(
     text: str, size: int = _PIECE_CHARS, is_seam: Callable[[str, str], bool] = lambda before, after: True
 ) -> list[str]:
-    """Pieces of at least `size` characters, cut only where the tokens stay the same.
+    """Split a text into pieces of at least `size` characters, cut only where the tokens stay the same.
 
     Args:
         size: a cut is made at the first safe place after so many characters.
@@ -188,7 +188,7 @@ def split_document(
 
 
 def _find_seam(text: str, start: int, size: int, is_seam: Callable[[str, str], bool]) -> int:
-    """The first safe place from `start` on; the text's end where there is none, or where those that are tried fail."""
+    """Return the first safe place from `start` on; the text's end where there is none, or where those tried fail."""
     for begin in range(start, len(text), size):
         found = [itertools.islice(seam.finditer(text, begin, begin + size + 1), _SEAM_TRIES) for seam in _SEAMS]
         places = [match.end() for matches in found for match in matches]

@@ -1,4 +1,4 @@
-"""Prefill and decoding on the device: a prompt in chunks, then blocks of tokens without a word to the host."""
+"""Prefill and decoding on the device: a prompt in chunks, then blocks of tokens that need nothing of the host."""
 
 import dataclasses
 import time
@@ -59,7 +59,16 @@ class Engine:
     """
 
     def __init__(self, model_cfg: DecoderConfig, params: PyTree, selector: Selector | None, cfg: DecodeConfig):
-        """Hold references; nothing is copied or compiled yet. Raises InputError for another model's selector."""
+        """Hold references; nothing is compiled yet.
+
+        Args:
+            model_cfg: of the model.
+            params: the model's weights, on one device or on a mesh.
+            selector: says which tokens are read; None: every token is.
+            cfg: what programs are compiled for.
+
+        Raises: InputError for another model's selector.
+        """
         if selector is not None:
             shape = HeadShape(model_cfg.layers, model_cfg.q_heads, model_cfg.kv_heads, model_cfg.head_dim)
             check_shape(selector.shape, shape, f"the selector (trained for {selector.base_model})")
@@ -81,11 +90,15 @@ class Engine:
         options: dict[str, Any] | None = None,
         **static: Any,
     ) -> Any:
-        """`function(*args, **static)` by its program for these shapes, compiled on first use.
+        """Run `function(*args, **static)` by its program for these shapes, compiled on first use.
 
         Args:
+            name: of the program, for `programs`.
+            function: pure; arguments that are arrays first.
+            args: arrays and trees of them.
             donate: arguments whose buffers the program may overwrite: the caller gives them up.
             options: XLA's, for this program.
+            **static: what is no array; another value is another program.
         """
         leaves, structure = jax.tree.flatten(args)
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
@@ -130,23 +143,23 @@ class Engine:
         return any(own is not None and own.functions.tail is not None for own in self._sets[0])
 
     def chunk_length(self, tokens: int) -> int:
-        """Tokens of a prefill step for a prompt of `tokens`: short prompts are not padded to a whole chunk."""
+        """Return the tokens of a prefill step for a prompt of `tokens`: a short one is not padded to a whole chunk."""
         most = self.cfg.prefill_chunk or CHUNK.get(jax.default_backend(), GPU_CHUNK)
         return min(most, max(SMALLEST_CHUNK, 1 << (tokens - 1).bit_length()))
 
     def capacity(self, cached: int, tokens: int, max_new_tokens: int) -> int:
-        """Slots for a cache that holds `cached` tokens and gets a prompt of `tokens` and `max_new_tokens` more."""
+        """Return the slots of a cache with `cached` tokens that gets a prompt of `tokens` and `max_new_tokens` more."""
         chunk = self.chunk_length(tokens)
         return bucket_length(cached + max(-(-tokens // chunk) * chunk, tokens + max_new_tokens))
 
     def empty_cache(self, batch: int, max_len: int) -> Cache:
-        """An unfilled cache; layers that are always dense keep no codes."""
+        """Return an unfilled cache; layers that are always dense keep no codes."""
         lengths, code_sets = (jnp.zeros((batch,), jnp.int32) for _ in range(2))  # two buffers: both are given up
         layers = build(lambda: self.empty_layers(batch, max_len), self.mesh)
         return Cache(layers=layers, lengths=lengths, code_sets=code_sets)
 
     def empty_layers(self, batch: int, max_len: int) -> tuple[LayerCache, ...]:
-        """All layers of `empty_cache`, on the default device."""
+        """Return all layers of `empty_cache`, on the default device."""
         cfg, layers = self.model_cfg, []
         for selector in self._sets[0]:
             code_shape = None
@@ -157,7 +170,7 @@ class Engine:
         return tuple(layers)
 
     def selectors(self, sets: np.ndarray) -> LayerSelectors:
-        """All layers' hash functions for sequences that use these sets of the selector, one for each sequence.
+        """Return all layers' hash functions for sequences that use these sets of the selector, one for each sequence.
 
         Where all use the same one, whichever it is, the same compiled programs serve them.
         """
@@ -236,7 +249,7 @@ class Engine:
     ) -> tuple[LayerSelectors, np.ndarray]:
         """Hash functions for sequences by their lengths at their ends, and which sets those are, `int32[batch]`.
 
-        Codes in `layers` that are of another set (a talk that has grown) are made anew from the cached keys.
+        Codes in `layers` that are of another set (a conversation that has grown) are made anew from the cached keys.
         """
         if self.selector is None:
             return self._sets[0], held
@@ -257,7 +270,7 @@ class Engine:
         rope_len: Array,
         ends: Array,
     ) -> tuple[Array, list[LayerCache]]:
-        """One chunk through all layers: one program serves all layers of a kind."""
+        """Pass one chunk through all layers: one program serves all layers of a kind."""
         x = jnp.take(self.params["embed"]["table"], jnp.asarray(tokens), axis=0)
         filled = []
         for index, (layer, selector) in enumerate(zip(layers, selectors, strict=True)):
@@ -268,7 +281,7 @@ class Engine:
         return x, filled
 
     def empty_state(self, slots: int, max_len: int) -> DecodeState:
-        """A batch of free slots, each for sequences of up to `max_len` tokens: prefill, `insert`, `decode`, `free`."""
+        """Return a batch of free slots, each for up to `max_len` tokens: `prefill`, `insert`, `decode`, `free`."""
         none = [RowConfig()] * slots
         zeros: dict[str, Any] = {
             name: jnp.zeros((slots,), jnp.int32) for name in ("tokens", "left", "chosen", "rope_len")
@@ -282,7 +295,7 @@ class Engine:
         )
 
     def insert(self, state: DecodeState, slot: int, other: DecodeState, row: int = 0) -> DecodeState:
-        """A batch with one sequence of another, which goes on as it would have alone; `state` is given up.
+        """Return a batch with one sequence of another, which goes on as it would have alone; `state` is given up.
 
         Args:
             state: the batch.
@@ -300,15 +313,16 @@ class Engine:
         return self.run("insert", insert_row, (state, other, np.int32(slot), np.int32(row)), (0,))
 
     def free(self, state: DecodeState, slots: Sequence[int]) -> DecodeState:
-        """A batch in which these slots are free; `state` is given up."""
+        """Return a batch in which these slots are free; `state` is given up."""
         is_free = np.isin(np.arange(len(state.tokens)), slots)
         return self.run("free", free_rows, (state, jnp.asarray(is_free)), (0,))
 
     def mode_of(self, lengths: np.ndarray, is_done: np.ndarray, starts: np.ndarray | None = None) -> tuple[Mode, int]:
-        """How the next block reads, and for how many steps that stays right.
+        """Return how the next block reads, and for how many steps that stays right.
 
         Args:
             lengths: tokens each sequence has cached; the next step's own token comes on top.
+            is_done: sequences that have ended, which no block looks at.
             starts: the length from which each sequence is read sparsely; None: what the selection says.
         """
         if all(selector is None for selector in self._sets[0]) or is_done.all():
@@ -339,8 +353,9 @@ class Engine:
 
         A sequence whose logits are not finite is done with the token `NOT_FINITE`; the others go on.
 
-        Returns: the new state, the tokens chosen, [batch, steps], and their log-probabilities where the state asks for
-            some, [batch, block], still on the device.
+        Returns:
+            The new state, the tokens chosen, [batch, steps], and their log-probabilities where the state asks for some,
+                [batch, block], still on the device.
         """
         selectors = self.selectors(np.asarray(state.cache.code_sets))
         args = (self.params, selectors, state, np.int32(steps))

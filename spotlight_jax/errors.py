@@ -20,19 +20,19 @@ class InputError(ValueError):
 
 
 def _one_line(text: str) -> str:
-    """The text on one line of bounded length: blanks for line breaks, escapes for all else that is not printable."""
+    """Return the text on one line of bounded length: blanks for line breaks, escapes for all else not printable."""
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
     return printable(text.translate(dict.fromkeys(map(ord, "\t\n\r"), " ")))
 
 
 def printable(text: str) -> str:
-    """Text whose control characters are shown and not sent: a file's name must not steer the terminal."""
+    """Return the text with control characters shown and not sent: a file's name must not steer the terminal."""
     return "".join(char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in text)
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what another library's error says, or its type where it says nothing."""
+    """Return the first line of what another library's error says, or its type where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

@@ -11,7 +11,7 @@ Config = TypeVar("Config")
 
 
 def read_dataclass(kind: type[Config] | types.UnionType, fields: object) -> Config:
-    """A dataclass, one of several, from the fields of a JSON or YAML object; lists stand for tuples.
+    """Read a dataclass, one of several, from the fields of a JSON or YAML object; lists stand for tuples.
 
     Raises InputError naming a field that is unknown, missing, or not of its type. The class checks its own ranges.
     """
@@ -29,7 +29,7 @@ def read_dataclass(kind: type[Config] | types.UnionType, fields: object) -> Conf
 
 
 def classes_of(kind: Any) -> tuple[Any, ...]:
-    """The types of a union; a type alone is the only one of its own."""
+    """Return the types of a union; a type alone is the only one of its own."""
     return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
 
 
@@ -39,7 +39,7 @@ def is_config(kind: Any) -> bool:
 
 
 def pick_class(kind: Any, fields: Any) -> tuple[Any, Any]:
-    """Of a union of dataclasses, the one that an object is of, and the object without what belongs to the others alone.
+    """Return the class of a union that an object is of, and the object without what belongs to the others alone.
 
     A field whose Literal differs from class to class says which; among several, it is the largest whose fields are all
     there, or else the first. Files of before there was the union hold the fields of all of its classes.
@@ -58,7 +58,7 @@ def pick_class(kind: Any, fields: Any) -> tuple[Any, Any]:
 
 
 def _read(value: object, kind: Any, name: str) -> Any:
-    """A value as its field's type wants it; raises InputError naming the field."""
+    """Return a value as its field's type wants it; raises InputError naming the field."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if len(inner) and inner == classes_of(kind):
         for option in inner:

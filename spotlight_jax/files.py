@@ -74,7 +74,7 @@ def append_lines(path: pathlib.Path, lines: str) -> None:
 
 
 def _end_of_lines(file: FileIO) -> int:
-    """Where the last whole line ends."""
+    """Return where the last whole line ends."""
     end = file.seek(0, os.SEEK_END)
     while end:
         start = max(0, end - (1 << 16))
@@ -87,7 +87,7 @@ def _end_of_lines(file: FileIO) -> int:
 
 @contextlib.contextmanager
 def _naming(path: pathlib.Path) -> Iterator[None]:
-    """Errors of the disk name the path: those of writing name none, those of renaming name the temporary file."""
+    """Let errors of the disk name the path: those of writing name none, those of renaming name the temporary file."""
     try:
         yield
     except OSError as error:

@@ -1,9 +1,11 @@
 """Text in, text out: prompts to tokens, decoding on the device, tokens to text, and a report of what it took.
 
-model = load_model("smollm2-135m")
-selector = load_selector("runs/demo", head_shape(model.cfg))
-for result in generate(model, ["Once upon a time"], GenerateConfig(max_new_tokens=64), selector):
-    print(result.text)
+For example:
+
+    model = load_model("smollm2-135m")
+    selector = load_selector("runs/demo", head_shape(model.cfg))
+    for result in generate(model, ["Once upon a time"], GenerateConfig(max_new_tokens=64), selector):
+        print(result.text)
 """
 
 import copy
@@ -38,14 +40,18 @@ class Generation:
     """One sequence's continuation."""
 
     text: str
+    """New text, without the prompt, a stop string or special tokens."""
     tokens: tuple[int, ...]
+    """Ids of the tokens that were chosen, the one that ends the text included."""
     prompt_tokens: int
-    ended_by: str  # "stop string", "end of text" or "length"
+    """Number of tokens of the prompt."""
+    ended_by: str
+    """Reason of the end: "stop string", "end of text" or "length"."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a generation took; tokens per second count running alone, not compiling."""
+    """What a generation took; seconds of prefill and decoding are without compiling, which has seconds of its own."""
 
     prompt_tokens: int
     new_tokens: int
@@ -66,7 +72,7 @@ class Report:
 
 
 def head_shape(cfg: DecoderConfig) -> HeadShape:
-    """The heads that a selector for this model serves."""
+    """Return the heads that a selector for this model serves."""
     return HeadShape(cfg.layers, cfg.q_heads, cfg.kv_heads, cfg.head_dim)
 
 
@@ -78,10 +84,13 @@ def encode_prompts(
     is_chat: bool = False,
     most: int | None = None,
 ) -> list[list[int]]:
-    """Prompts as token ids; raises InputError for empty ones and those that leave no room in the model's context.
+    """Encode prompts as token ids; raises InputError for empty ones, and those too long for the model's context.
 
     Args:
         tokenizer: of the model; None where every prompt is token ids.
+        prompts: texts, or token ids.
+        max_new_tokens: tokens that must fit the context after each prompt.
+        model_cfg: the model's config, for its vocabulary and context.
         is_chat: whether a text is a user's message, put into the model's chat template.
         most: only so many tokens of each prompt, the first ones.
     """
@@ -115,7 +124,7 @@ def encode_prompts(
 
 
 def make_engine(model: BaseModel, cfg: GenerateConfig, selector: Selector | None = None) -> Engine:
-    """An engine for this model and these settings; keep it to generate again without compiling."""
+    """Make an engine for this model and these settings; keep it to generate again without compiling."""
     return Engine(model.cfg, model.params, selector, make_decode_config(cfg))
 
 
@@ -125,7 +134,7 @@ def _without_layers(state: DecodeState) -> DecodeState:
 
 
 class Run:
-    """One generation under way: texts so far, and the clock."""
+    """One generation in progress: texts so far, and the clock."""
 
     def __init__(
         self,
@@ -180,7 +189,7 @@ class Run:
         return run
 
     def _add(self, tokens: np.ndarray) -> list[str]:
-        """Tokens of each sequence up to where it stopped; returns their new text."""
+        """Add tokens of each sequence up to where it stopped; returns their new text."""
         pieces = []
         for row, stream in enumerate(self.streams):
             room = self.cfg.max_new_tokens - len(self.tokens[row])
@@ -204,7 +213,7 @@ class Run:
         return all(stream.is_stopped or self._ended(row) for row, stream in enumerate(self.streams))
 
     def step(self, limit: int | None = None) -> list[str]:
-        """Decode a block of at most `limit` steps; the new text of each sequence."""
+        """Decode a block of at most `limit` steps; returns the new text of each sequence."""
         compiled, start = self.engine.compile_seconds, time.perf_counter()
         # a stop string is seen here, not on the device: its sequence stops before the next block
         stopped = np.array([stream.is_stopped for stream in self.streams])
@@ -217,7 +226,7 @@ class Run:
         return self.pieces
 
     def results(self) -> list[Generation]:
-        """What each sequence has become so far."""
+        """Return what each sequence has become so far."""
         found = []
         for stream, tokens, prompt in zip(self.streams, self.tokens, self.prompts, strict=True):
             last = tokens[-1] if tokens else -1
@@ -228,7 +237,7 @@ class Run:
         return found
 
     def report(self) -> Report:
-        """Times so far and what the last step read."""
+        """Return times so far and what the last step read."""
         engine = self.engine
         lengths = np.asarray(self.state.cache.lengths).tolist()
         selection = self.cfg.selection
@@ -251,14 +260,21 @@ def generate(
     selector: Selector | None = None,
     engine: Engine | None = None,
 ) -> list[Generation]:
-    """Continue each prompt (text, or token ids); densely where there is no selector.
+    """Continue each prompt; every token is read where there is no selector.
 
     Args:
         model: see `load_model`.
-        prompts: of any lengths; they are decoded together.
-        cfg: how.
-        selector: see `load_selector`.
-        engine: of an earlier call with the same settings, to compile nothing again.
+        prompts: texts or token ids, of any lengths; they are decoded together, as one batch.
+        cfg: how texts are continued; None: `GenerateConfig()`, greedily for 128 tokens.
+        selector: says which tokens are read; see `load_selector`, `fit` and `train`.
+        engine: of `make_engine` with the same model, settings and selector, to compile nothing again.
+
+    Returns:
+        One `Generation` for each prompt, in order.
+
+    Raises:
+        InputError: a prompt that is empty, or passes the model's context with `cfg.max_new_tokens`; another model's
+            selector; logits that are not finite.
     """
     run = _start(model, prompts, cfg or GenerateConfig(), selector, engine)
     while not run.is_done:
@@ -286,7 +302,10 @@ def stream(
     selector: Selector | None = None,
     engine: Engine | None = None,
 ) -> Iterator[str]:
-    """Text after one prompt as it comes; the pieces together are what `generate` returns."""
+    """Yield the text after one prompt as it comes; the pieces together are the text that `generate` returns.
+
+    Args and errors as `generate`, with one prompt.
+    """
     run = _start(model, [prompt], cfg or GenerateConfig(), selector, engine)
     yield from filter(None, run.pieces)
     while not run.is_done:

@@ -37,7 +37,7 @@ class PackageSources:
 
 
 def read_index_config(environ: Mapping[str, str] = os.environ) -> PackageSources:
-    """The settings of pip and uv together; without any, the index that both have by default."""
+    """Read the settings of pip and uv together; without any, the index that both have by default."""
     pip, uv = _pip_options(environ), _uv_options(environ)
     default = pip.get("index-url") or uv.get("index-url") or pypi_simple.PYPI_SIMPLE_ENDPOINT
     extra = [*_words(pip.get("extra-index-url")), *uv.get("extra-index-url", ())]
@@ -65,7 +65,7 @@ def _words(value: str | None) -> list[str]:
 
 
 def _pip_options(environ: Mapping[str, str]) -> dict[str, str]:
-    """Pip's options by their long names; later files and then variables override earlier ones."""
+    """Return pip's options by their long names; later files and then variables override earlier ones."""
     options: dict[str, str] = {}
     for file in _pip_files(environ):
         parser = configparser.RawConfigParser()
@@ -81,7 +81,7 @@ def _pip_options(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _pip_files(environ: Mapping[str, str]) -> list[Path]:
-    """Where pip looks for its configuration, the weakest first."""
+    """Return where pip looks for its configuration, the weakest first."""
     own = environ.get("PIP_CONFIG_FILE")
     if own == os.devnull:
         return []
@@ -95,7 +95,7 @@ def _pip_files(environ: Mapping[str, str]) -> list[Path]:
 
 
 def _uv_options(environ: Mapping[str, str]) -> dict[str, Any]:
-    """Uv's options by the names that pip has for them."""
+    """Return uv's options by the names that pip has for them."""
     options: dict[str, Any] = {}
     folders = [*platformdirs.site_config_dir("uv", False, multipath=True).split(os.pathsep), "/etc/uv"]
     for folder in (*folders, platformdirs.user_config_dir("uv", False), str(Path.home() / ".config" / "uv")):
@@ -131,6 +131,6 @@ def _uv_file(file: Path) -> dict[str, Any]:
 
 
 def _strip_name(index: str) -> str:
-    """The address of an index that may be written NAME=ADDRESS."""
+    """Return the address of an index that may be written NAME=ADDRESS."""
     name, mark, address = index.partition("=")
     return address if mark and name.replace("-", "").replace("_", "").isalnum() else index

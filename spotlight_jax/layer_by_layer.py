@@ -27,7 +27,7 @@ from spotlight_jax.selector.selection import RowBudgets
 def begin_step(
     params: PyTree, state: DecodeState, model_cfg: DecoderConfig
 ) -> tuple[Float[Array, "rows one embed"], Int32[Array, "batch"]]:
-    """The stream before the first layer, and the sequences' lengths after the step; `state` holds no layers."""
+    """Return the stream before the first layer, and the sequences' lengths after the step; `state` holds no layers."""
     return embed_step(params, state.tokens, model_cfg), next_lengths(state)
 
 
@@ -45,7 +45,7 @@ def step_layer(
     mode: Mode,
     mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "rows one embed"], LayerCache]:
-    """One layer of a step, its moments included."""
+    """Apply one layer of a step, its moments included."""
     x, layer = decode_layer(layer_params, x, layer, selector, lengths, rope_len, reads, model_cfg, cfg, mode, mesh)
     (layer,) = fold_step((layer,), lengths, ends, mesh)
     return x, layer
@@ -58,7 +58,7 @@ def end_step(
     state: DecodeState,
     model_cfg: DecoderConfig,
 ) -> tuple[DecodeState, TokenLogprobs | None]:
-    """Each sequence's next token from the stream after the last layer; `state` holds no layers."""
+    """Choose each sequence's next token from the stream after the last layer; `state` holds no layers."""
     state = dataclasses.replace(state, cache=dataclasses.replace(state.cache, lengths=ends))
     return choose(unembed(params, x, model_cfg)[: ends.shape[0], 0], state)
 
@@ -68,8 +68,8 @@ def decode_layer_by_layer(
 ) -> tuple[DecodeState, np.ndarray, TokenLogprobs | None]:
     """Decode at least one step and at most `steps`, as `Engine.decode_block` does; the given state is given up.
 
-    Returns: the new state, the tokens chosen, [batch, steps taken], and their log-probabilities where the state has
-        some.
+    Returns:
+        The new state, the tokens chosen, [batch, steps taken], and their log-probabilities where the state has some.
     """
     cfg, layers = engine.model_cfg, list(state.cache.layers)
     selectors, outer = engine.selectors(np.asarray(state.cache.code_sets)), unembed_params(engine.params)

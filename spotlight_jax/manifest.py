@@ -1,4 +1,4 @@
-"""The hashes of a folder's files, in the folder: what is read is what was written, or what differs is said."""
+"""The hashes of a folder's files, in the folder: what is read is what was written, or what differs is named."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ def seal_folder(folder: pathlib.Path, names: Collection[str] | None = None) -> N
 
 
 def find_damage(folder: pathlib.Path, names: Collection[str] | None = None) -> str | None:
-    """What is wrong with a sealed folder, or None where its files are as they were written.
+    """Return what is wrong with a sealed folder, or None where its files are as they were written.
 
     Args:
         folder: that `seal_folder` was called for; without a manifest it is not whole.

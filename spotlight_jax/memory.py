@@ -36,18 +36,18 @@ class MemoryPlan:
         return self.weights + self.cache + self.codes + self.workspace
 
     def describe(self) -> str:
-        """One line in GiB."""
+        """Return one line in GiB."""
         parts = ", ".join(f"{field.name} {getattr(self, field.name) / GIB:.2f}" for field in dataclasses.fields(self))
         return f"{parts}; together {self.total / GIB:.2f} GiB"
 
 
 def sparse_layers(cfg: DecoderConfig, selection: SelectionConfig) -> int:
-    """Layers that read selected tokens."""
+    """Return how many layers read selected tokens."""
     return cfg.layers - sum(layer < cfg.layers for layer in set(selection.dense_layers))
 
 
 def code_bytes_per_token(cfg: DecoderConfig, hash_cfg: HashConfig) -> int:
-    """Bytes of one token's codes in one layer."""
+    """Return the bytes of one token's codes in one layer."""
     heads, words = hash_cfg.code_shape(cfg.q_heads, cfg.kv_heads)
     return heads * words * 4
 
@@ -62,7 +62,7 @@ def plan_memory(
     selection: SelectionConfig,
     has_tail: bool = False,
 ) -> MemoryPlan:
-    """What a generation of `batch` sequences with caches of `max_len` slots needs.
+    """Return what a generation of `batch` sequences with caches of `max_len` slots needs.
 
     Args:
         dtype: of weights and cache.
@@ -100,7 +100,7 @@ def plan_serving(
     selection: SelectionConfig,
     has_tail: bool = False,
 ) -> MemoryPlan:
-    """What a server holds: slots, one more sequence that is prefilled, and pages of prompts.
+    """Return what a server holds: slots, one more sequence that is prefilled, and pages of prompts.
 
     Args:
         dtype: of weights and cache.
@@ -127,7 +127,7 @@ def plan_serving(
 
 
 def available_bytes(device: jax.Device | None = None) -> int | None:
-    """Free memory of the device (a CPU's: of the machine); None where nobody knows."""
+    """Return the bytes of memory that the device has free (a CPU: the machine); None where nobody knows."""
     device = device or jax.local_devices()[0]
     if device.platform != "cpu":
         stats = device.memory_stats() or {}
@@ -162,7 +162,7 @@ def check_memory(plan: MemoryPlan, free: int | None, dtype: np.dtype | None = No
 
 @dataclasses.dataclass(frozen=True)
 class StepReads:
-    """What one decoding step reads of the cache, summed over layers and sequences."""
+    """Cache traffic of one decoding step; bytes are summed over layers and sequences."""
 
     tokens: int  # per sequence and KV head (or query head) of a sparse layer, on average over sequences
     bytes_keys_values: int

@@ -18,7 +18,7 @@ class SelectionQuality:
 
 
 def spread_positions(window: int, count: int) -> Int32[np.ndarray, "picks"]:
-    """Positions of the queries to look at, spread evenly over a window, the last one included."""
+    """Return positions of the queries to look at, spread evenly over a window, the last one included."""
     return ((np.arange(1, count + 1) * window) // count - 1).astype(np.int32)
 
 
@@ -28,7 +28,7 @@ def attention_probabilities(
     positions: Int32[Array, "batch q_len"],
     heads: int,
 ) -> Float[Array, "batch q_len heads kv_len"]:
-    """Dense attention of each query, averaged over the query heads that select together (heads = q_heads: none do)."""
+    """Return dense attention, averaged over the query heads that select together (heads = q_heads: none do)."""
     batch, q_len, q_heads, head_dim = queries.shape
     grouped = queries.reshape(batch, q_len, keys.shape[2], -1, head_dim)
     logits = jnp.einsum("btkgd,bskd->btkgs", grouped, keys, preferred_element_type=jnp.float32) / jnp.sqrt(head_dim)
@@ -41,14 +41,14 @@ def attention_probabilities(
 def captured_mass(
     chosen: Bool[Array, "batch q_len heads kv_len"], probabilities: Float[Array, "batch q_len heads kv_len"]
 ) -> Float[Array, "heads"]:
-    """Attention probability of the chosen tokens, mean over queries."""
+    """Return the attention probability of the chosen tokens, mean over queries."""
     return jnp.mean(mass_of_queries(chosen, probabilities), axis=(0, 1))
 
 
 def mass_of_queries(
     chosen: Bool[Array, "batch q_len heads kv_len"], probabilities: Float[Array, "batch q_len heads kv_len"]
 ) -> Float[Array, "batch q_len heads"]:
-    """`captured_mass` of each query."""
+    """Return `captured_mass` of each query."""
     return jnp.sum(jnp.where(chosen, probabilities, 0.0), axis=-1)
 
 
@@ -57,7 +57,7 @@ def selection_quality(
     oracle: Bool[Array, "batch q_len heads kv_len"],
     probabilities: Float[Array, "batch q_len heads kv_len"],
 ) -> SelectionQuality:
-    """IoU, recall and captured mass of a selection beside the oracle's: means over queries, `[heads]`."""
+    """Return IoU, recall and captured mass of a selection, and the oracle's mass: means over queries, `[heads]`."""
     each = quality_of_queries(chosen, oracle, probabilities)
     return jax.tree.map(lambda values: jnp.mean(values, axis=(0, 1)), each)
 
@@ -67,7 +67,7 @@ def quality_of_queries(
     oracle: Bool[Array, "batch q_len heads kv_len"],
     probabilities: Float[Array, "batch q_len heads kv_len"],
 ) -> SelectionQuality:
-    """`selection_quality` of each query, `[batch, q_len, heads]`."""
+    """Return `selection_quality` of each query, `[batch, q_len, heads]`."""
     common = jnp.sum(chosen & oracle, axis=-1)
     either = jnp.sum(chosen | oracle, axis=-1)
     wanted = jnp.sum(oracle, axis=-1)
@@ -84,7 +84,7 @@ def output_error(
     dense: Shaped[Array, "batch q_len q_heads head_dim"],
     heads: int,
 ) -> Float[Array, "batch q_len heads"]:
-    """Squared error of outputs, relative to the square of dense ones; means over the heads that select together."""
+    """Return the squared error of outputs relative to dense ones' square: means over heads that select together."""
     wide = dense.astype(jnp.float32)
     off = jnp.sum(jnp.square(outputs.astype(jnp.float32) - wide), axis=-1)
     errors = off / jnp.maximum(jnp.sum(jnp.square(wide), axis=-1), 1e-9)

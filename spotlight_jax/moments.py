@@ -87,7 +87,7 @@ def with_newest(
     positions: Int32[Array, "batch q_len"],
     first: Int32[Array, ""] | int = 0,
 ) -> Bool[Array, "batch q_len heads kv_len"]:
-    """Return which tokens queries read beside those that were selected: the newest, which no moment has yet.
+    """Return which tokens queries read apart from those that were selected: the newest, which no moment has yet.
 
     Args:
         mask: of those that were selected.

@@ -27,7 +27,7 @@ Show = Callable[[int, int], None]  # bytes that are there, bytes of the whole
 
 @contextlib.contextmanager
 def open_index() -> Iterator[PackageIndex]:
-    """Everything that pip and uv are configured to look at."""
+    """Open everything that pip and uv are configured to look at."""
     cfg = read_index_config()
     with requests.Session() as session:
         retry = urllib3.Retry(total=2, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503, 504))
@@ -46,7 +46,7 @@ class PackageIndex:
         self.problems: list[str] = []  # of places that could not be used
 
     def find_archives(self, name: str, version: str, form: str, sha256: str) -> Iterator[Archive]:
-        """Archives of a version ("sdist" or "wheel") that have the hash, or whose place gives none."""
+        """Yield archives of a version ("sdist" or "wheel") that have the hash, or whose place gives none."""
         for location, is_index in self._locations():
             try:
                 listed = self._list(location, is_index, name)
@@ -60,7 +60,7 @@ class PackageIndex:
                     yield archive
 
     def _locations(self) -> list[tuple[str, bool]]:
-        """Pages and folders (False) and indexes (True), those on this machine first."""
+        """Return pages and folders (False) and indexes (True), those on this machine first."""
         found = [*((link, False) for link in self._cfg.links), *((index, True) for index in self._cfg.indexes)]
         return sorted(found, key=lambda one: _local_path(one[0]) is None)
 
@@ -127,14 +127,14 @@ def _list_local(path: Path, name: str) -> list[Archive]:
 
 
 def _local_path(location: str) -> Path | None:
-    """The path of a file address or a plain path; None for an address of the network."""
+    """Return the path of a file address or a plain path; None for an address of the network."""
     if location.startswith("file:"):
         return Path(urllib.request.url2pathname(urllib.parse.urlsplit(location).path))
     return None if "://" in location else Path(location).expanduser()
 
 
 def _reason(location: str, error: Exception) -> str:
-    """What went wrong, in a few words without the address, which may hold a password."""
+    """Return what went wrong, in a few words without the address, which may hold a password."""
     host = urllib.parse.urlsplit(location).hostname or "a package index"
     if isinstance(error, requests.HTTPError) and error.response is not None:
         return f"{host} answers {error.response.status_code}"

@@ -56,7 +56,7 @@ def fetch_package(package: Package, folder: Path, progress: Progress | None = No
 
 
 def print_quarters() -> Progress:
-    """Progress of a large archive on stderr: a line for each quarter."""
+    """Return a function that shows the progress of a large archive on stderr: a line for each quarter."""
     printed = -1
 
     def show(what: str, done: int, total: int) -> None:

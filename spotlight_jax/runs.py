@@ -47,7 +47,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: pathlib.Path, cfg: Any) -> "RunFolder":
-        """A new folder with `config.yaml` and `env.json`; raises InputError where the path is taken or not writable."""
+        """Create a folder with `config.yaml` and `env.json`; raises InputError where it is taken or not writable."""
         cls.check_free(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,7 @@ class RunFolder:
         return cls(path)
 
     def config(self, config_class: type[Config]) -> Config:
-        """The config the run was started with; raises InputError where there is none or it does not fit."""
+        """Read the config that the run was started with; raises InputError where there is none or it does not fit."""
         file = self.path / "config.yaml"
         if not file.is_file():
             raise InputError(f"'{self.path}' is no run folder (it has no config.yaml); start the run without --resume")
@@ -91,7 +91,7 @@ class RunFolder:
             files.append_lines(self.path / "metrics.jsonl", json.dumps(row) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All rows so far; a line that a crash cut short is dropped."""
+        """Read all rows so far; a line that a crash cut short is dropped."""
         file = self.path / "metrics.jsonl"
         rows = []
         for line in file.read_text(encoding="utf-8").split("\n") if file.exists() else []:
@@ -147,7 +147,7 @@ def hold(path: pathlib.Path) -> Iterator[None]:
 
 
 def _lock(path: pathlib.Path) -> TextIO:
-    """The folder's lock file, locked by this process, which it names."""
+    """Open the folder's lock file, locked by this process, which it names."""
     lock = os.fdopen(os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644), "r+", encoding="utf-8")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -192,7 +192,7 @@ def check_destination(out: str | None, resume: bool) -> None:
 
 
 def next_free(parent: pathlib.Path, name: str) -> pathlib.Path:
-    """`parent/name`, or `parent/name-2`, `-3`, ... where that is taken."""
+    """Return `parent/name`, or `parent/name-2`, `-3`, ... where that is taken."""
     candidate, number = parent / name, 1
     while candidate.exists():
         number += 1
@@ -201,7 +201,7 @@ def next_free(parent: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and devices, for the record."""
+    """Return the versions and devices, for the record."""
     import jax  # not at the top: who reads a config needs no device
 
     versions = {}
@@ -222,14 +222,14 @@ def environment() -> dict[str, Any]:
 
 
 def to_plain(cfg: Any) -> Any:
-    """A config as dicts, lists and scalars."""
+    """Return a config as dicts, lists and scalars."""
     if dataclasses.is_dataclass(cfg):
         return {field.name: to_plain(getattr(cfg, field.name)) for field in dataclasses.fields(cfg)}
     return [to_plain(item) for item in cfg] if isinstance(cfg, tuple) else cfg
 
 
 def from_plain(config_class: type[Config] | types.UnionType, plain: Any, source: str) -> Config:
-    """The config that `to_plain` gave; raises InputError on fields that are missing, unknown or of another type."""
+    """Return the config that `to_plain` gave; raises InputError on fields missing, unknown or of another type."""
     chosen, plain = pick_class(config_class, plain)
     fields = {field.name for field in dataclasses.fields(chosen)}
     if not isinstance(plain, dict) or set(plain) != fields:
@@ -263,7 +263,7 @@ def _fits(kind: Any, value: Any) -> bool:
 
 
 def differences(first: Any, second: Any, prefix: str = "") -> list[str]:
-    """Names of the fields in which two configs differ, as flags; those that the second's class lacks left out."""
+    """Name the fields in which two configs differ, as flags; those that the second's class lacks are left out."""
     if dataclasses.is_dataclass(first):
         names = []
         for field in dataclasses.fields(first):
@@ -274,7 +274,7 @@ def differences(first: Any, second: Any, prefix: str = "") -> list[str]:
 
 
 def stored_by(config_class: type[Config]) -> Callable[[Sequence[str]], Config | None]:
-    """What gives the config that a command's flags start from: of the run that --resume continues in --out.
+    """Return what finds the config that a command's flags start from: that of the run that --resume continues.
 
     So `--resume --out FOLDER` alone goes on with the flags the run was started with.
     """

@@ -18,7 +18,7 @@ MOST_LOGPROBS = 20  # most probable tokens whose log-probabilities can be asked 
 
 @flax.struct.dataclass
 class Sampling:
-    """How the next token of each sequence is drawn; see `SamplingConfig`. One compiled step serves all settings."""
+    """Settings for drawing the next token, as arrays; see `SamplingConfig`. One compiled step serves all of them."""
 
     temperature: Float[Array, "batch"]
     top_k: Int32[Array, "batch"]
@@ -40,13 +40,13 @@ class TokenLogprobs:
 
 
 def empty_logprobs(shape: tuple[int, ...], vocab: int) -> TokenLogprobs:
-    """Zeros for so many sequences, or sequences and steps."""
+    """Return zeros for so many sequences, or sequences and steps."""
     wide = (*shape, min(MOST_LOGPROBS, vocab))
     return TokenLogprobs(jnp.zeros(shape), jnp.zeros(wide), jnp.zeros(wide, jnp.int32))
 
 
 def token_logprobs(logits: Float[Array, "batch vocab"], tokens: Int32[Array, "batch"]) -> TokenLogprobs:
-    """Log-probabilities of the chosen tokens and of the `MOST_LOGPROBS` most probable ones."""
+    """Return log-probabilities of the chosen tokens and of the `MOST_LOGPROBS` most probable ones."""
     logits = logits.astype(jnp.float32)
     total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     top, top_tokens = lax.top_k(logits, min(MOST_LOGPROBS, logits.shape[-1]))
@@ -55,7 +55,7 @@ def token_logprobs(logits: Float[Array, "batch vocab"], tokens: Int32[Array, "ba
 
 
 def batch_sampling(configs: Sequence[SamplingConfig], numbers: Sequence[int]) -> Sampling:
-    """The settings of some sequences as arrays.
+    """Return the settings of some sequences as arrays.
 
     Args:
         configs: one for each sequence.
@@ -112,7 +112,7 @@ def keep_top_p(logits: Float[Array, "batch vocab"], top_p: Float[Array, "batch"]
 def sample(
     logits: Float[Array, "batch vocab"], sampling: Sampling, draws: Int32[Array, "batch"]
 ) -> Int32[Array, "batch"]:
-    """One token per sequence; `NOT_FINITE` for a sequence whose logits hold NaN, or no finite maximum.
+    """Draw one token per sequence; `NOT_FINITE` for a sequence whose logits hold NaN, or no finite maximum.
 
     Args:
         logits: of the next token.
@@ -126,7 +126,7 @@ def sample(
 
 
 def pick_best(logits: Float[Array, "batch vocab"]) -> Int32[Array, "batch"]:
-    """The most probable token of each sequence; `NOT_FINITE` where the logits hold NaN, or no finite maximum."""
+    """Return the most probable token of each sequence; `NOT_FINITE` where logits hold NaN, or no finite maximum."""
     return _or_not_finite(jnp.argmax(logits, axis=-1).astype(jnp.int32), logits)
 
 
@@ -146,7 +146,7 @@ def check_chosen(tokens: np.ndarray) -> None:
 def _draw(
     logits: Float[Array, "batch vocab"], sampling: Sampling, draws: Int32[Array, "batch"]
 ) -> Int32[Array, "batch"]:
-    """One token per sequence, at its temperature and from its most probable ones."""
+    """Draw one token per sequence, at its temperature and from its most probable ones."""
     temperature = jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)
     logits = logits.astype(jnp.float32) / temperature[:, None]
     is_cut = jnp.any((sampling.top_k > 0) & (sampling.top_k < logits.shape[-1]))

@@ -51,7 +51,7 @@ class Prefill:
 def join_row(
     state: DecodeState, layers: tuple[LayerCache, ...], one: DecodeState, slot: Int32[Array, ""]
 ) -> DecodeState:
-    """The batch with a sequence in one of its slots.
+    """Return the batch with a sequence in one of its slots.
 
     Args:
         state: the batch.
@@ -64,12 +64,12 @@ def join_row(
 
 
 def resize_state(state: DecodeState, max_len: int) -> DecodeState:
-    """The batch with longer or shorter caches."""
+    """Return the batch with longer or shorter caches."""
     return dataclasses.replace(state, cache=resize(state.cache, max_len))
 
 
 def ladder(context: int, is_cpu: bool) -> tuple[int, ...]:
-    """Lengths of caches that steps are compiled for; where a step reads filled slots alone, the longest is enough."""
+    """Return the lengths of caches that steps are compiled for; only the longest where steps skip empty slots."""
     lengths = [context]
     while is_cpu and lengths[0] >= STEP * SHORTEST:
         lengths.insert(0, -(-lengths[0] // (STEP * LANES)) * LANES)
@@ -77,7 +77,7 @@ def ladder(context: int, is_cpu: bool) -> tuple[int, ...]:
 
 
 def cache_length(context: int, chunk: int) -> int:
-    """Slots of a cache for sequences of `context` tokens: a chunk is written whole, and one token after the last."""
+    """Return the slots of a cache for `context` tokens: a chunk is written whole, and one token after the last."""
     return -(-(-(-(context + 1) // chunk) * chunk) // LANES) * LANES
 
 
@@ -123,11 +123,11 @@ class Slots:
         self._unfilled = [layer.moments for layer in engine.empty_cache(1, self.chunk).layers]
 
     def set_of(self, end: int) -> int:
-        """Which of the selector's sets of hash functions serves a sequence of this length at its end."""
+        """Return which of the selector's sets of hash functions serves a sequence of this length at its end."""
         return 0 if self.engine.selector is None else self.engine.selector.set_of(end)
 
     def sparse_from(self, selection: SelectionConfig) -> int:
-        """Length from which a sequence with this selection is read sparsely."""
+        """Return the length from which a sequence with this selection is read sparsely."""
         return sparse_from(selection, self.count, jax.default_backend()) if self.has_selector else LONGEST + 1
 
     def begin(
@@ -164,13 +164,13 @@ class Slots:
         return Prefill(np.asarray(prompt, np.int32), end, row, selection, has_logprobs, code_set, selectors, done)
 
     def kind_of(self, end: int) -> int:
-        """What a page depends on beside its tokens, by a sequence's length at its end."""
+        """Return what a page depends on apart from its tokens, by a sequence's length at its end."""
         rope = self.engine.model_cfg.rope
         is_own = rope.kind == "dynamic" and end > rope.trained_len  # its keys are turned for this length alone
         return self.set_of(end) + (end << 8 if is_own else 0)
 
     def next_size(self, prefill: Prefill) -> int:
-        """Tokens that the next `advance` works on, padding included."""
+        """Return the tokens that the next `advance` works on, padding included."""
         left = len(prefill.prompt) - prefill.done
         return next((size for size in self.sizes if size >= left), self.chunk)
 

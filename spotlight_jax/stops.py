@@ -9,7 +9,7 @@ from spotlight_jax.models.config import DecoderConfig
 
 @dataclasses.dataclass(frozen=True)
 class Stops:
-    """What ends a text, and what was asked to end it and cannot."""
+    """Ids and strings that end a text, and strings that were asked to and cannot."""
 
     tokens: tuple[int, ...]  # a text ends with the first of them
     by_string: tuple[int, ...]  # of these, the ones that a stop string names
@@ -20,7 +20,7 @@ class Stops:
 def find_stops(
     model_cfg: DecoderConfig, tokenizer: Any, strings: Sequence[str] = (), ignore_eos: bool = False
 ) -> Stops:
-    """Everything that ends a text of this model.
+    """Find everything that ends a text of this model.
 
     The model's own ids are those of its configs (several, in models that end a turn and a text differently) and the
     tokenizer's end of text. Text is decoded without special tokens, so a stop string that is one is an id.
@@ -48,6 +48,6 @@ def find_stops(
 
 
 def special_tokens(tokenizer: Any) -> dict[str, int]:
-    """Tokens that decoding leaves out, with their ids."""
+    """Return tokens that decoding leaves out, with their ids."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return {token.content: int(index) for index, token in added.items() if token.special and token.content}

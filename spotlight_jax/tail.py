@@ -129,7 +129,7 @@ def take_off(
 
 
 def _log_cdf_and_hazard(x: Array) -> tuple[Array, Array]:
-    """log Phi(x) and phi(x) / Phi(x) of the standard normal distribution, by operations that kernels have, too."""
+    """Return log Phi(x) and phi(x) / Phi(x) of the standard normal, by operations that kernels have, too."""
     z = jnp.abs(x) * 0.5**0.5
     t = 1 / (1 + 0.5 * z)
     power = jnp.full_like(t, _ERFCX[-1])
@@ -144,7 +144,7 @@ def _log_cdf_and_hazard(x: Array) -> tuple[Array, Array]:
 
 
 def _upper_quantile(share: Array) -> Array:
-    """Where a standard normal variable is higher with this probability of at most 1/2, to 4.5e-4.
+    """Return where a standard normal variable is higher with this probability of at most 1/2, to 4.5e-4.
 
     Abramowitz and Stegun, 26.2.23.
     """
@@ -242,7 +242,7 @@ def split_by_logits(
         return jnp.moveaxis(rows, 3, 1)
 
     def mix(rows: Array, numbers: Array) -> Array:
-        """The mean of values by weights that have this sum."""
+        """Return the mean of values by weights that have this sum."""
         mixed = jnp.einsum("bkgts,bskd->bkgtd", rows.astype(values.dtype), values, preferred_element_type=jnp.float32)
         return turn(mixed) / turn(numbers)[..., None]
 

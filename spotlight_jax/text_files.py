@@ -57,7 +57,7 @@ _COMPRESSIONS: dict[str, Callable[[Path], Any]] = {
 
 
 def find_kind(file: Path) -> str:
-    """The suffix that says how a file is read, in lower case and without that of a compression."""
+    """Return the suffix that says how a file is read, in lower case and without that of a compression."""
     suffix = file.suffix.lower()
     return Path(file.stem).suffix.lower() if suffix in _COMPRESSIONS else suffix
 
@@ -82,7 +82,7 @@ def check_kind(file: Path) -> None:
 
 
 def read_file(file: Path, column: str) -> Documents:
-    """The documents of a file in order: strings, None for each null, or one array of token ids."""
+    """Read the documents of a file in order: strings, None for each null, or one array of token ids."""
     check_kind(file)
     with open_content(file) as content:
         if not content.read(1):
@@ -94,7 +94,7 @@ def read_file(file: Path, column: str) -> Documents:
 
 
 def read_text(file: Path) -> str:
-    """A whole file as one text, whatever its kind; decompressed where its suffix says so."""
+    """Read a whole file as one text, whatever its kind; decompressed where its suffix says so."""
     with open_content(file) as content:
         text = decode_text(content.read(), f"'{file}'")
     if "\0" in text:
@@ -104,7 +104,7 @@ def read_text(file: Path) -> str:
 
 @contextlib.contextmanager
 def open_content(file: Path) -> Iterator[BinaryIO]:
-    """A file's bytes, decompressed where its suffix says so; errors of opening and reading name the file."""
+    """Open a file's bytes, decompressed where its suffix says so; errors of opening and reading name the file."""
     try:
         with _COMPRESSIONS.get(file.suffix.lower(), _open_plain)(file) as content:
             yield content
@@ -117,7 +117,7 @@ def open_content(file: Path) -> Iterator[BinaryIO]:
 
 
 def decode_text(content: bytes, where: str) -> str:
-    """UTF-8 to text, without a byte order mark and with LF line ends: the rule for files, prompts and pipes alike."""
+    """Decode UTF-8, without a byte order mark and with LF line ends: the rule for files, prompts and pipes alike."""
     try:
         return clean_text(content.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -130,12 +130,12 @@ def decode_text(content: bytes, where: str) -> str:
 
 
 def clean_text(text: str) -> str:
-    """A text without a byte order mark and with LF line ends."""
+    """Return a text without a byte order mark and with LF line ends."""
     return text.removeprefix("\ufeff").replace("\r\n", "\n")
 
 
 def pick_text(row: Row, column: str, where: str) -> str | None:
-    """A row's text, or None where it is null; raises InputError for a row without it and for other types."""
+    """Return a row's text, or None where it is null; raises InputError for a row without it and for other types."""
     if column not in row:
         raise InputError(f"'{where}' has no '{column}', only {_quoted(row)}; {NAME_THE_COLUMN}")
     text = row[column]
@@ -156,7 +156,7 @@ def is_unicode(text: str) -> bool:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """A JSON value; raises InputError that says where and why there is none."""
+    """Parse a JSON value; raises InputError that says where and why there is none."""
     try:
         value = json.loads(text)
         if _SURROGATE.search(text):
@@ -174,18 +174,18 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def json_line(row: Row, default: Callable[[Any], Any] | None = None) -> str:
-    """A row as one line of JSON: readable, and one line for readers that split at Unicode's line separators, too."""
+    """Return a row as one line of JSON, readable; also one line to readers that split at Unicode's line separators."""
     return json.dumps(row, ensure_ascii=False, default=default).translate(_SEPARATORS) + "\n"
 
 
 def split_lines(text: str) -> list[str]:
-    """The lines of a text without their ends, split at LF alone: other separators may stand in a JSON string."""
+    """Split a text into lines without their ends, at LF alone: other separators may stand in a JSON string."""
     lines = text.split("\n")
     return lines if lines[-1] else lines[:-1]
 
 
 def read_json_lines(file: Path) -> Iterator[tuple[Row, str]]:
-    """The objects of a file with one on each line, and where each is; raises InputError that names file and line."""
+    """Read a file with an object on each line, and where each is; raises InputError that names file and line."""
     with open_content(file) as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -198,7 +198,7 @@ def read_json_lines(file: Path) -> Iterator[tuple[Row, str]]:
 
 
 def _read_json_array(file: Path) -> Iterator[tuple[Row, str]]:
-    """The objects of a JSON array, the only object of a file, or those of JSON lines under the name of JSON."""
+    """Read the objects of a JSON array, the only object of a file, or those of JSON lines under the name of JSON."""
     text = read_text(file)
     if not text.lstrip().startswith("["):
         try:
@@ -232,7 +232,7 @@ def _open_parquet(file: Path) -> Iterator[Any]:
 
 
 def read_parquet_rows(file: Path) -> Iterator[tuple[Row, str]]:
-    """The rows of a parquet file as dicts, and where each is."""
+    """Read the rows of a parquet file as dicts, and where each is."""
     with _open_parquet(file) as table:
         rows = (row for batch in table.iter_batches(batch_size=64) for row in batch.to_pylist())
         for number, row in enumerate(rows, start=1):
@@ -288,7 +288,7 @@ def _read_csv_rows(file: Path, column: str, delimiter: str) -> Iterator[tuple[Ro
 
 
 def read_token_ids(file: Path) -> np.ndarray:
-    """A `.npy` file of token ids, mapped and not copied."""
+    """Map a `.npy` file of token ids; nothing is copied."""
     try:
         ids = np.lib.format.open_memmap(file, mode="r")
     except Exception as error:  # NumPy parses the header as Python and raises many kinds for a damaged one
@@ -329,5 +329,5 @@ def _quoted(names: Any) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """An exception's message on one line, not too long; its type where it has none."""
+    """Return an exception's message on one line, not too long; its type where it has none."""
     return " ".join(str(error).split())[:200] or type(error).__name__

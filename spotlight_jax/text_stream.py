@@ -15,7 +15,7 @@ class TextStream:
     """The text of one sequence, piece by piece; the pieces together are the text up to the first stop string."""
 
     def __init__(self, tokenizer: transformers.PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
-        """A stream with nothing in it.
+        """Begin with nothing in it.
 
         Args:
             tokenizer: of the model.
@@ -49,11 +49,11 @@ class TextStream:
         return "".join(pieces)
 
     def finish(self) -> str:
-        """Return what was held back: no more tokens will come."""
+        """Return what was held back, as the text ends here."""
         return "" if self.is_stopped else self._settle(self._take(is_last=True), is_last=True)
 
     def _take(self, is_last: bool) -> str:
-        """Text of the pending tokens, where it ends with a whole character."""
+        """Return the text of the pending tokens, where it ends with a whole character."""
         end = len(self._tokens)
         context = self._decode(self._tokens[self._start : self._read])
         text = self._decode(self._tokens[self._start : end])

@@ -48,7 +48,7 @@ class Text:
 
 
 def cache_dir() -> Path:
-    """Folder for everything fetched or derived; the environment variable SPOTLIGHT_CACHE overrides it."""
+    """Return the folder for everything fetched or derived; the environment variable SPOTLIGHT_CACHE overrides it."""
     return Path(os.environ.get("SPOTLIGHT_CACHE") or platformdirs.user_cache_dir("spotlight-jax")).expanduser()
 
 
@@ -64,7 +64,7 @@ def _jax_folder() -> Path:
 
 
 def _book(title: str) -> Callable[[bytes], list[str]]:
-    """One book out of a file of several: what stands between the start and end lines that name it."""
+    """Return what takes one book out of a file of several: the text between the start and end lines that name it."""
 
     def extract(content: bytes) -> list[str]:
         text = _decode(content)
@@ -82,7 +82,7 @@ def _play(content: bytes) -> list[str]:
 
 
 def _bible(content: bytes) -> list[str]:
-    """One document a book of the Bible, a blank line between paragraphs."""
+    """Return a document for each book of the Bible, a blank line between paragraphs."""
     connection = sqlite3.connect(":memory:")
     connection.deserialize(content)
     titles = connection.execute("SELECT TestamentID, BookID, LongName FROM Books ORDER BY TestamentID, BookID")
@@ -95,7 +95,7 @@ def _bible(content: bytes) -> list[str]:
 
 
 def _manual(content: bytes) -> list[str]:
-    """The Python reference manual by topic, kept by the interpreter as one dict of strings."""
+    """Return the Python reference manual by topic, kept by the interpreter as one dict of strings."""
     names: dict[str, dict[str, str]] = {}
     exec(compile(content, "topics.py", "exec"), names)  # the interpreter's own module
     return [names["topics"][topic].strip() + "\n" for topic in sorted(names["topics"])]
@@ -221,7 +221,7 @@ TEST_TEXTS = tuple(name for name, text in TEXTS.items() if text.weight == 0)
 
 
 def find_text(name: str) -> Text:
-    """The part of that name, or an error with the nearest name."""
+    """Find the part of that name; raises InputError with the nearest name."""
     if name not in TEXTS:
         near = difflib.get_close_matches(name, TEXTS, n=1, cutoff=0.3)
         hint = f"did you mean 'text:{near[0]}'?" if near else "known: " + ", ".join(TEXTS)
@@ -230,7 +230,7 @@ def find_text(name: str) -> Text:
 
 
 def read_text(name: str, progress: Progress | None = None) -> list[str]:
-    """Documents of one part, in a fixed order; fetched on first use."""
+    """Read the documents of one part, in a fixed order; fetched on first use."""
     text = find_text(name)
     if text.package is None:
         return _extract(text, _folder_files(text))

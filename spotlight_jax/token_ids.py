@@ -23,7 +23,7 @@ Messages = Sequence[dict[str, str]]
 
 
 def encode_text(tokenizer: Any, text: str, vocab: int, special: bool = True) -> list[int]:
-    """Token ids of a text; raises InputError where it is not valid Unicode or gives ids that the model has no row for.
+    """Encode a text; raises InputError where it is not valid Unicode or gives ids that the model has no row for.
 
     Args:
         tokenizer: of transformers.
@@ -41,7 +41,7 @@ def encode_text(tokenizer: Any, text: str, vocab: int, special: bool = True) -> 
 
 
 def encode_chat(tokenizer: Any, messages: Messages, vocab: int) -> list[int]:
-    """Token ids of a talk so far, by the model's chat template, ready for the assistant's answer.
+    """Encode a conversation by the model's chat template, ready for the assistant's answer.
 
     Raises InputError as `encode_text` and `render_chat` do.
     """
@@ -49,7 +49,7 @@ def encode_chat(tokenizer: Any, messages: Messages, vocab: int) -> list[int]:
 
 
 def render_chat(tokenizer: Any, messages: Messages, add_generation_prompt: bool = True, **options: Any) -> str:
-    """A talk as the model's chat template writes it; raises InputError where there is none, or it refuses the talk.
+    """Write a conversation by the model's chat template; raises InputError where there is none, or it refuses.
 
     Args:
         tokenizer: of the model.

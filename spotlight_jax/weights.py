@@ -18,7 +18,7 @@ TOTAL = 1020  # scores from -510 to 510, with what no score has, fit ten bits: 1
 
 @dataclasses.dataclass(frozen=True)
 class WeightBounds:
-    """What the weights of one sum never pass."""
+    """Bounds of the weights of one sum."""
 
     limit: int
     """Magnitude of one weight."""
@@ -44,17 +44,17 @@ class WeightBounds:
 
 
 def real_bounds(code_bits: int) -> WeightBounds:
-    """Of weights that were real."""
+    """Return the bounds of weights that are rounded from real ones."""
     return WeightBounds(INT8_LIMIT, max(TOTAL, code_bits))
 
 
 def real_room(code_bits: int) -> int:
-    """What magnitudes may add up to before they are rounded, which adds half a unit a bit at most."""
+    """Return what magnitudes may add up to before they are rounded, which adds half a unit a bit at most."""
     return TOTAL - code_bits // 2
 
 
-def quantise(weights: Float[Array, "*batch sums code_bits"]) -> Int32[Array, "*batch sums code_bits"]:
-    """Real weights as integers within `real_bounds`, on one scale for all sums of a query."""
+def quantise(weights: Float[Array, "*batch score_heads code_bits"]) -> Int32[Array, "*batch score_heads code_bits"]:
+    """Round real weights to integers within `real_bounds`, on one scale for all sums of a query."""
     sizes = jnp.abs(weights)
     largest = jnp.max(sizes, axis=(-2, -1), keepdims=True)
     total = jnp.max(jnp.sum(sizes, axis=-1, keepdims=True), axis=-2, keepdims=True)
@@ -64,5 +64,5 @@ def quantise(weights: Float[Array, "*batch sums code_bits"]) -> Int32[Array, "*b
 
 
 def halves(weights: Int32[Array, "*batch code_bits"]) -> Int32[Array, "*batch"]:
-    """What is taken off each sum: half of its weights, rounded down."""
+    """Return what is taken off each sum: half of its weights, rounded down."""
     return jnp.sum(weights, axis=-1) >> 1

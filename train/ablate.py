@@ -133,7 +133,7 @@ VARIANTS: dict[str, Fields] = {
 
 
 def variant_config(name: str, cfg: AblateConfig) -> LayerwiseConfig:
-    """The training run that a variant is."""
+    """Return the training run that a variant is."""
     own: Fields = {"model": cfg.model, "steps": cfg.steps, "dtype": cfg.dtype, "seed": cfg.seed}
     own |= {"layers_at_once": cfg.layers_at_once, "save_every": _NEVER, "measure.every": _NEVER}
     own |= {"ranking.queries_at_once": cfg.queries_at_once, "data.window": cfg.window, "data.train": cfg.train}
@@ -184,19 +184,19 @@ def main(cfg: AblateConfig) -> dict[str, Any]:
 
 
 def _read_row(folder: pathlib.Path) -> dict[str, Any] | None:
-    """A variant's row; None where it has none. One that was stopped has a row too."""
+    """Return a variant's row; None where it has none. One that was stopped has a row too."""
     return _read_json(folder / _ROW, "is_finished") if (folder / _ROW).is_file() else None
 
 
 def _read_evaluation(folder: pathlib.Path) -> dict[str, Any]:
-    """The summary of a finished evaluation."""
+    """Return the summary of a finished evaluation."""
     if not (folder / "summary.json").is_file():
         raise InputError(f"'{folder}' is no finished evaluation (it has no summary.json)")
     return _read_json(folder / "summary.json", "results")
 
 
 def _read_json(file: pathlib.Path, field: str) -> dict[str, Any]:
-    """An object that has a field; raises InputError where it is none."""
+    """Return an object that has a field; raises InputError where it is none."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
@@ -209,7 +209,7 @@ def _read_json(file: pathlib.Path, field: str) -> dict[str, Any]:
 def _train_together(
     cfg: AblateConfig, variants: dict[str, LayerwiseConfig], out: pathlib.Path, display: Display, stop: list[int]
 ) -> None:
-    """Train variants step by step beside each other; those of the same text and seed share their forward passes."""
+    """Train variants step by step, side by side; those of the same text and seed share their forward passes."""
     groups: dict[tuple[DataConfig, int], dict[str, LayerwiseConfig]] = {}
     for name, variant in variants.items():
         groups.setdefault((variant.data, variant.seed), {})[name] = variant
@@ -227,7 +227,7 @@ def _train_together(
 
 
 def _fresh_folder(path: pathlib.Path, variant: LayerwiseConfig) -> runs.RunFolder:
-    """The folder of a variant; one that was interrupted is begun anew under the next free name."""
+    """Make the folder of a variant; one that was interrupted is begun anew under the next free name."""
     if path.exists():
         path.rename(runs.next_free(path.parent, f"{path.name}-interrupted"))
     return runs.RunFolder.create(path, variant)
@@ -275,7 +275,7 @@ def _finish(name: str, trainer: Trainer, out: pathlib.Path) -> None:
 
 
 def _means(quality: SelectionQuality, suffix: str, cfg: EvaluationConfig) -> dict[str, float]:
-    """IoU, mass and the oracle's mass of one way of selecting, over the layers that select."""
+    """Return IoU, mass and the oracle's mass of one way of selecting, over the layers that select."""
     named = {"iou": quality.iou, "mass": quality.mass, "mass_oracle": quality.oracle_mass}
     return {
         key + suffix: round(mean_over_sparse(np.asarray(value), cfg.dense_layers), 5) for key, value in named.items()
@@ -283,7 +283,7 @@ def _means(quality: SelectionQuality, suffix: str, cfg: EvaluationConfig) -> dic
 
 
 def _add_perplexities(rows: list[dict[str, Any]], evaluations: Sequence[dict[str, Any]], out: pathlib.Path) -> None:
-    """Perplexities over all texts that evaluations measured of these selectors, as `ppl_0.02` or `ppl_sinks_0.02`."""
+    """Add perplexities over all texts from evaluations of these selectors, as `ppl_0.02` or `ppl_sinks_0.02`."""
     for found in evaluations:
         metric = "copy" if found["eval"] == "copy" else "ppl"
         for result in found["results"]:
@@ -308,7 +308,7 @@ _COLUMNS = {
 
 
 def _write_table(rows: list[dict[str, Any]], out: pathlib.Path) -> None:
-    """`ablation.json`, `ablation.md`, `ablation.png` and the table on the terminal."""
+    """Write `ablation.json`, `ablation.md` and `ablation.png`, and print the table."""
     more = sorted({name for row in rows for name in row if name.startswith(("ppl", "copy"))})
     columns = _COLUMNS | {name: name.replace("_", " ") for name in more}
     cells = [[_cell(row.get(name, "")) for name in columns] for row in rows]

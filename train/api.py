@@ -1,9 +1,11 @@
 """Training from Python: hash functions for a model, fitted to text or trained on it.
 
-from spotlight_jax import fit, generate, load_model
+For example:
 
-selector = fit("notes/*.txt")  # a minute or two on two CPU cores
-print(generate(load_model("smollm2-135m"), [open("book.txt").read()], selector=selector)[0].text)
+    from spotlight_jax import fit, generate, load_model
+
+    selector = fit("notes/*.txt")  # a minute or two on two CPU cores
+    print(generate(load_model("smollm2-135m"), [open("book.txt").read()], selector=selector)[0].text)
 """
 
 import dataclasses

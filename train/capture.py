@@ -23,14 +23,14 @@ AXIS = "layers"  # windows are spread over it in the forward pass, unless `--mes
 
 
 def make_mesh(forward: Mesh | None = None) -> Mesh:
-    """All devices along the one axis, or those of a mesh with the axes of `models.sharding`, in its order."""
+    """Make a mesh of all devices along the one axis, or of those of a split model's mesh, in its order."""
     if forward is None:
         return jax.make_mesh((len(jax.devices()),), (AXIS,), axis_types=(AxisType.Auto,))
     return Mesh(forward.devices.reshape(-1), (AXIS,), axis_types=(AxisType.Auto,))
 
 
 def windows_axis(mesh: Mesh) -> str:
-    """The axis of a mesh that windows are spread over in the forward pass."""
+    """Return the axis of a mesh that windows are spread over in the forward pass."""
     return AXIS if AXIS in mesh.shape else RULES["batch"]
 
 
@@ -44,7 +44,7 @@ class Captured:
 
 
 def draw_picks(key: PRNGKeyArray, window: int, count: int, draws: int) -> Int32[Array, "picks"]:
-    """Places in a window of `draws` independent samples of `count` queries without repeats, each in ascending order."""
+    """Draw places in a window: `draws` samples of `count` queries without repeats, each in ascending order."""
     keys = jax.random.split(key, draws)
     return jax.vmap(lambda k: jnp.sort(jax.random.permutation(k, window)[:count]))(keys).reshape(-1).astype(jnp.int32)
 
@@ -59,8 +59,8 @@ def capture_layer(
     mesh: Mesh,
     passes_on: bool = True,
 ) -> tuple[Shaped[Array, "windows window embed"] | None, Captured]:
-    """The stream after one layer, and what the layer sees; both spread over the mesh by window, and what it sees by
-    heads, too, on a mesh with the axes of `models.sharding`.
+    """Return the stream after one layer, and what the layer sees; both spread over the mesh by window, and what it sees
+    by heads, too, on a mesh with the axes of `models.sharding`.
 
     Args:
         positions: of the tokens, for RoPE; a query sees the tokens before it in the window, wherever they stand.
@@ -91,7 +91,7 @@ def capture_layer(
 
 @functools.partial(jax.jit, static_argnames="mesh")
 def stack_layers(captured: list[Captured], mesh: Mesh) -> Captured:
-    """A tree that leads with a layer axis spread over the mesh, the last layer repeated to fill it."""
+    """Stack layers into a tree that leads with a layer axis over the mesh, the last layer repeated to fill it."""
     missing = padded_layers(len(captured), mesh) - len(captured)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *captured, *captured[-1:] * missing)
     return jax.lax.with_sharding_constraint(stacked, NamedSharding(mesh, P(AXIS)))
@@ -105,7 +105,7 @@ def capture(
     cfg: DecoderConfig,
     mesh: Mesh,
 ) -> Captured:
-    """What every layer sees of some windows, for one way after another of placing them: leaves
+    """Return what every layer sees of some windows, for one way after another of placing them: leaves
     `[ranges * layers, windows, ...]`, the first axis spread over the mesh's devices.
 
     The model is frozen, so windows can be passed forward at the same time on different devices (their number must be a
@@ -126,7 +126,7 @@ def capture_layers(
     cfg: DecoderConfig,
     mesh: Mesh,
 ) -> Iterator[Captured]:
-    """What one layer after the other sees of some windows: leaves `[windows, ...]`. Args as `capture`."""
+    """Yield what one layer after the other sees of some windows: leaves `[windows, ...]`. Args as `capture`."""
     spread = NamedSharding(mesh, P(windows_axis(mesh)))
     positions, picks = put((positions, picks), spread)
     table = params["embed"]["table"]
@@ -140,13 +140,13 @@ def capture_layers(
 
 
 def padded_layers(layers: int, mesh: Mesh) -> int:
-    """Layers rounded up to a multiple of the mesh's size."""
+    """Return the number of layers, rounded up to a multiple of the mesh's size."""
     return -(-layers // mesh.size) * mesh.size
 
 
 @functools.partial(jax.jit, static_argnames=("count",))
 def take_step(captured: Captured, window: Int32[Array, ""], draw: Int32[Array, ""], count: int) -> Captured:
-    """One window and one draw of `count` queries out of what was captured: what one step trains on."""
+    """Return one window and one draw of `count` queries out of what was captured: what one step trains on."""
     one = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, window, axis=1, keepdims=False), captured)
     start = draw * count
     return one.replace(

@@ -81,7 +81,7 @@ class CheckpointStore:
             writing.result()
 
     def load(self, template: TrainState) -> tuple[int, TrainState, dict[str, Any], list[str]]:
-        """The newest sound checkpoint, and a line for each newer one, which is damaged and is removed.
+        """Load the newest sound checkpoint, with a line for each newer one, which is damaged and is removed.
 
         Raises: InputError where there is none or its arrays are other ones.
         """
@@ -121,14 +121,14 @@ def newest_step(folder: pathlib.Path) -> tuple[int | None, dict[int, str]]:
 
 
 def _steps(folder: pathlib.Path) -> list[int]:
-    """Steps that have a folder, the newest first."""
+    """Return the steps that have a folder, the newest first."""
     return sorted(
         (int(path.name) for path in folder.glob("*") if path.name.isdecimal() and path.is_dir()), reverse=True
     )
 
 
 def _named(tree: Any) -> dict[str, Any]:
-    """Arrays by their paths, in the tree's order."""
+    """Return arrays by their paths, in the tree's order."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {
         ".".join(stored_name(jax.tree_util.keystr((key,), simple=True)) for key in path): leaf for path, leaf in leaves

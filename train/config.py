@@ -79,7 +79,7 @@ ORACLES: dict[Oracle, str] = {"scores": "oracle-scores", "probabilities": "oracl
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """What is evaluated on held-out windows, and when."""
+    """Evaluation on held-out windows: of what, and when."""
 
     every: int = 100
     """Steps between two evaluations; the first and the last state are always evaluated."""
@@ -110,7 +110,7 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TailConfig:
-    """How the estimate of what a query does not read is corrected, after the last step."""
+    """Training of the corrections of the tail, after the last step."""
 
     windows: int = 6
     """Windows of the training text that the corrections are trained on; 0: the selector estimates nothing."""
@@ -265,7 +265,7 @@ class LayerwiseConfig:
 
 
 def with_recipe(base: LayerwiseConfig, form: str, loss: str) -> LayerwiseConfig:
-    """A config with hash functions of this form and this loss: what both kinds have stays as it is."""
+    """Return a config with hash functions of this form and this loss: what both kinds have stays as it is."""
     is_network = FORMS[form] is NetworkConfig
     own_codes = {"code_heads": "kv"} if form == "asymmetric" else {}
     return dataclasses.replace(
@@ -277,13 +277,13 @@ def with_recipe(base: LayerwiseConfig, form: str, loss: str) -> LayerwiseConfig:
 
 
 def _recast(cfg: Any, kind: type, **changes: Any) -> Any:
-    """A config of another class with the fields that it shares with this one."""
+    """Return a config of another class with the fields that it shares with this one."""
     names = {field.name for field in dataclasses.fields(kind)}
     return kind(**{name: value for name, value in vars(cfg).items() if name in names} | changes)
 
 
 def lengths_covered(cfg: LayerwiseConfig, model: DecoderConfig) -> tuple[int, ...]:
-    """Tokens of the longest sequence that each of a run's sets of hash functions is meant for, ascending.
+    """Return the tokens of the longest sequence that each of a run's sets of hash functions is for, ascending.
 
     The first is a window, the last `--length`, and each about `--length-step` times the one before it.
 

@@ -32,7 +32,7 @@ CaptureWindows = Callable[[int, Rows, Places, Int32[Array, "windows picks"]], Ca
 
 @dataclasses.dataclass(frozen=True)
 class FeedConfig:
-    """How steps use windows."""
+    """Settings of a `Feed`: how steps use windows."""
 
     window: int
     lengths: tuple[int, ...]  # windows are placed below each of them; see `draw_positions`
@@ -66,25 +66,25 @@ class Feed:
         self.forget()
 
     def tokens(self, first: int, count: int) -> Rows:
-        """Windows `first` to `first + count - 1`; those before the earliest one kept are gone."""
+        """Return windows `first` to `first + count - 1`; those before the earliest one kept are gone."""
         while len(self._drawn) < first + count - self._first:
             self._drawn.append((self._windows.state(), self._windows.next()))
         return np.stack([tokens for _, tokens in self._drawn[first - self._first :][:count]])
 
     def positions(self, first: int, count: int) -> Places:
-        """Where the tokens of windows `first` to `first + count - 1` stand, for each length."""
+        """Return where the tokens of windows `first` to `first + count - 1` stand, for each length."""
         cfg, numbers = self._cfg, range(first, first + count)
         return np.stack(
             [[draw_positions(cfg.window, length, cfg.seed, number) for number in numbers] for length in cfg.lengths]
         )
 
     def position(self, step: int) -> dict[str, Any]:
-        """Where in the text the window of a step begins: the step about to be taken."""
+        """Return where in the text the window of a step begins: the step about to be taken."""
         ahead = step // self._cfg.steps_per_window - self._first
         return self._drawn[ahead][0] if ahead < len(self._drawn) else self._windows.state()
 
     def first_windows(self, count: int, rows: int) -> Iterator[Captured]:
-        """Windows from the current position on, leaves `[rows, ...]`: for what is fitted to them before step 0."""
+        """Yield windows from the current position on, leaves `[rows, ...]`: for what is fitted to them at first."""
         at_once = self._cfg.windows_at_once
         for first in range(self._first, self._first + count, at_once):
             captured = self._capture_from(first)
@@ -94,7 +94,7 @@ class Feed:
                 yield jax.tree.map(lambda leaf: leaf[:rows, place], captured)  # noqa: B023
 
     def at(self, step: int) -> Captured:
-        """What a step trains on: leaves `[ranges * layers, ...]`. Steps are asked for in order."""
+        """Return what a step trains on: leaves `[ranges * layers, ...]`. Steps are asked for in order."""
         window, draw = divmod(step, self._cfg.steps_per_window)
         first, captured = self._captured(window)
         return take_step(captured, jnp.int32(window - first), jnp.int32(draw), self._cfg.queries)
@@ -114,7 +114,7 @@ class Feed:
         return self._round[0], self._round[2]
 
     def _capture_from(self, window: int) -> Captured:
-        """As many windows as are captured together, from this one on."""
+        """Return as many windows as are captured together, from this one on."""
         cfg, count = self._cfg, self._cfg.windows_at_once
 
         def draw(number: Array) -> Array:
@@ -126,7 +126,7 @@ class Feed:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What is read before a run begins: the frozen model and the text."""
+    """Inputs of a run, read before it begins: the frozen model and the text."""
 
     plan: Plan
     params: Params  # device arrays, or NumPy arrays that a compiled layer takes along as it is called
@@ -175,12 +175,12 @@ def open_inputs(plan: Plan, display: Display, beside: Inputs | None = None) -> I
 
 
 def _text_of(plan: Plan) -> tuple[Any, ...]:
-    """What windows and forward passes of a run depend on."""
+    """Return what windows and forward passes of a run depend on."""
     return plan.cfg.data, plan.cfg.seed, plan.lengths
 
 
 def _load_params(plan: Plan) -> Params:
-    """The frozen model where `--weights` says."""
+    """Load the frozen model to where `--weights` says."""
     where, source = plan.cfg.weights, plan.cfg.model
     if where == "disk":
         return open_weights(source, plan.dtype)[1]
@@ -192,8 +192,8 @@ def _load_params(plan: Plan) -> Params:
 
 
 def _place_weights(plan: Plan, path: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
-    """A weight whole on every device, or (`sharded`) its longest axis that the mesh divides spread over them: a layer's
-    program then gathers it."""
+    """Return where a weight lies: whole on every device, or (`sharded`) its longest axis that the mesh divides spread
+    over them; a layer's program then gathers it."""
     sizes = [size if size % plan.mesh.size == 0 else 0 for size in shape]
     longest = sizes.index(max(sizes))
     is_split = plan.cfg.weights == "sharded" and sizes[longest] > 0

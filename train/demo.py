@@ -96,7 +96,7 @@ def main(cfg: DemoConfig) -> dict[str, Any]:
 
 
 def _long_prompt(model: str, cfg: DemoConfig) -> tuple[str, str]:
-    """A passage, other text and the passage's opening again; and how the passage goes on."""
+    """Return a passage, other text and the passage's opening again; and how the passage goes on."""
     from spotlight_jax.models.load import load_config, open_tokenizer
 
     tokenizer, vocab = open_tokenizer(model), load_config(model).vocab
@@ -114,7 +114,7 @@ def _long_prompt(model: str, cfg: DemoConfig) -> tuple[str, str]:
 
 
 def command(args: Sequence[str] | None = None) -> int:
-    """`python -m train.demo` or `spotlight demo`."""
+    """Run `python -m train.demo` or `spotlight demo`."""
     return cli.run(main, DemoConfig, "spotlight demo", __doc__ or "", args)
 
 

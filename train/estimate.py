@@ -101,13 +101,13 @@ class Plan:
         return init_functions(self.keys[0], self.cfg.hash, dataclasses.replace(self.shape, layers=self.rows))
 
     def layer_name(self, row: int) -> str:
-        """A row of the state: a layer as the params tree names it, and the length where there are several."""
+        """Name a row of the state: a layer as the params tree names it, and the length where there are several."""
         place, own = divmod(row, self.shape.layers)
         return f"layer_{own}" + (f" (up to {self.lengths[place]:,} tokens)" if len(self.lengths) > 1 else "")
 
 
 def plan_run(cfg: LayerwiseConfig) -> Plan:
-    """What a run is; raises InputError where config and model do not go together."""
+    """Plan a run; raises InputError where config and model do not go together."""
     model, dtype = load_config(cfg.model), resolve_dtype(cfg.dtype)
     lengths = lengths_covered(cfg, model)
     check_tracker(cfg.track)
@@ -124,7 +124,7 @@ def plan_run(cfg: LayerwiseConfig) -> Plan:
 
 
 def open_split(cfg: LayerwiseConfig, model: DecoderConfig) -> Mesh | None:
-    """The mesh that the frozen model is split over; None without `--mesh`.
+    """Open the mesh that the frozen model is split over; None without `--mesh`.
 
     Raises: InputError for one that this model or these machines cannot have.
     """
@@ -142,7 +142,7 @@ def open_split(cfg: LayerwiseConfig, model: DecoderConfig) -> Mesh | None:
 
 
 def compiled_step_bytes(plan: Plan) -> int:
-    """Temporary memory of one compiled step, by the compiler's own account, before anything is loaded."""
+    """Return the temporary bytes of one compiled step, by the compiler's own account, before anything is loaded."""
     cfg, model, layers = plan.cfg, plan.model, padded_layers(plan.rows, plan.mesh)
     params = jax.eval_shape(plan.init_hashes)
     state = jax.eval_shape(lambda p: init_state(p, cfg.optimizer, cfg.steps), params)
@@ -160,7 +160,7 @@ def compiled_step_bytes(plan: Plan) -> int:
 
 
 def estimate_memory(plan: Plan) -> dict[str, int]:
-    """Bytes per device of the large parts of a step; the flags that bound each are its name's suffix."""
+    """Return the bytes per device of the large parts of a step; the flags that bound each are its name's suffix."""
     cfg, model, devices = plan.cfg, plan.model, plan.mesh.size
     layers = -(-plan.rows // devices)  # of hash functions: each length has its own
     at_a_time = plan.windows_at_once
@@ -229,14 +229,14 @@ def check_memory(plan: Plan) -> None:
 
 
 def _describe_lengths(lengths: tuple[int, ...]) -> str:
-    """What positions are trained for."""
+    """Return what positions are trained for."""
     if len(lengths) == 1:
         return f"positions up to {lengths[0]:,} tokens"
     return f"hash functions each for sequences up to {', '.join(f'{length:,}' for length in lengths)} tokens"
 
 
 def describe(plan: Plan) -> list[str]:
-    """The plan, a line each."""
+    """Return the plan, a line each."""
     cfg, model, devices, memory = plan.cfg, plan.model, jax.devices(), estimate_memory(plan)
     windows = -(-cfg.steps // cfg.steps_per_window)
     where = f", mesh {describe_mesh(parse_mesh(cfg.mesh))}, windows at once: {plan.windows_at_once}" if cfg.mesh else ""
@@ -244,7 +244,7 @@ def describe(plan: Plan) -> list[str]:
         f"model     {cfg.model}: {model.layers} layers, {model.q_heads} query / {model.kv_heads} KV heads x "
         f"{model.head_dim}, {plan.dtype.name}",
         f"hash      {cfg.hash.describe()}",
-        f"text      {', '.join(cfg.data.train)}: {windows} windows of {cfg.data.window} tokens, "
+        f"text      {', '.join(cfg.data.train)}: {windows} window{'s' * (windows != 1)} of {cfg.data.window} tokens, "
         f"{windows * cfg.data.window:,} in all; {cfg.data.held_out_windows} held out",
         f"length    {_describe_lengths(plan.lengths)}",
         f"steps     {cfg.steps}, {cfg.steps_per_window} per window, {cfg.ranking.queries} queries each",

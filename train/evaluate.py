@@ -24,7 +24,7 @@ def evaluate_layers(
     layers_at_once: int = 1,
     oracle: Oracle = "probabilities",
 ) -> metrics.SelectionQuality:
-    """Quality of one window's selections per layer and selecting head, by the integer scores that decoding uses."""
+    """Return the quality of one window's selections per layer and selecting head, by the integer scores of decoding."""
 
     def evaluate_layer(args: tuple[HashFunctions, Captured]) -> metrics.SelectionQuality:
         layer, seen = args
@@ -48,12 +48,12 @@ def evaluate(
     cfg: EvaluationConfig,
     layers_at_once: int,
 ) -> metrics.SelectionQuality:
-    """Mean quality over held-out windows: host arrays `[layers, heads]`."""
+    """Return the mean quality over held-out windows: host arrays `[layers, heads]`."""
     rows = [evaluate_layers(params, seen, cfg.selection, layers_at_once, cfg.oracle) for seen in held_out]
     return jax.tree.map(lambda *leaves: np.mean(fetch([*leaves]), axis=0), *rows)
 
 
 def mean_over_sparse(values: Float[np.ndarray, "layers heads"], dense_layers: tuple[int, ...]) -> float:
-    """Mean over heads and over the layers that select."""
+    """Return the mean over heads and over the layers that select."""
     sparse = [layer for layer in range(values.shape[0]) if layer not in dense_layers]
     return float(values[sparse].mean())

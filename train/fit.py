@@ -19,7 +19,7 @@ _SPLIT_QUERIES = 64  # of a window, that ways of splitting groups are compared o
 def fit(
     hashes: HashFunctions, windows: Iterable[Captured], cfg: LayerwiseConfig, progress: Callable[[int, int], None]
 ) -> HashFunctions:
-    """Params of step 0 from what was captured of some windows, leaves `[layers, ...]`."""
+    """Fit the hash functions of step 0 to what was captured of some windows, leaves `[layers, ...]`."""
     moments, kept = [], []
     for number, seen in enumerate(windows, start=1):
         moments.append(localize(_measure(seen, cfg.layers_at_once)))
@@ -32,13 +32,13 @@ def fit(
 
 @functools.partial(jax.jit, static_argnames="layers_at_once")
 def _measure(seen: Captured, layers_at_once: int) -> Moments:
-    """Moments of all layers on one window."""
+    """Measure the moments of all layers on one window."""
     args = seen.keys, seen.queries
     return jax.lax.map(lambda layer: measure_moments(*layer), args, batch_size=layers_at_once)
 
 
 def _thin(seen: Captured) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Keys, a few queries and their positions, on the host."""
+    """Return keys, a few queries and their positions, on the host."""
     count = seen.picks.shape[1]
     few = np.linspace(0, count - 1, min(count, _SPLIT_QUERIES)).astype(int)
     return fetch((seen.keys, seen.queries[:, few], seen.picks[:, few]))

@@ -31,7 +31,7 @@ from train.capture import AXIS, Captured, capture_layer, stack_layers
 
 @dataclasses.dataclass(frozen=True)
 class CachePlan:
-    """How much disk a run's hidden states take."""
+    """Disk that a run's hidden states take."""
 
     window_bytes: int
     windows: int  # the run needs
@@ -46,7 +46,7 @@ class CachePlan:
 def plan_cache(
     cfg: DecoderConfig, dtype: np.dtype, window: int, windows: int, limit_gib: float, ranges: int = 1
 ) -> CachePlan:
-    """Disk need of a run; raises InputError where not even one window fits the limit.
+    """Plan the disk that a run needs; raises InputError where not even one window fits the limit.
 
     Args:
         ranges: ways in which each window is placed.
@@ -104,11 +104,11 @@ class HiddenCache:
             )
 
     def file(self, window: int) -> pathlib.Path:
-        """Where a window's hidden states lie."""
+        """Return where a window's hidden states lie."""
         return self._folder / f"window-{window:07d}.npy"
 
     def span(self, window: int) -> range:
-        """Windows that are on disk together with this one."""
+        """Return the windows that are on disk together with this one."""
         first = window // self._plan.windows_at_once * self._plan.windows_at_once
         return range(first, min(first + self._plan.windows_at_once, self._plan.windows))
 
@@ -144,7 +144,7 @@ class HiddenCache:
         self._sound.add(window)
 
     def read(self, window: int, dtype: np.dtype) -> np.ndarray:
-        """One window's states `[ranges * layers, window, embed]`."""
+        """Read one window's states `[ranges * layers, window, embed]`."""
         return np.load(self.file(window)).view(dtype)
 
 
@@ -161,7 +161,7 @@ class _Hashed:
 
 
 def _read_manifest(manifest: pathlib.Path) -> str:
-    """What the manifest holds; nothing where it is no JSON, as one that was cut short."""
+    """Return what the manifest holds; nothing where it is no JSON, as one that was cut short."""
     try:
         text = manifest.read_text(encoding="utf-8")
         return text if isinstance(json.loads(text), dict) else ""
@@ -172,7 +172,7 @@ def _read_manifest(manifest: pathlib.Path) -> str:
 def identify(
     params: Params, cfg: DecoderConfig, data: object, lengths: tuple[int, ...], dtype: np.dtype
 ) -> dict[str, object]:
-    """What a cache's contents depend on, beside the tokens, which each window's file has a hash of."""
+    """Return what a cache's contents depend on, apart from the tokens, which each window's file has a hash of."""
     weights = hashlib.sha256()
     for name in sorted(params):  # a part at a time: they may lie in files
         for path, leaf in jax.tree_util.tree_leaves_with_path({name: params[name]}):
@@ -185,8 +185,8 @@ def identify(
 def hidden_states(
     params: Params, tokens: Int32[Array, "one window"], positions: Int32[Array, "ranges one window"], cfg: DecoderConfig
 ) -> np.ndarray:
-    """Hidden states before each layer of one window, placed one way after another: `[ranges * layers, window, embed]`
-    on the host."""
+    """Return the hidden states before each layer of one window, placed one way after another, on the host:
+    `[ranges * layers, window, embed]`."""
     states = []
     for own in positions:
         x = embed_tokens(params, tokens, cfg)
@@ -207,7 +207,7 @@ def capture_cached(
     mesh: Mesh,
     progress: Callable[[int, int], None],
 ) -> Captured:
-    """What `capture` gives for windows from `first` on, from hidden states on disk, filled in where they are missing.
+    """Return what `capture` gives for windows from `first` on, from hidden states on disk, filled in where missing.
 
     Args:
         draw: tokens of `count` windows from a first one on.

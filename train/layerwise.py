@@ -1,6 +1,6 @@
 """Train the hash functions of every layer of a frozen LLaMA or Qwen model.
 
-One forward pass of the model per window of text feeds the ranking losses of all layers; only the hash functions learn.
+One forward pass of the model per window of text feeds the losses of all layers; only the hash functions learn.
 The run folder holds config.yaml, env.json, metrics.jsonl, summary.json, curves.png, layers.png, checkpoints/ and
 selector/, which is what generation and evaluation load.
 
@@ -33,14 +33,14 @@ def command(args: Sequence[str] | None = None) -> int:
 
 
 def _start(args: Sequence[str]) -> LayerwiseConfig:
-    """What the flags start from: the run that is resumed, or the preset, with the form and loss asked for."""
+    """Return what the flags start from: the run that is resumed, or the preset, with the form and loss asked for."""
     base = stored_by(LayerwiseConfig)(args) or PRESETS[_choice(args, "--preset", PRESETS) or "default"]
     form, loss = _choice(args, "--hash.form", FORMS), _choice(args, "--ranking.loss", LOSSES)
     return with_recipe(base, form or base.hash.form, loss or base.ranking.loss) if form or loss else base
 
 
 def _choice(args: Sequence[str], flag: str, choices: Collection[str]) -> str | None:
-    """What a flag that decides which others there are is given; raises InputError for what it cannot be."""
+    """Return what a flag is given that decides which others there are; raises InputError for what it cannot be."""
     name = None
     for word, following in itertools.zip_longest(args, args[1:], fillvalue=""):
         if word == flag or word.startswith(f"{flag}="):

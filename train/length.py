@@ -31,7 +31,7 @@ class FarWindows:
     is_whole: bool  # as long as the context, not short windows whose positions jump to its end
 
     def picks(self, queries: int) -> Int32[np.ndarray, " picks"]:
-        """Places of the queries: spread over the last quarter, the last token included."""
+        """Return the places of the queries: spread over the last quarter, the last token included."""
         window = self.tokens.shape[1]
         count, quarter = min(queries, MOST_QUERIES, window - window * 3 // 4), window - window * 3 // 4
         return (window - quarter + np.arange(1, count + 1) * quarter // count - 1).astype(np.int32)
@@ -44,7 +44,7 @@ def choose_windows(
     model: DecoderConfig,
     itemsize: int,
 ) -> FarWindows:
-    """Whole contexts where there is text for them, a GPU, and memory; else short windows that jump to the far end.
+    """Choose whole contexts if there are text, a GPU and memory for them; else short windows that jump to the far end.
 
     Args:
         itemsize: bytes of a number of the frozen model.
@@ -67,7 +67,7 @@ def evaluate_far(
     cfg: EvaluationConfig,
     mesh: Mesh,
 ) -> dict[str, SelectionQuality]:
-    """Quality of each of several hash functions (all layers) on the same windows, from one pass over each.
+    """Measure the quality of several hash functions (all layers) on the same windows, from one pass over each.
 
     Returns: means over windows and queries by name, host arrays `[layers, heads]`.
     """
@@ -95,6 +95,6 @@ def evaluate_far(
 
 
 def _mean(windows: list[list[SelectionQuality]]) -> SelectionQuality:
-    """Layers put behind each other, and the mean over windows."""
+    """Put layers behind each other, and take the mean over windows."""
     stacked = [jax.tree.map(lambda *leaves: np.concatenate(leaves), *layers) for layers in windows]
     return jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *stacked)

@@ -73,7 +73,7 @@ def train(cfg: LayerwiseConfig) -> dict[str, Any]:
 
 
 def announce(cfg: LayerwiseConfig, display: Display) -> estimate.Plan:
-    """The plan of a run, which is said before anything is loaded."""
+    """Print the plan of a run before anything is loaded; returns it."""
     plan = estimate.plan_run(cfg)
     for line in estimate.describe(plan):
         display.say(line)
@@ -88,13 +88,13 @@ def _hold_cache(cfg: LayerwiseConfig) -> contextlib.AbstractContextManager[None]
 
 
 def resume_command(path: pathlib.Path) -> str:
-    """The command that continues a run, to be pasted into a shell."""
+    """Return the command that continues a run, to be pasted into a shell."""
     return shlex.join(["spotlight", "train", "--resume", "--out", str(path)])
 
 
 @contextlib.contextmanager
 def _resumable(path: pathlib.Path) -> Iterator[None]:
-    """A disk that fails is told with the command that continues the run."""
+    """Name the command that continues the run where the disk fails."""
     try:
         yield
     except BrokenPipeError:
@@ -105,7 +105,7 @@ def _resumable(path: pathlib.Path) -> Iterator[None]:
 
 
 def _find_run(cfg: LayerwiseConfig) -> tuple[LayerwiseConfig, pathlib.Path, bool]:
-    """The config of the run, on --resume the one it was started with, its folder, and whether that is there."""
+    """Return the config of the run, on --resume the one it was started with, its folder, and whether that is there."""
     cfg = dataclasses.replace(cfg, model=lasting_name(cfg.model))
     if not cfg.resume:
         name = f"{pathlib.PurePath(cfg.model).name.removesuffix('.gguf')}-{cfg.preset}"
@@ -133,7 +133,7 @@ def _has_checkpoint(folder: runs.RunFolder) -> bool:
 
 
 def _train(trainer: Trainer, stop: list[int], display: Display) -> None:
-    """Steps, evaluations and checkpoints until the last step or a signal."""
+    """Take steps, evaluate and save until the last step or a signal."""
     cfg = trainer.plan.cfg
     if trainer.step == 0:
         trainer.save(is_awaited=True)  # a run that has rows of steps has a checkpoint to resume from
@@ -167,7 +167,7 @@ def _train(trainer: Trainer, stop: list[int], display: Display) -> None:
 
 @contextlib.contextmanager
 def _explained_memory() -> Iterator[None]:
-    """Too little device memory is told with the flags that need less."""
+    """Name the flags that need less where the device has too little memory."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:

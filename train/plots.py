@@ -4,14 +4,11 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 from jaxtyping import Float
+from matplotlib.figure import Figure
 
 from spotlight_jax.files import replace_file
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 _LEARNED, _LSH, _ORACLE, _PLAIN = "#1f6f8b", "#b5651d", "#444444", "#7a9e3a"
 
@@ -23,7 +20,7 @@ def plot_curves(
     loss: str,
     tail: Sequence[float] = (),
 ) -> None:
-    """`curves.png`: loss (and wrongly ranked pairs), IoU, captured mass, each beside its baselines.
+    """Draw `curves.png`: loss (and wrongly ranked pairs), IoU, captured mass, each with its baselines.
 
     Args:
         path: of the picture.
@@ -35,7 +32,8 @@ def plot_curves(
     steps = [row for row in rows if "loss" in row]
     measured = [row for row in rows if "iou" in row]
     panels = 4 if len(tail) else 3
-    figure, (left, middle, right, *last) = plt.subplots(1, panels, figsize=(4.3 * panels, 3.8), layout="constrained")
+    figure = Figure(figsize=(4.3 * panels, 3.8), layout="constrained")
+    left, middle, right, *last = figure.subplots(1, panels)
     for axes in last:
         axes.plot(range(len(tail)), tail, color=_LEARNED)
         axes.axhline(summary["output_error"], color=_PLAIN, ls="--", label="without the tail")
@@ -68,7 +66,6 @@ def plot_curves(
     figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=3, frameon=False)
     with replace_file(path) as file:
         figure.savefig(file, format="png", dpi=120)
-    plt.close(figure)
 
 
 def plot_layers(
@@ -79,7 +76,7 @@ def plot_layers(
     sparse: Sequence[int],
     oracle: str,
 ) -> None:
-    """`layers.png`: IoU of each layer and head, LSH on the left, trained on the right, one colour scale.
+    """Draw `layers.png`: IoU of each layer and head, LSH on the left, trained on the right, one colour scale.
 
     Args:
         path: of the picture.
@@ -92,7 +89,8 @@ def plot_layers(
     highest = max(float(iou.max()), float(lsh.max()), 1e-3)
     height = max(3.5, 0.16 * iou.shape[0] + 1.2)
     width = max(6.0, 2 * min(0.35 * iou.shape[1], 6.0) + 2.5)
-    figure, axes = plt.subplots(1, 2, figsize=(width, height), layout="constrained", sharey=True)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     for axis, values, title in ((axes[0], lsh, "orthogonal LSH"), (axes[1], iou, "trained")):
         image = axis.imshow(values, vmin=0, vmax=highest, aspect="auto", cmap="viridis", interpolation="nearest")
         mean = f"mean {values[list(sparse)].mean():.3f} of {len(sparse)} sparse layers"
@@ -103,13 +101,13 @@ def plot_layers(
     figure.colorbar(image, ax=axes, label=f"IoU with {oracle}, held-out text")
     with replace_file(path) as file:
         figure.savefig(file, format="png", dpi=120)
-    plt.close(figure)
 
 
 def plot_ablation(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
-    """`ablation.png`: overlap and captured mass of every variant, with the oracle's and LSH's."""
+    """Draw `ablation.png`: overlap and captured mass of every variant, with the oracle's and LSH's."""
     names, places = [str(row["variant"]) for row in rows], np.arange(len(rows))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 1.2 + 0.32 * len(rows)), layout="constrained", sharey=True)
+    figure = Figure(figsize=(11, 1.2 + 0.32 * len(rows)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
     for axes, metric, label in ((left, "iou", "IoU with oracle-mass"), (right, "mass", "attention mass read")):
         axes.barh(places, [row[metric] for row in rows], color=_LEARNED, height=0.65)
         axes.plot([row[f"{metric}_lsh"] for row in rows], places, "|", ms=14, mew=2, color=_LSH, label="orthogonal LSH")
@@ -125,4 +123,3 @@ def plot_ablation(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
     figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     with replace_file(path) as file:
         figure.savefig(file, format="png", dpi=130)
-    plt.close(figure)

@@ -13,7 +13,7 @@ PIECES = 8  # of a window, each standing somewhere behind the one before it
 
 
 def draw_positions(window: int, length: int, seed: int, number: int) -> Int32[np.ndarray, " window"]:
-    """Ascending positions below `length` of the tokens of window `number`: a function of the seed and the number.
+    """Draw ascending positions below `length` of the tokens of window `number`: a function of seed and number.
 
     The window is cut in `PIECES` at random places, and the room that `length` leaves is shared out between them at
     random. Where the window is as long as the context, positions are 0, 1, 2, ...
@@ -26,7 +26,7 @@ def draw_positions(window: int, length: int, seed: int, number: int) -> Int32[np
 
 
 def far_positions(window: int, length: int) -> Int32[np.ndarray, " window"]:
-    """Positions of a window that reaches from the start of a context of `length` to its very end, in even pieces."""
+    """Return positions of a window that reaches from the start of a context of `length` to its end, in even pieces."""
     pieces = min(PIECES, window)
     cuts = np.arange(1, pieces) * window // pieces
     shifts = np.linspace(0, length - window, pieces).round().astype(int)

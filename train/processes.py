@@ -25,7 +25,7 @@ _LAUNCHERS = {"slurm": "SLURM_STEP_NUM_TASKS", "ompi": "OMPI_COMM_WORLD_SIZE"}
 
 
 def launcher(environment: Mapping[str, str]) -> str | None:
-    """Return which launcher started this process beside others, None where it is alone."""
+    """Return which launcher started this process along with others, None where it is alone."""
     for name, variable in _LAUNCHERS.items():
         count = environment.get(variable, "1")
         if count.isdecimal() and int(count) > 1:

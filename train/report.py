@@ -21,7 +21,7 @@ from train.trainer import Trainer, make_selector
 
 
 def summarise(trainer: Trainer, selector: str) -> dict[str, Any]:
-    """The numbers of a run, for people and programs."""
+    """Return the numbers of a run, for people and programs."""
     cfg = trainer.plan.cfg
     tokens = -(-cfg.steps // cfg.steps_per_window) * cfg.data.window
     summary: dict[str, Any] = {
@@ -85,12 +85,12 @@ def write_results(trainer: Trainer) -> dict[str, Any]:
 
 
 def _on_host(trainer: Trainer, length: int) -> HashFunctions:
-    """The hash functions for sequences of `length` tokens, apart from the training state."""
+    """Return the hash functions for sequences of `length` tokens, apart from the training state."""
     return jax.tree.map(jnp.asarray, fetch(trainer.hash_functions(length)))
 
 
 def print_results(console: rich.console.Console, trainer: Trainer, summary: dict[str, Any]) -> None:
-    """The table a person reads at the end."""
+    """Print the table that a person reads at the end."""
     start = []
     if trainer.before is not None:
         start = [["before training", _cell(trainer.before["iou"]), _cell(trainer.before["mass"])]]
@@ -119,7 +119,7 @@ def print_results(console: rich.console.Console, trainer: Trainer, summary: dict
 
 
 def _quality_rows(found: dict[str, Any], bits: int, oracle: str, *between: list[str]) -> list[list[str]]:
-    """Rows of LSH, of what lies between, of the trained selector and of the oracle."""
+    """Return rows of LSH, of what lies between, of the trained selector and of the oracle."""
     return [
         [f"orthogonal LSH, {bits} bits", _cell(found["iou_lsh"]), _cell(found["mass_lsh"])],
         *between,
@@ -129,7 +129,7 @@ def _quality_rows(found: dict[str, Any], bits: int, oracle: str, *between: list[
 
 
 def describe_far(summary: dict[str, Any]) -> str | None:
-    """One sentence about quality at the far end of the context; None where that is no farther than a window's."""
+    """Return a sentence on quality at the far end of the context; None where that is no farther than a window's."""
     if "mass_at_length" not in summary:
         return None
     trained, lsh, oracle = (_cell(summary[f"mass{name}_at_length"]) for name in ("", "_lsh", "_oracle"))

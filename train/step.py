@@ -36,7 +36,7 @@ class TrainState:
 
 
 def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """One layer's optimiser: clip by the layer's own norm, then AdamW under the schedule."""
+    """Make one layer's optimiser: clip by the layer's own norm, then AdamW under the schedule."""
     warmup = max(1, round(cfg.warmup * steps))
     schedule = optax.warmup_cosine_decay_schedule(0.0, cfg.learning_rate, warmup, max(steps, warmup + 1))
     return optax.chain(
@@ -46,7 +46,7 @@ def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransforma
 
 
 def gamma_at(step: Int32[Array, ""], cfg: OptimizerConfig, steps: int) -> Float[Array, ""]:
-    """Sharpness of the soft sign: geometric from gamma_start to gamma_end, then constant; 1 where nothing is soft."""
+    """Return the soft sign's sharpness: geometric from gamma_start to gamma_end, then constant; 1 if none is soft."""
     if not isinstance(cfg, AnnealedOptimizerConfig):
         return jnp.float32(1)
     if cfg.anneal == 0:
@@ -56,12 +56,12 @@ def gamma_at(step: Int32[Array, ""], cfg: OptimizerConfig, steps: int) -> Float[
 
 
 def ema_share(step: Int32[Array, ""], decay: float) -> Float[Array, ""]:
-    """Share of the newest weights in their average: the first ones alone are all of it, so it needs no correction."""
+    """Return the share of the newest weights in their average: at first all of it, so that it needs no correction."""
     return (1 - decay) / -jnp.expm1((step + 1) * math.log(decay))
 
 
 def init_state(params: HashFunctions, cfg: OptimizerConfig, steps: int) -> TrainState:
-    """State before the first step."""
+    """Make the state before the first step."""
     opt_state = jax.vmap(make_optimizer(cfg, steps).init)(params.weights)
     averaged = jax.tree.map(jnp.copy, params.weights) if cfg.ema else None  # a step donates both
     return TrainState(params=params, opt_state=opt_state, averaged=averaged)
@@ -130,7 +130,7 @@ def train_step(
 
 
 def spread_state(state: TrainState, layers: int, mesh: Mesh) -> TrainState:
-    """The state of `layers` layers on the mesh, the last layer repeated where the mesh does not divide them."""
+    """Return the state of `layers` layers on the mesh, the last layer repeated where the mesh does not divide them."""
     missing = padded_layers(layers, mesh) - layers
     padded = jax.tree.map(lambda leaf: jnp.concatenate([leaf, *[leaf[-1:]] * missing]) if missing else leaf, state)
     return put(padded, NamedSharding(mesh, P(AXIS)))
@@ -143,5 +143,5 @@ def is_finite(*arrays: Array) -> Bool[Array, ""]:
 
 
 def gather_state(state: TrainState, layers: int) -> TrainState:
-    """The state without repeated layers, as it is saved."""
+    """Return the state without repeated layers, as it is saved."""
     return jax.tree.map(lambda leaf: leaf[:layers], state)

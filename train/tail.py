@@ -1,7 +1,7 @@
 """Corrections of the tail's estimate, trained to the output error of each query head after its hash functions are.
 
 What a head reads and the moments of what it does not read are known for some queries of a few windows and several
-budgets. The output is a sum of three vectors, so its error is a quadratic form in how much of each there is: ten
+budgets. The output is a sum of three vectors, so its error is a quadratic form in how much of each there is: fourteen
 numbers a query are enough to train the corrections of a head (`tail.TailParams`), and a step costs next to nothing.
 """
 
@@ -121,7 +121,7 @@ def fit_layer(
 def fit_tail(
     inputs: Inputs, functions: HashFunctions, place: int, first: int, cfg: TailConfig
 ) -> Iterator[tuple[TailParams, Float[np.ndarray, "two q_heads"], Float[np.ndarray, " steps"]]]:
-    """Give each layer's corrections, errors and curve, as `fit_layer`.
+    """Yield each layer's corrections, errors and curve, as `fit_layer`.
 
     Windows go through the model side by side, layer by layer, so that one layer's rows are held at a time.
 

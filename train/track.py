@@ -1,4 +1,4 @@
-"""Optional trackers, beside the run folder's own metrics."""
+"""Optional trackers, in addition to the run folder's own metrics."""
 
 import importlib.util
 import pathlib
@@ -19,7 +19,7 @@ def check_tracker(name: str) -> None:
 
 
 def open_tracker(name: str, folder: pathlib.Path, config: dict[str, Any]) -> Log:
-    """A function that logs scalars of a step to the tracker, or to none."""
+    """Return a function that logs scalars of a step to the tracker, or to none."""
     if name == "tensorboard":
         from tensorboardX import SummaryWriter
 

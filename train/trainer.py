@@ -35,7 +35,7 @@ _TUNING = ("--optimizer.", "--ranking.", "--hash.")  # flags that can make a los
 
 
 def first_state(inputs: Inputs, display: Display) -> TrainState:
-    """The state of step 0, its hash functions fitted to the first windows unless they were before or are only timed."""
+    """Make the state of step 0: hash functions fitted to the first windows, unless fitted before or only timed."""
     plan = inputs.plan
     cfg, hashes = plan.cfg, plan.init_hashes()
     if hashes.fitted_to != "nothing" and not (cfg.resume or cfg.dry_run):
@@ -44,7 +44,7 @@ def first_state(inputs: Inputs, display: Display) -> TrainState:
 
 
 def _first_windows(inputs: Inputs) -> Iterator[Captured]:
-    """What hash functions are fitted to, checked: a NaN in a moment would be in all that follows."""
+    """Yield what hash functions are fitted to, checked: a NaN in a moment would be in all that follows."""
     for seen in inputs.feed.first_windows(inputs.plan.cfg.fit_windows, inputs.plan.rows):
         _check_finite_keys(seen, "the training text")
         yield seen
@@ -67,7 +67,7 @@ class Trainer:
             inputs: model and text.
             state: of step 0, from `first_state`.
             folder: of the run.
-            display: where progress is told.
+            display: where progress is shown.
             beside: another run, on whose held-out windows this one is evaluated too.
         """
         self.plan, self.inputs, self.state, self.folder, self._display = inputs.plan, inputs, state, folder, display
@@ -95,7 +95,7 @@ class Trainer:
         return evaluate(self._lsh(), self._held_out, cfg.measure, cfg.layers_at_once)
 
     def _lsh(self) -> HashFunctions:
-        """What the run's hash functions are compared with."""
+        """Return what the run's hash functions are compared with."""
         return orthogonal_lsh(self.plan.keys[0], self.plan.cfg.hash.code_bits, self.plan.shape)
 
     def _resume(self) -> None:
@@ -118,7 +118,7 @@ class Trainer:
         return np.asarray(jax.random.key_data(jax.random.key(self.plan.cfg.seed))).tolist()
 
     def take_step(self, captured: Captured | None = None) -> StepReport:
-        """One optimiser step of all layers, on what the feed gives or on what is given."""
+        """Take one optimiser step of all layers, on what the feed gives or on what is given."""
         started = time.monotonic()
         captured = self.inputs.feed.at(self.step) if captured is None else captured
         self.state, report = step_once(self.plan, self.state, self.step, captured)
@@ -159,13 +159,13 @@ class Trainer:
         self._track(self.step, {name: value for name, value in row.items() if name != "step"})
 
     def quality_by(self, cfg: EvaluationConfig) -> SelectionQuality:
-        """Quality of the hash functions as they are, on the held-out windows."""
+        """Return the quality of the hash functions as they are, on the held-out windows."""
         self._check_state()
         hashes = self.hash_functions(self.plan.cfg.data.window)
         return evaluate(hashes, self._held_out, cfg, self.plan.cfg.layers_at_once)
 
     def hash_functions(self, length: int) -> HashFunctions:
-        """The hash functions as they are, of all layers, for sequences of `length` tokens."""
+        """Return the hash functions as they are, of all layers, for sequences of `length` tokens."""
         return hash_functions(self.plan, self.state, length)
 
     def evaluate_length(self) -> None:
@@ -210,7 +210,7 @@ class Trainer:
         self._store.close()
 
     def mean(self, what: str, which: str = "trained") -> float:
-        """Mean of a quality over heads and the layers that select."""
+        """Return the mean of a quality over heads and the layers that select."""
         return mean_over_sparse(getattr(self.quality[which], what), self.plan.cfg.measure.dense_layers)
 
     def last_checkpoint(self) -> int | None:
@@ -219,7 +219,7 @@ class Trainer:
 
 
 def hash_functions(plan: Plan, state: TrainState, length: int) -> HashFunctions:
-    """The hash functions of a state, of all layers, for sequences of `length` tokens."""
+    """Return the hash functions of a state, of all layers, for sequences of `length` tokens."""
     place = sum(length > covered for covered in plan.lengths[:-1])
     own = slice(place * plan.shape.layers, (place + 1) * plan.shape.layers)
     return jax.tree.map(lambda leaf: leaf[own], gather_state(state, plan.rows).selector)
@@ -245,7 +245,7 @@ def correct_tails(inputs: Inputs, sets: list[HashFunctions], first: int, display
         inputs: model and text.
         sets: hash functions for one length after another.
         first: number of the first window that the corrections are trained on.
-        display: where progress is told.
+        display: where progress is shown.
     """
     cfg, layers, found, errors, curves = inputs.plan.cfg, inputs.plan.shape.layers, [], [], []
     for place, functions in enumerate(sets):
@@ -263,7 +263,7 @@ def correct_tails(inputs: Inputs, sets: list[HashFunctions], first: int, display
 
 
 def make_selector(plan: Plan, sets: list[HashFunctions], **info: Any) -> Selector:
-    """What is exported of a run: its hash functions for one length after another; `info` beside the recipe."""
+    """Make what is exported of a run: its hash functions for one length after another, `info` with the recipe."""
     return Selector(
         shape=plan.shape,
         params=sets[-1],
@@ -275,7 +275,7 @@ def make_selector(plan: Plan, sets: list[HashFunctions], **info: Any) -> Selecto
 
 
 def step_once(plan: Plan, state: TrainState, step: int, captured: Captured) -> tuple[TrainState, StepReport]:
-    """One optimiser step of all layers; the state is given up."""
+    """Take one optimiser step of all layers; the state is given up."""
     key = jax.random.fold_in(plan.keys[2], step)
     state, report = train_step(state, key, jnp.int32(step), captured, plan.step_cfg)
     if jax.default_backend() == "cpu":
@@ -284,7 +284,7 @@ def step_once(plan: Plan, state: TrainState, step: int, captured: Captured) -> t
 
 
 def _capture_held_out(inputs: Inputs, display: Display) -> list[Captured]:
-    """Queries and keys of the held-out windows, kept for all evaluations."""
+    """Capture queries and keys of the held-out windows, kept for all evaluations."""
     plan = inputs.plan
     tokens, at_once, seen = inputs.held_out, plan.windows_at_once, []
     window = plan.cfg.data.window
@@ -303,7 +303,7 @@ def _capture_held_out(inputs: Inputs, display: Display) -> list[Captured]:
 def check_finite(
     report: StepReport, plan: Plan, step: int, kept: int | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Loss, share that is wrong and gradient norm of each layer; stops the run where a loss is not a number.
+    """Return each layer's loss, share that is wrong and gradient norm; stops the run where a loss is not a number.
 
     Args:
         step: that it is the report of.

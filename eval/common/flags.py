@@ -55,7 +55,7 @@ class EvalConfig:
     methods: tuple[str, ...] = ("dense", "oracle-scores", "spotlight", "window")
     """Methods to evaluate: dense, oracle-scores, oracle-mass, oracle-query, spotlight (spotlight@FOLDER: another
     selector), lsh (lsh-centred, lsh-gaussian, lsh-gaussian-centred), quest, magicpig, window, random, binary;
-    MODULE:FUNCTION: one of your own (examples/add_method.py)."""
+    NAME+tail: with an estimate of what is not read; MODULE:FUNCTION: one of your own (examples/add_method.py)."""
     keep: tuple[float, ...] = (0.02,)
     """Shares of a sequence's tokens that a query reads; a number above 1 is that many tokens."""
     settings: tuple[Literal["bare", "sinks"], ...] = ()

@@ -7,21 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import matplotlib.axis
+import matplotlib.ticker
 import numpy as np
 from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from eval.common.by_position import buckets_of
 from eval.common.cases import describe_selection
 from eval.common.labels import name_methods, style_methods
 from spotlight_jax.files import replace_file
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-import matplotlib.ticker
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 _MIB = 2**20
 _PANELS = 5  # heat maps in a row
@@ -39,9 +35,8 @@ def plot_tradeoff(path: Path, rows: Sequence[dict[str, Any]], metric: str, label
     settings = list(dict.fromkeys(row["setting"] for row in rows if row["method"] in _budgeted(rows)))
     settings = settings or [rows[0]["setting"]]
     size = 4.4 + 5.4 * len(settings), max(4.8, 1.2 + 0.23 * len(methods))
-    figure, axes = plt.subplots(
-        1, len(settings), figsize=size, layout="constrained", sharex=True, sharey=True, squeeze=False
-    )
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, len(settings), sharex=True, sharey=True, squeeze=False)
     end = find_end([row[metric] for row in rows if row["method"] != "dense"] or [row[metric] for row in rows])
     for axis, setting in zip(axes[0], settings, strict=True):
         for method in methods:
@@ -67,7 +62,6 @@ def plot_tradeoff(path: Path, rows: Sequence[dict[str, Any]], metric: str, label
     axes[0][-1].legend(loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0, frameon=False)
     with replace_file(path) as file:
         figure.savefig(file, format="png", dpi=120)
-    plt.close(figure)
 
 
 def plot_positions(
@@ -83,7 +77,8 @@ def plot_positions(
     first = {row["method"]: row for row in reversed(rows)}
     names, styles = name_methods(row["method"] for row in rows), style_methods(row["method"] for row in rows)
     size = 4.0 + 5.4 * len(labels), max(4.8, 1.2 + 0.23 * len(names))
-    figure, axes = plt.subplots(1, len(labels), figsize=size, layout="constrained", squeeze=False)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, len(labels), squeeze=False)
     for axis, (measure, label) in zip(axes[0], labels.items(), strict=True):
         lines = {method: [bucket[measure] for bucket in buckets_of(first[method])] for method in names}
         every = [value for line in lines.values() for value in line]
@@ -111,7 +106,6 @@ def plot_positions(
     axes[0][-1].legend(loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0, frameon=False)
     with replace_file(path) as file:
         figure.savefig(file, format="png", dpi=120)
-    plt.close(figure)
 
 
 def find_end(values: Sequence[float]) -> float:
@@ -188,15 +182,8 @@ def plot_heads(
     rows = -(-len(panels) // _PANELS)
     columns = -(-len(panels) // rows)
     width, height = min(0.32 * heads, 5.0) + 1.2, max(2.6, 0.14 * layers) + 0.7
-    figure, axes = plt.subplots(
-        rows,
-        columns,
-        figsize=(max(6.0, columns * width + 1.2), rows * height),
-        layout="constrained",
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-    )
+    figure = Figure(figsize=(max(6.0, columns * width + 1.2), rows * height), layout="constrained")
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     for axis, (name, values) in zip(axes.flat, panels, strict=False):
@@ -213,4 +200,3 @@ def plot_heads(
     set_title(figure, title)
     with replace_file(path) as file:
         figure.savefig(file, format="png", dpi=120)
-    plt.close(figure)

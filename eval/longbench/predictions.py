@@ -14,7 +14,7 @@ from spotlight_jax.text_files import read_json_lines
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What a model answered, and what is right."""
+    """A model's answer, and the right ones."""
 
     text: str
     answers: tuple[str, ...]

@@ -1,6 +1,7 @@
 """Binary: a real query against binary keys, untrained: how far the form alone goes.
 
-Selectors start better than this: they balance the spreads of both sides of the dot product (`networks.balance`).
+Forms with networks start better than this: they balance the spreads of both sides of the dot product
+(`networks.balance`).
 """
 
 import jax

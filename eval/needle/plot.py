@@ -5,15 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
+import matplotlib.colors
 import numpy as np
 from jaxtyping import Float
+from matplotlib.figure import Figure
 
 from eval.common.pictures import set_title, wrap
 from spotlight_jax.files import replace_file
-
-matplotlib.use("Agg")
-import matplotlib.colors
-import matplotlib.pyplot as plt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,15 +36,9 @@ def plot_grids(
     columns = min(len(panels), 5)
     rows = -(-len(panels) // columns)
     width, height = 0.62 * len(lengths) + 0.9, 0.42 * len(depths) + 1.0
-    figure, axes = plt.subplots(
-        rows,
-        columns,
-        figsize=(max(6.0, columns * width + 1.6), max(3.2, rows * height + 0.8)),
-        layout="constrained",
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-    )
+    size = max(6.0, columns * width + 1.6), max(3.2, rows * height + 0.8)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     for axis, panel in zip(axes.flat, panels, strict=False):
@@ -64,4 +56,3 @@ def plot_grids(
     figure.colorbar(image, ax=axes, label=label)
     with replace_file(path) as file:
         figure.savefig(file, format="png", dpi=130)
-    plt.close(figure)

@@ -62,8 +62,9 @@ def read_plan(path: Path, given: Mapping[str, Any], fraction: float) -> Plan:
         given: fields from the command line, which come before the plan's.
         fraction: see `cut_down`.
 
-    Raises: InputError naming the file and what is wrong in it: no YAML, an unknown evaluation or field (with the
-        nearest), a value that does not fit.
+    Raises:
+        InputError: names the file and what is wrong in it, such as no YAML, an unknown evaluation or field (with the
+            nearest), a value that does not fit.
     """
     plan = _load(path)
     common = {name: value for name, value in plan.items() if name not in ("title", "evaluations")} | dict(given)

@@ -20,7 +20,7 @@ TOLERANCE_HASHED = 0.15
 
 
 def plain_scores(
-    codes: UInt32[np.ndarray, "words n"], weights: Int[np.ndarray, "sums code_bits"]
+    codes: UInt32[np.ndarray, "words n"], weights: Int[np.ndarray, "score_heads code_bits"]
 ) -> Int[np.ndarray, " n"]:
     """Return the highest sum of the weights of set bits, each less half of its weights, rounded down."""
     little = np.ascontiguousarray(codes.T).astype("<u4").view(np.uint8)

@@ -112,7 +112,7 @@ class OpInputs:
     keys: Float[Array, "batch one kv_heads head_dim"]
     values: Float[Array, "batch one kv_heads head_dim"]
     lengths: Int32[Array, "batch"]  # filled slots, before the new token
-    weights: Int32[Array, "batch one kv_heads sums code_bits"]
+    weights: Int32[Array, "batch one kv_heads score_heads code_bits"]
     signs: Int32[Array, "batch one kv_heads one code_bits"]  # sums of the group's signs
     selector: LayerSelector
     hamming: LayerSelector  # the paper's form, its group summed

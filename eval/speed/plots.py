@@ -4,11 +4,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from spotlight_jax.files import replace_file
 
@@ -46,9 +43,8 @@ def _line(axes: Axes, rows: Sequence[Row], label: str, color: str, style: str = 
 def plot_ops(path: Path, rows: Sequence[Row], title: str) -> None:
     """Time of each operation by length, one panel a batch, with the floors of the layers."""
     batches = sorted({row["batch"] for row in rows})
-    figure, panels = plt.subplots(
-        1, len(batches), figsize=(1.5 + 5.5 * len(batches), 5.2), layout="constrained", sharey=True, squeeze=False
-    )
+    figure = Figure(figsize=(1.5 + 5.5 * len(batches), 5.2), layout="constrained")
+    panels = figure.subplots(1, len(batches), sharey=True, squeeze=False)
     for axes, batch in zip(panels[0], batches, strict=True):
         some = sorted((row for row in rows if row["batch"] == batch), key=lambda row: row["length"])
         dense = [op for op in dict.fromkeys(row["op"] for row in some) if op.startswith("dense")]
@@ -70,13 +66,13 @@ def plot_ops(path: Path, rows: Sequence[Row], title: str) -> None:
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     with replace_file(path) as file:
         figure.savefig(file, format="png", dpi=120)
-    plt.close(figure)
 
 
 def plot_decode(path: Path, rows: Sequence[Row], title: str) -> None:
     """Draw tokens per second of dense and sparse decoding, a pair of bars for each length and batch."""
     points = list(dict.fromkeys((row["length"], row["batch"]) for row in rows))
-    figure, axes = plt.subplots(figsize=(max(5.0, 1.6 + 1.1 * len(points)), 4.4), layout="constrained")
+    figure = Figure(figsize=(max(5.0, 1.6 + 1.1 * len(points)), 4.4), layout="constrained")
+    axes = figure.subplots()
     for place, (method, color) in enumerate((("dense", _DENSE[0]), ("spotlight", "#1f6f8b"))):
         some = {(row["length"], row["batch"]): row for row in rows if row["method"] == method}
         x = [spot + 0.4 * (place - 0.5) for spot, point in enumerate(points) if point in some]
@@ -91,7 +87,6 @@ def plot_decode(path: Path, rows: Sequence[Row], title: str) -> None:
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     with replace_file(path) as file:
         figure.savefig(file, format="png", dpi=120)
-    plt.close(figure)
 
 
 PLOTS: dict[str, Callable[[Path, Sequence[Row], str], None]] = {"op": plot_ops, "decode": plot_decode}

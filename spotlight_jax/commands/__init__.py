@@ -1,1 +1,1 @@
-"""Commands of `spotlight` that need no trainer and no evaluation: generate, chat, doctor."""
+"""Commands of `spotlight` that need no trainer and no evaluation: generate, chat, serve, push, doctor."""

@@ -1,4 +1,4 @@
-"""Talk with a model in the terminal; the talk so far stays in the cache.
+"""Talk with a model in the terminal; the conversation so far stays in the cache.
 
     spotlight chat --selector runs/demo
     spotlight chat --url http://127.0.0.1:8000      # a server that runs already
@@ -22,13 +22,13 @@ _ANSWERS = GenerateConfig(max_new_tokens=512)
 
 @dataclasses.dataclass(frozen=True)
 class ChatCommandConfig(SessionConfig):
-    """How to talk."""
+    """How a conversation is held."""
 
     generation: OmitArgPrefixes[GenerateConfig] = dataclasses.field(default_factory=lambda: _ANSWERS)
     system: str = ""
     """System message before the conversation."""
     context: int | None = None
-    """Most tokens of a talk, for which memory is planned; None: the model's context."""
+    """Most tokens of a conversation, for which memory is planned; None: the model's context."""
     report: bool = False
     """After each answer, say what it took."""
     url: str | None = None
@@ -64,7 +64,7 @@ def main(cfg: ChatCommandConfig) -> object:
 
 
 def command(args: Sequence[str] | None = None) -> int:
-    """`spotlight chat`."""
+    """Run `spotlight chat`."""
     return cli.run(main, ChatCommandConfig, "spotlight chat", __doc__, args)
 
 

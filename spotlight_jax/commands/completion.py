@@ -50,7 +50,7 @@ def main(cfg: GenerateCommandConfig) -> dict[str, Any]:
 
 
 def _read_texts(cfg: GenerateCommandConfig) -> list[str]:
-    """The prompts: of JSON lines, or those given and those in files, or else what is piped in."""
+    """Return the prompts: of JSON lines, or those given and those in files, or else what is piped in."""
     if cfg.prompts is not None:
         return _read_rows(cfg.prompts)
     files = cfg.prompt_file if cfg.prompt or cfg.prompt_file or sys.stdin.isatty() else (STDIN,)
@@ -61,7 +61,7 @@ def _read_texts(cfg: GenerateCommandConfig) -> list[str]:
 
 
 def _read_rows(file: Path) -> list[str]:
-    """The prompts of a file of JSON lines; raises InputError that names the line of one that is none."""
+    """Return the prompts of a file of JSON lines; raises InputError that names the line of one that is none."""
     texts = []
     for row, where in read_json_lines(file):
         text = row.get("prompt")
@@ -75,7 +75,7 @@ def _read_rows(file: Path) -> list[str]:
 
 
 def _rows(head: dict[str, Any], result: dict[str, Any], count: int) -> Iterator[dict[str, Any]]:
-    """A row for each prompt: its number from 0, its own result, and the report, which is about all of them."""
+    """Yield a row for each prompt: its number from 0, its own result, and the report, which is about all of them."""
 
     def of_one(found: dict[str, Any], index: int) -> dict[str, Any]:
         return found["results"][index] | {name: value for name, value in found.items() if name != "results"}
@@ -86,7 +86,7 @@ def _rows(head: dict[str, Any], result: dict[str, Any], count: int) -> Iterator[
 
 
 def _read_text(path: Path) -> str:
-    """A text file's content, read as training text is. What is piped in loses its last newline."""
+    """Read a text file as training text is read; what is piped in loses its last newline."""
     if path != STDIN:
         return read_text(path)
     return decode_text(sys.stdin.buffer.read(), "standard input").removesuffix("\n")
@@ -130,7 +130,7 @@ def _generate(
 
 
 def _side_by_side(result: dict[str, Any]) -> Table:
-    """Both texts and both speeds."""
+    """Return a table of both texts and both speeds."""
     table = Table(show_lines=True)
     rates = {name: result[name]["decode_tokens_per_second"] for name in ("dense", "sparse")}
     for name in ("dense", "sparse"):

@@ -41,7 +41,7 @@ main = cli.main_of("spotlight_jax.commands.machine")
 
 
 def command(args: Sequence[str] | None = None) -> int:
-    """`spotlight doctor`."""
+    """Run `spotlight doctor`."""
     return cli.run(main, DoctorConfig, "spotlight doctor", __doc__, args)
 
 

@@ -59,7 +59,7 @@ main = cli.main_of("spotlight_jax.commands.completion")
 
 
 def command(args: Sequence[str] | None = None) -> int:
-    """`spotlight generate`."""
+    """Run `spotlight generate`."""
     return cli.run(main, GenerateCommandConfig, "spotlight generate", __doc__, args)
 
 

@@ -28,7 +28,7 @@ PACKAGES = ("spotlight-jax", "jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-p
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of what matters."""
+    """Return the installed versions of what matters."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -39,7 +39,7 @@ def versions() -> dict[str, str]:
 
 
 def implementations() -> list[tuple[str, str, str]]:
-    """Op, what `auto` uses for it here, and why."""
+    """List each op, what `auto` uses for it here, and why."""
     is_cpu = jax.default_backend() == "cpu"
     fused = ("XLA, block by block", "cuDNN needs an NVIDIA GPU") if is_cpu else ("cuDNN", "16-bit floats on a GPU")
 

@@ -45,7 +45,7 @@ main = cli.main_of("spotlight_jax.commands.publish")
 
 
 def command(args: Sequence[str] | None = None) -> int:
-    """`spotlight push`."""
+    """Run `spotlight push`."""
     return cli.run(main, PushConfig, "spotlight push", __doc__, args)
 
 

@@ -1,4 +1,4 @@
-"""A talk in the terminal with a model that a server runs."""
+"""A conversation in the terminal with a model that a server runs."""
 
 import json
 import os
@@ -38,7 +38,7 @@ class Server:
             raise InputError(f"{url}: {_NO_SERVER}") from None
 
     def _ask(self, method: str, path: str, **options: Any) -> requests.Response:
-        """An answer; raises InputError with the server's own words where it is an error."""
+        """Return an answer; raises InputError with the server's own words where it is an error."""
         try:
             reply = requests.request(
                 method, self.url + path, headers=self.headers, timeout=(SECONDS, None), stream=True, **options
@@ -54,7 +54,7 @@ class Server:
         raise InputError(f"{self.url}: {message}{hint}")
 
     def stream(self, messages: list[dict[str, str]], cfg: ChatCommandConfig) -> Iterator[dict[str, Any]]:
-        """Events of an answer."""
+        """Yield the events of an answer."""
         own = cfg.generation
         body: dict[str, Any] = {"model": self.model, "messages": messages, "stream": True}
         body |= {"stream_options": {"include_usage": True}, "max_completion_tokens": own.max_new_tokens}
@@ -93,7 +93,7 @@ def main(cfg: ChatCommandConfig, read: Callable[[str], str] = input) -> list[dic
 def _answer(
     server: Server, messages: list[dict[str, str]], cfg: ChatCommandConfig, notes: Console
 ) -> list[dict[str, str]]:
-    """Show an answer; returns the talk with it, or as it was before where there is none."""
+    """Show an answer; returns the conversation with it, or as it was before where there is none."""
     text, reason, usage = "", None, None
     try:
         check_text(messages[-1]["content"])
@@ -123,7 +123,7 @@ def _answer(
 
 
 def _describe(usage: dict[str, Any]) -> str:
-    """A line of a server's usage."""
+    """Return a line of a server's usage."""
     known = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
     line = f"{usage['prompt_tokens']} prompt tokens ({known} known before), {usage['completion_tokens']} new"
     read = usage.get("spotlight")

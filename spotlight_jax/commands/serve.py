@@ -131,7 +131,7 @@ def main(cfg: ServeConfig) -> None:
 
 
 def command(args: Sequence[str] | None = None) -> int:
-    """`spotlight serve`."""
+    """Run `spotlight serve`."""
     return cli.run(main, ServeConfig, "spotlight serve", __doc__, args)
 
 

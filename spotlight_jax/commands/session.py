@@ -30,7 +30,7 @@ MIB = 2**20
 
 
 def read_configs(cfg: SessionConfig | ServeConfig, console: Console) -> tuple[str, DecoderConfig, Selector | None]:
-    """The model's name, its config, and the selector, checked against each other; weights are not needed.
+    """Return the model's name, its config, and the selector, checked against each other; weights are not needed.
 
     Args:
         console: where it is said that the selector was trained for another model.
@@ -110,7 +110,7 @@ def choose_mesh(
 
 @contextlib.contextmanager
 def waiting(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
-    """In a terminal, a line that says what is being waited for and how far it is; it goes when it is over."""
+    """Show in a terminal what is being waited for and how far it is, until the block is left."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
@@ -165,7 +165,7 @@ def decode(
 
 
 def describe(report: Report, selector: Selector | None, cfg: GenerateConfig, model_cfg: DecoderConfig) -> list[str]:
-    """The lines of a report."""
+    """Return the lines of a report."""
     reads = report.reads
     lines = [
         f"prompt      {report.prompt_tokens} tokens, {report.prefill_rate:,.1f} tokens/s",

@@ -1,4 +1,4 @@
-"""A talk with a model in the terminal."""
+"""A conversation with a model in the terminal."""
 
 from collections.abc import Callable
 
@@ -21,10 +21,10 @@ class Talk:
     """Messages so far, and a cache that holds their tokens."""
 
     def __init__(self, model: BaseModel, engine: Engine, cfg: ChatCommandConfig, limit: int, notes: Console) -> None:
-        """Nothing said yet.
+        """Begin with nothing said.
 
         Args:
-            limit: most tokens of the talk, the next answer included.
+            limit: most tokens of the conversation, the next answer included.
             notes: where a terminal shows what is being waited for.
         """
         self.model, self.engine, self.cfg, self.limit, self.notes = model, engine, cfg, limit, notes
@@ -49,7 +49,7 @@ class Talk:
                 f"the talk has {len(tokens)} tokens, and with {most} for the answer passes its limit of {self.limit}; "
                 + ("say /new to start again" if len(self.messages) > 1 else "shorten what you said")
             )
-        # what the template makes of the talk so far is what was cached, unless it rewrites earlier turns
+        # what the template makes of the messages so far is what was cached, unless it rewrites earlier turns
         keeps = self.state is not None and tokens[: len(self.cached)] == self.cached and len(tokens) > len(self.cached)
         rope = self.model.cfg.rope
         if rope.kind == "dynamic" and len(tokens) + most > rope.trained_len:
@@ -65,7 +65,7 @@ class Talk:
 
 
 def _first_messages(cfg: ChatCommandConfig) -> list[dict[str, str]]:
-    """What every talk begins with."""
+    """Return the messages that every conversation begins with."""
     return [{"role": "system", "content": cfg.system}] if cfg.system else []
 
 
@@ -92,7 +92,7 @@ def main(cfg: ChatCommandConfig, read: Callable[[str], str] = input) -> list[dic
 
 
 def _talk_limit(cfg: ChatCommandConfig, context: int) -> int:
-    """Most tokens of the talk; raises InputError where an answer leaves no room to say anything."""
+    """Return the most tokens of a conversation; raises InputError where an answer leaves no room to say anything."""
     limit = context if cfg.context is None else min(cfg.context, context)
     if limit <= cfg.generation.max_new_tokens:
         raise InputError(

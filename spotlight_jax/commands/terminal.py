@@ -1,4 +1,4 @@
-"""What a talk in the terminal shares, wherever the model is: reading a line, writing text."""
+"""What conversations in the terminal share, wherever the model is: reading a line, writing text."""
 
 import contextlib
 import io
@@ -11,7 +11,7 @@ HELP = "Ctrl-C cuts an answer short, /new starts again, /help shows this, /quit 
 
 
 def write_text(text: str) -> None:
-    """Text on stdout at once and as it is: no wrapping, no markup."""
+    """Write text to stdout at once and as it is: no wrapping, no markup."""
     sys.stdout.write(text)
     sys.stdout.flush()
 
@@ -19,7 +19,7 @@ def write_text(text: str) -> None:
 def prepare_lines() -> None:
     """Let lines be edited, where that can be, and take bytes that are no UTF-8."""
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # a byte that is not UTF-8 costs its line, not the talk
+        sys.stdin.reconfigure(errors="surrogateescape")  # a byte that is not UTF-8 costs its line, not the conversation
     with contextlib.suppress(ImportError):  # not everywhere
         import readline  # `input` then knows arrow keys and earlier lines
 
@@ -27,7 +27,7 @@ def prepare_lines() -> None:
 
 
 def read_line(read: Callable[[str], str], notes: Console) -> str | None:
-    """What the user says next; None where the talk ends."""
+    """Return what the user says next; None where the conversation ends."""
     while True:
         try:
             text = read("> ").strip()

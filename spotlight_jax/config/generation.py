@@ -14,7 +14,7 @@ MOST_STOPS = 32  # ids that can end a sequence: a step compares with so many, wh
 
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig:
-    """What a compiled decoding step depends on beside shapes."""
+    """Settings that a compiled decoding step depends on, apart from shapes."""
 
     selection: SelectionConfig = dataclasses.field(default_factory=SelectionConfig)
     prefill_chunk: int | None = None
@@ -37,7 +37,7 @@ class DecodeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RowConfig:
-    """How one sequence of a batch goes on: each has its own, and all share a compiled step."""
+    """Settings of one sequence of a batch; all sequences share a compiled step."""
 
     sampling: SamplingConfig = SamplingConfig()
     stop_tokens: tuple[int, ...] = ()
@@ -54,7 +54,7 @@ class RowConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GenerateConfig:
-    """How text is continued."""
+    """Settings of generation: lengths, stop strings, sampling, and which tokens are read."""
 
     max_new_tokens: int = 128
     """Most tokens after each prompt."""
@@ -87,5 +87,5 @@ class GenerateConfig:
 
 
 def make_decode_config(cfg: GenerateConfig) -> DecodeConfig:
-    """The part of the settings that a step is compiled for."""
+    """Return the part of the settings that a step is compiled for."""
     return DecodeConfig(selection=cfg.selection, prefill_chunk=cfg.prefill_chunk, block=cfg.block, tail=cfg.tail)

@@ -11,7 +11,7 @@ _WIDEST = 2**16  # hidden layer of a network
 
 @dataclasses.dataclass(frozen=True)
 class _CodeConfig:
-    """What all forms share."""
+    """Settings that all forms share."""
 
     form: str
     code_bits: int = 128
@@ -24,11 +24,11 @@ class _CodeConfig:
             raise InputError(f"code_bits is {self.code_bits}; give a multiple of 32 from 32 to 256")
 
     def code_shape(self, q_heads: int, kv_heads: int) -> tuple[int, int]:
-        """Heads and words of a token's codes in a layer with so many heads."""
+        """Return the heads and words of a token's codes in a layer with so many heads."""
         return (kv_heads if self.code_heads == "kv" else q_heads), self.code_bits // WORD_BITS
 
     def describe(self) -> str:
-        """What is kept of a token, in words."""
+        """Return what is kept of a token, in words."""
         head = "KV" if self.code_heads == "kv" else "query"
         return f"{self.form} form, {self.code_bits} bits per {head} head and token"
 
@@ -42,8 +42,8 @@ class TransformConfig(_CodeConfig):
     and real query weights; symmetric: queries and keys share a network and both become bits (the paper). Each has
     flags of its own."""
     sums: Literal[1, 2] = 2
-    """How a KV head's query heads score a token together: 1: all are added up; 2: one part of them is, and the rest,
-    and the higher sum counts, so that the many do not drown what a few look for."""
+    """How a KV head's query heads score a token together: 1: all scores are added up; 2: those of one part of the heads
+    are, and those of the rest, and the higher sum counts, so that a few heads are heard among many."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class NetworkConfig(_CodeConfig):
     """asymmetric: a trained network's bits and real query weights; symmetric: queries and keys share a network and both
     become bits (the paper); transform: coordinates on fitted axes in fixed point. Each has flags of its own."""
     skip: Literal["none", "layers", "rotation"] = "rotation"
-    """What runs beside a network: nothing (the paper), an identity around each of its two layers (the released code),
+    """What is added to a network: nothing (the paper), an identity around each of its two layers (the released code),
     or a trained rotation with the network's last layer at zero, so that step 0 is orthogonal LSH."""
     hidden: int = 128
     """Width of a network's hidden layer."""

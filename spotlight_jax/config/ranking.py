@@ -10,7 +10,7 @@ Target = Literal["query_head", "kv_head"]
 
 @dataclasses.dataclass(frozen=True)
 class _Loss:
-    """What losses share: which keys are top, and on how many queries they are ranked."""
+    """Settings that losses share: which keys are top, and on how many queries they are ranked."""
 
     target: Literal["query_head", "kv_head", "both"] = "query_head"
     """Rank keys for each query head by its dot products (the paper), or for each KV head, as it selects: summed scores
@@ -66,7 +66,7 @@ class PairLoss(_Loss):
     """pairs: top keys above others, by Bradley-Terry (the paper); mass: the attention probability that is read. Each
     has flags of its own."""
     tops: int = 48
-    """Random ranks of the top set per query, spread over it; no more than the largest top set of a window."""
+    """Random ranks of the top set per query, spread over it; at most the largest top set of a window."""
     others: int = 256
     """Random ranks of the remaining keys per query."""
     always_top: int = 8

@@ -9,7 +9,7 @@ LEAST_TEMPERATURE = 1e-6  # below it logits divided by it pass float32's range
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """How tokens are drawn."""
+    """Settings for drawing the next token."""
 
     temperature: float = 0.0
     """Divides the logits; 0 takes the most probable token."""

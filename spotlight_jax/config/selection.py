@@ -17,7 +17,7 @@ LONGEST = 2_000_000  # tokens; above it the budget's integers would pass 32 bits
 
 @dataclasses.dataclass(frozen=True)
 class SelectionConfig:
-    """How many cached tokens one decoding step reads, and which it always reads."""
+    """Budget of a decoding step: how many cached tokens a query reads, and which it always reads."""
 
     keep: float | None = None
     """Share of a sequence's tokens each query reads: n - int((1 - keep) * n), the paper's rule; in (0, 1]. Without it

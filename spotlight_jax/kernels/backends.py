@@ -11,7 +11,7 @@ Result = TypeVar("Result")
 def pick_backend(
     op: str, backends: Mapping[str, Callable[..., Result]], impl: str, choose: Callable[[], str]
 ) -> Callable[..., Result]:
-    """The implementation that was asked for.
+    """Return the implementation that was asked for.
 
     Args:
         op: named in the error.

@@ -22,5 +22,5 @@ def compute_capability() -> Capability | None:
 
 
 def config_here(table: Mapping[Capability | None, Config]) -> Config:
-    """This device's entry of a table, or the default, which is None's."""
+    """Return this device's entry of a table, or the default, which is None's."""
     return table.get(compute_capability(), table[None])

@@ -25,11 +25,11 @@ class Op:
 
     @property
     def plain(self) -> tuple[str, ...]:
-        """Implementations beside the reference that run on any device."""
+        """Implementations other than the reference that run on any device."""
         return tuple(name for name in get_args(self.impl) if name not in ("auto", "reference", "pallas_triton"))
 
     def implementations(self, case: Any) -> tuple[str, ...]:
-        """What runs a case here and is no mere reference, unless there is nothing else."""
+        """Return the plain implementations of a case, and what `auto` takes for it here."""
         return tuple(dict.fromkeys((*self.plain, self.choose(case))))
 
 

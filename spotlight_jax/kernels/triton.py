@@ -12,7 +12,7 @@ Index = Array | int  # where a program works, or how much: known when it runs, o
 
 
 def __getattr__(name: str) -> Any:
-    """What the backend calls by that name."""
+    """Return what the backend calls by that name."""
     if name.startswith("__"):  # Python asks a module for names that it need not have
         raise AttributeError(name)
     from jax.experimental.pallas import triton

@@ -146,16 +146,16 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
 
 
 def nearest(name: object, known: tuple[str, ...] | list[str] | dict[str, Any]) -> str:
-    """The end of an error line: the closest known name, if one is close, and all of them."""
+    """Return the end of an error line: the closest known name, if one is close, and all of them."""
     close = difflib.get_close_matches(str(name), list(known), n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ";"
     return f"{hint} supported: {', '.join(known)}"
 
 
 def config_from_hf(config: dict[str, Any], generation: dict[str, Any] | None = None) -> DecoderConfig:
-    """The decoder that a Hugging Face `config.json` describes.
+    """Return the decoder that a Hugging Face `config.json` describes.
 
-    Reads both spellings of RoPE scaling: `rope_scaling` beside `rope_theta`, and transformers 5's `rope_parameters`.
+    Reads both spellings of RoPE scaling: `rope_scaling` with `rope_theta`, and transformers 5's `rope_parameters`.
 
     Args:
         config: the fields of `config.json`.
@@ -193,12 +193,12 @@ def config_from_hf(config: dict[str, Any], generation: dict[str, Any] | None = N
 
 
 def stop_tokens(ids: list[int], vocab: int) -> tuple[int, ...]:
-    """Ids that end a text, sorted, each once, without those that the model cannot choose."""
+    """Return the ids that end a text, sorted, each once, without those that the model cannot choose."""
     return tuple(sorted({index for index in ids if 0 <= index < vocab}))
 
 
 def _eos_ids(fields: dict[str, Any]) -> list[int]:
-    """The ids in `eos_token_id`, which is one, a list of them, or nothing."""
+    """Return the ids in `eos_token_id`, which is one, a list of them, or nothing."""
     value = fields.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(index, int) and not isinstance(index, bool) for index in ids):
@@ -207,7 +207,7 @@ def _eos_ids(fields: dict[str, Any]) -> list[int]:
 
 
 def _family_name(config: dict[str, Any]) -> str:
-    """`llama`, `qwen2` or `qwen3`, from `architectures` (which decides) or `model_type`."""
+    """Return `llama`, `qwen2` or `qwen3`, from `architectures` (which decides) or `model_type`."""
     classes = config.get("architectures")
     if classes:
         for name, family in _FAMILIES.items():
@@ -250,7 +250,7 @@ def _refuse_unsupported(config: dict[str, Any]) -> None:
 
 
 def _rope_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """RoPE's fields, from the two places where a config may have them; what both name must be the same.
+    """Return RoPE's fields, from the two places where a config may have them; what both name must be the same.
 
     `rope_parameters` is transformers 5's, nested by kind of layer where kinds differ; `rope_scaling` beside
     `rope_theta` is older, and is what model cards say to add by hand.
@@ -280,7 +280,7 @@ def _rope_fields(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rope_from_hf(config: dict[str, Any], max_len: int) -> RopeConfig:
-    """RoPE from `rope_parameters`, `rope_scaling` and `rope_theta`."""
+    """Read RoPE from `rope_parameters`, `rope_scaling` and `rope_theta`."""
     fields = _rope_fields(config)
     kind = fields.get("rope_type", "default")
     if kind not in ROPE_KINDS:
@@ -322,7 +322,7 @@ def _yarn(fields: dict[str, Any], theta: float, factor: float, original: int) ->
 
 
 def _integer(fields: dict[str, Any], name: str, default: int | None = None) -> int:
-    """A whole number; null counts as absent. Raises InputError naming the field."""
+    """Return a whole number; null counts as absent. Raises InputError naming the field."""
     value = _number(fields, name, default)
     if value != int(value):
         raise InputError(f"config field {name} = {value!r} is not a whole number")
@@ -330,7 +330,7 @@ def _integer(fields: dict[str, Any], name: str, default: int | None = None) -> i
 
 
 def _number(fields: dict[str, Any], name: str, default: int | float | None = None) -> float:
-    """A finite number; null counts as absent. Raises InputError naming the field."""
+    """Return a finite number; null counts as absent. Raises InputError naming the field."""
     value = fields.get(name)
     value = default if value is None else value
     if value is None:
@@ -343,7 +343,7 @@ def _number(fields: dict[str, Any], name: str, default: int | float | None = Non
 
 
 def _switch(fields: dict[str, Any], name: str, default: bool = False) -> bool:
-    """True or false; null counts as absent. Raises InputError naming the field."""
+    """Return a truth value; null counts as absent. Raises InputError naming the field."""
     value = fields.get(name)
     if value is not None and not isinstance(value, bool):
         raise InputError(f"config field {name} = {_short(value)} is neither true nor false")
@@ -351,6 +351,6 @@ def _switch(fields: dict[str, Any], name: str, default: bool = False) -> bool:
 
 
 def _short(value: object) -> str:
-    """A value as an error line quotes it: not all of what a file may hold."""
+    """Return a value as an error line quotes it: not all of what a file may hold."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:60]} ..."

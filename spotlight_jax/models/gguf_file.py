@@ -58,7 +58,7 @@ class GgufFile:
     tensors: dict[str, TensorInfo]
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-        """One tensor as float32, or some rows (its first axis) of one, dequantised by the `gguf` package.
+        """Read one tensor as float32, or some rows (its first axis) of one, dequantised by the `gguf` package.
 
         Raises InputError naming the quantisation when it is not one of `QUANTISATIONS`.
         """
@@ -106,14 +106,14 @@ class _Cursor:
             raise _BrokenError("a string in its header is not UTF-8") from None
 
     def count(self, least: int) -> int:
-        """How many items of at least so many bytes follow; no more than the rest of the file has room for."""
+        """Read how many items of at least so many bytes follow; no more than the rest of the file has room for."""
         found = self.number("Q")
         if found > (len(self.data) - self.at) // least:
             raise _BrokenError("it ends within its header")
         return found
 
     def texts(self) -> list[str]:
-        """An array of strings: of a vocabulary, so that none of them costs a call of ours."""
+        """Read an array of strings, such as a vocabulary, of which none costs a call of ours."""
         count, length = self.count(_LEAST_BYTES), struct.Struct("<Q")
         data, at, found = self.data, self.at, []
         try:

@@ -32,7 +32,7 @@ _PARTS = {
 
 
 def config_from_gguf(file: GgufFile) -> DecoderConfig:
-    """The decoder that a GGUF file's metadata and list of tensors describe.
+    """Return the decoder that a GGUF file's metadata and list of tensors describe.
 
     Raises InputError for another architecture, a missing field or a feature that is not implemented.
     """
@@ -86,7 +86,7 @@ def _read_config(file: GgufFile) -> DecoderConfig:
 
 
 def _stop_id(file: GgufFile, name: str) -> int:
-    """The id that ends a text, a turn or a message; -1 where the file names none. Raises InputError for no id."""
+    """Return the id that ends a text, a turn or a message; -1 where none is named. Raises InputError for no id."""
     full = f"tokenizer.ggml.{name}_token_id"
     value = file.metadata.get(full, -1)
     if not isinstance(value, int) or isinstance(value, bool):
@@ -95,7 +95,7 @@ def _stop_id(file: GgufFile, name: str) -> int:
 
 
 def _field(file: GgufFile, name: str, kind: type, default: Any = None) -> Any:
-    """The architecture's metadata field as one number of a kind. Raises InputError naming the field."""
+    """Return the architecture's metadata field as one number of a kind. Raises InputError naming the field."""
     return _number(file, f"{file.metadata['general.architecture']}.{name}", kind, default)
 
 
@@ -113,7 +113,7 @@ def _number(file: GgufFile, full: str, kind: type, default: Any = None) -> Any:
 
 
 def _rope(file: GgufFile) -> RopeConfig:
-    """RoPE from `rope.*`, and from the tensor `rope_freqs.weight` that carries LLaMA 3.1's scaling."""
+    """Read RoPE from `rope.*`, and from the tensor `rope_freqs.weight` that carries LLaMA 3.1's scaling."""
     arch = file.metadata["general.architecture"]
     kinds: dict[str, RopeKind] = {"none": "default", "linear": "linear", "yarn": "yarn"}
     name = file.metadata.get(f"{arch}.rope.scaling.type", "none")
@@ -144,7 +144,7 @@ class GgufTensor:
     """A tensor of a GGUF file, of which the rows asked for are read and dequantised to float32."""
 
     def __init__(self, file: GgufFile, name: str, heads: int | None) -> None:
-        """Nothing is read yet.
+        """Read nothing yet.
 
         Args:
             heads: whose rows llama.cpp interleaves: they come in Hugging Face's order. None: none.
@@ -173,7 +173,7 @@ def read_gguf_weights(file: GgufFile, cfg: DecoderConfig) -> Iterator[tuple[str,
 
 
 def gguf_name(path: Path) -> str:
-    """GGUF's name of a leaf of the parameter tree."""
+    """Return GGUF's name of a leaf of the parameter tree."""
     outside = {"embed": "token_embd.weight", "norm": "output_norm.weight", "head": "output.weight"}
     if path[0] in outside:
         return outside[path[0]]

@@ -16,7 +16,7 @@ from spotlight_jax.models.sharding import Path
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-# of weights; what is quantised has numbers beside it that say what they mean
+# of weights; what is quantised comes with scales, which are not read
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _PARTS = {
     "attention_norm": "input_layernorm",
@@ -34,7 +34,7 @@ _PARTS = {
 
 
 def fetch_hub(name: str, weights: bool = True) -> pathlib.Path:
-    """The local folder of a hub model, fetched into huggingface_hub's cache where it is not there yet.
+    """Return the local folder of a hub model, fetched into huggingface_hub's cache where it is not there yet.
 
     Raises InputError when the hub cannot be reached or has no such model.
     """
@@ -43,7 +43,7 @@ def fetch_hub(name: str, weights: bool = True) -> pathlib.Path:
 
 
 def read_json(path: pathlib.Path) -> Any:
-    """A JSON file's value. Raises InputError naming the file when it is missing or not JSON."""
+    """Read a JSON file's value. Raises InputError naming the file when it is missing or not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -55,7 +55,7 @@ def read_json(path: pathlib.Path) -> Any:
 
 
 def read_fields(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON file that holds an object with fields. Raises as `read_json`."""
+    """Read a JSON file that holds an object with fields. Raises as `read_json`."""
     fields = read_json(path)
     if not isinstance(fields, dict):
         raise InputError(f"{path}: holds a {type(fields).__name__}, not an object with fields; fetch it again")
@@ -63,7 +63,7 @@ def read_fields(path: pathlib.Path) -> dict[str, Any]:
 
 
 def load_hf_config(folder: pathlib.Path) -> DecoderConfig:
-    """The decoder that the folder's `config.json` describes; InputError lines start with the file's path.
+    """Return the decoder that the folder's `config.json` describes; InputError lines start with the file's path.
 
     Of `generation_config.json`, where there is one, the ids that end a text are read.
     """
@@ -120,7 +120,7 @@ def read_hf_weights(folder: pathlib.Path) -> Iterator[tuple[str, HfTensor]]:
 
 
 def _shards(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The weight files: one that holds all, as transformers looks for it first, or those of the index."""
+    """Return the weight files: one that holds all, as transformers looks for it first, or those of the index."""
     index = folder / _INDEX
     if (folder / _SINGLE).exists():
         return [folder / _SINGLE]
@@ -138,7 +138,7 @@ def _shards(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def hf_name(path: Path) -> str:
-    """Hugging Face's name of a leaf of the parameter tree."""
+    """Return Hugging Face's name of a leaf of the parameter tree."""
     outside = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
     if path[0] in outside:
         return outside[path[0]]

@@ -25,16 +25,20 @@ from spotlight_jax.models.tokenizer import load_tokenizer, tokenizer_from_gguf
 
 @dataclasses.dataclass(frozen=True)
 class BaseModel:
-    """A frozen decoder with its weights and tokenizer; `source` is what the user named."""
+    """A frozen decoder with its weights and tokenizer."""
 
     cfg: DecoderConfig
+    """Sizes and switches of the decoder."""
     params: Params
+    """Weights, in the tree that `models.decoder` describes."""
     tokenizer: transformers.PreTrainedTokenizerBase
+    """Tokenizer of the model's own files."""
     source: str
+    """Name of the model, as it was given."""
 
 
 def load_model(source: str, dtype: Any = None, placement: Placement | None = None) -> BaseModel:
-    """Config, weights and tokenizer.
+    """Load a model: config, weights and tokenizer.
 
     Args:
         source: a folder in Hugging Face's layout (safetensors), a hub id `owner/name`, a `.gguf` file, or
@@ -50,7 +54,7 @@ def load_model(source: str, dtype: Any = None, placement: Placement | None = Non
 
 
 def load_weights(source: str, dtype: Any = None, placement: Placement | None = None) -> tuple[DecoderConfig, Params]:
-    """Config and weights without the tokenizer, for token ids. Args and errors as `load_model`."""
+    """Load config and weights without the tokenizer, for token ids. Args and errors as `load_model`."""
     if source.startswith(RANDOM):
         cfg = _preset(source)
         return cfg, init_params(jax.random.key(0), cfg, default_dtype() if dtype is None else dtype, placement)
@@ -58,7 +62,7 @@ def load_weights(source: str, dtype: Any = None, placement: Placement | None = N
 
 
 def open_weights(source: str, dtype: Any = None) -> tuple[DecoderConfig, DiskParams]:
-    """Config, and weights that stay in their files (`models.on_disk`).
+    """Open a model's config, and weights that stay in their files (`models.on_disk`).
 
     Raises: InputError as `load_model`, and for weights that are in no file.
     """
@@ -93,14 +97,14 @@ def _read_config(source: str, path: pathlib.Path) -> DecoderConfig:
 
 
 def load_config(source: str) -> DecoderConfig:
-    """The decoder's config without its weights (a hub model's are not fetched). Raises as `load_model`."""
+    """Load the decoder's config without its weights (a hub model's are not fetched). Raises as `load_model`."""
     if source.startswith(RANDOM):
         return _preset(source)
     return _read_config(source, _locate(source, weights=False))
 
 
 def open_tokenizer(source: str) -> transformers.PreTrainedTokenizerBase:
-    """The tokenizer without the weights (a hub model's are not fetched). Raises as `load_model`."""
+    """Load the tokenizer without the weights (a hub model's are not fetched). Raises as `load_model`."""
     if source.startswith(RANDOM):
         raise InputError(f"{source} has no tokenizer; give texts as .npy files of token ids")
     return _read_tokenizer(_locate(source, weights=False))
@@ -111,7 +115,7 @@ def _read_tokenizer(path: pathlib.Path) -> transformers.PreTrainedTokenizerBase:
 
 
 def _locate(source: str, weights: bool) -> pathlib.Path:
-    """A local folder or GGUF file, fetched first where the source is a name."""
+    """Return a local folder or GGUF file, fetched first where the source is a name."""
     if source in EMBEDDED:
         return fetch_embedded(source)
     path = pathlib.Path(source).expanduser()

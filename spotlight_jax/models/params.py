@@ -31,12 +31,12 @@ class Stored(Protocol):
 
 
 def default_dtype() -> Any:
-    """bfloat16 on an accelerator, float32 on a CPU (where XLA's products run best in float32)."""
+    """Return bfloat16 on an accelerator, float32 on a CPU (where XLA's products run best in float32)."""
     return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
 
 def resolve_dtype(name: str) -> jnp.dtype:
-    """The dtype that a `--dtype` flag names; `auto`: `default_dtype()`."""
+    """Return the dtype that a `--dtype` flag names; `auto`: `default_dtype()`."""
     return jnp.dtype(default_dtype() if name == "auto" else name)
 
 
@@ -48,7 +48,7 @@ def fill_params(
     source: str,
     placement: Placement | None = None,
 ) -> Params:
-    """The parameter tree from named tensors taken one at a time; all values are finite.
+    """Fill the parameter tree from named tensors taken one at a time; all values are finite.
 
     Each device's part of a tensor is read by itself, so that the host never holds a whole one that is spread.
 
@@ -81,7 +81,7 @@ def fill_params(
 def match_leaves(
     weights: Iterable[tuple[str, Stored]], name_of: Callable[[Path], str], cfg: DecoderConfig, source: str
 ) -> Iterator[tuple[Path, str, Stored]]:
-    """Each tensor with the leaf of the parameter tree that it is, as they come; nothing of them is read.
+    """Yield each tensor with the leaf of the parameter tree that it is, as they come; nothing of them is read.
 
     A tied decoder's table may be stored under its head's name alone, as safetensors' own `save_model` writes it.
 
@@ -119,13 +119,13 @@ def match_leaves(
 
 
 def read_leaf(path: Path, value: Stored, index: tuple[slice, ...] | None = None) -> np.ndarray:
-    """A leaf of the parameter tree on the host, or a slice of one, in the file's dtype."""
+    """Read a leaf of the parameter tree on the host, or a slice of one, in the file's dtype."""
     index = (slice(None),) * len(value.shape) if index is None else index
     return value[index[::-1]].T if path[-1] == "kernel" else value[index]
 
 
 def _place_leaf(path: Path, value: Stored, dtype: Any, placement: Placement | None) -> jax.Array:
-    """A leaf of the parameter tree on its devices."""
+    """Place a leaf of the parameter tree on its devices."""
     shape = value.shape[::-1] if path[-1] == "kernel" else value.shape
     with np.errstate(over="ignore"):  # too large for the dtype is Inf, which is looked for
         if placement is None:

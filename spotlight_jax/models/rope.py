@@ -21,7 +21,7 @@ def rope_angles(
     cfg: RopeConfig,
     rope_len: Int32[Array, "*sequences"] | int | None = None,
 ) -> Angles:
-    """Cosine and sine of every position's angles, times the scaling's attention factor.
+    """Return cosine and sine of every position's angles, times the scaling's attention factor.
 
     Args:
         positions: of the tokens in their sequence.
@@ -51,7 +51,7 @@ def apply_rope(x: Float[Array, "batch len heads head_dim"], angles: Angles) -> F
 
 
 def rope_frequencies(head_dim: int, cfg: RopeConfig) -> tuple[np.ndarray, float]:
-    """Angle per position of each pair, float32 `[head_dim // 2]`, and the factor on cosine and sine.
+    """Return each pair's angle per position, float32 `[head_dim // 2]`, and the factor on cosine and sine.
 
     Raises ValueError for `dynamic`, whose frequencies depend on the length.
     """
@@ -73,12 +73,12 @@ def rope_frequencies(head_dim: int, cfg: RopeConfig) -> tuple[np.ndarray, float]
 
 
 def _exponents(head_dim: int) -> np.ndarray:
-    """2i / head_dim of each pair i: its frequency is theta to the negative of it."""
+    """Return 2i / head_dim for each pair i: its frequency is theta to the negative of it."""
     return np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
 
 
 def _dynamic_frequencies(lengths: Int32[Array, "batch"], head_dim: int, cfg: RopeConfig) -> Float[Array, "batch half"]:
-    """NTK-aware scaling: past the trained length the base grows with the length."""
+    """Return NTK-aware frequencies: past the trained length the base grows with the length."""
     trained = cfg.trained_len
     grown = cfg.factor * jnp.maximum(lengths, trained).astype(jnp.float32) / trained - (cfg.factor - 1)
     theta = cfg.theta * grown ** (head_dim / (head_dim - 2))
@@ -86,7 +86,7 @@ def _dynamic_frequencies(lengths: Int32[Array, "batch"], head_dim: int, cfg: Rop
 
 
 def _llama3_frequencies(plain: np.ndarray, cfg: RopeConfig) -> np.ndarray:
-    """LLaMA 3.1: long waves are slowed by `factor`, short ones kept, those between blended linearly in 1 / wave."""
+    """Return LLaMA 3.1's frequencies: long waves slowed by `factor`, short ones kept, blends in 1 / wave between."""
     turns = cfg.trained_len * plain / (2 * math.pi)  # full turns within the trained length
     blend = (turns - cfg.low_freq_factor) / (cfg.high_freq_factor - cfg.low_freq_factor)
     blend = np.clip(blend, 0.0, 1.0)
@@ -94,9 +94,8 @@ def _llama3_frequencies(plain: np.ndarray, cfg: RopeConfig) -> np.ndarray:
 
 
 def _yarn_frequencies(plain: np.ndarray, head_dim: int, cfg: RopeConfig) -> np.ndarray:
-    """YaRN (arXiv 2309.00071, section 3.2): pairs with fewer than `beta_slow` turns are interpolated by `factor`,
-    those with more than `beta_fast` kept, and a ramp over the pair's index joins the two.
-    """
+    """Return YaRN's frequencies (arXiv 2309.00071, section 3.2): pairs with fewer than `beta_slow` turns interpolated
+    by `factor`, those with more than `beta_fast` kept, and a ramp over the pair's index joins the two."""
 
     def pair_with_turns(turns: float) -> float:
         return head_dim * math.log(cfg.trained_len / (turns * 2 * math.pi)) / (2 * math.log(cfg.theta))
@@ -111,7 +110,7 @@ def _yarn_frequencies(plain: np.ndarray, head_dim: int, cfg: RopeConfig) -> np.n
 
 
 def _yarn_attention_factor(cfg: RopeConfig) -> float:
-    """Stretch of cosine and sine that keeps attention's entropy (arXiv 2309.00071, equation 22)."""
+    """Return the stretch of cosine and sine that keeps attention's entropy (arXiv 2309.00071, equation 22)."""
     if cfg.attention_factor is not None:
         return cfg.attention_factor
 

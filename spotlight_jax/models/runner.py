@@ -35,7 +35,7 @@ def run_layers(
     rope_len: Int32[Array, "*sequences"] | None = None,
     layers: Iterable[int] | None = None,
 ) -> Iterator[tuple[Float[Array, "batch len embed"], Any]]:
-    """The stream after one layer after another, and what its attend gave back.
+    """Yield the stream after one layer after another, and what its attend gave back.
 
     Args:
         params: of the decoder.
@@ -61,7 +61,7 @@ def forward(
     attend: Attend | None = None,
     positions: Int32[Array, "batch len"] | None = None,
 ) -> Float[Array, "batch len vocab"]:
-    """Float32 logits of every token.
+    """Return float32 logits of every token.
 
     Args:
         params: of the decoder.

@@ -184,7 +184,7 @@ def shardings_of(tree: PyTree, mesh: Mesh) -> PyTree:
 
 
 def _name(path: tuple[Any, ...]) -> str:
-    """The name of a dataclass's leaf, with its owner's where that is moments; nothing for what lies in tuples alone."""
+    """Return the name of a dataclass's leaf, with its owner's where that is moments; "" for what lies in tuples."""
     names = [entry.name for entry in path[-2:] if isinstance(entry, jax.tree_util.GetAttrKey)]
     return ".".join(names[-2:] if names[:1] == ["moments"] else names[-1:])
 
@@ -230,7 +230,7 @@ def by_heads(
 ) -> Callable[[Array, Array, Array], tuple[Array, PyTree]]:
     """Return what a decoder layer attends with: `attend` on each device for its own heads and sequences.
 
-    Heads share nothing: hashing, scoring, selecting, reading and estimating need no word between devices.
+    Heads share nothing: hashing, scoring, selecting, reading and estimating need no communication between devices.
 
     Args:
         attend: (queries, keys, values, layer, selector, *rows) to outputs and the layer's cache.

@@ -10,7 +10,7 @@ DEFAULT_MODEL = "smollm2-135m"
 
 
 def lasting_name(source: str) -> str:
-    """The same source by a name that does not depend on the working folder: a local path becomes absolute."""
+    """Return the same source by a name that does not depend on the working folder: a local path becomes absolute."""
     if source in EMBEDDED or source.startswith(RANDOM):
         return source
     path = pathlib.Path(source).expanduser()
@@ -18,7 +18,7 @@ def lasting_name(source: str) -> str:
 
 
 def find_again(name: str, folder: pathlib.Path) -> str | None:
-    """What a relative name stood for that was written as it was given, in a run that `folder` belongs to.
+    """Return what a relative name stood for that was written as it was given, in a run that `folder` belongs to.
 
     Such a name may be a path from the folder where the run was started, which holds the run more often than not, or a
     hub id. None where it stands in no folder around the run: nothing then says which of both it is.

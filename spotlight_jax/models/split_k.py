@@ -17,7 +17,7 @@ FEW_ROWS = 64  # up to which what a product takes is what reading its weights ta
 
 
 def pieces_of(rows: int, depth: int, backend: str) -> int:
-    """Pieces for `rows` times a weight of `depth` rows; 1: as XLA splits it, which is as fast or faster elsewhere.
+    """Return the number of pieces for `rows` times a weight of `depth` rows; 1: XLA's own split, as good elsewhere.
 
     Measured on an H100 at the shapes of LLaMA and Qwen models from 1B to 8B: docs/performance.md.
     """
@@ -31,7 +31,7 @@ def pieces_of(rows: int, depth: int, backend: str) -> int:
 
 
 def split_k_dot(x: Array, kernel: Array, dimension_numbers: Any, precision: Any = None) -> Array:
-    """`lax.dot_general` for `flax.linen.Dense`: the last axis of `x` with the first of `kernel`, split where it pays.
+    """Multiply as `flax.linen.Dense` asks: `x`'s last axis with `kernel`'s first, split where that pays.
 
     The pieces are multiplied and added in float32. Returns: `x`'s dtype.
     """

@@ -24,13 +24,13 @@ _WORDS = (
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")  # its first line: a token in base64, and its rank
 _NO_SENTENCEPIECE = "tokenizer.model is damaged, or no sentencepiece file; fetch it again"
-# taken from here by who only names the type: this package has told transformers to say nothing of torch
+# modules that only name the type import it from here: this package keeps transformers from reporting torch missing
 Tokenizer = transformers.PreTrainedTokenizerBase
 _SPECIAL, _USER_DEFINED = 3, 4  # token types of the GGUF specification
 
 
 def load_tokenizer(folder: pathlib.Path) -> transformers.PreTrainedTokenizerBase:
-    """The tokenizer of a folder in Hugging Face's layout.
+    """Load the tokenizer of a folder in Hugging Face's layout.
 
     Code that the folder holds is never run: left to itself, transformers would ask on standard input whether to, where
     prompts come from.
@@ -86,7 +86,7 @@ def _check_sentencepiece(folder: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def _one_line_errors(source: object) -> Iterator[None]:
-    """What a tokenizer library raises, of many kinds, for files that are missing, cut short or of no use.
+    """Raise InputError for what a tokenizer library raises of files that are missing, cut short or of no use.
 
     What transformers logs about them on the way is left out: the error is the one line.
     """
@@ -111,7 +111,7 @@ def _is_installed(module: str) -> bool:
 
 
 def tokenizer_from_gguf(file: GgufFile) -> transformers.PreTrainedTokenizerFast:
-    """The byte-level BPE tokenizer that a GGUF file's `tokenizer.ggml.*` metadata describes.
+    """Build the byte-level BPE tokenizer that a GGUF file's `tokenizer.ggml.*` metadata describes.
 
     Raises InputError when the metadata is missing or of a kind that is not implemented.
     """
@@ -165,7 +165,7 @@ def _build(file: GgufFile) -> transformers.PreTrainedTokenizerFast:
 
 
 def _pre_tokenizer(file: GgufFile) -> tuple[str, pre_tokenizers.PreTokenizer]:
-    """The name in `tokenizer.ggml.pre`, and how text is cut before merging by it."""
+    """Return the name in `tokenizer.ggml.pre`, and how text is cut before merging by it."""
 
     def split_words(digits: str) -> pre_tokenizers.PreTokenizer:
         pattern = tokenizers.Regex(_WORDS.format(digits=digits))
@@ -209,7 +209,7 @@ def _field(file: GgufFile, name: str, kind: type) -> Any:
 
 
 def _special_names(file: GgufFile, vocab: list[str]) -> dict[str, str]:
-    """Special tokens by transformers' names; padding falls back to the end of text."""
+    """Return special tokens by transformers' names; padding falls back to the end of text."""
     fields = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     names = {}
     for name, field in fields.items():

@@ -1,1 +1,1 @@
-"""Which cached tokens a query reads: hash functions of two forms, fitting, losses, scores, selection, files."""
+"""Which cached tokens a query reads: hash functions in their forms, fitting, losses, scores, selection, files."""

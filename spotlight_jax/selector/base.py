@@ -1,7 +1,7 @@
 """What every form of hash functions is: keys become binary codes, queries become weights of the bits.
 
-Two forms share one scoring rule (`weights`) and one code layout: `transform` (the default) and `networks` (asymmetric,
-and the paper's symmetric). Nothing outside this package asks which of them it holds.
+All forms share one scoring rule (`weights`) and one code layout: `transform` (the default), and with `networks` the
+asymmetric form and the paper's symmetric one. Nothing outside this package asks which of them it holds.
 """
 
 import dataclasses
@@ -51,7 +51,7 @@ class HeadShape:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """What hash functions are fitted to: all layers on some windows of text."""
+    """Text that hash functions are fitted to: all layers on some windows."""
 
     moments: Moments
     windows: list[tuple[np.ndarray, np.ndarray, np.ndarray]]  # keys, a few queries, their positions; may be none
@@ -79,64 +79,66 @@ class HashFunctions:
         return self.stats.mean.shape[-2]
 
     def layer(self: Form, index: int) -> Form:
-        """One layer's, without the layer axis."""
+        """Return the hash functions of one layer, without the layer axis."""
         return jax.tree.map(lambda leaf: leaf[index], self)
 
     def fit(self: Form, sample: Sample) -> Form:
-        """Hash functions of `init_functions` for the keys and queries of this text, of all layers."""
+        """Fit the hash functions of `init_functions` to the keys and queries of this text, in all layers."""
         raise NotImplementedError
 
     def hash_keys(self, keys: Shaped[Array, "*batch kv_heads head_dim"]) -> Float[Array, "*batch code_heads code_bits"]:
-        """The key side before the sign: bit b of a key is 1 where the result is > 0."""
+        """Return the key side before the sign: bit b of a key is 1 where the result is > 0."""
         raise NotImplementedError
 
     def hash_queries(
         self, queries: Shaped[Array, "*batch q_heads head_dim"]
     ) -> Float[Array, "*batch q_heads code_bits"]:
-        """The query side: each query head's bit weights times its scale, or what they are the signs of."""
+        """Return the query side: each query head's bit weights times its scale, or what they are the signs of."""
         raise NotImplementedError
 
     def score_heads(
         self, outputs: Float[Array, "*batch q_heads code_bits"], per_kv_head: bool
     ) -> Float[Array, "*batch heads score_heads code_bits"]:
-        """The real weights by which a head, or a KV head's group together, scores tokens, from `hash_queries`."""
+        """Return the real weights by which a head, or a KV head's group, scores tokens, from `hash_queries`."""
         raise NotImplementedError
 
     def soft_codes(
         self, keys: Shaped[Array, "kv_len kv_heads head_dim"], gamma: Float[Array, ""]
     ) -> Float[Array, "kv_len code_heads code_bits"]:
-        """Differentiable codes, bits of about -1 and +1; gamma is the sharpness of their sign."""
+        """Return differentiable codes, bits of about -1 and +1; gamma is the sharpness of their sign."""
         raise NotImplementedError
 
     def soft_weights(
         self, queries: Shaped[Array, "q_len q_heads head_dim"], gamma: Float[Array, ""], per_kv_head: bool
     ) -> Float[Array, "q_len heads score_heads code_bits"]:
-        """What soft codes are multiplied with: a group's weights are made of its heads' as decoding makes them."""
+        """Return what soft codes are multiplied with: a group's weights are made of its heads' as in decoding."""
         return self.score_heads(self.hash_queries(queries), per_kv_head)
 
     def key_codes(
         self, keys: Shaped[Array, "batch kv_len kv_heads head_dim"]
     ) -> UInt32[Array, "batch code_heads words kv_len"]:
-        """Packed key codes, word-major: what the cache stores and scoring streams."""
+        """Return packed key codes, word-major: what the cache stores and scoring streams."""
         return jnp.moveaxis(pack_bits(self.hash_keys(keys) > 0), 1, -1)
 
     def query_weights(
         self, queries: Shaped[Array, "batch q_len q_heads head_dim"], per_kv_head: bool = False
     ) -> Int32[Array, "batch q_len heads score_heads code_bits"]:
-        """Integer bit weights; see `integer_weights`."""
+        """Return integer bit weights; see `integer_weights`."""
         return self.integer_weights(self.hash_queries(queries), per_kv_head)
 
     def integer_weights(
         self, outputs: Float[Array, "batch q_len q_heads code_bits"], per_kv_head: bool
     ) -> Int32[Array, "batch q_len heads score_heads code_bits"]:
-        """`score_heads` in integers, within `weight_bounds`.
+        """Return `score_heads` in integers, within `weight_bounds`.
 
-        per_kv_head: one selection for each KV head's group; needs one code per KV head.
+        Args:
+            outputs: of `hash_queries`.
+            per_kv_head: one selection for each KV head's group; needs one code per KV head.
         """
         return quantise(self.score_heads(outputs, per_kv_head))
 
     def weight_bounds(self, group: int, per_kv_head: bool) -> WeightBounds:
-        """What `query_weights` can give: it bounds scores."""
+        """Return the bounds of what `query_weights` can give, and so of scores."""
         return real_bounds(self.cfg.code_bits)
 
     def adds_scores(self, per_kv_head: bool) -> bool:
@@ -155,7 +157,7 @@ class HashFunctions:
     ) -> tuple[
         Shaped[Array, "batch one q_heads head_dim"], Int[Array, "batch kv_heads score_heads code_bits"], LayerCache
     ]:
-        """A decoded token's weights for each KV head, and the layer with its keys, values and codes.
+        """Return a decoded token's weights for each KV head, and the layer with its keys, values and codes.
 
         Args:
             axis: over which the layer's slots are split (`token_axis`).
@@ -169,7 +171,7 @@ class HashFunctions:
 def orthogonal_planes(
     key: PRNGKeyArray, heads: int, head_dim: int, code_bits: int
 ) -> Float[Array, "heads head_dim code_bits"]:
-    """Unit-norm columns of as many independent random rotations as `code_bits` needs: orthogonal LSH."""
+    """Return unit-norm columns of as many independent random rotations as `code_bits` needs: orthogonal LSH."""
     blocks = -(-code_bits // head_dim)
     rotations = jax.random.orthogonal(key, head_dim, shape=(heads, blocks), dtype=jnp.float32)
     return jnp.moveaxis(rotations, 1, 2).reshape(heads, head_dim, blocks * head_dim)[..., :code_bits]

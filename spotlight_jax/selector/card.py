@@ -1,4 +1,4 @@
-"""Model cards of selectors: what a person reads beside one, and the metadata by which the hub finds it."""
+"""Model cards of selectors: what a person reads about one, and the metadata by which the hub finds it."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ def write_card(selector: Selector, at: str = "THIS_FOLDER") -> str:
     """Return the text of a selector's card, in Markdown.
 
     Args:
-        selector: whose recipe and measured quality are told as far as `info` has them.
+        selector: its recipe and measured quality are given as far as `info` has them.
         at: where generation finds it.
     """
     shape, base = selector.shape, selector.base_model

@@ -43,12 +43,19 @@ class Selector:
     """
 
     shape: HeadShape
-    params: HashFunctions  # for sequences longer than all of `shorter`
-    base_model: str  # that it was trained for
-    info: dict[str, Any]  # recipe and metrics, for people
-    positions: int | None = None  # tokens of the longest sequence that it was fitted to; None: not known
-    is_base_certain: bool = True  # False: base_model is as an old version wrote it, a hub id or a relative path
-    shorter: tuple[tuple[int, HashFunctions], ...] = ()  # for sequences of at most so many tokens, ascending
+    """Layers, heads and head_dim of the model that it serves."""
+    params: HashFunctions
+    """Hash functions for sequences longer than all of `shorter`."""
+    base_model: str
+    """Name of the model that it was trained for."""
+    info: dict[str, Any]
+    """Recipe and metrics, for people."""
+    positions: int | None = None
+    """Tokens of the longest sequence that it was fitted to; None: not known."""
+    is_base_certain: bool = True
+    """False: base_model is as an old version wrote it, a hub id or a relative path."""
+    shorter: tuple[tuple[int, HashFunctions], ...] = ()
+    """Hash functions for sequences of at most so many tokens, ascending."""
 
     @property
     def cfg(self) -> HashConfig:
@@ -61,23 +68,33 @@ class Selector:
         return (*(params for _, params in self.shorter), self.params)
 
     def set_of(self, tokens: int) -> int:
-        """Which of `sets` a sequence uses that will have so many tokens at its end."""
+        """Return which of `sets` a sequence uses that will have so many tokens at its end."""
         return sum(tokens > most for most, _ in self.shorter)
 
 
 def stored_name(name: str) -> str:
-    """The name that files hold an array by: that of the first version, so that all selectors load."""
+    """Return the name that files hold an array by: that of the first version, so that all selectors load."""
     return _STORED.get(name, name)
 
 
 def flatten(params: HashFunctions) -> dict[str, jax.Array]:
-    """Arrays by dotted name, such as `weights.keys.hidden_kernel`."""
+    """Return arrays by dotted name, such as `weights.keys.hidden_kernel`."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
     return {".".join(stored_name(entry.name) for entry in path): leaf for path, leaf in leaves}
 
 
 def save_selector(folder: pathlib.Path, selector: Selector, card: str) -> None:
-    """Write a selector folder, Orbax and safetensors side by side."""
+    """Write a selector folder, Orbax and safetensors side by side.
+
+    Args:
+        folder: made where it is not there yet.
+        selector: of training, `fit` or `load_selector`.
+        card: text of the folder's README.md, such as `selector.card.write_card` writes.
+
+    Raises:
+        InputError: an array holds NaN or Inf.
+        OSError: the folder cannot be written.
+    """
     arrays = {name: np.asarray(array) for name, array in flatten(selector.params).items()}
     for most, params in selector.shorter:
         arrays |= {f"{_prefix(most)}{name}": np.asarray(array) for name, array in flatten(params).items()}
@@ -120,7 +137,7 @@ def _write_orbax(folder: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def load_selector(folder: str | pathlib.Path, shape: HeadShape | None = None) -> Selector:
-    """Read a selector folder.
+    """Read a selector from a folder or from the hub.
 
     Args:
         folder: what `save_selector` wrote, or a run folder that holds one as `selector/`, or `hf:owner/name` and
@@ -177,7 +194,7 @@ def load_selector(folder: str | pathlib.Path, shape: HeadShape | None = None) ->
 
 
 def _check_lengths(positions: Any, shorter: Any) -> list[int]:
-    """Lengths of shorter sequences that have hash functions of their own; raises InputError for what are none."""
+    """Return the lengths of shorter sequences that have hash functions of their own; raises InputError for bad ones."""
     if positions is not None and (type(positions) is not int or positions < 1):
         raise InputError("positions is no whole number of at least 1")
     if not isinstance(shorter, list) or len(shorter) > _MOST_SETS:
@@ -190,12 +207,12 @@ def _check_lengths(positions: Any, shorter: Any) -> list[int]:
 
 
 def _prefix(most: int) -> str:
-    """Of the names of arrays that are for sequences of at most so many tokens."""
+    """Return the prefix of names of arrays that are for sequences of at most so many tokens."""
     return f"up_to_{most}."
 
 
 def _positions(config: dict[str, Any]) -> int | None:
-    """Positions covered; selectors of before there was a field for them cover those of the windows they saw."""
+    """Return the positions covered; selectors older than the field for them cover those of the windows they saw."""
     if "positions" in config:
         return config["positions"]
     try:
@@ -205,7 +222,7 @@ def _positions(config: dict[str, Any]) -> int | None:
 
 
 def describe_range(selector: Selector, tokens: int) -> str | None:
-    """What to say where a sequence of so many tokens goes beyond the positions that a selector was fitted to."""
+    """Return what to say where a sequence of so many tokens passes the positions that a selector was fitted to."""
     if selector.positions is None or tokens <= selector.positions:
         return None
     return (
@@ -215,7 +232,7 @@ def describe_range(selector: Selector, tokens: int) -> str | None:
 
 
 def choose_model(model: str | None, selectors: Mapping[str, Selector]) -> tuple[str, list[str]]:
-    """The model to run: the given one, or the one that all selectors were trained for, or the default without any.
+    """Choose the model to run: the given one, or that which all selectors were trained for, or the default without any.
 
     Args:
         model: as the user named it.

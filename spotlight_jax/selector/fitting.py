@@ -3,7 +3,7 @@
 The transform form is a transform code of the keys, as one codes signals for few bits. A score and the true score differ
 by q . (k - decoded k). Its mean square is least when keys are turned so that errors weigh alike in all directions (by
 the root of the queries' second moment) and then into their principal axes; each axis gets bits by its variance (Huang
-and Schultheiss, Block quantization of correlated Gaussian random variables, 1963), and each of them halves the cells
+and Schultheiss, Block quantization of correlated Gaussian random variables, 1963), and each of them halves the levels
 of those before it (uniform levels: Max, Quantizing for minimum distortion, 1960). A score is the dot product with the
 decoded key, which is linear in the bits.
 
@@ -28,7 +28,7 @@ MOST_DIGITS = 7  # of one axis, where axes are not too few for that
 # Mean square error of 2^b uniform levels for a standard normal variable, and the step between two levels (Max 1960)
 _ERROR = (1.0, 0.3634, 0.1188, 0.03744, 0.01154, 0.003495, 0.001041)
 _STEP = (0.0, 1.596, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041)
-_ROOM = 1.25  # cells reach that much further than is best for a normal variable: keys have heavier tails
+_ROOM = 1.25  # levels reach that much further than is best for a normal variable: keys have heavier tails
 
 
 @flax.struct.dataclass
@@ -46,7 +46,7 @@ class Moments:
 def measure_moments(
     keys: Shaped[Array, "kv_len kv_heads head_dim"], queries: Shaped[Array, "q_len q_heads head_dim"], skip: int = 1
 ) -> Moments:
-    """Moments of one layer on some tokens; keys and queries after RoPE, all keys and some of the queries.
+    """Measure one layer's moments on some tokens; keys and queries after RoPE, all keys and some of the queries.
 
     Args:
         skip: first keys to leave out: that of a text's first token, far from all others, but not those of a later part.
@@ -66,7 +66,7 @@ def measure_moments(
 
 
 def merge(moments: list[Moments]) -> Moments:
-    """Moments of the parts of a text together; the spread of the parts' means is part of the covariance.
+    """Merge the moments of the parts of a text; the spread of the parts' means is part of the covariance.
 
     Parts add up as in Chan, Golub and LeVeque, Updating formulae and a pairwise algorithm (1979).
     """
@@ -96,7 +96,7 @@ def fit_layers(
     Float[Array, "layers kv_heads code_bits"],
     Float[Array, "layers kv_heads head_dim code_bits"],
 ]:
-    """Axes, levels and bit weights of all layers, as `fit_axes` gives them; bit weights of one size for a layer."""
+    """Fit axes, levels and bit weights of all layers, as `fit_axes` does; bit weights of a layer have one size."""
     covariance, queries = (np.asarray(leaf, np.float64) for leaf in (moments.covariance, moments.queries))
     shape = *covariance.shape[:-1], code_bits
     axes, levels, bit_weights = (
@@ -119,7 +119,7 @@ def fit_axes(
     Float[np.ndarray, " code_bits"],
     Float[np.ndarray, "head_dim code_bits"],
 ]:
-    """One KV head's `KeyQuantizer.axes` and `levels`, and `TransformWeights.bit_weights`.
+    """Fit one KV head's `KeyQuantizer.axes` and `levels`, and `TransformWeights.bit_weights`.
 
     Every query head's scores count alike, whatever their size: its moment is divided by the spread that it gives them.
     """
@@ -131,21 +131,21 @@ def fit_axes(
     counts = digits.tolist()
     axis = np.repeat(np.arange(len(counts)), counts)
     place = np.concatenate([np.arange(count) for count in counts])
-    width = _ROOM * deviations * np.array([step_of(count) * 2.0**count for count in counts])  # of all cells of an axis
+    width = _ROOM * deviations * np.array([step_of(count) * 2.0**count for count in counts])  # of all levels of an axis
     one_digit = 2 * np.sqrt(2 / np.pi) * deviations  # between the means of a normal variable's halves
     worth = np.where(digits[axis] == 1, one_digit[axis], width[axis] * 0.5 ** (place + 1))
     return (root @ turned)[:, axis] / width[axis], 2.0 ** (place + 1), (inverse @ turned)[:, axis] * worth
 
 
 def _roots(moment: Float[np.ndarray, "d d"]) -> tuple[Float[np.ndarray, "d d"], Float[np.ndarray, "d d"]]:
-    """The symmetric root of a second moment, and its inverse."""
+    """Return the symmetric root of a second moment, and its inverse."""
     values, vectors = np.linalg.eigh(moment)
     roots = np.sqrt(np.maximum(values, 1e-6 * max(values.max(), 1e-12)))
     return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
 
 
 def step_of(digits: int) -> float:
-    """Between two of 2^digits levels; past the table's end a digit all but halves it."""
+    """Return the distance between two of 2^digits levels; past the table's end a digit all but halves it."""
     known = min(digits, len(_STEP) - 1)
     return _STEP[known] * 0.55 ** (digits - known)
 
@@ -156,7 +156,7 @@ def _error_of(digits: int) -> float:
 
 
 def allot_digits(variances: Float[np.ndarray, " axes"], code_bits: int) -> Int[np.ndarray, " axes"]:
-    """Digits of each axis: one after another to where it lowers the mean square error most."""
+    """Allot digits to axes, one after another to where it lowers the mean square error most."""
     digits = np.zeros(len(variances), np.int64)
     most = max(MOST_DIGITS, -(-code_bits // len(variances)))
     gains = [(-float(variance) * (_error_of(0) - _error_of(1)), axis) for axis, variance in enumerate(variances)]
@@ -176,7 +176,7 @@ def assign_heads(
     selection: SelectionConfig,
     layers_at_once: int,
 ) -> Float[Array, "layers kv_heads two group"]:
-    """Which query heads are in which of two score heads: as reads most attention mass, or all of them in both.
+    """Assign query heads to two score heads: the split that reads most attention mass, or all of them in both.
 
     Starting from one score head, the query head whose change of sides helps most goes over, until none does. Tokens are
     scored by true dot products, each score head's divided by its standard deviation, on windows of text.
@@ -221,7 +221,7 @@ def _mass_of_splits(
     selection: SelectionConfig,
     layers_at_once: int,
 ) -> Float[Array, "layers options kv_heads"]:
-    """Attention mass that each way of splitting groups reads."""
+    """Return the attention mass that each way of splitting groups reads."""
 
     def measure_layer(args: tuple[Array, ...]) -> Array:
         mean, covariance, second, keys, queries, positions = args

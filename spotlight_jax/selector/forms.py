@@ -15,7 +15,7 @@ def check_widths(cfg: HashConfig, shape: HeadShape) -> None:
 
 
 def init_functions(key: PRNGKeyArray, cfg: HashConfig, shape: HeadShape) -> HashFunctions:
-    """Hash functions of every layer before anything is known of keys (see `HashFunctions.fit`).
+    """Draw hash functions of every layer before anything is known of keys (see `HashFunctions.fit`).
 
     Raises: InputError as `check_widths`.
     """

@@ -40,12 +40,12 @@ class NetworkWeights:
 
     keys: HashNetwork
     queries: HashNetwork | None  # None: the symmetric form, which hashes queries with `keys`
-    log_head_scale: Float[Array, "*layers q_heads"] | None  # scale of the asymmetric scores: their say in a group's sum
+    log_head_scale: Float[Array, "*layers q_heads"] | None  # asymmetric: scale of a head's scores in its group's sum
 
 
 @flax.struct.dataclass
 class KeyStats:
-    """Where post-RoPE keys lie and how dimensions are scaled: measured once, never trained."""
+    """Mean of post-RoPE keys and scale of each dimension: measured once, never trained."""
 
     mean: Float[Array, "*layers kv_heads head_dim"]
     scale: Float[Array, "*layers kv_heads head_dim"]
@@ -70,11 +70,11 @@ class NetworkHash(HashFunctions):
         return "moments" if self.cfg.centre else "nothing"
 
     def fit(self, sample: Sample) -> "NetworkHash":
-        """Where networks see keys (`balance`); not centred ones stay as they are."""
+        """Measure where networks see keys (`balance`); keys that are not centred stay as they are."""
         return dataclasses.replace(self, stats=balance(sample.moments)) if self.cfg.centre else self
 
     def hash_keys(self, keys: Shaped[Array, "*batch kv_heads head_dim"]) -> Float[Array, "*batch code_heads code_bits"]:
-        """A network's outputs for centred keys; see `HashFunctions.hash_keys`."""
+        """Return a network's outputs for centred keys; see `HashFunctions.hash_keys`."""
         keys, lead = keys.astype(jnp.float32), (1,) * (keys.ndim - 2)
         if self.cfg.centre:
             mean, scale = (leaf.reshape(*lead, *leaf.shape) for leaf in (self.stats.mean, self.stats.scale))
@@ -84,7 +84,7 @@ class NetworkHash(HashFunctions):
     def hash_queries(
         self, queries: Shaped[Array, "*batch q_heads head_dim"]
     ) -> Float[Array, "*batch q_heads code_bits"]:
-        """Each query head's bit weights times its scale, or its code before the sign (symmetric).
+        """Return each query head's bit weights times its scale, or its code before the sign (symmetric).
 
         Centred keys are (k - mean) / scale, so q . k ranks keys as (q * scale) . centred k does. Queries are brought to
         unit root mean square there, each group as a whole: no rank changes, of a head or of its group's sum.
@@ -105,7 +105,7 @@ class NetworkHash(HashFunctions):
     def score_heads(
         self, outputs: Float[Array, "*batch q_heads code_bits"], per_kv_head: bool
     ) -> Float[Array, "*batch heads one code_bits"]:
-        """Signs (symmetric) or real weights, summed over a group; see `HashFunctions.score_heads`."""
+        """Return signs (symmetric) or real weights, summed over a group; see `HashFunctions.score_heads`."""
         if self.is_symmetric:
             outputs = jnp.where(outputs > 0, 1.0, -1.0)
         return (sum_groups(outputs, self.kv_heads) if per_kv_head else outputs)[..., None, :]
@@ -113,13 +113,13 @@ class NetworkHash(HashFunctions):
     def soft_codes(
         self, keys: Shaped[Array, "kv_len kv_heads head_dim"], gamma: Float[Array, ""]
     ) -> Float[Array, "kv_len code_heads code_bits"]:
-        """Soft signs; see `HashFunctions.soft_codes`."""
+        """Return soft signs; see `HashFunctions.soft_codes`."""
         return soft_sign(self.hash_keys(keys), gamma)
 
     def soft_weights(
         self, queries: Shaped[Array, "q_len q_heads head_dim"], gamma: Float[Array, ""], per_kv_head: bool
     ) -> Float[Array, "q_len heads one code_bits"]:
-        """Soft signs (symmetric) or real weights; see `HashFunctions.soft_weights`."""
+        """Return soft signs (symmetric) or real weights; see `HashFunctions.soft_weights`."""
         outputs = self.hash_queries(queries)
         if not self.is_symmetric:
             return self.score_heads(outputs, per_kv_head)
@@ -129,7 +129,7 @@ class NetworkHash(HashFunctions):
     def integer_weights(
         self, outputs: Float[Array, "batch q_len q_heads code_bits"], per_kv_head: bool
     ) -> Int32[Array, "batch q_len heads one code_bits"]:
-        """Sums of +-1 as they are (symmetric), others rounded; see `HashFunctions.integer_weights`."""
+        """Return sums of +-1 as they are (symmetric), others rounded; see `HashFunctions.integer_weights`."""
         if self.is_symmetric:
             return self.score_heads(outputs, per_kv_head).astype(jnp.int32)
         return super().integer_weights(outputs, per_kv_head)
@@ -141,14 +141,14 @@ class NetworkHash(HashFunctions):
         return sign_bounds(self.cfg.code_bits, group if per_kv_head else 1)
 
     def adds_scores(self, per_kv_head: bool) -> bool:
-        """With a code for each query head; see `HashFunctions.adds_scores`."""
+        """Whether each query head has a code of its own; see `HashFunctions.adds_scores`."""
         return per_kv_head and self.cfg.code_heads == "query"
 
 
 def _init_network(
     key: PRNGKeyArray, heads: int, head_dim: int, cfg: NetworkConfig, planes: Float[Array, "heads head_dim code_bits"]
 ) -> HashNetwork:
-    """One layer's network at its start."""
+    """Draw one layer's network at its start."""
     hidden_key, out_key = jax.random.split(key)
     hidden_kernel = jax.random.normal(hidden_key, (heads, head_dim, cfg.hidden))
     out_shape = (heads, cfg.hidden, cfg.code_bits)
@@ -177,23 +177,23 @@ def check_widths(cfg: NetworkConfig, shape: HeadShape) -> None:
 
 
 def init_layer(key: PRNGKeyArray, cfg: NetworkConfig, shape: HeadShape) -> NetworkHash:
-    """One layer, with statistics that change nothing."""
+    """Draw one layer, with statistics that change nothing."""
     code_heads = shape.kv_heads if cfg.code_heads == "kv" else shape.q_heads
     plane_key, keys_key, queries_key = jax.random.split(key, 3)
     planes = orthogonal_planes(plane_key, code_heads, shape.head_dim, cfg.code_bits)
-    keys, queries, gain = _init_network(keys_key, code_heads, shape.head_dim, cfg, planes), None, None
+    keys, queries, log_scale = _init_network(keys_key, code_heads, shape.head_dim, cfg, planes), None, None
     if cfg.form == "asymmetric":
         shared = jnp.repeat(planes, shape.group, axis=0)
         queries = _init_network(queries_key, shape.q_heads, shape.head_dim, cfg, shared)
-        gain = jnp.full((shape.q_heads,), -0.5 * math.log(cfg.code_bits / 16), jnp.float32)
+        log_scale = jnp.full((shape.q_heads,), -0.5 * math.log(cfg.code_bits / 16), jnp.float32)
     size = (shape.kv_heads, shape.head_dim)
-    return NetworkHash(NetworkWeights(keys, queries, gain), KeyStats(jnp.zeros(size), jnp.ones(size)), cfg)
+    return NetworkHash(NetworkWeights(keys, queries, log_scale), KeyStats(jnp.zeros(size), jnp.ones(size)), cfg)
 
 
 def _apply_network(
     net: HashNetwork, x: Float[Array, "*batch x_heads head_dim"], cfg: NetworkConfig
 ) -> Float[Array, "*batch heads code_bits"]:
-    """The hash function before its sign. Query head h meets KV head h // group, whichever side has more heads."""
+    """Apply networks up to their signs. Query head h meets KV head h // group, whichever side has more heads."""
     net_heads, x_heads = net.hidden_bias.shape[0], x.shape[-2]
     pairs = min(net_heads, x_heads)  # p: paired heads; a: inputs per network; n: networks per input
     x = x.reshape(*x.shape[:-2], pairs, x_heads // pairs, x.shape[-1])
@@ -212,7 +212,7 @@ def _apply_network(
 def _multiply(
     x: Float[Array, "*batch pairs inputs _ width"], kernel: Float[Array, "pairs nets width out"]
 ) -> Float[Array, "*batch pairs inputs nets out"]:
-    """Each input times each network of its pair; x has one row per network, or one row for all of them."""
+    """Multiply each input by each network of its pair; x has one row per network, or one row for all of them."""
     if kernel.shape[1] == 1:  # an axis of size 1 before the contracted one makes XLA for CPUs copy the kernel each time
         return jnp.einsum("...pai,pio->...pao", x[..., 0, :], kernel[:, 0])[..., None, :]
     if x.shape[-2] == 1:
@@ -223,12 +223,12 @@ def _multiply(
 def _rowed(
     bias: Float[Array, "pairs nets width"], x: Float[Array, "*batch pairs inputs head_dim"]
 ) -> Float[Array, "*ones pairs one nets width"]:
-    """A bias with the axes it is broadcast over written out."""
+    """Return a bias with the axes it is broadcast over written out."""
     return bias[:, None].reshape((1,) * (x.ndim - 3) + (bias.shape[0], 1, *bias.shape[1:]))
 
 
 def balance(moments: Moments) -> KeyStats:
-    """Where networks see keys: centred, and scaled so that both sides of the dot product have equal spreads.
+    """Return where networks see keys: centred, scaled so that both sides of the dot product have equal spreads.
 
     A code spends its bits on a dimension as its spread says, but what a dimension adds to the spread of q . k is the
     product of both sides'. With scale^2 = spread of keys / spread of the group's summed queries, centred keys / scale
@@ -242,16 +242,16 @@ def balance(moments: Moments) -> KeyStats:
 
 
 def soft_sign(x: Float[Array, "*shape"], gamma: Float[Array, ""] | float) -> Float[Array, "*shape"]:
-    """Differentiable sign: gamma x / (1 + gamma |x|), the paper's; tends to the sign as gamma grows."""
+    """Return a differentiable sign: gamma x / (1 + gamma |x|), the paper's; tends to the sign as gamma grows."""
     return gamma * x / (1 + gamma * jnp.abs(x))
 
 
 def sign_bounds(code_bits: int, summed: int = 1) -> WeightBounds:
-    """Bounds of weights that are sums of so many signs."""
+    """Return the bounds of weights that are sums of so many signs."""
     return WeightBounds(summed, summed * code_bits)
 
 
 def orthogonal_lsh(key: PRNGKeyArray, code_bits: int, shape: HeadShape, centre: bool = False) -> NetworkHash:
-    """Random rotations and signs, the same for queries and keys: the baseline that needs no training."""
+    """Draw random rotations, the same for queries and keys, whose signs are the bits: the baseline without training."""
     cfg = NetworkConfig("symmetric", code_bits, skip="rotation", hidden=1, centre=centre)
     return jax.vmap(lambda layer_key: init_layer(layer_key, cfg, shape))(jax.random.split(key, shape.layers))

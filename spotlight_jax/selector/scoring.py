@@ -17,7 +17,7 @@ def hash_scores(
     codes: UInt32[Array, "batch code_heads words kv_len"],
     per_kv_head: bool,
 ) -> Int32[Array, "batch q_len heads kv_len"]:
-    """Learned scores of one layer (see `weights`), exact integers, for any form of hash functions."""
+    """Return learned scores of one layer (see `weights`), exact integers, for any form of hash functions."""
     return output_scores(functions, functions.hash_queries(queries), codes, per_kv_head)
 
 
@@ -27,7 +27,7 @@ def output_scores(
     codes: UInt32[Array, "batch code_heads words kv_len"],
     per_kv_head: bool,
 ) -> Int32[Array, "batch q_len heads kv_len"]:
-    """`hash_scores` from what `hash_queries` gave."""
+    """Return `hash_scores` from what `hash_queries` gave."""
     adds, group = functions.adds_scores(per_kv_head), outputs.shape[2] // functions.kv_heads
     is_joint = per_kv_head and not adds
     weights = functions.integer_weights(outputs, is_joint)
@@ -36,7 +36,7 @@ def output_scores(
 
 
 def hash_score_range(functions: HashFunctions, group: int, per_kv_head: bool) -> tuple[int, int]:
-    """Least and greatest score `hash_scores` can give: what selection by counting searches."""
+    """Return the least and greatest score that `hash_scores` can give: what selection by counting searches."""
     adds = functions.adds_scores(per_kv_head)
     least, greatest = functions.weight_bounds(group, per_kv_head and not adds).score_range
     return (group * least, group * greatest) if adds else (least, greatest)
@@ -47,7 +47,7 @@ def exact_scores(
     keys: Shaped[Array, "batch kv_len kv_heads head_dim"],
     per_kv_head: bool,
 ) -> Float[Array, "batch q_len heads kv_len"]:
-    """The oracle: true post-RoPE dot products, or their sum over each group."""
+    """Return the oracle's scores: true post-RoPE dot products, or their sum over each group."""
     kv_heads = keys.shape[2]
     if per_kv_head:
         queries, keys = sum_groups(queries.astype(jnp.float32), kv_heads), keys.astype(jnp.float32)

@@ -28,19 +28,19 @@ CROSSOVER = {"cpu": 2_048, "gpu": 32_768}
 
 @flax.struct.dataclass
 class RowBudgets:
-    """How much each sequence of a batch reads: the rule of its own budget, within that of the compiled step."""
+    """Budgets of the sequences of a batch, each by its own rule, within that of the compiled step."""
 
     dropped: Int32[Array, "batch"]  # see `budget_rule`
     least: Int32[Array, "batch"]
     sparse_from: Int32[Array, "batch"]  # shortest sequence that is read sparsely
 
     def at(self, lengths: Int32[Array, "batch"]) -> Int32[Array, "batch"]:
-        """Tokens read out of `lengths`, of each sequence."""
+        """Return the tokens that each sequence reads out of `lengths`."""
         return apply_rule(lengths, self.dropped, self.least)
 
 
 def row_budgets(configs: Sequence[SelectionConfig], batch: int, platform: str) -> RowBudgets:
-    """The budgets of some sequences as arrays.
+    """Return the budgets of some sequences as arrays.
 
     Args:
         configs: one for each sequence.
@@ -53,14 +53,14 @@ def row_budgets(configs: Sequence[SelectionConfig], batch: int, platform: str) -
 
 
 def budget_rule(cfg: SelectionConfig) -> tuple[int, int]:
-    """Millionths of a sequence's tokens that are left out, and the least that is read: all of a fixed number."""
+    """Return the millionths of a sequence's tokens that are left out, and the least that is read."""
     if cfg.budget is not None:
         return SHARE_STEPS, cfg.budget
     return SHARE_STEPS - round(cfg.share * SHARE_STEPS), max(cfg.min_tokens, cfg.always_read)
 
 
 def apply_rule(lengths: Any, dropped: Int32[Array, "*rows"] | int, least: Int32[Array, "*rows"] | int) -> Any:
-    """Tokens read out of `lengths`, `int32[*rows]`: n - floor(dropped n), or the least; never more than exist.
+    """Return the tokens read of `lengths`, `int32[*rows]`: n - floor(dropped n), or the least; never more than exist.
 
     The share is counted in whole millionths: exact for every n up to 2,000,000, on any device, and on the host for
     lengths of NumPy's.
@@ -72,17 +72,17 @@ def apply_rule(lengths: Any, dropped: Int32[Array, "*rows"] | int, least: Int32[
 
 
 def budget_of(lengths: Int[Array, "*rows"] | int, cfg: SelectionConfig) -> Int32[Array, "*rows"]:
-    """Tokens read out of `lengths`: a share or a fixed number, no less than is always read, no more than exist."""
+    """Return the tokens read out of `lengths`: a share or a fixed number, at least what is always read, at most all."""
     return apply_rule(jnp.asarray(lengths, jnp.int32), *budget_rule(cfg))
 
 
 def share_read(lengths: Int[np.ndarray, " queries"], cfg: SelectionConfig) -> float:
-    """Share of their tokens that queries over these lengths read together: above `keep` where a minimum bites."""
+    """Return the share of their tokens that queries over these lengths read together: above `keep` at a minimum."""
     return float(np.sum(budget_of(jnp.asarray(lengths), cfg))) / float(np.sum(lengths))
 
 
 def max_budget(max_len: int, cfg: SelectionConfig) -> int:
-    """The largest budget of a cache of `max_len` slots: the static width of a selection."""
+    """Return the largest budget of a cache of `max_len` slots: the static width of a selection."""
     if max_len > LONGEST:
         raise InputError(f"a cache of {max_len} tokens is longer than the {LONGEST} that budgets are exact for")
     with jax.ensure_compile_time_eval():
@@ -90,7 +90,7 @@ def max_budget(max_len: int, cfg: SelectionConfig) -> int:
 
 
 def sparse_from(cfg: SelectionConfig, batch: int, platform: str) -> int:
-    """Least length of a sequence that is read sparsely: where the budget leaves tokens out and reading fewer pays.
+    """Return the least length of a sequence that is read sparsely: where tokens are left out and reading fewer pays.
 
     Args:
         platform: of the device, as JAX names it ("cpu", "gpu"); one that was never measured counts as a GPU.
@@ -104,7 +104,7 @@ def sparse_from(cfg: SelectionConfig, batch: int, platform: str) -> int:
 
 
 def ordered_ranks(scores: Float[Array, "*rows kv_len"]) -> UInt32[Array, "*rows kv_len"]:
-    """Floats to integers in the same order; neither 0 nor the largest word is any number's (-inf is the lowest)."""
+    """Map floats to integers in the same order; neither 0 nor the largest word is any number's (-inf is the lowest)."""
     scores = jnp.where(scores == 0, 0.0, scores.astype(jnp.float32))  # -0.0 ties with 0.0
     bits = jax.lax.bitcast_convert_type(scores, jnp.uint32)
     sign = jnp.uint32(0x80000000)
@@ -118,7 +118,7 @@ def rank_tokens(
     score_range: tuple[int, int] | None = None,
     first: Int32[Array, ""] | int = 0,
 ) -> tuple[UInt32[Array, "*rows kv_len"], int]:
-    """Ranks to select by: 0 for slots past each row's length, the highest for tokens that are always read.
+    """Return ranks to select by: 0 for slots past each row's length, the highest for tokens that are always read.
 
     Args:
         score_range: least and greatest integer score; not used for floats, whose order is kept exactly.
@@ -146,7 +146,7 @@ def select_tokens(
     budgets: Int32[Array, "batch"] | None = None,
     axis: str | None = None,
 ) -> tuple[Int32[Array, "batch heads budget"], Bool[Array, "batch heads budget"]]:
-    """Positions the newest token of each sequence reads: highest scores, newest first among equals, itself always.
+    """Return the positions that each newest token reads: highest scores, newest first among equals, itself always.
 
     Args:
         lengths: filled slots, the newest token's included; each sequence's budget comes from its own.
@@ -154,8 +154,9 @@ def select_tokens(
         budgets: of each sequence, at most the cache's largest; None: what `cfg` says for its length.
         axis: over which slots are split (`token_axis`); each device gets what it holds of the choice.
 
-    Returns: positions in ascending order, and whether each is real (False where a sequence's budget is smaller than
-        the cache's largest); positions that are not real are 0.
+    Returns:
+        Positions in ascending order, and whether each is real (False where a sequence's budget is smaller than the
+            cache's largest); positions that are not real are 0.
     """
     rows = jnp.broadcast_to(lengths[:, None], scores.shape[:2])
     slots = scores.shape[-1]
@@ -167,14 +168,14 @@ def select_tokens(
 
 def select_by_codes(
     codes: UInt32[Array, "batch code_heads words max_len"],
-    weights: Int[Array, "batch heads sums code_bits"],
+    weights: Int[Array, "batch heads score_heads code_bits"],
     bounds: WeightBounds,
     lengths: Int32[Array, "batch"],
     cfg: SelectionConfig,
     budgets: Int32[Array, "batch"] | None = None,
     axis: str | None = None,
 ) -> tuple[Int32[Array, "batch heads budget"], Bool[Array, "batch heads budget"]]:
-    """What `select_tokens` gives for the scores of weights (see `weights`), from codes to positions in one op.
+    """Return what `select_tokens` gives for these weights' scores (see `weights`), from codes to positions in one op.
 
     Args:
         weights: of the newest token's query, some sums for each selecting head.
@@ -197,7 +198,7 @@ def select_mask(
     score_range: tuple[int, int] | None = None,
     budgets: Int32[Array, "batch q_len"] | None = None,
 ) -> Bool[Array, "batch q_len heads kv_len"]:
-    """What `select_tokens` gives at each of many steps at once: teacher-forced evaluation.
+    """Return what `select_tokens` gives at each of many steps at once: teacher-forced evaluation.
 
     Args:
         positions: of the queries; a query reads from positions up to its own.

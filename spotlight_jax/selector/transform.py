@@ -1,4 +1,4 @@
-"""The transform form, the default: keys become digits of fitted coordinates, queries learn what each bit is worth.
+"""The transform form, the default: keys become digits of fitted coordinates, queries learn a weight for each bit.
 
 A key's code holds its coordinates on axes that were fitted to text, in fixed point with as many bits each as their
 variance deserves (`fitting`). A query's bit weights are a linear map of it, and are what is trained. Their plain JAX is
@@ -24,8 +24,8 @@ from spotlight_jax.selector.base import HashFunctions, HeadShape, Sample, orthog
 class TransformWeights:
     """All that is trained of the transform form."""
 
-    bit_weights: Float[Array, "*layers kv_heads head_dim code_bits"]  # what a bit is worth, by the query
-    log_head_scale: Float[Array, "*layers q_heads"]  # a query head's say in its score head
+    bit_weights: Float[Array, "*layers kv_heads head_dim code_bits"]  # of a bit, by the query
+    log_head_scale: Float[Array, "*layers q_heads"]  # scale of a query head in its score head
 
 
 @flax.struct.dataclass
@@ -53,7 +53,7 @@ class TransformHash(HashFunctions):
     fitted_to: ClassVar[Literal["windows"]] = "windows"
 
     def fit(self, sample: Sample) -> "TransformHash":
-        """Axes, digits and bit weights for these moments, then query heads shared out between the score heads."""
+        """Fit axes, digits and bit weights to these moments, then share query heads out between the score heads."""
         axes, levels, bit_weights = fitting.fit_layers(sample.moments, self.cfg.code_bits)
         stats = dataclasses.replace(self.stats, mean=sample.moments.mean, axes=axes, levels=levels)
         if sample.windows and stats.head_assignment.shape[-2] > 1:
@@ -63,25 +63,25 @@ class TransformHash(HashFunctions):
         return dataclasses.replace(self, weights=weights, stats=stats)
 
     def hash_keys(self, keys: Shaped[Array, "*batch kv_heads head_dim"]) -> Float[Array, "*batch kv_heads code_bits"]:
-        """Digits of coordinates; see `HashFunctions.hash_keys`."""
+        """Return digits of coordinates; see `HashFunctions.hash_keys`."""
         return key_digits(self.stats.mean, self.stats.axes, self.stats.levels, keys)
 
     def hash_queries(
         self, queries: Shaped[Array, "*batch q_heads head_dim"]
     ) -> Float[Array, "*batch q_heads code_bits"]:
-        """Each query head's bit weights times its scale."""
+        """Return each query head's bit weights times its scale."""
         return weigh_bits(self.weights.bit_weights, self.weights.log_head_scale, queries)
 
     def score_heads(
         self, outputs: Float[Array, "*batch q_heads code_bits"], per_kv_head: bool
     ) -> Float[Array, "*batch heads score_heads code_bits"]:
-        """Weights of each score head, brought to one length; see `HashFunctions.score_heads`."""
+        """Return weights of each score head, brought to one length; see `HashFunctions.score_heads`."""
         return to_one_length(add_heads(self.stats.head_assignment, outputs) if per_kv_head else outputs[..., None, :])
 
     def soft_codes(
         self, keys: Shaped[Array, "kv_len kv_heads head_dim"], gamma: Float[Array, ""]
     ) -> Float[Array, "kv_len kv_heads code_bits"]:
-        """Fitted codes as they are, since they are not trained: no gamma softens them."""
+        """Return fitted codes as they are, since they are not trained: no gamma softens them."""
         return jnp.where(self.hash_keys(keys) > 0, 1.0, -1.0)
 
     @property
@@ -103,7 +103,7 @@ class TransformHash(HashFunctions):
     ) -> tuple[
         Shaped[Array, "batch one q_heads head_dim"], Int[Array, "batch kv_heads score_heads code_bits"], LayerCache
     ]:
-        """One op for all of it; see `HashFunctions.append`."""
+        """Run one op for all of it; see `HashFunctions.append`."""
         assert layer.codes is not None, "a layer with a selector keeps codes"
         rows = queries[:, 0], keys[:, 0], values[:, 0]
         copied, summed, cached_keys, cached_values, codes = hash_append(
@@ -113,7 +113,7 @@ class TransformHash(HashFunctions):
 
 
 def init_layer(key: PRNGKeyArray, cfg: TransformConfig, shape: HeadShape) -> TransformHash:
-    """One layer: signs on random axes, orthogonal LSH, and all query heads in each score head."""
+    """Draw one layer: signs on random axes, orthogonal LSH, and all query heads in each score head."""
     planes = orthogonal_planes(key, shape.kv_heads, shape.head_dim, cfg.code_bits)
     quantizer = KeyQuantizer(
         mean=jnp.zeros((shape.kv_heads, shape.head_dim)),

@@ -1,1 +1,1 @@
-"""A server of many requests at once, over the API that everyone's client speaks."""
+"""A server that decodes many requests at once, over OpenAI's API."""

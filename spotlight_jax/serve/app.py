@@ -36,7 +36,7 @@ _CONTENT_SECURITY = (  # the page loads nothing and talks to nobody else
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a client may take of the server."""
+    """Limits on the body of a request."""
 
     body_bytes: int
     body_seconds: float
@@ -61,13 +61,13 @@ class Service:
         self.logs_prompts = logs_prompts
 
     async def chat(self, request: Request) -> Response:
-        """`/v1/chat/completions`."""
+        """Answer `/v1/chat/completions`."""
         body = read_body(await self._read(request), ChatBody)
         prompts = [await self.translator.chat_prompt(body)]
         return self._run(request, body, prompts, True)
 
     async def complete(self, request: Request) -> Response:
-        """`/v1/completions`."""
+        """Answer `/v1/completions`."""
         body = read_body(await self._read(request), CompletionBody)
         return self._run(request, body, await self.translator.prompts(body), False)
 
@@ -80,7 +80,7 @@ class Service:
         return Reply(self.scheduler, sequences, body, is_chat, self.translator.texts)
 
     async def _read(self, request: Request) -> bytes:
-        """The body, within its limits."""
+        """Read the body, within its limits."""
         limit = self.limits.body_bytes
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":  # which a page of another site cannot send unasked
@@ -103,38 +103,38 @@ class Service:
         return b"".join(parts)
 
     async def models(self, request: Request) -> Response:
-        """`/v1/models`."""
+        """Answer `/v1/models`."""
         return json_response({"object": "list", "data": [self.translator.model_card()]})
 
     async def model(self, request: Request) -> Response:
-        """`/v1/models/NAME`."""
+        """Answer `/v1/models/NAME`."""
         self.translator.check_model(request.path_params["name"])
         return json_response(self.translator.model_card())
 
     async def health(self, request: Request) -> Response:
-        """Whether the server works at all."""
+        """Answer whether the server works at all."""
         if self.scheduler.has_failed:
             raise ApiError(503, "the scheduler has ended; restart the server", "failed")
         return json_response({"status": "ok"})
 
     async def ready(self, request: Request) -> Response:
-        """Whether the server takes requests."""
+        """Answer whether the server takes requests."""
         if self.scheduler.has_failed or self.scheduler.is_stopping:
             raise ApiError(503, "the server takes no requests", "stopping")
         return json_response({"status": "ready"})
 
     async def show_metrics(self, request: Request) -> Response:
-        """Counts in Prometheus' text format."""
+        """Answer with counts in Prometheus' text format."""
         return Response(self.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def page(self, request: Request) -> Response:
-        """A chat."""
+        """Answer with the chat page."""
         text = resources.files("spotlight_jax.serve").joinpath("page.html").read_text(encoding="utf-8")
         return HTMLResponse(text, headers={"content-security-policy": _CONTENT_SECURITY})
 
 
 def guarded(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-    """The endpoint with every error in OpenAI's format; a bug's traceback goes to the log alone."""
+    """Give every error of an endpoint OpenAI's format; a bug's traceback goes to the log alone."""
 
     @functools.wraps(endpoint)
     async def run(request: Request) -> Response:
@@ -154,7 +154,7 @@ def guarded(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Req
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
-    """Paths and methods that there are not."""
+    """Answer paths and methods that do not exist."""
     assert isinstance(error, HTTPException)
     message = {404: "there is no such path", 405: "this path does not take that method"}.get(
         error.status_code, error.detail
@@ -164,7 +164,7 @@ async def _refuse(request: Request, error: Exception) -> Response:
 
 
 class Gate:
-    """What every request passes: a request id, and the key where there is one."""
+    """Middleware that gives every request an id, and checks its key where the server has one."""
 
     def __init__(self, app: ASGIApp, api_key: str | None) -> None:
         """Stand before an app.
@@ -209,7 +209,7 @@ class Gate:
 
 
 def make_app(service: Service, api_key: str | None = None) -> ASGIApp:
-    """The server's ASGI app."""
+    """Make the server's ASGI app."""
     routes = [
         Route(path, guarded(endpoint), methods=[method])
         for path, endpoint, method in (

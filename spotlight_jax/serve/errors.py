@@ -8,7 +8,7 @@ _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_
 
 @dataclasses.dataclass
 class ApiError(Exception):
-    """What a client is told: a status, one line, and the field that is to blame."""
+    """An error as a client gets it: a status, one line, and the field that is to blame."""
 
     status: int
     message: str

@@ -13,7 +13,7 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def byte_alphabet() -> dict[str, int]:
-    """Characters by which byte-level tokenizers write bytes: printable ones as themselves, others from U+0100 on."""
+    """Return what byte-level tokenizers write bytes as: printable ones as such, others as characters from U+0100 on."""
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in shown]
     return {chr(byte): byte for byte in shown} | {chr(256 + place): byte for place, byte in enumerate(hidden)}
@@ -89,7 +89,7 @@ class CompletionLogprobs:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
     def add(self, piece: Piece) -> dict[str, Any]:
-        """The next tokens; the chosen one is among its place's most probable ones even where it is none of them."""
+        """Add the next tokens; the chosen one is among its place's most probable ones even where it is none of them."""
         offsets, top = [], []
         for token, one in zip(piece.tokens, piece.logprobs, strict=True):
             offsets.append(self._offset)

@@ -1,4 +1,4 @@
-"""What Prometheus can ask for."""
+"""Metrics of the server for Prometheus."""
 
 from collections.abc import Iterator
 
@@ -15,7 +15,7 @@ class Metrics(Observer):
     """Counts of a scheduler's requests."""
 
     def __init__(self) -> None:
-        """Nothing happened yet."""
+        """Begin with nothing counted."""
         self.registry = CollectorRegistry()
 
         def count(name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
@@ -59,18 +59,18 @@ class Metrics(Observer):
         self._there.inc(usage.tokens_cached)
 
     def page(self) -> bytes:
-        """All of it, in Prometheus' text format."""
+        """Return all counts in Prometheus' text format."""
         return generate_latest(self.registry)
 
 
 class _State:
-    """How many requests wait and run, and how many pages are in use."""
+    """Gauges of a scheduler: requests that wait and run, pages in use."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Prometheus' collector protocol."""
+        """Yield gauges, by Prometheus' collector protocol."""
         own = self._scheduler
         running = len(own.running) + (own.joining is not None)
         for name, text, value in (

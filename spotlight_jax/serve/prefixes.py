@@ -16,7 +16,7 @@ class PrefixStore:
     """
 
     def __init__(self, pages: int, chunk: int) -> None:
-        """A store with nothing in it.
+        """Begin with nothing stored.
 
         Args:
             pages: how many there are.
@@ -28,7 +28,7 @@ class PrefixStore:
         self._pages: OrderedDict[bytes, int] = OrderedDict()  # least recently used first
 
     def __len__(self) -> int:
-        """Pages in use."""
+        """Return the number of pages in use."""
         return len(self._pages)
 
     def clear(self) -> None:
@@ -37,7 +37,7 @@ class PrefixStore:
         self._pages.clear()
 
     def hashes(self, prompt: Sequence[int], kind: int) -> list[bytes]:
-        """A hash for each whole chunk of a prompt, of all its tokens up to there.
+        """Return a hash for each whole chunk of a prompt, of all its tokens up to there.
 
         Args:
             prompt: token ids.
@@ -51,7 +51,7 @@ class PrefixStore:
         return found
 
     def find(self, hashes: Sequence[bytes], tokens: int) -> list[int]:
-        """Pages of the longest beginning that is kept, so that at least one of the prompt's tokens is left over."""
+        """Return pages of the longest beginning kept, so that at least one of the prompt's tokens is left over."""
         found = []
         for place, key in enumerate(hashes):
             if key not in self._pages or (place + 1) * self.chunk >= tokens:
@@ -62,7 +62,7 @@ class PrefixStore:
         return [self._pages[key] for key in found]
 
     def claim(self, hashes: Sequence[bytes], place: int) -> int | None:
-        """The page that a chunk of a prompt shall be copied to; None where it is kept already, or there is none for it.
+        """Return the page that a prompt's chunk is to be copied to; None where it is kept already, or there is none.
 
         Args:
             hashes: of the prompt's chunks; no page of theirs is given away for it.

@@ -34,13 +34,13 @@ _STATUS = {"timeout": 504, "stopping": 503, "internal": 500}
 
 
 def json_response(body: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """An answer whole."""
+    """Return a whole answer."""
     text = json.dumps(body, ensure_ascii=False).encode("utf-8", "backslashreplace")  # which JSON reads as the same
     return Response(text, status, headers, "application/json")
 
 
 def usage_of(usages: Sequence[Usage], n: int) -> dict[str, Any]:
-    """What a request took.
+    """Return what a request took.
 
     Args:
         usages: of its sequences, `n` for each prompt.
@@ -63,7 +63,7 @@ def usage_of(usages: Sequence[Usage], n: int) -> dict[str, Any]:
 
 
 def error_of(failed: Failed) -> ApiError:
-    """A failure as a client is told it; one that would only happen again is not to be tried again."""
+    """Return a failure as a client sees it; one that would only happen again is not to be tried again."""
     status = _STATUS[failed.failure]
     headers = {"retry-after": "5"} if failed.failure == "stopping" else {"x-should-retry": "false"}
     return ApiError(status, failed.message, failed.failure, headers=headers)
@@ -101,7 +101,7 @@ class Reply(Response):
             raise ApiError(503, "the server is stopping", "stopping", headers={"retry-after": "5"}) from None
 
     def _mail(self, index: int) -> SendEvent:
-        """What the scheduler's thread puts events of a sequence into."""
+        """Return what the scheduler's thread puts events of a sequence into."""
 
         def send(event: Event) -> None:
             with contextlib.suppress(RuntimeError):  # the loop has ended, and its clients with it
@@ -128,7 +128,7 @@ class Reply(Response):
             self._log(scope["request_id"])
 
     def _log(self, request_id: str) -> None:
-        """One line about the request, without what was asked or answered."""
+        """Log one line about the request, without what was asked or answered."""
         took = usage_of([ticket.usage for ticket in self.tickets], self.asked.n)
         first = [ticket.first_token - ticket.submitted for ticket in self.tickets if ticket.first_token is not None]
         log.info(
@@ -143,7 +143,7 @@ class Reply(Response):
         )
 
     async def _events(self) -> AsyncIterator[tuple[int, Event] | None]:
-        """Events of all sequences until each has ended; None after a long silence."""
+        """Yield events of all sequences until each has ended; None after a long silence."""
         left = len(self.requests)
         while left:
             try:
@@ -163,7 +163,7 @@ class Reply(Response):
         return {"id": name, "object": kind, "created": self.created, "model": self.asked.model}
 
     def _logprobs_of(self, index: int, piece: Piece) -> dict[str, Any] | None:
-        """A piece's log-probabilities, where they are asked for."""
+        """Return a piece's log-probabilities, where they are asked for."""
         if self.requests[index].logprobs is None:
             return None
         return chat_logprobs(piece, self.texts) if self.is_chat else self._logprobs[index].add(piece)
@@ -239,7 +239,7 @@ class Reply(Response):
 
 
 def _event(body: dict[str, Any]) -> str:
-    """A server-sent event, in ASCII: some clients take a line separator inside a text for the end of a line."""
+    """Return a server-sent event, in ASCII: some clients take a line separator inside a text for the end of a line."""
     return f"data: {json.dumps(body)}\n\n"
 
 

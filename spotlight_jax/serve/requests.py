@@ -1,4 +1,4 @@
-"""What the scheduler is asked for, and what it tells while it works."""
+"""What the scheduler is asked for, and the events that it sends while it works."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ class Request:
 
 @dataclasses.dataclass
 class Usage:
-    """What a request took."""
+    """Tokens and steps that a request took."""
 
     prompt_tokens: int
     cached_tokens: int = 0  # of the prompt, copied instead of computed
@@ -56,7 +56,7 @@ class Piece:
 
 
 def join_pieces(pieces: Sequence[Piece]) -> Piece:
-    """All pieces of a text as one."""
+    """Return all pieces of a text as one."""
     return Piece(
         "".join(piece.text for piece in pieces),
         tuple(token for piece in pieces for token in piece.tokens),
@@ -89,4 +89,4 @@ class QueueFullError(Exception):
 
 
 class StoppingError(Exception):
-    """The server takes no more requests."""
+    """The server is stopping and takes no requests."""

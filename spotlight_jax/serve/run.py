@@ -101,7 +101,7 @@ def main(cfg: ServeConfig) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens; raises InputError where that address cannot be had."""
+    """Open a socket that listens; raises InputError where that address cannot be had."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=1024)
@@ -166,7 +166,7 @@ def load_slots(
 
 
 def build(cfg: ServeConfig, name: str, slots: Slots, tokenizer: Tokenizer) -> tuple[Scheduler, ASGIApp]:
-    """The scheduler and the app over it."""
+    """Build the scheduler and the app over it."""
     metrics = Metrics()
     block = cfg.block or BLOCKS.get(jax.default_backend(), GPU_BLOCK)
     scheduler = Scheduler(slots, tokenizer, block, cfg.queue, metrics)

@@ -48,7 +48,7 @@ class Ticket:
     """A request on its way through the scheduler."""
 
     def __init__(self, request: Request, send: Send, tokenizer: Tokenizer, now: float) -> None:
-        """A request that waits.
+        """Begin as a request that waits.
 
         Args:
             request: what is asked for.
@@ -87,7 +87,7 @@ class Ticket:
 
 
 class Observer:
-    """What is told about requests as they go; this one listens to nothing."""
+    """Receiver of what happens to requests; this one ignores all of it."""
 
     def first_token(self, seconds: float) -> None:
         """A request got its first token after so long."""
@@ -111,14 +111,14 @@ class Scheduler:
         observer: Observer | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Nothing runs yet; see `start`.
+        """Run nothing yet; see `start`.
 
         Args:
             slots: where sequences are decoded.
             tokenizer: of the model; used by the scheduler's thread alone.
             block: most tokens decoded at once.
             queue: most requests that wait.
-            observer: is told what happens.
+            observer: receives what happens.
             clock: seconds.
         """
         self.slots, self.tokenizer, self.block, self.queue = slots, tokenizer, block, queue
@@ -157,7 +157,7 @@ class Scheduler:
         return tickets
 
     def cancel(self, ticket: Ticket) -> None:
-        """Nobody wants what a request gives any more: it is gone after a block."""
+        """Let go of a request that nobody waits for any more: it is gone after a block."""
         with self._lock:
             ticket.is_cancelled = True
             self._lock.notify_all()
@@ -206,7 +206,7 @@ class Scheduler:
             raise
 
     def round(self) -> None:
-        """One round: leave, prefill, decode."""
+        """Run one round: leave, prefill, decode."""
         self._drop()
         try:
             self._prefill()
@@ -233,7 +233,7 @@ class Scheduler:
                 self._fail(ticket, "internal")
 
     def _verdict(self, ticket: Ticket, now: float) -> Failure | None:
-        """Why a request must end now, if it must."""
+        """Return why a request must end now, if it must."""
         if now >= self._drain_until:
             return "stopping"
         is_late = ticket.request.deadline is not None and now >= ticket.request.deadline
@@ -331,13 +331,13 @@ class Scheduler:
         return self.slots.engine.cfg.selection if request.selection is None else request.selection
 
     def _sum_reads(self, selection: SelectionConfig) -> np.ndarray:
-        """Tokens that the steps up to each length read together."""
+        """Return the tokens that the steps up to each length read together."""
         reads = tokens_read(self._lengths, selection, self.slots.engine.has_tail)
         is_sparse = self._lengths >= self.slots.sparse_from(selection)
         return np.cumsum(np.where(is_sparse, reads, self._lengths), dtype=np.int64)
 
     def _logprobs_of(self, ticket: Ticket, row: int, count: int) -> list[Logprob]:
-        """Of a request's newest tokens, `count` of them, where it asks for them."""
+        """Return log-probabilities of a request's newest tokens, `count` of them, where it asks for them."""
         found, most = self.slots.logprobs, ticket.request.logprobs
         if found is None or most is None:
             return []

@@ -52,7 +52,7 @@ class Strict(pydantic.BaseModel):
 
 
 class StreamOptions(Strict):
-    """What a stream holds beside text."""
+    """Options of a stream."""
 
     include_usage: bool = False
     include_obfuscation: Literal[False] = False
@@ -66,7 +66,7 @@ class TextPart(Strict):
 
 
 class Message(Strict):
-    """What was said."""
+    """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(min_length=1)]
@@ -112,7 +112,7 @@ class ChatBody(Body):
 
     @property
     def most_logprobs(self) -> int | None:
-        """Most probable tokens to tell at each place; None: not even the chosen one's probability."""
+        """Number of most probable tokens to return for each token; None: not even the chosen one's probability."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
@@ -138,7 +138,7 @@ class CompletionBody(Body):
 
     @property
     def most_logprobs(self) -> int | None:
-        """Most probable tokens to tell at each place; None: not even the chosen one's probability."""
+        """Number of most probable tokens to return for each token; None: not even the chosen one's probability."""
         return self.logprobs
 
     @property
@@ -160,7 +160,7 @@ AnyBody = TypeVar("AnyBody", bound=Body)
 
 
 def read_json(raw: bytes) -> dict[str, Any]:
-    """The object that a body holds; raises ApiError where it holds none."""
+    """Return the object that a body holds; raises ApiError where it holds none."""
     try:
         body = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
     except RecursionError:
@@ -179,7 +179,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def read_body(raw: bytes, kind: type[AnyBody]) -> AnyBody:
-    """A checked body; raises ApiError that names the first field that cannot be used."""
+    """Return a checked body; raises ApiError that names the first field that cannot be used."""
     body = {name: value for name, value in read_json(raw).items() if value is not None}
     for name in [name for name in body if name not in kind.model_fields]:
         _check_off(name, body.pop(name))
@@ -224,7 +224,7 @@ def _check_together(body: Body) -> None:
 
 
 def _explain(error: pydantic.ValidationError) -> ApiError:
-    """The first of pydantic's errors as one line."""
+    """Return the first of pydantic's errors as one line."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     path = [str(part) for part in first["loc"] if not str(part).startswith(("constrained", "list[", "str", "int"))]
     where = _short(".".join(path)) or "body"
@@ -233,5 +233,5 @@ def _explain(error: pydantic.ValidationError) -> ApiError:
 
 
 def _short(text: str) -> str:
-    """Text of a client's, cut short and with nothing in it that no UTF-8 holds."""
+    """Return a client's text cut short, with nothing in it that UTF-8 cannot hold."""
     return text[:200].encode("utf-8", "backslashreplace").decode("utf-8")

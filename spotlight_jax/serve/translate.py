@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 
 
 class Translator:
-    """What bodies mean for one model."""
+    """Translation of bodies into sequences for one model."""
 
     def __init__(self, tokenizer: Any, slots: Slots, name: str, seconds: float, selector: str | None) -> None:
         """Take a tokenizer of its own, which one thread uses.
@@ -43,7 +43,7 @@ class Translator:
         self._thread = ThreadPoolExecutor(1, "tokenizer")
 
     def model_card(self) -> dict[str, Any]:
-        """The model as `/v1/models` lists it."""
+        """Return the model as `/v1/models` lists it."""
         own = {"max_model_len": self.context, "selector": self.selector}
         return {"id": self.name, "object": "model", "created": self.started, "owned_by": "spotlight-jax", **own}
 
@@ -59,14 +59,14 @@ class Translator:
         return await asyncio.get_running_loop().run_in_executor(self._thread, run, *args)
 
     async def chat_prompt(self, body: ChatBody) -> list[int]:
-        """Token ids of a talk, by the model's template; raises InputError as `encode_chat`."""
+        """Encode a conversation by the model's template; raises InputError as `encode_chat`."""
         self.check_model(body.model)
         roles = {"developer": "system"}
         messages = [{"role": roles.get(one.role, one.role), "content": one.text} for one in body.messages]
         return await self._encode(encode_chat, self.tokenizer, messages, self.model_cfg.vocab)
 
     async def prompts(self, body: CompletionBody) -> list[list[int]]:
-        """Token ids of each prompt; raises InputError as `encode_text`, and for ids that are none."""
+        """Encode each prompt; raises InputError as `encode_text`, and for ids that are none."""
         self.check_model(body.model)
         encoded = []
         for prompt in body.prompts:
@@ -81,7 +81,7 @@ class Translator:
     def requests(
         self, body: ChatBody | CompletionBody, prompts: list[list[int]], request_id: str, now: float
     ) -> list[Request]:
-        """A sequence for each choice of each prompt; raises ApiError for what can never fit.
+        """Return a sequence for each choice of each prompt; raises ApiError for what can never fit.
 
         Args:
             body: what the client sent.
@@ -116,7 +116,7 @@ class Translator:
         return requests
 
     def _selection(self, body: ChatBody | CompletionBody) -> SelectionConfig | None:
-        """How much a request's steps read, where it says so."""
+        """Return how much a request's steps read, where it says so."""
         if self.slots.has_selector:
             return selection_of(body, self.slots.engine.cfg.selection)
         for name in ("keep", "budget"):
@@ -126,7 +126,7 @@ class Translator:
         return None
 
     def _limit(self, body: ChatBody | CompletionBody, tokens: int) -> int:
-        """Most tokens that follow a prompt of so many."""
+        """Return the most tokens that follow a prompt of so many."""
         if tokens == 0:
             raise ApiError(400, "the prompt is empty; give at least one token of text", "invalid_value", "prompt")
         limit = max(self.context - tokens, 1) if body.limit is None else body.limit
@@ -142,7 +142,7 @@ class Translator:
 
 
 def _sampling(body: ChatBody | CompletionBody) -> SamplingConfig:
-    """How tokens are drawn; raises InputError for numbers that mean nothing."""
+    """Return how tokens are drawn; raises InputError for numbers that mean nothing."""
     seed = secrets.randbits(32) if body.seed is None else body.seed
     if body.temperature == 0:  # nothing is drawn
         return SamplingConfig(seed=seed)

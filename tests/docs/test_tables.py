@@ -4,7 +4,7 @@ import statistics
 
 import pytest
 
-from docs import tables
+from docs import pictures, tables
 
 TABLES = tables.load_tables()
 
@@ -40,9 +40,27 @@ def _texts(row, first):
     return [float(cell) for cell in row[first : first + 6]]
 
 
-def test_means_are_those_of_the_six_texts():
-    for row in TABLES["tail"]["rows"][1:]:
-        assert statistics.mean(_texts(row, 2)) == pytest.approx(float(row[8]), abs=6e-4), row
+@pytest.mark.parametrize(
+    ("name", "rows", "error"),
+    # each text and the mean are rounded to two digits behind the point, and to four digits where there are that many
+    [("tail", slice(1, None), 6e-4), *((name, slice(None), 9e-3) for name in ("perplexity", "rivals"))],
+)
+def test_means_are_those_of_the_six_texts(name, rows, error):
+    for row in TABLES[name]["rows"][rows]:
+        assert statistics.mean(_texts(row, 2)) == pytest.approx(float(row[8]), abs=error, rel=3e-4), row
+
+
+def test_pictures_show_the_tables_figures(tmp_path):
+    default, rivals = (pictures.rows_of(TABLES[name]) for name in ("perplexity", "rivals"))
+    assert default[0] == {
+        "method": "dense", "setting": "bare", "keep": None, "perplexity": 16.28, "bytes_read": 90 * 2**20
+    }  # fmt: skip
+    shown = {row["method"] for row in pictures.with_default(rivals, default)}
+    assert shown == {row[0] for row in TABLES["rivals"]["rows"]} | {"oracle-scores", "spotlight", "spotlight, 64 bits"}
+    assert pictures.main(tmp_path) == 0
+    assert {file.name: file.read_bytes()[1:4] for file in tmp_path.iterdir()} == dict.fromkeys(
+        ("perplexity.png", "comparison.png"), b"PNG"
+    )
 
 
 def test_means_at_32768_tokens_are_those_of_the_four_texts_that_every_row_has():

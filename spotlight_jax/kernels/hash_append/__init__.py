@@ -19,12 +19,12 @@ HashAppendImpl = Literal["auto", "reference", "pallas_triton"]
 
 
 def choose_impl() -> HashAppendImpl:
-    """What `auto` takes: the kernel on a GPU that passes its check, plain XLA elsewhere."""
+    """Return what `auto` takes: the kernel on a GPU that passes its check, plain XLA elsewhere."""
     return "pallas_triton" if is_trusted("hash_append", _agree) else "reference"
 
 
 def _agree() -> bool:
-    """Kernel and reference on two ragged sequences; a weight may be rounded one off, a digit at a cell's end flip."""
+    """Return whether kernel and reference agree on two ragged sequences, but for a few bits and weights at an edge."""
     draws = iter(jax.random.split(jax.random.key(0), 16))
 
     def draw(*shape: int) -> Array:
@@ -57,12 +57,12 @@ def hash_append(
     axis: str | None = None,
 ) -> tuple[
     Shaped[Array, "batch q_heads head_dim"],
-    Int8[Array, "batch kv_heads sums code_bits"],
+    Int8[Array, "batch kv_heads score_heads code_bits"],
     Shaped[Array, "batch max_len kv_heads head_dim"],
     Shaped[Array, "batch max_len kv_heads head_dim"],
     UInt32[Array, "batch kv_heads words max_len"],
 ]:
-    """A token's query weights, and the caches with its keys, values and codes at positions `lengths`.
+    """Return a token's query weights, and the caches with its keys, values and codes at positions `lengths`.
 
     Weights are `quantise` of a score head's queries, times their scales, . bit_weights, each sum brought to one length.
     A code's bit is the last digit of the level that (key - mean) . axes + 1/2 lies in.
@@ -79,8 +79,9 @@ def hash_append(
         impl: `auto` chooses by device; a named implementation runs or raises.
         axis: over which the caches' positions are split (`token_axis`): one device of it gets the new token.
 
-    Returns: the queries as they were given (whoever reads these copies does not have XLA make them once more), weights
-        as `score_select` takes them, and the caches.
+    Returns:
+        The queries as they were given (whoever reads these copies does not have XLA make them once more), weights as
+            `score_select` takes them, and the caches.
     """
     backends: dict[str, Callable[..., tuple[Array, Array, Array, Array, Array]]] = {
         "reference": functools.partial(hash_append_reference, axis=axis),

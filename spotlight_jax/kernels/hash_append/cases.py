@@ -25,21 +25,22 @@ class HashAppendCase:
     dtype: str = "bfloat16"
 
     def draw(self, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Random arrays, and what is static of the call: nothing. Sequences end all over the cache; axes have one to
-        four digits, keys lie on both sides of the outermost cells, and some query heads are in one sum alone."""
+        """Draw random arrays; no argument of the call is static. Sequences end all over the cache; axes have one to
+        four digits, keys lie on both sides of the outermost levels, and some query heads are in one score head
+        alone."""
         draws = iter(jax.random.split(jax.random.key(seed), 16))
         group, per_head = self.q_heads // self.kv_heads, (self.kv_heads, self.head_dim, self.code_bits)
 
         def draw(*shape: int, scale: float = 1.0, dtype: str = "float32") -> Array:
             return scale * jax.random.normal(next(draws), shape, dtype)
 
-        members = jax.random.bernoulli(next(draws), 0.5, (self.kv_heads, self.sums, group)).astype(jnp.float32)
+        assignment = jax.random.bernoulli(next(draws), 0.5, (self.kv_heads, self.sums, group)).astype(jnp.float32)
         transform = Transform(
             mean=draw(self.kv_heads, self.head_dim),
             axes=draw(*per_head, scale=0.4 * self.head_dim**-0.5),
             levels=2.0 ** jax.random.randint(next(draws), (self.kv_heads, self.code_bits), 1, 5),
             bit_weights=draw(*per_head),
-            head_assignment=members.at[:, :, 0].set(1.0),  # no sum is empty
+            head_assignment=assignment.at[:, :, 0].set(1.0),  # no sum is empty
             log_head_scale=draw(self.q_heads),
         )
         heads = self.q_heads, self.kv_heads, self.kv_heads

@@ -29,7 +29,7 @@ from spotlight_jax.weights import INT8_LIMIT, real_room
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is static of a call."""
+    """Static sizes and settings of a call."""
 
     batch: int
     kv_heads: int
@@ -68,14 +68,14 @@ class Plan:
         return self.bits // self.bits_at_once
 
     def multiply(self, x: list[Array], matrix: list["_Asked"], is_exact: bool) -> Array:
-        """A product of chunks: as exact as float32, or by TF32."""
+        """Multiply chunks: as exact as float32, or by TF32."""
         exact = lax.Precision.HIGHEST if self.interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
         precision = exact if is_exact else lax.Precision.DEFAULT
         return sum(plgpu.dot(left, right.get(), precision=precision) for left, right in zip(x, matrix, strict=True))
 
 
 def _power_of_two(number: int) -> int:
-    """The least that is no smaller."""
+    """Return the least power of two that is no smaller."""
     return 1 << (number - 1).bit_length()
 
 
@@ -92,7 +92,7 @@ class _Asked:
     is_there: Array
 
     def get(self) -> Array:
-        """The block in float32, zeros outside of the array."""
+        """Return the block in float32, zeros outside of the array."""
         return jnp.where(self.is_there, self.values.astype(jnp.float32), 0.0)
 
 
@@ -101,37 +101,37 @@ def _ask(ref: Ref, places: tuple[Index, ...], is_there: Array) -> _Asked:
 
 
 def _ask_matrix(ref: Ref, head: Index, bits: Array, plan: Plan) -> list[_Asked]:
-    """Columns of one head's [head_dim, code_bits], in chunks."""
+    """Ask for the columns of one head's [head_dim, code_bits], in chunks."""
     bits = bits[None, :]
     chunks = [dims[:, None] for dims in plan.chunks]
     return [_ask(ref, (head, dims, bits), (dims < plan.head_dim) & (bits < plan.code_bits)) for dims in chunks]
 
 
 def _ask_rows(ref: Ref, sequences: Array, head: Index, plan: Plan) -> list[_Asked]:
-    """One head's vectors, a row a sequence, in chunks."""
+    """Ask for one head's vectors, a row a sequence, in chunks."""
     sequences, chunks = sequences[:, None], [dims[None, :] for dims in plan.chunks]
     return [_ask(ref, (sequences, head, dims), (sequences < plan.batch) & (dims < plan.head_dim)) for dims in chunks]
 
 
 def _weigh_queries(
-    heads_ref: Ref, decode_ref: Ref, members_ref: Ref, log_gain_ref: Ref, weights_ref: Ref,
+    heads_ref: Ref, bit_weights_ref: Ref, assignment_ref: Ref, log_scale_ref: Ref, weights_ref: Ref,
     first: Index, head: Index, plan: Plan,
 ) -> None:  # fmt: skip
-    """Integer weights of each sum; one scale for all sums of a sequence."""
+    """Write integer weights of each score head; one scale serves all of a sequence."""
     rows = jnp.arange(plan.cfg.rows)
     sequences, sums = first + rows // plan.sums, rows % plan.sums
-    decode = _ask_matrix(decode_ref, head, jnp.arange(plan.bits), plan)
+    bit_weights = _ask_matrix(bit_weights_ref, head, jnp.arange(plan.bits), plan)
     places = range(plan.group)
     queries = [_ask_rows(heads_ref, sequences, head * plan.group + place, plan) for place in places]
-    is_member = [plgpu.load(members_ref.at[head, sums, place]) for place in places]
-    gains = [jnp.exp(log_gain_ref[head * plan.group + place]) for place in places]
-    shares = [(is_part * gain)[:, None] for is_part, gain in zip(is_member, gains, strict=True)]
+    is_part_of = [plgpu.load(assignment_ref.at[head, sums, place]) for place in places]
+    scales = [jnp.exp(log_scale_ref[head * plan.group + place]) for place in places]
+    shares = [(is_part * scale)[:, None] for is_part, scale in zip(is_part_of, scales, strict=True)]
 
     def mix(chunk: int) -> Array:
         parts = [share * asked[chunk].get() for share, asked in zip(shares, queries, strict=True)]
         return functools.reduce(operator.add, parts)
 
-    weights = plan.multiply([mix(chunk) for chunk in range(len(plan.chunks))], decode, is_exact=False)
+    weights = plan.multiply([mix(chunk) for chunk in range(len(plan.chunks))], bit_weights, is_exact=False)
     squares, sizes = jnp.sum(jnp.square(weights), axis=1), jnp.abs(weights)
     largest, total = jnp.max(sizes, axis=1), jnp.sum(sizes, axis=1)
     norm = lax.rsqrt(squares + 1e-12)
@@ -146,7 +146,7 @@ def _weigh_queries(
 
 
 def _places_of(lengths_ref: Ref, first: Index, plan: Plan) -> tuple[Array, Array, Array]:
-    """A program's sequences; where their new token goes, and whether it goes to this device, as columns."""
+    """Return a program's sequences; where their new token goes, and whether it goes to this device, as columns."""
     rows = jnp.arange(plan.cfg.rows)
     sequences = jnp.where(rows < plan.tile, first + rows, plan.batch)  # rows past the tile are no sequence's
     is_own = sequences < plan.batch
@@ -157,10 +157,10 @@ def _places_of(lengths_ref: Ref, first: Index, plan: Plan) -> tuple[Array, Array
 
 
 def _append_codes(
-    heads_ref: Ref, mean_ref: Ref, axes_ref: Ref, cells_ref: Ref, lengths_ref: Ref, cached_codes_ref: Ref,
+    heads_ref: Ref, mean_ref: Ref, axes_ref: Ref, levels_ref: Ref, lengths_ref: Ref, cached_codes_ref: Ref,
     part: Index, first: Index, head: Index, plan: Plan,
 ) -> None:  # fmt: skip
-    """A part of each sequence's new key as a code."""
+    """Write a part of the code of each sequence's new key."""
     sequences, at, is_own = _places_of(lengths_ref, first, plan)
     bits = part * plan.bits_at_once + jnp.arange(plan.bits_at_once)
     words = part * (plan.bits_at_once // WORD_BITS) + jnp.arange(plan.bits_at_once // WORD_BITS)
@@ -168,11 +168,11 @@ def _append_codes(
     keys = _ask_rows(heads_ref, sequences, plan.kv_heads * plan.group + head, plan)
     chunks = [dims[None, :] for dims in plan.chunks]
     means = [_ask(mean_ref, (head, dims), dims < plan.head_dim) for dims in chunks]
-    cells = plgpu.load(cells_ref.at[head, bits], mask=bits < plan.code_bits, other=2.0)[None, :]
+    levels = plgpu.load(levels_ref.at[head, bits], mask=bits < plan.code_bits, other=2.0)[None, :]
     centred = [key.get() - mean.get() for key, mean in zip(keys, means, strict=True)]
     coordinates = plan.multiply(centred, axes, is_exact=True) + 0.5
-    cell = jnp.ceil(cells * jnp.clip(coordinates, 0.5 / cells, 1 - 0.5 / cells)).astype(jnp.int32) - 1
-    codes = pack_bits(cell & 1)
+    level = jnp.ceil(levels * jnp.clip(coordinates, 0.5 / levels, 1 - 0.5 / levels)).astype(jnp.int32) - 1
+    codes = pack_bits(level & 1)
     is_word = is_own & (words < plan.code_bits // WORD_BITS)[None, :]
     plgpu.store(cached_codes_ref.at[sequences[:, None], head, words[None, :], at], codes, mask=is_word)
 
@@ -181,7 +181,7 @@ def _copy_heads(
     heads_ref: Ref, lengths_ref: Ref, queries_ref: Ref, cached_keys_ref: Ref, cached_values_ref: Ref,
     first: Index, head: Index, plan: Plan,
 ) -> None:  # fmt: skip
-    """A KV head's queries, and its keys and values to the caches, as they are."""
+    """Copy a KV head's queries, and its keys and values to the caches, as they are."""
     sequences, at, is_own = _places_of(lengths_ref, first, plan)
     queries = [head * plan.group + place for place in range(plan.group)]
     key = plan.kv_heads * plan.group + head
@@ -196,8 +196,8 @@ def _copy_heads(
 
 
 def _kernel(
-    heads_ref: Ref, mean_ref: Ref, axes_ref: Ref, cells_ref: Ref, decode_ref: Ref, members_ref: Ref,
-    log_gain_ref: Ref, lengths_ref: Ref, _keys: Ref, _values: Ref, _codes: Ref, queries_ref: Ref, weights_ref: Ref,
+    heads_ref: Ref, mean_ref: Ref, axes_ref: Ref, levels_ref: Ref, bit_weights_ref: Ref, assignment_ref: Ref,
+    log_scale_ref: Ref, lengths_ref: Ref, _keys: Ref, _values: Ref, _codes: Ref, queries_ref: Ref, weights_ref: Ref,
     cached_keys_ref: Ref, cached_values_ref: Ref, cached_codes_ref: Ref,
     *, plan: Plan,
 ) -> None:  # fmt: skip
@@ -206,11 +206,11 @@ def _kernel(
 
     @pl.when(kind < plan.code_parts)
     def append() -> None:
-        _append_codes(heads_ref, mean_ref, axes_ref, cells_ref, lengths_ref, cached_codes_ref, kind, *place)
+        _append_codes(heads_ref, mean_ref, axes_ref, levels_ref, lengths_ref, cached_codes_ref, kind, *place)
 
     @pl.when(kind == plan.code_parts)
     def weigh() -> None:
-        _weigh_queries(heads_ref, decode_ref, members_ref, log_gain_ref, weights_ref, *place)
+        _weigh_queries(heads_ref, bit_weights_ref, assignment_ref, log_scale_ref, weights_ref, *place)
 
     @pl.when(kind > plan.code_parts)
     def copy() -> None:
@@ -230,12 +230,12 @@ def hash_append_pallas_triton(
     interpret: bool = False,
 ) -> tuple[
     Shaped[Array, "batch q_heads head_dim"],
-    Int8[Array, "batch kv_heads sums code_bits"],
+    Int8[Array, "batch kv_heads score_heads code_bits"],
     Shaped[Array, "batch max_len kv_heads head_dim"],
     Shaped[Array, "batch max_len kv_heads head_dim"],
     UInt32[Array, "batch kv_heads words max_len"],
 ]:
-    """`hash_append`; half a weight is rounded up, where the reference rounds it to even.
+    """Run `hash_append`; half a weight is rounded up, where the reference rounds it to even.
 
     Queries, keys and values are one operand, which XLA makes in one launch.
     """

@@ -24,8 +24,8 @@ class Transform(NamedTuple):
     axes: Float[Array, "kv_heads head_dim code_bits"]
     levels: Float[Array, "kv_heads code_bits"]
     bit_weights: Float[Array, "kv_heads head_dim code_bits"]
-    head_assignment: Float[Array, "kv_heads score_heads group"]  # 1 where a query head is part of a sum
-    log_head_scale: Float[Array, "q_heads"]  # what a query head counts in its sum
+    head_assignment: Float[Array, "kv_heads score_heads group"]  # 1 where a query head is part of a score head
+    log_head_scale: Float[Array, "q_heads"]  # scale of a query head in its score head
 
 
 def key_digits(
@@ -34,7 +34,7 @@ def key_digits(
     levels: Float[Array, "kv_heads code_bits"],
     keys: Shaped[Array, "*batch kv_heads head_dim"],
 ) -> Float[Array, "*batch kv_heads code_bits"]:
-    """The result is above 0 where a key's bit is 1: where the cell that its coordinate lies in has an odd number.
+    """Return what is above 0 where a key's bit is 1: where the level that its coordinate lies in has an odd number.
 
     A coordinate is (key - mean) . axis + 1/2, cut off at 0 and 1; one between two levels lies in the lower.
     """
@@ -51,7 +51,7 @@ def weigh_bits(
     log_head_scale: Float[Array, "q_heads"],
     queries: Shaped[Array, "*batch q_heads head_dim"],
 ) -> Float[Array, "*batch q_heads code_bits"]:
-    """What each bit is worth to each query head, times the head's gain."""
+    """Return each query head's weight of each bit, times the head's scale."""
     grouped = queries.astype(jnp.float32).reshape(*queries.shape[:-2], bit_weights.shape[0], -1, queries.shape[-1])
     weights = jnp.einsum("...kgd,kdc->...kgc", grouped, bit_weights).reshape(*queries.shape[:-1], bit_weights.shape[-1])
     return weights * jnp.exp(log_head_scale).reshape((1,) * (queries.ndim - 2) + (-1, 1))
@@ -60,13 +60,13 @@ def weigh_bits(
 def add_heads(
     head_assignment: Float[Array, "kv_heads score_heads group"], weights: Float[Array, "*batch q_heads code_bits"]
 ) -> Float[Array, "*batch kv_heads score_heads code_bits"]:
-    """The weights of each sum's query heads, added up."""
+    """Add up the weights of each score head's query heads."""
     grouped = weights.reshape(*weights.shape[:-2], head_assignment.shape[0], -1, weights.shape[-1])
     return jnp.einsum("...kgc,krg->...krc", grouped, head_assignment)
 
 
 def to_one_length(sums: Float[Array, "*batch score_heads code_bits"]) -> Float[Array, "*batch score_heads code_bits"]:
-    """Sums of one length, so that scores of each spread by about `SPREAD`."""
+    """Bring sums to one length, so that scores of each spread by about `SPREAD`."""
     length = jnp.sqrt(jnp.sum(jnp.square(sums), axis=-1, keepdims=True) + 1e-12)
     return sums * (SPREAD / length)
 
@@ -83,12 +83,12 @@ def hash_append_reference(
     axis: str | None = None,
 ) -> tuple[
     Shaped[Array, "batch q_heads head_dim"],
-    Int8[Array, "batch kv_heads sums code_bits"],
+    Int8[Array, "batch kv_heads score_heads code_bits"],
     Shaped[Array, "batch max_len kv_heads head_dim"],
     Shaped[Array, "batch max_len kv_heads head_dim"],
     UInt32[Array, "batch kv_heads words max_len"],
 ]:
-    """`hash_append` by the functions that training and prefill hash with."""
+    """Compute `hash_append` by the functions that training and prefill hash with."""
     mean, axes, levels, bit_weights, head_assignment, log_head_scale = transform
     weights = add_heads(head_assignment, weigh_bits(bit_weights, log_head_scale, queries[:, None]))
     weights = quantise(to_one_length(weights))[:, 0]

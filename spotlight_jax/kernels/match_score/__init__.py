@@ -23,18 +23,18 @@ MATMUL_QUERIES = 16  # from here on unpacking every code once is cheaper than co
 
 
 def choose_impl(q_len: int) -> MatchScoreImpl:
-    """The implementation `auto` takes: bits are counted for a few queries, multiplied for many."""
+    """Return the implementation `auto` takes: bits are counted for a few queries, multiplied for many."""
     return "matmul" if q_len >= MATMUL_QUERIES else "bit_planes"
 
 
 def match_score(
     codes: UInt32[Array, "batch code_heads words kv_len"],
-    weights: Int32[Array, "batch q_len heads sums code_bits"],
+    weights: Int32[Array, "batch q_len heads score_heads code_bits"],
     weight_bits: int,
     impl: MatchScoreImpl = "auto",
 ) -> Int32[Array, "batch q_len heads kv_len"]:
-    """max over r of sum over bits c of weights[b, t, h, r, c] * bit c of codes[b, h // (heads // code_heads), :, s],
-    each sum less half of its weights (`weights.halves`).
+    """Return scores [b, t, h, s]: the highest over r of the sums over c of weights[b, t, h, r, c] * bit c of
+    codes[b, h // (heads // code_heads), :, s], each sum less half of its weights (`weights.halves`).
 
     Args:
         codes: word-major packed codes; bit c of a code is bit c % 32 of word c // 32.

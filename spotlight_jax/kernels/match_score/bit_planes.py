@@ -20,7 +20,7 @@ from spotlight_jax.bits import pack_bits
 
 
 def _count(words: UInt32[Array, "*shape"]) -> Int32[Array, "*shape"]:
-    """Bits set in each word."""
+    """Count the bits set in each word."""
     return lax.population_count(words).astype(jnp.int32)
 
 
@@ -29,7 +29,7 @@ def match_score_bit_planes(
     weights: Int32[Array, "batch q_len heads code_bits"],
     weight_bits: int,
 ) -> Int32[Array, "batch q_len heads kv_len"]:
-    """`match_score` without unpacking a code: one fused pass over the packed words."""
+    """Compute `match_score` without unpacking a code: one fused pass over the packed words."""
     batch, q_len, heads, _ = weights.shape
     code_heads, words = codes.shape[1:3]
     grouped = weights.reshape(batch, q_len, code_heads, heads // code_heads, -1)

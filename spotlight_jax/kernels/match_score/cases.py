@@ -23,7 +23,7 @@ class MatchScoreCase:
     sums: int = 1
 
     def draw(self, seed: int = 0) -> tuple[tuple[Array, ...], dict[str, Any]]:
-        """Random arrays, and what is static of the call."""
+        """Draw random arrays, and the call's static arguments."""
         keys = jax.random.split(jax.random.key(seed), 2)
         codes = jax.random.bits(keys[0], (self.batch, self.code_heads, self.code_bits // 32, self.kv_len), jnp.uint32)
         shape, end = (self.batch, self.q_len, self.heads, self.sums, self.code_bits), 1 << (self.weight_bits - 1)

@@ -9,7 +9,7 @@ from spotlight_jax.kernels.match_score.reference import unpack_codes
 def match_score_matmul(
     codes: UInt32[Array, "batch code_heads words kv_len"], weights: Int32[Array, "batch q_len heads code_bits"]
 ) -> Int32[Array, "batch q_len heads kv_len"]:
-    """`match_score` with bits and weights as floats; exact, since every partial sum is an integer below 2^24.
+    """Compute `match_score` with bits and weights as floats; exact, since every partial sum is an integer below 2^24.
 
     Weights below 2^8 are exact in bfloat16 and TF32 too, so reduced-precision tensor cores change nothing.
     """

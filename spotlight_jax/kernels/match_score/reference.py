@@ -7,7 +7,7 @@ from spotlight_jax.config.hashing import WORD_BITS
 
 
 def unpack_codes(codes: UInt32[Array, "batch code_heads words kv_len"]) -> Int32[Array, "b h code_bits kv_len"]:
-    """Bits of word-major codes, as 0 or 1."""
+    """Return the bits of word-major codes, as 0 or 1."""
     batch, code_heads, words, kv_len = codes.shape
     places = jnp.arange(WORD_BITS, dtype=jnp.uint32)[None, None, None, :, None]
     bits = (codes[:, :, :, None, :] >> places) & jnp.uint32(1)

@@ -24,12 +24,12 @@ SLOPES = "pair_slopes"  # what a checkpoint policy may save, so that pairs are n
 
 
 def choose_impl() -> PairCostImpl:
-    """The implementation `auto` takes: one kernel on a GPU that passes its check, fused sums elsewhere."""
+    """Return the implementation `auto` takes: one kernel on a GPU that passes its check, fused sums elsewhere."""
     return "pallas_triton" if is_trusted("pair_cost", _agree) else "xla"
 
 
 def _agree() -> bool:
-    """Kernel and reference on a few rows."""
+    """Return whether kernel and reference agree on a few rows."""
     keys = jax.random.split(jax.random.key(0), 4)
     top, other = (3 * jax.random.normal(key, (4, count)) for key, count in zip(keys[:2], (10, 40), strict=True))
     weights, is_other = jax.random.uniform(keys[2], top.shape), jax.random.bernoulli(keys[3], 0.8, other.shape)
@@ -49,11 +49,14 @@ def pair_sums(
     alpha: float,
     impl: PairCostImpl = "auto",
 ) -> PairSums:
-    """Sums over the pairs of each row: cost, pairs ranked wrongly, and the slopes of the cost by either score.
+    """Return sums over each row's pairs: cost, pairs ranked wrongly, and the slopes of the cost by either score.
 
     Args:
+        top_scores: of each row's sampled top keys.
         top_weights: at least 0; a top key of weight 0 is in no pair.
+        other_scores: of its other keys.
         is_other: which others are in pairs.
+        alpha: margin by which a top key should win, in units of scores.
         impl: `auto` chooses by device; a named implementation runs or raises.
     """
     backends: dict[str, Callable[..., PairSums]] = {

@@ -19,8 +19,8 @@ class PairCostCase:
     others: int
 
     def draw(self, seed: int = 0) -> tuple[tuple[Array, ...], dict[str, Any]]:
-        """Random arrays, and what is static of the call. Tops lie on a grid and others halfway between, so that no pair
-        is as good as tied, and counts are one number."""
+        """Draw random arrays, and the call's static arguments. Tops lie on a grid and others halfway between, so that
+        no pair is nearly tied, and all implementations count alike."""
         keys, rows = jax.random.split(jax.random.key(seed), 4), (self.q_heads, self.queries)
         top = jnp.round(64 * (2 + 3 * jax.random.normal(keys[0], (*rows, self.tops)))) / 64
         other = (jnp.round(64 * 3 * jax.random.normal(keys[1], (*rows, self.others))) + 0.5) / 64

@@ -12,7 +12,8 @@ def pair_factors(
     is_other: Bool[Array, "*batch others"],
     alpha: float,
 ) -> tuple[Float[Array, "*batch tops"], Float[Array, "*batch others"]]:
-    """With ratio = top factor * other factor a pair costs log(1 + ratio), and its slope is ratio / (1 + ratio)."""
+    """Return a factor for each key: with ratio = top factor * other factor a pair costs log(1 + ratio), and its slope
+    is ratio / (1 + ratio)."""
     highest = jnp.max(jnp.where(is_other, other_scores, -jnp.inf), axis=-1, keepdims=True)
     highest = jnp.where(highest > -jnp.inf, highest, 0.0)
     tops = jnp.exp(jnp.minimum(highest - top_scores + alpha, EXPONENT_LIMIT))

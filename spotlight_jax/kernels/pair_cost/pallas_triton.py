@@ -17,7 +17,7 @@ from spotlight_jax.kernels.triton import Ref
 
 
 def _approximate(operation: str, x: Float[Array, "tops others"], interpret: bool) -> Float[Array, "tops others"]:
-    """One PTX instruction a pair, right to about 1e-7: exact logarithms and divisions would be most of the work."""
+    """Run one PTX instruction a pair, right to about 1e-7: exact logarithms and divisions would be most of the work."""
     if interpret:
         return {"lg2": jnp.log2, "rcp": jnp.reciprocal}[operation](x)
     [result] = plgpu.elementwise_inline_asm(
@@ -68,7 +68,7 @@ def pair_sums_pallas_triton(
     alpha: float,
     interpret: bool = False,
 ) -> PairSums:
-    """As the reference; tops and others are padded with keys that are in no pair."""
+    """Compute `pair_sums`; tops and others are padded with keys that are in no pair."""
     cfg = config_here(CONFIGS)
     batch, count = top_scores.shape[:-1], other_scores.shape[-1]
     tops, others = pair_factors(top_scores, other_scores, is_other, alpha)
@@ -103,6 +103,6 @@ def pair_sums_pallas_triton(
 
 
 def _padded_rows(x: Float[Array, "*batch width"], multiple: int) -> Float[Array, "rows padded"]:
-    """Rows of a width that is a multiple of some number, zeros at the end."""
+    """Return rows of a width that is a multiple of some number, zeros at the end."""
     rows = x.reshape(-1, x.shape[-1])
     return jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % multiple)))

@@ -23,7 +23,7 @@ def pair_sums_reference(
     is_other: Bool[Array, "*batch others"],
     alpha: float,
 ) -> PairSums:
-    """top_weight * softplus(other - top + alpha), and its derivative top_weight * sigmoid(other - top + alpha)."""
+    """Sum top_weight * softplus(other - top + alpha), and its derivative top_weight * sigmoid(other - top + alpha)."""
     weights = jnp.where(is_other[..., None, :], top_weights[..., :, None], 0.0)
     gaps = other_scores[..., None, :] - top_scores[..., :, None]
     slopes = weights * jax.nn.sigmoid(gaps + alpha)

@@ -14,8 +14,8 @@ def pair_sums_xla(
     is_other: Bool[Array, "*batch others"],
     alpha: float,
 ) -> PairSums:
-    """Each sum writes its pairs its own way (axis order, factors): XLA then fuses each with its pairs, where equal
-    expressions would be computed once and kept, the pair tensor in full."""
+    """Compute `pair_sums`, where each sum writes its pairs its own way (axis order, factors): XLA then fuses each with
+    its pairs, where equal expressions would be computed once and kept, the pair tensor in full."""
     tops, others = pair_factors(top_scores, other_scores, is_other, alpha)
     by_top = (2.0 * tops)[..., :, None] * (0.5 * others)[..., None, :]
     cost = jnp.sum(top_weights * jnp.sum(jnp.log1p(by_top), axis=-1), axis=-1)

@@ -23,8 +23,8 @@ ScoreSelectImpl = Literal["auto", "reference", "xla", "pallas_triton"]
 
 
 def choose_impl(bounds: WeightBounds) -> ScoreSelectImpl:
-    """What `auto` takes: the kernels on a GPU that passes their check, where they hold the weights and their scores;
-    else the two parts, each as `auto` takes it."""
+    """Return what `auto` takes: the kernels on a GPU that passes their check, where they hold the weights and their
+    scores; else the two parts, each as `auto` takes it."""
     fits = bounds.limit <= INT8_LIMIT and bounds.rank_bits <= MOST_BITS
     return "pallas_triton" if fits and is_trusted("score_select", _agree) else "xla"
 
@@ -33,7 +33,7 @@ def _run_kernels(
     codes: Array, weights: Array, ends: Array, budgets: Array, max_budget: int, bounds: WeightBounds,
     sink_tokens: int, recent_tokens: int, axis: str | None,
 ) -> tuple[Array, Array]:  # fmt: skip
-    """The kernels on weights of 8 bits; raises InputError where they cannot hold the weights or their scores."""
+    """Run the kernels on weights of 8 bits; raises InputError where they cannot hold the weights or their scores."""
     if bounds.limit > INT8_LIMIT:
         raise InputError(f"weights up to {bounds.limit} do not fit int8 (at most {INT8_LIMIT})")
     if bounds.rank_bits > MOST_BITS:
@@ -43,7 +43,7 @@ def _run_kernels(
 
 
 def _agree() -> bool:
-    """Kernels and reference on ragged rows with ties and forced tokens, in several chunks of several steps."""
+    """Return whether kernels and reference agree on ragged rows with ties and forced tokens, in several chunks."""
     batch, heads, kv_len = 16, 4, 25000
     keys = jax.random.split(jax.random.key(0), 4)
     codes = jax.random.bits(keys[0], (batch, 1, 2, kv_len), jnp.uint32)
@@ -61,7 +61,7 @@ def _agree() -> bool:
 
 def score_select(
     codes: UInt32[Array, "batch code_heads words kv_len"],
-    weights: Int[Array, "batch heads sums code_bits"],
+    weights: Int[Array, "batch heads score_heads code_bits"],
     ends: Int32[Array, "batch"],
     budgets: Int32[Array, "batch"],
     max_budget: int,
@@ -71,7 +71,7 @@ def score_select(
     impl: ScoreSelectImpl = "auto",
     axis: str | None = None,
 ) -> tuple[Int32[Array, "batch heads max_budget"], Bool[Array, "batch heads max_budget"]]:
-    """Positions of the tokens with the highest scores (see `weights`), newest first among equals.
+    """Return positions of the tokens with the highest scores (see `weights`), newest first among equals.
 
     Args:
         codes: word-major packed codes; bit c of a code is bit c % 32 of word c // 32.

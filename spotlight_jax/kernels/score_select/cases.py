@@ -25,7 +25,7 @@ class ScoreSelectCase:
     bounds: WeightBounds = WeightBounds(127, 1020)
 
     def draw(self, seed: int = 0) -> tuple[tuple[Array, ...], dict[str, Any]]:
-        """Random arrays, and what is static of the call."""
+        """Draw random arrays, and the call's static arguments."""
         keys, limit = jax.random.split(jax.random.key(seed), 4), self.bounds.limit
         codes = jax.random.bits(keys[0], (self.batch, self.code_heads, self.code_bits // 32, self.kv_len), jnp.uint32)
         shape = self.batch, self.heads, self.sums, self.code_bits

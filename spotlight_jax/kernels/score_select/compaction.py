@@ -19,7 +19,7 @@ HIGHEST_BITS = -0x7FFF8000  # of both halves
 
 
 def load_ranks(words_ref: Ref, chunk: int, plan: Plan) -> list[Int32[Array, "threads words"]]:
-    """All of this program's ranks, two in a word, by wide steps; each thread has a row of those. 0: no token.
+    """Load all of this program's ranks, two in a word, by wide steps; each thread has a row of those. 0: no token.
 
     The mask ends at a multiple of a chunk's words, or where the row does: halved any later, Triton could not tell that
     it never parts a thread's words, and would load them one by one.
@@ -32,7 +32,7 @@ def load_ranks(words_ref: Ref, chunk: int, plan: Plan) -> list[Int32[Array, "thr
 
 
 def _reaches(words: Int32[Array, "threads words"], least: Int32[Array, ""]) -> Int32[Array, "threads"]:
-    """A bit for each token of a thread, the lowest for the first: whether its rank is at least `least`.
+    """Return a bit for each token of a thread, the lowest for the first: whether its rank is at least `least`.
 
     One sum raises both ranks of a word so that these reach the highest bit of their half, which ranks do not have.
     """
@@ -44,7 +44,7 @@ def _reaches(words: Int32[Array, "threads words"], least: Int32[Array, ""]) -> I
 
 
 def _drop_lowest(bits: Int32[Array, "threads"], dropped: Int32[Array, "threads"], most: int) -> Int32[Array, "threads"]:
-    """Without the lowest `dropped` of at most `most` bits that are set."""
+    """Return the bits without the lowest `dropped` of at most `most` that are set."""
     for count in range(most):
         bits = jnp.where(count < dropped, bits & (bits - 1), bits)
     return bits
@@ -53,7 +53,8 @@ def _drop_lowest(bits: Int32[Array, "threads"], dropped: Int32[Array, "threads"]
 def _choose(
     words: list[Array], tokens: int, cut: Array, own_ties: Array, dropped: Array
 ) -> list[tuple[Int32[Array, "threads"], Int32[Array, "threads"]]]:
-    """Which of its `tokens` of every wide step a thread chooses, a bit each; how many are chosen before, of the chunk.
+    """Return which of its `tokens` of every wide step a thread chooses, a bit each, and how many of the chunk are
+    chosen before those.
 
     Chosen are ranks above the cut, and those at it but for the first `dropped` of the chunk's `own_ties`. A count is of
     ranks above the cut and, sixteen bits higher, of those at it, below zero for those that are dropped. What threads
@@ -88,7 +89,7 @@ def store_chosen(
     words: list[Array], cut: Array, own_ties: Array, dropped: Array, first: Array, start: Array,
     places_ref: Ref, plan: Plan,
 ) -> None:  # fmt: skip
-    """Positions of a chunk's chosen tokens (`_choose`), from slot `first` on."""
+    """Store the positions of a chunk's chosen tokens (`_choose`), from slot `first` on."""
     tokens = 2 * words[0].shape[1]
     token = jnp.arange(tokens, dtype=jnp.int32)[None, :]
     for step, (bits, before) in enumerate(_choose(words, tokens, cut, own_ties, dropped)):

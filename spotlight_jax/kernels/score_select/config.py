@@ -29,7 +29,7 @@ class Config:
         return self.longest_chunk_steps * self.step
 
     def choose_chunk(self, rows: int, kv_len: int) -> int:
-        """Tokens of a program: few enough that a GPU is full, many enough that all programs run at once."""
+        """Return the tokens of a program: few enough that a GPU is full, many enough that all programs run at once."""
         chunk = self.wide_step * -(-rows * kv_len // (self.programs * self.wide_step))
         return self.step if rows * kv_len <= self.programs * self.step else min(chunk, self.longest_chunk)
 

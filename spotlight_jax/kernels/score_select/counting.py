@@ -25,7 +25,7 @@ WORD = 4  # bytes of a count
 
 
 def _start_program(bins: int, step: int) -> str:
-    """PTX that clears the program's bins; operands: where the lowest rank is counted, 4 x a number of each token."""
+    """Return PTX that clears the bins; operands: where the lowest rank is counted, 4 x a number of each token."""
     lowest, number = number_operands(2, TOKENS)
     lines = [f".shared .align 4 .b32 bins[{bins}];", ".reg .u32 start, at;", "mov.u32 start, bins;"]
     for token in range(TOKENS):
@@ -36,14 +36,14 @@ def _start_program(bins: int, step: int) -> str:
 
 
 def _add_program() -> str:
-    """PTX that counts a rank; operands: where the lowest rank is counted, as a result and as given; the rank."""
+    """Return PTX that counts a rank; operands: where the lowest rank is counted, as a result and as given; the rank."""
     [same], [lowest], [rank] = number_operands(3)
     add = f"mad.lo.s32 at, {rank}, -{WORD}, {lowest}; red.shared.add.u32 [at], 1;"
     return f"{{ .reg .u32 at; {add} mov.b32 {same}, {lowest}; }}"
 
 
 def _read_program(first: int, bins: int) -> str:
-    """PTX for a count of each token; operands: it, where the lowest rank is counted, 4 x a number of each token."""
+    """Return PTX for each token's count; operands: it, where the lowest rank is counted, 4 x a number of each token."""
     count, lowest, number = number_operands(3, TOKENS)
     lines = ["bar.sync 0;", ".reg .u32 at;"]
     for token in range(TOKENS):
@@ -53,21 +53,21 @@ def _read_program(first: int, bins: int) -> str:
 
 
 def start_counting(step: int, plan: Plan) -> Int32[Array, "counted"]:
-    """Nothing counted yet."""
+    """Begin with nothing counted."""
     if plan.interpret:
         return jnp.zeros((plan.bins,), jnp.int32)
     return run_instruction(_start_program(plan.bins, step), WORD * jnp.arange(step, dtype=jnp.int32), pack=TOKENS)
 
 
 def count_ranks(ranks: Int32[Array, "step"], counted: Int32[Array, "counted"], plan: Plan) -> Int32[Array, "counted"]:
-    """What is counted with a step's ranks."""
+    """Count a step's ranks as well."""
     if plan.interpret:
         return counted.at[plan.bins - 1 - ranks].add(1)
     return run_instruction(_add_program(), counted, ranks)
 
 
 def read_counts(counted: Int32[Array, "counted"], plan: Plan) -> list[Int32[Array, "counted"]]:
-    """The histogram, the highest rank first, in as many arrays as it fills."""
+    """Return the histogram, the highest rank first, in as many arrays as it fills."""
     if plan.interpret:
         return [counted]
     numbers = WORD * jnp.arange(counted.size, dtype=jnp.int32)
@@ -76,7 +76,7 @@ def read_counts(counted: Int32[Array, "counted"], plan: Plan) -> list[Int32[Arra
 
 
 def find_bin(bins: Int32[Array, "bins"], wanted: Int32[Array, ""]) -> tuple[Int32[Array, ""], Int32[Array, ""]]:
-    """Which bin holds the last of `wanted` tokens, and how many tokens lie in those before it."""
+    """Return which bin holds the last of `wanted` tokens, and how many tokens lie in those before it."""
     reached, count = jnp.cumsum(bins), bins.size
     places = jnp.arange(count, dtype=jnp.int32)
     # of the last bin before: neither falls

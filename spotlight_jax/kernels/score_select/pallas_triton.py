@@ -68,7 +68,7 @@ def _score_kernel(
 def _look(
     counts_ref: Ref, start: Index, bins: int, wanted: Array, is_filled: Bool[Array, "lanes"]
 ) -> tuple[Array, Array, Array, Array]:
-    """Which of `bins` bins holds the last of a row's `wanted` tokens.
+    """Return which of `bins` bins holds the last of a row's `wanted` tokens.
 
     Returns: the bin; tokens in bins before it, the row's and each chunk's; each chunk's tokens in it.
     """
@@ -114,7 +114,7 @@ def _select(
     plan: Plan,
     axis: str | None,
 ) -> tuple[Int32[Array, "rows max_budget"], Int32[Array, "rows"]]:
-    """Chosen positions of every row, and how many: the row's budget, or this device's share of it."""
+    """Return chosen positions of every row, and how many: the row's budget, or this device's share of it."""
     rows, heads, group = plan.rows, plan.heads, plan.heads // plan.code_heads
     chunk = plan.cfg.choose_chunk(rows, plan.kv_len)
     chunks = -(-plan.kv_len // chunk)
@@ -159,9 +159,14 @@ def _select(
 
 
 def _own_budgets(counts: Int32[Array, "rows bins"], budgets: Int32[Array, "rows"], axis: str) -> Int32[Array, "rows"]:
-    """How many of the tokens that rows choose on all devices are on this one, from histograms, the highest rank first.
+    """Return how many of the tokens that rows choose on all devices are on this one.
 
-    One exchange of the histograms, whose size does not depend on the cache's, says it all.
+    One exchange of histograms, whose size does not depend on the cache's, says it all.
+
+    Args:
+        counts: how often each rank occurs on this device, the highest first.
+        budgets: tokens that each row chooses on all devices.
+        axis: over which tokens are split.
     """
     of_all = lax.all_gather(counts, axis)
     reached = jnp.cumsum(jnp.sum(of_all, axis=0), axis=1)
@@ -176,7 +181,7 @@ def _own_budgets(counts: Int32[Array, "rows bins"], budgets: Int32[Array, "rows"
 
 def score_select_pallas_triton(
     codes: UInt32[Array, "batch code_heads words kv_len"],
-    weights: Int8[Array, "batch heads sums code_bits"],
+    weights: Int8[Array, "batch heads score_heads code_bits"],
     ends: Int32[Array, "batch"],
     budgets: Int32[Array, "batch"],
     max_budget: int,
@@ -186,7 +191,7 @@ def score_select_pallas_triton(
     axis: str | None = None,
     interpret: bool = False,
 ) -> tuple[Int32[Array, "batch heads max_budget"], Bool[Array, "batch heads max_budget"]]:
-    """As the reference, and on one device of several its part of that."""
+    """Compute `score_select` by two kernels."""
     batch, code_heads, words, kv_len = codes.shape
     heads, sums = weights.shape[1:3]
     plan = Plan(

@@ -20,7 +20,7 @@ PARTS = 32  # of a histogram, added up: a cut is looked for among these first
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is static of a call."""
+    """Static sizes and settings of a call."""
 
     batch: int
     heads: int
@@ -71,17 +71,17 @@ class Bounds(NamedTuple):
 
 
 def read_bounds(bounds_ref: Ref) -> Bounds:
-    """Of a program's row."""
+    """Return those of a program's row."""
     return Bounds(*(bounds_ref[place] for place in range(len(Bounds._fields))))
 
 
 def positions_of(start: Index, step: Index, width: int) -> Int32[Array, "width"]:
-    """Of a step's tokens, from a start on."""
+    """Return the positions of a step's tokens, from a start on."""
     return start + step * width + jnp.arange(width, dtype=jnp.int32)
 
 
 def slots_of(step: Index, width: int, there: Int32[Array, ""]) -> tuple[Any, Bool[Array, "width"]]:
-    """A step's slots in a program's chunk, and whether they are among the `there` that the cache has of it.
+    """Return a step's slots in a program's chunk, and whether they are among the `there` that the cache has of it.
 
     None lie past the chunk: what is asked for ahead of its last step is not read.
     """
@@ -94,7 +94,7 @@ def walk(
     work: Callable[[Index, PyTree, PyTree], PyTree],
     start: PyTree,
 ) -> PyTree:
-    """`work` on each step's `load`, the next one's asked for before: memory is read while there is work."""
+    """Run `work` on each step's `load`, the next one asked for before it: memory is read while there is work."""
 
     def take_step(step: Array, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
         loaded, done = carry
@@ -105,7 +105,7 @@ def walk(
 
 
 def clear_free_slots(places_ref: Ref, budget: Array, plan: Plan, width: int) -> None:
-    """Zeros where a budget is smaller than the greatest."""
+    """Write zeros where a budget is smaller than the greatest."""
 
     def clear_step(step: Array, _: None) -> None:
         slots = positions_of(0, step, width)
@@ -116,12 +116,12 @@ def clear_free_slots(places_ref: Ref, budget: Array, plan: Plan, width: int) -> 
 
 
 def number_operands(count: int, pack: int = 1) -> list[list[str]]:
-    """Names of `count` operands in a program of `run_instruction`, results first: each is `pack` registers in a row."""
+    """Name `count` operands in a program of `run_instruction`, results first: each is `pack` registers in a row."""
     return [[f"${pack * place + token}" for token in range(pack)] for place in range(count)]
 
 
 def run_instruction(program: str, *args: Array, pack: int = 1) -> Int32[Array, "*shape"]:
-    """PTX for every token, or `pack` tokens of a thread at a time: their results are the first operands."""
+    """Run PTX for every token, or `pack` tokens of a thread at a time: its results are the first operands."""
     [result] = plgpu.elementwise_inline_asm(
         program,
         args=args,

@@ -14,7 +14,7 @@ from spotlight_jax.weights import WeightBounds
 
 def score_select_in_parts(
     codes: UInt32[Array, "batch code_heads words kv_len"],
-    weights: Int[Array, "batch heads sums code_bits"],
+    weights: Int[Array, "batch heads score_heads code_bits"],
     ends: Int32[Array, "batch"],
     budgets: Int32[Array, "batch"],
     max_budget: int,
@@ -24,7 +24,7 @@ def score_select_in_parts(
     impl: Literal["auto", "reference"] = "auto",
     axis: str | None = None,
 ) -> tuple[Int32[Array, "batch heads max_budget"], Bool[Array, "batch heads max_budget"]]:
-    """`score_select` by `match_score` and `select_top`, both of the implementation that is named."""
+    """Compute `score_select` by `match_score` and `select_top`, both of the implementation that is named."""
     scores = match_score(codes, weights[:, None].astype(jnp.int32), bounds.bits, impl)[:, 0]
     least, greatest = bounds.score_range
     rows = jnp.broadcast_to(ends[:, None], scores.shape[:2])

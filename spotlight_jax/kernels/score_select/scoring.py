@@ -41,7 +41,7 @@ SUMS = 2  # of weights, by which it counts
 
 
 def _score_program(words: int, planes: int) -> str:
-    """PTX for two tokens of each thread: the higher of two sums, each with its offset.
+    """Return PTX for two tokens of each thread: the higher of two sums, each with its offset.
 
     Operands, a register for each of the two tokens: the score; words of the code; planes of the weights from the
     highest down, word by word; the offsets. From the highest plane down, what is counted so far is doubled; the
@@ -68,7 +68,7 @@ def _score_program(words: int, planes: int) -> str:
 
 
 def _count_planes(words: list[Array], weights: list[list[Array]], offset: Array) -> Array:
-    """A sum of a code's weights, and its offset; planes from the highest down."""
+    """Return a sum of a code's weights, and its offset; planes from the highest down."""
     total = jnp.zeros(words[0].shape, jnp.int32)
     for plane, of_words in enumerate(weights):
         total = total * (-2 if plane == 1 else 2)
@@ -78,7 +78,7 @@ def _count_planes(words: list[Array], weights: list[list[Array]], offset: Array)
 
 
 def _lane() -> Int32[Array, "1"]:
-    """This thread's number in its warp.
+    """Return this thread's number in its warp.
 
     Every thread has its own copy of an array of one number, which may be another number than its neighbours'.
     """
@@ -86,7 +86,7 @@ def _lane() -> Int32[Array, "1"]:
 
 
 def _plane_program(place: int) -> str:
-    """PTX for bit `place` of the numbers of a warp's threads, as one word that all of them get."""
+    """Return PTX for bit `place` of the numbers of a warp's threads, as one word that all of them get."""
     test = f"and.b32 bit, $1, {1 << place}; setp.ne.b32 is_set, bit, 0;"
     return f"{{ .reg .b32 bit; .reg .pred is_set; {test} vote.sync.ballot.b32 $0, is_set, 0xffffffff; }}"
 
@@ -95,7 +95,7 @@ _ADD_PROGRAM = "redux.sync.add.s32 $0, $1, 0xffffffff;"  # of the numbers of a w
 
 
 def _weights_of(weights_ref: Ref, one: int, plan: Plan) -> tuple[list[list[Array]], Array]:
-    """A sum's weights in planes of bits, packed like codes, from the highest plane down; half of their sum.
+    """Return a sum's weights in planes of bits, packed like codes, from the highest plane down; half of their sum.
 
     A thread loads the weight of its bit of every word.
     """
@@ -117,7 +117,7 @@ def owned_sums(lane: Int32[Array, "lanes"]) -> Iterator[Bool[Array, "lanes"]]:
 
 
 def _own_columns(weights: list[list[Array]], others: list[list[Array]]) -> list[Int32[Array, "1"]]:
-    """What this thread holds of a product's columns: planes of the one sum or the other where it meets its own rows."""
+    """Return this thread's part of a product's columns: planes of a sum where it meets its own rows, else zeros."""
     first, second = (jnp.where(is_owned, -1, 0) for is_owned in owned_sums(_lane()))
     return [
         (one & first) | (other & second)
@@ -127,7 +127,7 @@ def _own_columns(weights: list[list[Array]], others: list[list[Array]]) -> list[
 
 
 def ranker_of(weights_ref: Ref, bounds: Bounds, width: int, plan: Plan) -> Callable[[list[Array], Array], Array]:
-    """A row's function from a step's codes, and the position where the step starts, to ranks."""
+    """Return a row's function from a step's codes, and the position where the step starts, to ranks."""
     sums, halves = zip(*(_weights_of(weights_ref, one, plan) for one in range(plan.sums)), strict=True)
     offsets = [1 - plan.least - half for half in halves]
     pairs = [(first, min(first + 1, plan.sums - 1)) for first in range(0, plan.sums, SUMS)]

@@ -20,12 +20,12 @@ SelectTopImpl = Literal["auto", "reference", "counting"]
 
 
 def choose_impl() -> SelectTopImpl:
-    """What `auto` takes: counting, on any device."""
+    """Return what `auto` takes: counting, on any device."""
     return "counting"
 
 
 def _digit_bits() -> int:
-    """Bits of the cut found per pass: more comparisons a pass pay where a pass costs a kernel launch."""
+    """Return the bits of the cut found per pass: more comparisons a pass pay where a pass costs a kernel launch."""
     return 1 if jax.default_backend() == "cpu" else 2
 
 
@@ -51,7 +51,7 @@ def select_top(
     impl: SelectTopImpl = "auto",
     axis: str | None = None,
 ) -> tuple[Int32[Array, "*rows max_budget"], Bool[Array, "*rows max_budget"]]:
-    """Positions of the `budgets` highest ranks of each row.
+    """Return positions of the `budgets` highest ranks of each row.
 
     Args:
         ranks: a position of rank 0 is never chosen; equal ranks go to the newest (largest) position.
@@ -81,7 +81,7 @@ def _select_by_counting(
     rank_bits: int,
     axis: str | None,
 ) -> tuple[Int32[Array, "*rows max_budget"], Bool[Array, "*rows max_budget"]]:
-    """The cut, compacted; on one device of several, that of its own share."""
+    """Find the cut, on one device of several that of its own share, and compact it."""
     if axis is not None:
         budgets = own_budgets(ranks, budgets, rank_bits, _digit_bits(), axis)
     cut = find_cut(_pad(ranks), budgets, rank_bits, _digit_bits())
@@ -91,7 +91,7 @@ def _select_by_counting(
 def mask_top(
     ranks: UInt32[Array, "*rows kv_len"], budgets: Int32[Array, "*rows"], rank_bits: int = WORD_BITS
 ) -> Bool[Array, "*rows kv_len"]:
-    """The same choice as `select_top`, from the same cut, as a mask: for many queries at once, each with its budget."""
+    """Return the choice of `select_top`, from the same cut, as a mask: for many queries, each with its budget."""
     _check(ranks, budgets, rank_bits)
     cut = find_cut(_pad(ranks), budgets, rank_bits, _digit_bits())
     positions = jnp.arange(ranks.shape[-1], dtype=jnp.int32).reshape((1,) * (ranks.ndim - 1) + (-1,))

@@ -20,7 +20,7 @@ class SelectTopCase:
     rank_bits: int
 
     def draw(self, seed: int = 0) -> tuple[tuple[Array, ...], dict[str, Any]]:
-        """Random arrays, and what is static of the call."""
+        """Draw random arrays, and the call's static arguments."""
         keys = jax.random.split(jax.random.key(seed), 2)
         ranks = jax.random.bits(keys[0], (self.batch, self.heads, self.kv_len), jnp.uint32) >> (32 - self.rank_bits)
         budgets = jax.random.randint(keys[1], ranks.shape[:2], 1, self.budget + 1, jnp.int32)

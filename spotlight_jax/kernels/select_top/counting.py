@@ -28,17 +28,17 @@ class Cut:
 
 
 def _row(values: Array, ndim: int) -> Array:
-    """A vector with `ndim` axes, all but the last of size 1."""
+    """Return a vector with `ndim` axes, all but the last of size 1."""
     return values.reshape((1,) * (ndim - 1) + (-1,))
 
 
 def _count(words: UInt32[Array, "*shape"]) -> Int32[Array, "*shape"]:
-    """Bits set in each word."""
+    """Count the bits set in each word."""
     return lax.population_count(words).astype(jnp.int32)
 
 
 def _repeat(times: int, step: Callable[[Array, PyTree], PyTree], start: PyTree) -> PyTree:
-    """`times` steps: unrolled where a pass is a launch; a loop on a CPU, where it runs the same and compiles faster."""
+    """Take `times` steps: unrolled where a pass is a launch; in a loop on a CPU, as fast there and compiled sooner."""
     if jax.default_backend() == "cpu":
         return lax.fori_loop(0, times, step, start)
     for done in range(times):
@@ -53,7 +53,7 @@ def _find_threshold(
     digit_bits: int,
     axis: str | None = None,
 ) -> UInt32[Array, "*rows"]:
-    """The greatest threshold, from 1 on, that at least `budgets` ranks reach (1 where fewer ranks are above 0).
+    """Return the greatest threshold, from 1 on, that at least `budgets` ranks reach (1 where fewer are above 0).
 
     `digit_bits` divides 32, so that no bound overflows. Ranks on all devices of an axis count.
     """
@@ -79,7 +79,7 @@ def own_budgets(
     digit_bits: int,
     axis: str,
 ) -> Int32[Array, "*rows"]:
-    """How many of the `budgets` highest ranks on all devices of an axis are on this one: its own highest."""
+    """Return how many of the `budgets` highest ranks on all devices of an axis are on this one: its own highest."""
     ranks = lax.optimization_barrier(ranks)
     threshold = _find_threshold(ranks, budgets, rank_bits, digit_bits, axis)[..., None]
     above, ties = (jnp.sum(is_in, axis=-1, dtype=jnp.int32) for is_in in (ranks > threshold, ranks == threshold))
@@ -87,7 +87,7 @@ def own_budgets(
 
 
 def own_ties(ties: Int32[Array, "*rows"], wanted: Int32[Array, "*rows"], axis: str) -> Int32[Array, "*rows"]:
-    """How many of the `wanted` newest among the ties of all devices of an axis are this one's."""
+    """Return how many of the `wanted` newest among the ties of all devices of an axis are this one's."""
     of_all = lax.all_gather(ties, axis)
     devices = jnp.arange(of_all.shape[0]).reshape(-1, *[1] * ties.ndim)
     newer = jnp.sum(jnp.where(devices > lax.axis_index(axis), of_all, 0), axis=0)
@@ -97,7 +97,7 @@ def own_ties(ties: Int32[Array, "*rows"], wanted: Int32[Array, "*rows"], axis: s
 def find_cut(
     ranks: UInt32[Array, "*rows kv_len"], budgets: Int32[Array, "*rows"], rank_bits: int, digit_bits: int
 ) -> Cut:
-    """Where each row's selection ends, ties going to the newest; kv_len is a multiple of 32."""
+    """Return where each row's selection ends, ties going to the newest; kv_len is a multiple of 32."""
     ranks = lax.optimization_barrier(ranks)  # else XLA computes the scores anew in every pass
     threshold = _find_threshold(ranks, budgets, rank_bits, digit_bits)
     at_least = pack_bits(ranks >= threshold[..., None])
@@ -122,7 +122,7 @@ def find_cut(
 def _position_of(
     words: UInt32[Array, "*rows words"], sums: Int32[Array, "*rows words"], order: Int32[Array, "*rows n"]
 ) -> Int32[Array, "*rows n"]:
-    """Position of the set bit number `order` (from 0) of a packed mask; `sums` are inclusive prefix sums of its counts.
+    """Return the position of a packed mask's set bit number `order` (from 0); `sums` are prefix sums of its counts.
 
     Found by counting what ends before it: blocks of words, words of its block, bits of its word.
     """
@@ -147,7 +147,7 @@ def _position_of(
 def compact_mask(
     cut: Cut, budgets: Int32[Array, "*rows"], max_budget: int
 ) -> tuple[Int32[Array, "*rows max_budget"], Bool[Array, "*rows max_budget"]]:
-    """Positions that the cut chooses, ascending, and which slots hold one."""
+    """Return positions that the cut chooses, ascending, and which slots hold one."""
     starts = _row(jnp.arange(cut.ties.shape[-1], dtype=jnp.int32) * WORD_BITS, cut.ties.ndim)
     too_old = jnp.clip(cut.oldest[..., None] - starts, 0, WORD_BITS)  # positions of each word before `oldest`
     all_bits = jnp.uint32(0xFFFFFFFF)

@@ -12,7 +12,7 @@ def force_ranks(
     recent_tokens: int,
     first: Int32[Array, ""] | int = 0,
 ) -> UInt32[Array, "*rows kv_len"]:
-    """The ranks with `always` for sinks and the newest tokens, and 0 for slots from each row's end on.
+    """Return the ranks with `always` for sinks and the newest tokens, and 0 for slots from each row's end on.
 
     Args:
         first: position of the first slot.

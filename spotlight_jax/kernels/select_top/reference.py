@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Int32, UInt32
 def select_top_reference(
     ranks: UInt32[Array, "*rows kv_len"], budgets: Int32[Array, "*rows"], max_budget: int
 ) -> tuple[Int32[Array, "*rows max_budget"], Bool[Array, "*rows max_budget"]]:
-    """`select_top` by sorting."""
+    """Compute `select_top` by sorting."""
     kv_len = ranks.shape[-1]
     ascending = jnp.argsort(ranks, axis=-1, stable=True)  # equal ranks: oldest first
     best_first = jnp.flip(ascending, axis=-1)

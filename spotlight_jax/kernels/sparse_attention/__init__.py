@@ -27,17 +27,17 @@ SparseAttentionImpl = Literal["auto", "reference", "gather", "pallas_triton"]
 
 
 def choose_impl() -> SparseAttentionImpl:
-    """What `auto` takes: kernels that split each row, on a GPU that passes their check; else gathered rows."""
+    """Return what `auto` takes: kernels that split each row, on a GPU that passes their check; else gathered rows."""
     return "pallas_triton" if is_trusted("sparse_attention", _agree) else "gather"
 
 
 def choose_estimated_impl() -> SparseAttentionImpl:
-    """What `auto` takes in `estimated_attention`: the same kernels, where they pass its check; else gathered rows."""
+    """Return what `auto` takes in `estimated_attention`: the same kernels if they pass its check, else gathers."""
     return "pallas_triton" if is_trusted("estimated_attention", _estimates_agree) else "gather"
 
 
 def _agree() -> bool:
-    """Kernels and reference on two sequences, a budget of several tiles, position 0, and slots that are not real."""
+    """Return whether kernels and reference agree on two sequences, several tiles, position 0, and slots not real."""
     keys = jax.random.split(jax.random.key(0), 4)
     queries = jax.random.normal(keys[0], (2, 6, 64), jnp.float32)
     cache = [jax.random.normal(key, (2, 500, 2, 64), jnp.float32) for key in keys[1:3]]
@@ -47,7 +47,7 @@ def _agree() -> bool:
 
 
 def _estimates_agree() -> bool:
-    """Kernels and reference on two sequences of two lengths."""
+    """Return whether kernels and reference agree on two sequences of two lengths."""
     return _agrees(estimated_attention, *EstimatedAttentionCase("check", 2, 6, 2, 64, 2, 500, 100, "float32").draw()[0])
 
 
@@ -68,9 +68,12 @@ def sparse_attention(
     impl: SparseAttentionImpl = "auto",
     axis: str | None = None,
 ) -> Float[Array, "batch q_heads head_dim"]:
-    """Softmax attention over the rows `indices` names, scores divided by sqrt(head_dim), accumulated in float32.
+    """Return softmax attention over the rows that `indices` names: scores divided by sqrt(head_dim), sums in float32.
 
     Args:
+        queries: of each sequence's newest token, after RoPE.
+        keys: cached, after RoPE.
+        values: of the same tokens.
         indices: one selection per KV head (heads = kv_heads) or per query head (heads = q_heads), each position once.
         is_real: False slots are not read; at least one slot of each row is real.
         impl: `auto` chooses by device; a named implementation runs or raises.
@@ -107,7 +110,7 @@ def estimated_attention(
 
     Args:
         ends: cached tokens of each sequence; its query belongs to the last. The newest are those of the last one's
-            block of `tail.BLOCK`.
+            block of `moments.BLOCK`.
         moments: of all tokens before the newest. The reference, which reads the whole cache, makes its own.
         params: corrections; leaves lead with the batch, or with 1 where they are the same for all of it.
 

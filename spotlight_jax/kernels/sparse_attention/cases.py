@@ -26,7 +26,7 @@ class SparseAttentionCase:
     dtype: str = "bfloat16"
 
     def draw(self, seed: int = 0) -> tuple[tuple[Array, ...], dict[str, Any]]:
-        """Random arrays, and what is static of the call: nothing."""
+        """Draw random arrays; no argument of the call is static."""
         keys, shape = jax.random.split(jax.random.key(seed), 5), (self.batch, self.kv_len, self.kv_heads, self.head_dim)
         queries = jax.random.normal(keys[0], (self.batch, self.q_heads, self.head_dim), self.dtype)
         cache = [jax.random.normal(key, shape, self.dtype) for key in keys[1:3]]
@@ -41,7 +41,7 @@ class EstimatedAttentionCase(SparseAttentionCase):
     """A call with the moments of what is cached: sequences of several lengths, up to the whole cache."""
 
     def draw(self, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Random arrays and corrections, and what is static of the call: nothing."""
+        """Draw random arrays and corrections; no argument of the call is static."""
         (queries, keys, values, indices, is_real), static = super().draw(seed)
         lengths = self.kv_len - 37 * jnp.arange(self.batch, dtype=jnp.int32)
         empty = empty_moments(self.batch, self.kv_heads, self.head_dim, keys.dtype)

@@ -60,7 +60,7 @@ def sparse_attention_gather(
     is_real: Bool[Array, "batch heads budget"],
     axis: str | None = None,
 ) -> Float[Array, "batch q_heads head_dim"]:
-    """`sparse_attention`; queries that share a selection share its rows."""
+    """Compute `sparse_attention`; queries that share a selection share its rows."""
     logits, picked_values = _gather(queries, keys, values, indices, is_real)
     out = _mix(logits, picked_values)
     if axis is not None:
@@ -79,7 +79,7 @@ def estimated_attention_gather(
     params: TailParams,
     axis: str | None = None,
 ) -> tuple[Float[Array, "batch q_heads head_dim"], Float[Array, "batch q_heads"]]:
-    """`estimated_attention`; the newest rows are gathered with the others."""
+    """Compute `estimated_attention`; the newest rows are gathered with the others."""
     batch, heads, _ = indices.shape
     slots, kv_heads = keys.shape[1:3]
     first = first_slot(slots, axis)
@@ -98,7 +98,7 @@ def estimated_attention_gather(
     read = _mix(logits, picked_values)
 
     def by_group(rows: Array) -> Array:
-        """From the query heads of a selection to those of a KV head."""
+        """Turn rows by query heads of a selection into rows by those of a KV head."""
         return rows.reshape(batch, kv_heads, -1, *rows.shape[3:])
 
     whole, of_values = query_moments(moments, by_group(queries[:, :, None]))

@@ -31,7 +31,7 @@ Found = tuple[Array, Array, Array, list[Array], tuple[Array, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is static of a call."""
+    """Static sizes and settings of a call."""
 
     heads: int
     kv_heads: int
@@ -75,7 +75,7 @@ class Plan:
 
 
 def _power_of_two(number: int) -> int:
-    """The least that is no smaller."""
+    """Return the least power of two that is no smaller."""
     return 1 << (number - 1).bit_length()
 
 
@@ -166,7 +166,7 @@ def _join_kernel(
     is_split, is_dim = splits < plan.splits, lanes < plan.head_dim
 
     def load(ref: Ref) -> Array:
-        """Numbers or vectors of all splits."""
+        """Load the numbers or vectors of all splits."""
         if len(ref.shape) == 1:
             return plgpu.load(ref.at[splits], mask=is_split, other=0.0)
         is_there = is_split[:, None] & is_dim[None, :]
@@ -197,7 +197,7 @@ def _join_kernel(
 def _load_tail(
     queries_ref: Ref, products_ref: Ref, count_ref: Ref, mean_ref: Ref, params_refs: Sequence[Ref], *, plan: Plan
 ) -> tuple[LogitMoments, ValueMoments, Corrections]:
-    """Moments of all tokens for one query head, and its corrections."""
+    """Load the moments of all tokens for one query head, and its corrections."""
     row, query = pl.program_id(0), pl.program_id(1)
     sequence, head = row // plan.heads, row % plan.heads
     kv_head, q_head = head // (plan.heads // plan.kv_heads), head * plan.group + query
@@ -232,7 +232,7 @@ def _load_tail(
 
 
 def make_plan(queries: Array, keys: Array, indices: Array, has_tail: bool) -> Plan:
-    """How a call is cut: as many programs as keep a GPU busy, each with whole tiles."""
+    """Return how a call is cut: as many programs as keep a GPU busy, each with whole tiles."""
     batch, q_heads, head_dim = queries.shape
     heads, budget = indices.shape[1:]
     cfg = config_here(CONFIGS)
@@ -251,7 +251,7 @@ def sparse_attention_pallas_triton(
     axis: str | None = None,
     interpret: bool = False,
 ) -> Float[Array, "batch q_heads head_dim"]:
-    """`sparse_attention`; programs of a row are joined by their softmax sums."""
+    """Compute `sparse_attention`; programs of a row are joined by their softmax sums."""
     plan = make_plan(queries, keys, indices, has_tail=False)
     found = _read(queries, keys, values, indices, is_real, (), plan, interpret)
     plan, (parts, m, totals, *_) = _exchange(found, plan, axis)
@@ -270,11 +270,10 @@ def estimated_attention_pallas_triton(
     axis: str | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "batch q_heads head_dim"], Float[Array, "batch q_heads"]]:
-    """`estimated_attention`; the programs of a row that multiply moments with queries follow those that read."""
+    """Compute `estimated_attention`; a row's programs that multiply moments with queries follow those that read."""
     plan = make_plan(queries, keys, indices, has_tail=True)
-    slots = keys.shape[1]
-    places = jnp.stack([jnp.zeros_like(ends), block_start(ends - 1), ends], axis=1) - first_slot(slots, axis)
-    places = places.at[:, 2].min(slots)  # of each sequence: its first token, its newest block, its end
+    places = jnp.stack([jnp.zeros_like(ends), block_start(ends - 1), ends], axis=1)
+    places = (places - first_slot(keys.shape[1], axis)).at[:, 2].min(keys.shape[1])  # first token, newest block, end
     tail = (places, moments.covariance)
     found = _read(queries, keys, values, indices, is_real, tail, plan, interpret)
     plan, (parts, m, totals, sums, products) = _exchange(found, plan, axis)

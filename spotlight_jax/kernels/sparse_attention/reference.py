@@ -15,7 +15,7 @@ def sparse_attention_reference(
     indices: Int32[Array, "batch heads budget"],
     is_real: Bool[Array, "batch heads budget"],
 ) -> Float[Array, "batch q_heads head_dim"]:
-    """`sparse_attention` through a mask over the whole cache."""
+    """Compute `sparse_attention` through a mask over the whole cache."""
     logits, mask, wide_values = _whole(queries, keys, values, indices, is_real)
     shares = jax.nn.softmax(jnp.where(mask, logits, -jnp.inf), axis=-1)
     return jnp.einsum("bhs,bhsd->bhd", shares, wide_values).astype(queries.dtype)
@@ -31,7 +31,7 @@ def estimated_attention_reference(
     moments: Moments,
     params: TailParams,
 ) -> tuple[Float[Array, "batch q_heads head_dim"], Float[Array, "batch q_heads"]]:
-    """`estimated_attention` from all logits; the moments that were given are not looked at."""
+    """Compute `estimated_attention` from all logits; the given moments are not looked at."""
     del moments
     batch, q_heads, _ = queries.shape
     rows = (batch, keys.shape[2], q_heads // keys.shape[2], 1, -1)

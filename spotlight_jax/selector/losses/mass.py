@@ -11,17 +11,17 @@ from spotlight_jax.selector.losses.targets import all_scores, find_top, most_top
 
 
 def mass_cost(
-    weights: Float[Array, "heads sums q_len code_bits"],
+    weights: Float[Array, "heads score_heads q_len code_bits"],
     codes: Float[Array, "code_heads kv_len code_bits"],
     ranked: Float[Array, "heads q_len kv_len"],
     positions: Int32[Array, "q_len"],
     cfg: MassLoss,
 ) -> Float[Array, "three"]:
-    """Attention mass that a soft cut leaves out, that the hard one does, and how many queries leave anything out.
+    """Return the attention mass that a soft cut leaves out, that the hard one does, and how many queries leave any out.
 
     Keys are read by sigmoid((score - cut) / width). The cut moves with the scores near it, so that as many keys are
-    read as before, to first order: raising all scores gains nothing, and a key is worth what its probability is above
-    the mean of those near the cut.
+    read as before, to first order: raising all scores gains nothing, and what a key gains is what its probability is
+    above the mean of those near the cut.
     """
     counts = top_counts(positions, codes.shape[1], cfg)[None, :, None]
     is_seen = ranked > -jnp.inf

@@ -29,7 +29,7 @@ class Pairs:
 
 
 def _spread(key: PRNGKeyArray, shape: tuple[int, int], picks: int) -> Float[Array, "q_heads q_len picks"]:
-    """Random points of [0, 1), one in each of `picks` equal strata: ranks spread so do not repeat."""
+    """Return random points of [0, 1), one in each of `picks` equal strata: such ranks do not repeat."""
     points = (jnp.arange(picks)[None, None] + jax.random.uniform(key, (*shape, picks))) / picks
     return jnp.minimum(points, 1 - 2**-24)  # the last one can round to 1: a rank past the end, and NaN
 
@@ -40,10 +40,10 @@ def sample_pairs(
     positions: Int32[Array, "q_len"],
     cfg: PairLoss,
 ) -> Pairs:
-    """Top and other keys of each query and head, by `target_scores`.
+    """Sample top and other keys of each query and head, by `target_scores`.
 
     Other keys are drawn from the whole window, once for all heads and queries given; a query drops those that are top
-    or that it does not see, as in the paper: one early in the window so has fewer pairs, and less say.
+    or that it does not see, as in the paper: one early in the window so has fewer pairs, and less weight.
     """
     top_key, other_key = jax.random.split(key)
     kv_len, heads_and_queries = scores.shape[-1], (scores.shape[0], scores.shape[1])
@@ -68,7 +68,7 @@ def sample_pairs(
 
 
 def _top_weights(scores: Float[Array, "heads q_len tops"], cfg: PairLoss) -> Float[Array, "heads q_len tops"]:
-    """1 for every top key, or half of that by its attention probability among the sampled ones; 0 for unseen keys."""
+    """Return 1 for every top key, or half of that by its attention probability among those sampled; 0 if unseen."""
     seen = scores > -jnp.inf
     if cfg.weighting == "uniform":
         return seen.astype(jnp.float32)
@@ -77,11 +77,11 @@ def _top_weights(scores: Float[Array, "heads q_len tops"], cfg: PairLoss) -> Flo
 
 
 def _sampled_scores(
-    weights: Float[Array, "heads sums q_len code_bits"],
+    weights: Float[Array, "heads score_heads q_len code_bits"],
     codes: Float[Array, "code_heads kv_len code_bits"],
     pairs: Pairs,
 ) -> tuple[Float[Array, "heads q_len tops"], Float[Array, "heads q_len others"]]:
-    """Differentiable scores of the sampled keys only: a dot product of query side and soft code."""
+    """Return differentiable scores of the sampled keys only: a dot product of query side and soft code."""
     heads, sums, q_len, code_bits = weights.shape
     code_heads = codes.shape[0]
     if jax.default_backend() == "cpu":
@@ -97,18 +97,18 @@ def _sampled_scores(
 
 
 def _count_pairs(pairs: Pairs) -> Float[Array, ""]:
-    """How many pairs were sampled: a product of counts per query."""
+    """Return how many pairs were sampled: a product of counts per query."""
     tops = jnp.sum((pairs.top_weights > 0).astype(jnp.float32), axis=-1)
     return jnp.sum(tops * jnp.sum(pairs.is_other.astype(jnp.float32), axis=-1))
 
 
 def pairs_cost(
-    weights: Float[Array, "heads sums q_len code_bits"],
+    weights: Float[Array, "heads score_heads q_len code_bits"],
     codes: Float[Array, "code_heads kv_len code_bits"],
     pairs: Pairs,
     cfg: PairLoss,
 ) -> Float[Array, "three"]:
-    """Cost of all sampled pairs, how many are ranked wrongly, and how many there are."""
+    """Return the cost of all sampled pairs, how many are ranked wrongly, and how many there are."""
     top, other = _sampled_scores(weights * cfg.beta, codes, pairs)
     cost, wrong = pair_cost(top, pairs.top_weights, other, pairs.is_other, cfg.alpha)
     return jnp.stack([cost, wrong, _count_pairs(pairs)])

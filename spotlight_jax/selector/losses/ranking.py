@@ -27,7 +27,7 @@ def ranking_loss(
     gamma: Float[Array, ""],
     cfg: LossConfig,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """One layer's loss on one window, and the share of sampled pairs ranked wrongly (of attention mass missed).
+    """Return one layer's loss on one window, and the share of pairs ranked wrongly (of attention mass missed).
 
     The loss is the mean over all pairs of all heads and sampled queries (equation of the paper's section on training),
     or over heads and queries, and the mean of such means where there are several targets.

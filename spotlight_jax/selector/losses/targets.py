@@ -13,7 +13,7 @@ from spotlight_jax.selector.selection import ordered_ranks
 
 
 def top_counts(positions: Int32[Array, "q_len"], kv_len: int, cfg: LossConfig) -> Int32[Array, "q_len"]:
-    """Size of each query's top set: n - int((1 - share) n) keys and at least `min_top`, never more than it sees."""
+    """Return each query's top count: n - int((1 - share) n) keys and at least `min_top`, never more than it sees."""
     visible = positions + 1
     base = visible if cfg.top_rule == "prefix" else jnp.full_like(visible, kv_len)
     share = base - jnp.floor((1 - cfg.top_share) * base + 1e-4).astype(jnp.int32)
@@ -21,7 +21,7 @@ def top_counts(positions: Int32[Array, "q_len"], kv_len: int, cfg: LossConfig) -
 
 
 def most_top(kv_len: int, cfg: LossConfig) -> int:
-    """The largest of `top_counts` in a window of kv_len."""
+    """Return the largest of `top_counts` in a window of kv_len."""
     return min(max(kv_len - int((1 - cfg.top_share) * kv_len), cfg.min_top), kv_len)
 
 
@@ -30,7 +30,7 @@ def true_scores(
     keys: Shaped[Array, "kv_len kv_heads head_dim"],
     positions: Int32[Array, "q_len"],
 ) -> Float[Array, "q_heads q_len kv_len"]:
-    """Post-RoPE dot products in float32, unscaled; -inf where a query does not see a key."""
+    """Return post-RoPE dot products in float32, unscaled; -inf where a query does not see a key."""
     q_len, q_heads, head_dim = queries.shape
     kv_len, kv_heads, _ = keys.shape
     grouped = queries.reshape(q_len, kv_heads, q_heads // kv_heads, head_dim)
@@ -42,7 +42,7 @@ def true_scores(
 def target_scores(
     logits: Float[Array, "q_heads q_len kv_len"], kv_heads: int, target: Target
 ) -> Float[Array, "heads q_len kv_len"]:
-    """What keys are ranked by, in logits: the attention's own, or the log of a group's summed probabilities."""
+    """Return what ranks keys, in logits: the attention's own, or the log of a group's summed probabilities."""
     if target == "query_head":
         return logits
     grouped = logits.reshape(kv_heads, -1, *logits.shape[1:])
@@ -52,7 +52,7 @@ def target_scores(
 def find_top(
     scores: Float[Array, "q_heads q_len kv_len"], counts: Int32[Array, "one q_len one"], largest: int
 ) -> tuple[Int32[Array, "q_heads q_len largest"], Float[Array, "q_heads q_len largest"]]:
-    """Positions and scores of each query's top set, real ones first; -inf past its count.
+    """Return positions and scores of each query's top set, real ones first; -inf past its count.
 
     Sorting is fastest on a CPU; a GPU finds the cut by counting (`kernels/select_top`) in a third of the time.
     """
@@ -67,9 +67,9 @@ def find_top(
 
 
 def all_scores(
-    weights: Float[Array, "heads sums q_len code_bits"], codes: Float[Array, "code_heads kv_len code_bits"]
+    weights: Float[Array, "heads score_heads q_len code_bits"], codes: Float[Array, "code_heads kv_len code_bits"]
 ) -> Float[Array, "heads q_len kv_len"]:
-    """Differentiable scores of every key."""
+    """Return differentiable scores of every key."""
     heads, sums, q_len, code_bits = weights.shape
     grouped = weights.reshape(codes.shape[0], -1, sums, q_len, code_bits)
     return jnp.max(jnp.einsum("kgrtc,ksc->kgrts", grouped, codes), axis=2).reshape(heads, q_len, -1)

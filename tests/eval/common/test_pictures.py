@@ -3,6 +3,8 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from eval.common import pictures
 
@@ -24,19 +26,22 @@ TITLE = "a model, 8,192 tokens, " + ", ".join(f"text:number {n}" for n in range(
 
 @pytest.fixture
 def drawn(monkeypatch, tmp_path):
-    """The figure of `ROWS`, still open after it was written."""
-    found = []
-    monkeypatch.setattr(pictures.plt, "close", lambda figure: found.append(figure))
+    """The figure of `ROWS` as it was written, by a renderer that measures it."""
+    found, save = [], Figure.savefig
+
+    def keep(figure, *args, **how):
+        found.append(figure)
+        save(figure, *args, **how)
+        FigureCanvasAgg(figure)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
 
     def draw(rows):
         pictures.plot_tradeoff(tmp_path / "x.png", rows, "ppl", "perplexity", TITLE)
         assert (tmp_path / "x.png").stat().st_size > 10_000
         return found[-1]
 
-    yield draw
-    monkeypatch.undo()
-    for figure in found:
-        pictures.plt.close(figure)
+    return draw
 
 
 @pytest.mark.parametrize("settings", [["bare"], ["bare", "sinks 4 + recent 64"]])
