@@ -52,7 +52,7 @@ class EvalConfig:
     selector: str | None = None
     """Trained hash functions: a selector folder, the run folder that holds it, or hf:OWNER/NAME[@REVISION] of the
     hub."""
-    methods: tuple[str, ...] = ("dense", "oracle-scores", "spotlight", "window")
+    methods: tuple[str, ...] = ("dense", "oracle-scores", "spotlight", "spotlight+tail", "window")
     """Methods to evaluate: dense, oracle-scores, oracle-mass, oracle-query, spotlight (spotlight@FOLDER: another
     selector), lsh (lsh-centred, lsh-gaussian, lsh-gaussian-centred), quest, magicpig, window, random, binary;
     NAME+tail: with an estimate of what is not read; MODULE:FUNCTION: one of your own (examples/add_method.py)."""

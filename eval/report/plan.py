@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from eval.common.flags import EvalConfig
+from eval.methods import TAIL
 from eval.model.load import name_model
 from spotlight_jax import cli
 from spotlight_jax.errors import InputError
@@ -138,10 +139,10 @@ def _check_plain(value: Any, where: str, depth: int) -> None:
 
 
 def _without_spotlight(fields: dict[str, Any]) -> dict[str, Any]:
-    """Leave out `spotlight` where there is no selector."""
+    """Leave out `spotlight`, with its tail too, where there is no selector."""
     methods = fields.get("methods")
     if fields.get("selector") is None and isinstance(methods, list):  # what is no list is refused as a flag would be
-        return fields | {"methods": [name for name in methods if name != "spotlight"]}
+        return fields | {"methods": [name for name in methods if name not in ("spotlight", f"spotlight{TAIL}")]}
     return fields
 
 
