@@ -25,6 +25,7 @@ from spotlight_jax.selector.base import HashFunctions
 from spotlight_jax.selector.scoring import hash_score_range, output_scores
 from spotlight_jax.selector.selection import select_by_codes, select_tokens
 from spotlight_jax.tail import TailParams
+from spotlight_jax.token_axis import first_slot, join_sums
 
 BLOCK = 512  # cached tokens that a prefill chunk reads at once
 MASKED = -1e30  # not -inf: a row that has seen no key yet must stay finite
@@ -79,7 +80,7 @@ class LayerSelector:
         return jax.tree.map(lambda leaf: leaf[self.sets], self.functions)
 
 
-def remember(
+def _remember(
     layer: LayerCache,
     keys: Float[Array, "batch q_len kv_heads head_dim"],
     values: Float[Array, "batch q_len kv_heads head_dim"],
@@ -103,6 +104,7 @@ def attend_chunk(
     selector: LayerSelector | None = None,
     implementation: AttentionImpl = "auto",
     ends: Int32[Array, "batch"] | None = None,
+    axis: str | None = None,
 ) -> tuple[Float[Array, "batch q_len q_heads head_dim"], LayerCache]:
     """Return dense causal attention of a chunk of a prompt to the cache before it and to itself, and the layer with it.
 
@@ -112,18 +114,19 @@ def attend_chunk(
         implementation: "cudnn" takes two fused calls (the cache before the chunk, and the chunk itself) and merges
             them; "xla" walks over filled blocks of the cache; "auto" takes cuDNN on a GPU for 16-bit floats.
         ends: tokens of each sequence with the chunk, its padding apart; None: it has none.
+        axis: over which the layer's slots are split (`token_axis`); each device reads its own, block by block.
     """
-    layer = remember(layer, keys, values, starts, selector)
+    layer = _remember(layer, keys, values, starts, selector, axis)
     if selector is not None and layer.moments is not None:
         ends = starts + keys.shape[1] if ends is None else jnp.clip(ends, starts, starts + keys.shape[1])
-        folded = fold(layer.moments, layer.keys, layer.values, starts, ends, keys.shape[1])
+        folded = fold(layer.moments, layer.keys, layer.values, starts, ends, keys.shape[1], axis)
         layer = dataclasses.replace(layer, moments=folded)
     if implementation == "auto":
         is_fused = jax.default_backend() == "gpu" and queries.dtype in (jnp.bfloat16, jnp.float16)
         implementation = "cudnn" if is_fused and queries.shape[-1] % 8 == 0 and queries.shape[-1] <= 128 else "xla"
-    if implementation == "cudnn":
+    if implementation == "cudnn" and axis is None:
         return _chunk_by_cudnn(queries, keys, values, layer, starts), layer
-    return _chunk_by_blocks(queries, layer, starts), layer
+    return _chunk_by_blocks(queries, layer, starts, axis), layer
 
 
 def _chunk_by_cudnn(
@@ -145,12 +148,12 @@ def _chunk_by_cudnn(
     return (share * past + (1 - share) * own).astype(queries.dtype)
 
 
-def _chunk_by_blocks(queries: Array, layer: LayerCache, starts: Int32[Array, "batch"]) -> Array:
+def _chunk_by_blocks(queries: Array, layer: LayerCache, starts: Int32[Array, "batch"], axis: str | None) -> Array:
     """Build softmax up block by block over the filled part of the cache: no n x n matrix, no block past the end."""
     batch, q_len, q_heads, head_dim = queries.shape
     max_len, kv_heads = layer.keys.shape[1:3]
     block = min(BLOCK, max_len)
-    group = q_heads // kv_heads
+    group, own = q_heads // kv_heads, first_slot(max_len, axis)
     scaled = queries * jnp.asarray(head_dim**-0.5, queries.dtype)
     grouped = scaled.reshape(batch, q_len, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
     rows = starts[:, None] + jnp.arange(q_len, dtype=jnp.int32)[None, :]
@@ -161,7 +164,7 @@ def _chunk_by_blocks(queries: Array, layer: LayerCache, starts: Int32[Array, "ba
         block_keys = lax.dynamic_slice_in_dim(layer.keys, first, block, axis=1)
         block_values = lax.dynamic_slice_in_dim(layer.values, first, block, axis=1)
         places = first + jnp.arange(block, dtype=jnp.int32)[None, None, :]
-        visible = (places <= rows[:, :, None]) & (places >= index * block)
+        visible = (own + places <= rows[:, :, None]) & (places >= index * block)
         scores = jnp.einsum("bkgtd,bskd->bkgts", grouped, block_keys, preferred_element_type=jnp.float32)
         scores = jnp.where(visible[:, None, None], scores, MASKED)
         raised = jnp.maximum(highest, scores.max(axis=-1))
@@ -172,10 +175,16 @@ def _chunk_by_blocks(queries: Array, layer: LayerCache, starts: Int32[Array, "ba
         )
         return raised, total * fade + shares.sum(axis=-1), outputs * fade[..., None] + added
 
-    blocks = (jnp.max(starts) + q_len + block - 1) // block
+    filled = jnp.max(starts) + q_len - own
+    if axis is not None:
+        filled = jnp.clip(filled, 0, max_len)
+    blocks = (filled + block - 1) // block
     shape = (batch, kv_heads, group, q_len)
     start = (jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros((*shape, head_dim)))
-    _, total, outputs = lax.fori_loop(0, blocks, add_block, start)
+    highest, total, outputs = lax.fori_loop(0, blocks, add_block, start)
+    if axis is not None:
+        share = jnp.exp(highest - lax.pmax(highest, axis))  # 0 where a query sees nothing of what lies here
+        total, outputs = join_sums((total * share, outputs * share[..., None]), axis)
     outputs = (outputs / total[..., None]).transpose(0, 3, 1, 2, 4)
     return outputs.reshape(queries.shape).astype(queries.dtype)
 
@@ -188,15 +197,17 @@ def attend_densely(
     lengths: Int32[Array, "batch"],
     selector: LayerSelector | None = None,
     implementation: AttentionImpl = "auto",
+    axis: str | None = None,
 ) -> tuple[Float[Array, "batch one q_heads head_dim"], LayerCache]:
     """Take one decoding step that reads the whole cache; codes are written all the same, for later steps.
 
     Args:
         lengths: tokens each sequence has cached before this one.
         selector: None where the layer keeps no codes.
+        axis: over which the layer's slots are split (`token_axis`).
     """
-    layer = remember(layer, keys, values, lengths, selector)
-    return read_densely(queries, layer, lengths, implementation), layer
+    layer = _remember(layer, keys, values, lengths, selector, axis)
+    return read_densely(queries, layer, lengths, implementation, axis=axis), layer
 
 
 def read_densely(
@@ -205,13 +216,17 @@ def read_densely(
     lengths: Int32[Array, "batch"],
     implementation: AttentionImpl = "auto",
     is_read: Bool[Array, "batch"] | None = None,
+    axis: str | None = None,
 ) -> Float[Array, "batch one q_heads head_dim"]:
     """Return attention of one query of each sequence to all of its cache, which holds the newest token.
 
     Args:
         lengths: tokens before the newest.
         is_read: sequences whose outputs are used: the others' are anything, and cost next to nothing; None: all.
+        axis: over which the layer's slots are split (`token_axis`); each device reads its own, of all sequences.
     """
+    if axis is not None:
+        return _chunk_by_blocks(queries, layer, lengths, axis)
     is_on_cpu = jax.default_backend() == "cpu"
     is_wide = implementation == "auto" and is_on_cpu and layer.keys.shape[2] <= FEW_KV_HEADS
 
@@ -295,10 +310,12 @@ def attend_sparsely(
     return out[:, None].astype(dtype), layer
 
 
-def fold_one(layer: LayerCache, lengths: Int32[Array, "batch"], ends: Int32[Array, "batch"]) -> Moments:
+def fold_one(
+    layer: LayerCache, lengths: Int32[Array, "batch"], ends: Int32[Array, "batch"], axis: str | None = None
+) -> Moments:
     """Return a layer's moments with the block that a decoding step has filled, if any; args as `fold_layers`."""
     assert layer.moments is not None, "a layer without moments folds nothing"
-    return fold(layer.moments, layer.keys, layer.values, lengths, ends, 1)
+    return fold(layer.moments, layer.keys, layer.values, lengths, ends, 1, axis)
 
 
 def fold_layers(
@@ -354,7 +371,7 @@ def _append_and_select(
         queries, weights, layer = functions.append(queries, keys, values, layer, lengths, axis)
         assert layer.codes is not None
         return queries, layer, *select_by_codes(layer.codes, weights, bounds, ends, selection, budgets, axis)
-    layer = remember(layer, keys, values, lengths, selector, axis)
+    layer = _remember(layer, keys, values, lengths, selector, axis)
     assert layer.codes is not None
     outputs = selector.hash_queries(queries)
     if adds_scores:

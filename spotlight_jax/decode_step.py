@@ -27,10 +27,9 @@ from spotlight_jax.cached_attention import (
 )
 from spotlight_jax.config.generation import MOST_STOPS, AttentionImpl, DecodeConfig, RowConfig
 from spotlight_jax.config.selection import SelectionConfig, check_layers
-from spotlight_jax.context_attention import attend_all_split, fold_split, read_all_split
 from spotlight_jax.models.config import DecoderConfig
 from spotlight_jax.models.decoder import apply_layer, embed_tokens, unembed
-from spotlight_jax.models.sharding import by_heads, on_own_slots, splits_context
+from spotlight_jax.models.sharding import by_heads, on_own_slots, tokens_over
 from spotlight_jax.sampling import NOT_FINITE, Sampling, TokenLogprobs, empty_logprobs, sample, token_logprobs
 from spotlight_jax.selector.checkpoint import Selector
 from spotlight_jax.selector.selection import RowBudgets, sparse_from
@@ -125,9 +124,7 @@ def prefill_layer(
         queries: Array, keys: Array, values: Array, layer: LayerCache, selector: LayerSelector | None,
         starts: Array, ends: Array,
     ) -> tuple[Array, LayerCache]:  # fmt: skip
-        if splits_context(mesh):
-            return attend_all_split(queries, keys, values, layer, selector, starts, ends)
-        return attend_chunk(queries, keys, values, layer, starts, selector, implementation, ends)
+        return attend_chunk(queries, keys, values, layer, starts, selector, implementation, ends, tokens_over(mesh))
 
     return apply_layer(layer_params, x, positions, by_heads(attend, mesh, layer, selector, starts, ends), cfg, rope_len)
 
@@ -161,7 +158,7 @@ def decode_layer(
         lengths: tokens each sequence has cached.
         reads: how much each sequence reads; None: what `cfg.selection` says.
     """
-    batch, rows = lengths.shape[0], x.shape[0]
+    batch, rows, axis = lengths.shape[0], x.shape[0], tokens_over(mesh)
 
     def fill(array: Array) -> Array:
         return jnp.broadcast_to(array, (rows, *array.shape[1:]))
@@ -171,16 +168,13 @@ def decode_layer(
     def read_all(
         queries: Array, keys: Array, values: Array, layer: LayerCache, selector: LayerSelector | None, lengths: Array
     ) -> tuple[Array, LayerCache]:
-        if splits_context(mesh):
-            return attend_all_split(queries, keys, values, layer, selector, lengths)
-        return attend_densely(queries, keys, values, layer, lengths, selector, cfg.attention)
+        return attend_densely(queries, keys, values, layer, lengths, selector, cfg.attention, axis)
 
     def read_some(
         queries: Array, keys: Array, values: Array, layer: LayerCache, selector: LayerSelector,
         lengths: Array, reads: RowBudgets | None,
     ) -> tuple[Array, LayerCache]:  # fmt: skip
         budgets = None if reads is None else reads.at(lengths + 1)
-        axis = "context" if splits_context(mesh) else None
         return attend_sparsely(queries, keys, values, layer, lengths, selector, cfg.selection, budgets, axis)
 
     def attend_cached(
@@ -193,10 +187,7 @@ def decode_layer(
         if mode == "sparse":
             return sparse, appended
         is_sparse = lengths + 1 >= (shortest if reads is None else reads.sparse_from)
-        if splits_context(mesh):
-            dense = read_all_split(queries, appended, lengths)
-        else:
-            dense = read_densely(queries, appended, lengths, cfg.attention, ~is_sparse)
+        dense = read_densely(queries, appended, lengths, cfg.attention, ~is_sparse, axis)
         return jnp.where(is_sparse[:, None, None, None], sparse, dense), appended
 
     own = by_heads(attend_cached, mesh, layer, selector, lengths, reads)
@@ -235,9 +226,10 @@ def fold_step(
     layers: tuple[LayerCache, ...], lengths: Int32[Array, "batch"], ends: Int32[Array, "batch"], mesh: Mesh | None
 ) -> tuple[LayerCache, ...]:
     """Return the layers with moments of the blocks that this step has filled, if any; args as `fold_layers`."""
-    if mesh is None or not splits_context(mesh):
+    axis = tokens_over(mesh)
+    if mesh is None or axis is None:
         return fold_layers(layers, lengths, ends, fold_one)
-    return fold_layers(layers, lengths, ends, partial(on_own_slots, fold_split, mesh))
+    return fold_layers(layers, lengths, ends, partial(on_own_slots, partial(fold_one, axis=axis), mesh))
 
 
 def embed_step(params: PyTree, tokens: Int32[Array, "batch"], model_cfg: DecoderConfig) -> Float[Array, "rows 1 embed"]:

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, Shaped
 
+from spotlight_jax.token_axis import devices_of, first_slot, join_sums
+
 BLOCK = 64  # tokens that are added together
 
 
@@ -124,6 +126,7 @@ def fold(
     starts: Int32[Array, "batch"],
     ends: Int32[Array, "batch"],
     tokens: int,
+    axis: str | None = None,
 ) -> Moments:
     """Return moments with the blocks of cached tokens that became full between two lengths of each sequence.
 
@@ -134,11 +137,18 @@ def fold(
         starts: lengths before.
         ends: lengths after; no less, and at most `tokens` more.
         tokens: the most that are new.
+        axis: over which slots are split (`token_axis`): each device gives its own, and all get the same moments.
     """
-    positions, is_new = new_blocks(starts, ends, tokens, keys.shape[1])
+    slots = keys.shape[1]
+    positions, is_new = new_blocks(starts, ends, tokens, slots * devices_of(axis))
     first, window = positions[:, 0], positions.shape[1]
 
     def cut(rows: Array) -> Array:
+        if axis is not None:
+            own = positions - first_slot(slots, axis)
+            held = jnp.take_along_axis(rows, jnp.clip(own, 0, slots - 1)[..., None, None], axis=1)
+            is_own = ((own >= 0) & (own < slots))[..., None, None]
+            return join_sums(jnp.where(is_own, held, jnp.zeros((), rows.dtype)), axis)
         if len(rows) == 1:
             return lax.dynamic_slice_in_dim(rows, first[0], window, axis=1)
         return jax.vmap(lambda own, start: lax.dynamic_slice_in_dim(own, start, window, axis=0))(rows, first)

@@ -212,9 +212,9 @@ def build(make: Callable[[], PyTree], mesh: Mesh | None) -> PyTree:
     return jax.tree.unflatten(found["structure"], jax.jit(make_flat, out_shardings=found["shardings"])())
 
 
-def splits_context(mesh: Mesh | None) -> bool:
-    """Whether the tokens of a sequence lie on several devices."""
-    return mesh is not None and mesh.shape["context"] > 1
+def tokens_over(mesh: Mesh | None) -> str | None:
+    """Return the axis that the tokens of each sequence are split over; None where each lies on one device."""
+    return "context" if mesh is not None and mesh.shape["context"] > 1 else None
 
 
 def mesh_of(params: PyTree) -> Mesh | None:

@@ -13,7 +13,6 @@ from spotlight_jax.cached_attention import LayerSelector, attend_sparsely
 from spotlight_jax.config.hashing import NetworkConfig, TransformConfig
 from spotlight_jax.config.mesh import AXES
 from spotlight_jax.config.selection import SelectionConfig
-from spotlight_jax.context_attention import fold_split
 from spotlight_jax.kernels.hash_append import hash_append
 from spotlight_jax.kernels.hash_append.pallas_triton import hash_append_pallas_triton
 from spotlight_jax.kernels.score_select import score_select
@@ -63,7 +62,10 @@ def compare_moments(mesh: jax.sharding.Mesh, tokens: int) -> None:
     starts = jnp.asarray([127, 63, 5, 190], jnp.int32)
     ends = starts + jnp.asarray([tokens, tokens, 0, min(tokens, 2)], jnp.int32)
     expected = jax.jit(lambda: fold(layer.moments, layer.keys, layer.values, starts, ends, tokens))()
-    own = functools.partial(fold_split, tokens=tokens)
+
+    def own(layer, starts, ends):
+        return fold(layer.moments, layer.keys, layer.values, starts, ends, tokens, "context")
+
     found = jax.jit(lambda layer: on_own_slots(own, mesh, layer, starts, ends))(place(layer, mesh))
     assert (np.asarray(expected.count) > np.asarray(layer.moments.count))[:2].all()
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
