@@ -40,7 +40,7 @@ class FeedConfig:
     queries: int  # per step
     steps_per_window: int
     windows_at_once: int  # captured together: one per device
-    windows_kept: int = 0  # first ones that stay as they were captured until their steps; see `Plan.windows_kept`
+    windows_kept: int  # first ones that stay as they were captured until their steps; see `Plan.windows_kept`
 
 
 class Feed:
