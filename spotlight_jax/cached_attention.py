@@ -175,9 +175,7 @@ def _chunk_by_blocks(queries: Array, layer: LayerCache, starts: Int32[Array, "ba
         )
         return raised, total * fade + shares.sum(axis=-1), outputs * fade[..., None] + added
 
-    filled = jnp.max(starts) + q_len - own
-    if axis is not None:
-        filled = jnp.clip(filled, 0, max_len)
+    filled = jnp.clip(jnp.max(starts) + q_len - own, 0, max_len)
     blocks = (filled + block - 1) // block
     shape = (batch, kv_heads, group, q_len)
     start = (jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros((*shape, head_dim)))

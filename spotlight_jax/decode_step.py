@@ -6,7 +6,7 @@ leaves behind it is never read and later overwritten.
 
 import dataclasses
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import flax.struct
 import jax
@@ -199,27 +199,9 @@ def decode_layer(
     return apply_layer(layer_params, x, fill(lengths)[:, None], attend, model_cfg, fill(rope_len))
 
 
-def trace_layer_once(
-    layer_params: PyTree,
-    x: Float[Array, "rows one embed"],
-    layer: LayerCache,
-    selector: LayerSelector | None,
-    lengths: Int32[Array, "batch"],
-    rope_len: Int32[Array, "batch"],
-    reads: RowBudgets | None,
-    mode: Mode,
-    **static: Any,
-) -> tuple[Float[Array, "rows one embed"], LayerCache]:
-    """`decode_layer`, traced and lowered once for all layers of a kind; XLA puts its calls in line again.
-
-    On a CPU alone, where it saves a fifth of half a minute of compiling; programs for GPUs were not timed with it.
-    """
-    own: Mode = "dense" if selector is None else mode
-    decode = _decode_layer if jax.default_backend() == "cpu" else decode_layer
-    return decode(layer_params, x, layer, selector, lengths, rope_len, reads, mode=own, **static)
-
-
-_decode_layer = jax.jit(decode_layer, static_argnames=("model_cfg", "cfg", "mode", "mesh"))
+# Traced and lowered once for all layers of a kind; XLA puts its calls in line again. On a CPU alone, where that saves a
+# fifth of half a minute of compiling: programs for GPUs were not timed with it.
+_decode_layer_once = jax.jit(decode_layer, static_argnames=("model_cfg", "cfg", "mode", "mesh"))
 
 
 def fold_step(
@@ -259,11 +241,11 @@ def decode_step(
         mesh: that weights and cache lie on; None: one device.
     """
     lengths, batch = cache.lengths, tokens.shape[0]
+    step_layer = _decode_layer_once if jax.default_backend() == "cpu" else decode_layer
     x, layers = embed_step(params, tokens, model_cfg), []
     for index, (layer, selector) in enumerate(zip(cache.layers, selectors, strict=True)):
         held = params[f"layer_{index}"], x, layer, selector
-        static: dict[str, Any] = {"model_cfg": model_cfg, "cfg": cfg, "mode": mode, "mesh": mesh}
-        x, appended = trace_layer_once(*held, lengths, rope_len, reads, **static)
+        x, appended = step_layer(*held, lengths, rope_len, reads, model_cfg=model_cfg, cfg=cfg, mode=mode, mesh=mesh)
         layers.append(appended)
     folded = fold_step(tuple(layers), lengths, lengths + 1 if ends is None else ends, mesh)
     return unembed(params, x, model_cfg)[:batch, 0], dataclasses.replace(cache, layers=folded)

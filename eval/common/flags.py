@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from eval.methods import check_names
+from eval.methods import OF_SELECTOR, check_names
 from spotlight_jax.config.mesh import parse_mesh
 from spotlight_jax.config.selection import DENSE_LAYERS, LONGEST, MIN_TOKENS, SelectionConfig
 from spotlight_jax.errors import InputError, check_numbers
@@ -89,7 +89,7 @@ class EvalConfig:
             raise InputError("give each of --settings once")
         if self.resume and self.out is None:
             raise InputError("--resume needs the run's folder: add --out RUN_FOLDER")
-        if {"spotlight", "spotlight+tail"} & set(self.methods) and self.selector is None:
+        if set(OF_SELECTOR) & set(self.methods) and self.selector is None:
             raise InputError("method 'spotlight' needs trained hash functions; add --selector FOLDER")
 
     @property

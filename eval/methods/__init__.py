@@ -36,6 +36,7 @@ UNBUDGETED = {"dense": "everything", "magicpig": "as published"}
 _OUTSIDE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")  # MODULE:FUNCTION
 
 TAIL = "+tail"  # after a method's name: what it does not read is estimated
+OF_SELECTOR = ("spotlight", f"spotlight{TAIL}")  # methods that take the hash functions of --selector
 
 
 def has_tail(name: str) -> bool:

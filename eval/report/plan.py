@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from eval.common.flags import EvalConfig
-from eval.methods import TAIL
+from eval.methods import OF_SELECTOR
 from eval.model.load import name_model
 from spotlight_jax import cli
 from spotlight_jax.errors import InputError
@@ -142,7 +142,7 @@ def _without_spotlight(fields: dict[str, Any]) -> dict[str, Any]:
     """Leave out `spotlight`, with its tail too, where there is no selector."""
     methods = fields.get("methods")
     if fields.get("selector") is None and isinstance(methods, list):  # what is no list is refused as a flag would be
-        return fields | {"methods": [name for name in methods if name not in ("spotlight", f"spotlight{TAIL}")]}
+        return fields | {"methods": [name for name in methods if name not in OF_SELECTOR]}
     return fields
 
 

@@ -9,7 +9,11 @@ Result = TypeVar("Result")
 
 
 def pick_backend(
-    op: str, backends: Mapping[str, Callable[..., Result]], impl: str, choose: Callable[[], str]
+    op: str,
+    backends: Mapping[str, Callable[..., Result]],
+    impl: str,
+    choose: Callable[[], str],
+    axis: str | None = None,
 ) -> Callable[..., Result]:
     """Return the implementation that was asked for.
 
@@ -18,9 +22,13 @@ def pick_backend(
         backends: all implementations of the op by name; "reference" is among them.
         impl: one of these names, or "auto".
         choose: gives the name that `auto` takes here.
+        axis: over which the op's arrays are split (`token_axis`), if any: the reference, which sees whole ones, is none
+            of the implementations then.
 
     Raises: InputError for a name that the op does not have.
     """
+    if axis is not None:
+        backends = {name: run for name, run in backends.items() if name != "reference"}
     name = choose() if impl == "auto" else impl
     if name not in backends:
         raise InputError(f"{op} has no implementation {name!r}; give auto, {', '.join(backends)}")

@@ -103,7 +103,5 @@ def score_select(
         "xla": functools.partial(score_select_in_parts, axis=axis),
         "pallas_triton": functools.partial(_run_kernels, axis=axis),
     }
-    if axis is not None:
-        del backends["reference"]
-    run = pick_backend("score_select", backends, impl, lambda: choose_impl(bounds))
+    run = pick_backend("score_select", backends, impl, lambda: choose_impl(bounds), axis)
     return run(codes, weights, ends, budgets, max_budget, bounds, sink_tokens, recent_tokens)

@@ -32,6 +32,7 @@ from spotlight_jax.kernels.score_select.config import CONFIGS
 from spotlight_jax.kernels.score_select.counting import count_ranks, find_bin, read_counts, start_counting
 from spotlight_jax.kernels.score_select.plan import PARTS, Bounds, Plan, clear_free_slots, read_bounds, slots_of, walk
 from spotlight_jax.kernels.score_select.scoring import ranker_of
+from spotlight_jax.kernels.select_top.counting import own_ties
 from spotlight_jax.kernels.triton import Index, Ref
 from spotlight_jax.token_axis import first_slot
 from spotlight_jax.weights import WeightBounds
@@ -174,9 +175,7 @@ def _own_budgets(counts: Int32[Array, "rows bins"], budgets: Int32[Array, "rows"
     places, found = jnp.arange(counts.shape[1])[None], jnp.sum(is_above, axis=1, dtype=jnp.int32)[:, None]
     wanted = budgets - jnp.max(jnp.where(is_above, reached, 0), axis=1)
     ties = jnp.sum(jnp.where(places == found, of_all, 0), axis=2)  # [devices, rows]
-    device = lax.axis_index(axis)
-    newer = jnp.sum(jnp.where(jnp.arange(len(ties))[:, None] > device, ties, 0), axis=0)
-    return jnp.sum(jnp.where(is_above, counts, 0), axis=1) + jnp.clip(wanted - newer, 0, ties[device])
+    return jnp.sum(jnp.where(is_above, counts, 0), axis=1) + own_ties(ties, wanted, axis)
 
 
 def score_select_pallas_triton(

@@ -69,9 +69,7 @@ def select_top(
         "reference": select_top_reference,
         "counting": functools.partial(_select_by_counting, rank_bits=rank_bits, axis=axis),
     }
-    if axis is not None:
-        del backends["reference"]
-    return pick_backend("select_top", backends, impl, choose_impl)(ranks, budgets, max_budget)
+    return pick_backend("select_top", backends, impl, choose_impl, axis)(ranks, budgets, max_budget)
 
 
 def _select_by_counting(

@@ -83,15 +83,14 @@ def own_budgets(
     ranks = lax.optimization_barrier(ranks)
     threshold = _find_threshold(ranks, budgets, rank_bits, digit_bits, axis)[..., None]
     above, ties = (jnp.sum(is_in, axis=-1, dtype=jnp.int32) for is_in in (ranks > threshold, ranks == threshold))
-    return above + own_ties(ties, budgets - join_sums(above, axis), axis)
+    return above + own_ties(lax.all_gather(ties, axis), budgets - join_sums(above, axis), axis)
 
 
-def own_ties(ties: Int32[Array, "*rows"], wanted: Int32[Array, "*rows"], axis: str) -> Int32[Array, "*rows"]:
+def own_ties(ties: Int32[Array, "devices *rows"], wanted: Int32[Array, "*rows"], axis: str) -> Int32[Array, "*rows"]:
     """Return how many of the `wanted` newest among the ties of all devices of an axis are this one's."""
-    of_all = lax.all_gather(ties, axis)
-    devices = jnp.arange(of_all.shape[0]).reshape(-1, *[1] * ties.ndim)
-    newer = jnp.sum(jnp.where(devices > lax.axis_index(axis), of_all, 0), axis=0)
-    return jnp.clip(wanted - newer, 0, ties)
+    device, devices = lax.axis_index(axis), jnp.arange(len(ties)).reshape(-1, *[1] * wanted.ndim)
+    newer = jnp.sum(jnp.where(devices > device, ties, 0), axis=0)
+    return jnp.clip(wanted - newer, 0, ties[device])
 
 
 def find_cut(

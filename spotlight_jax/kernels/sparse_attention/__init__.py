@@ -88,9 +88,7 @@ def sparse_attention(
         "gather": functools.partial(sparse_attention_gather, axis=axis),
         "pallas_triton": functools.partial(sparse_attention_pallas_triton, axis=axis),
     }
-    if axis is not None:
-        del backends["reference"]
-    run = pick_backend("sparse_attention", backends, impl, choose_impl)
+    run = pick_backend("sparse_attention", backends, impl, choose_impl, axis)
     return run(queries, keys, values, indices, is_real)
 
 
@@ -124,9 +122,7 @@ def estimated_attention(
         "gather": functools.partial(estimated_attention_gather, axis=axis),
         "pallas_triton": functools.partial(estimated_attention_pallas_triton, axis=axis),
     }
-    if axis is not None:
-        del backends["reference"]
-    run = pick_backend("estimated_attention", backends, impl, choose_estimated_impl)
+    run = pick_backend("estimated_attention", backends, impl, choose_estimated_impl, axis)
     return run(queries, keys, values, indices, is_real, ends, moments, params)
 
 
